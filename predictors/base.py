@@ -1,0 +1,147 @@
+"""What every forecaster is: a function of the anchors so far and the step to forecast.
+
+Shapes: K history length, B batch, N tokens, D channels. Features keep whatever shape the tap has,
+batch first; (B, N, D) stands for it.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation slot of the sampler.
+
+    Args:
+        index: counted upward from 0 (pure noise) to `num_steps - 1`.
+        sigma: flow time of the step, 1 to 0.
+        num_steps: steps of the whole run.
+        branches: branch number of each equal part of the batch axis: `(0,)` without guidance, `(0, 1)`
+            when both guidance branches share one call, `(1,)` in the second of two calls.
+        x_t: the network's input at this step, only for predictors that list it in `needs`.
+    """
+
+    index: int
+    sigma: float
+    num_steps: int
+    branches: tuple[int, ...] = (0,)
+    x_t: Tensor | None = None
+
+
+@dataclass
+class History:
+    """The features at the newest anchors, oldest first, with their steps.
+
+    Args:
+        window: features kept; None keeps all.
+    """
+
+    window: int | None = None
+    steps: list[int] = field(default_factory=list)
+    sigmas: list[float] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+
+    def push(self, step: Step, feature: Tensor) -> None:
+        """Add the feature computed at an anchor and forget what falls out of the window.
+
+        Raises:
+            ValueError: the step does not follow the newest one.
+        """
+        if self.steps and step.index <= self.steps[-1]:
+            raise ValueError(
+                f"step {step.index} was pushed after step {self.steps[-1]}; call reset() between runs."
+            )
+        self.steps.append(step.index)
+        self.sigmas.append(step.sigma)
+        self.features.append(feature)
+        if self.window is not None:
+            keep = slice(max(0, len(self.steps) - self.window), None)
+            self.steps, self.sigmas = self.steps[keep], self.sigmas[keep]
+            self.features = self.features[keep]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.steps, self.sigmas, self.features = [], [], []
+
+    def state_bytes(self) -> int:
+        """Bytes of the features held."""
+        return sum(f.numel() * f.element_size() for f in self.features)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+class Predictor(nn.Module):
+    """Forecast the feature at `step` from the anchors in `history`.
+
+    Attributes:
+        window: anchors the forecaster looks at; None means all.
+        needs: names of the `Step` fields it asks for beyond the clock (`x_t`).
+        learned: whether it was fitted on a recording of one host.
+    """
+
+    window: int | None = None
+    needs: frozenset[str] = frozenset()
+    learned: bool = False
+
+    def forward(self, history: History, step: Step) -> Float[Tensor, "B *shape"]:
+        """The forecast, in the dtype of the history.
+
+        Raises:
+            ValueError: the history is empty.
+        """
+        raise NotImplementedError
+
+
+class LinearPredictor(Predictor):
+    """Base of everything of the form F_hat = sum_k c_k F_k.
+
+    A rule implements only `coefficients`. Sums run in float32; the history keeps the model's dtype.
+    """
+
+    def coefficients(
+        self, history: History, step: Step
+    ) -> Float[Tensor, " K"] | Float[Tensor, "K branches"]:
+        """Weights of the features in `history`, oldest first.
+
+        Returns:
+            One weight per feature, or one per feature and entry of `step.branches`.
+        """
+        raise NotImplementedError
+
+    def forward(self, history: History, step: Step) -> Float[Tensor, "B *shape"]:
+        """sum_k c_k F_k, see the base class."""
+        if not len(history):
+            raise ValueError("the history is empty: a forecast needs at least one anchor.")
+        return combine(self.coefficients(history, step), history.features)
+
+
+def combine(
+    weights: Float[Tensor, " K"] | Float[Tensor, "K branches"], features: list[Tensor]
+) -> Float[Tensor, "B *shape"]:
+    """sum_k w_k F_k in float32 or wider, returned in the features' dtype.
+
+    Args:
+        weights: one weight per feature, or one per feature and equal part of the batch axis.
+        features: tensors of one shape, batch first.
+    """
+    newest = features[-1]
+    dtype = torch.promote_types(newest.dtype, torch.float32)
+    if weights.ndim == 2 and weights.shape[1] > 1:
+        parts = [torch.chunk(feature, weights.shape[1]) for feature in features]
+        rows = [combine(w, [p[i] for p in parts]) for i, w in enumerate(weights.unbind(1))]
+        return torch.cat(rows)
+    total: Tensor | None = None
+    values = weights.flatten() if weights.requires_grad else weights.flatten().tolist()
+    for value, feature in zip(values, features, strict=True):
+        if isinstance(value, float) and value == 0.0:
+            continue
+        term = feature.to(dtype)
+        total = term * value if total is None else torch.add(total, term * value)
+    if total is None:
+        return torch.zeros_like(newest)
+    return total.to(newest.dtype)
