@@ -1,0 +1,118 @@
+"""What a learned predictor was fitted on, and the checks that keep it off anything else."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SIGMA_TOLERANCE = 1e-5  # float32 grids of one recipe agree to about 1e-7
+
+
+class PredictorMismatch(ValueError):
+    """A learned predictor meets a host, grid, guidance mode or dtype it was not fitted on."""
+
+
+@dataclass(frozen=True)
+class PredictorSpec:
+    """The circumstances of a fit.
+
+    Args:
+        tap: `output`, `hidden` or `residual`.
+        anchors: steps at which the network runs.
+        sigmas: flow time of every step of the run.
+        host: `host_fingerprint` of the transformer.
+        scheduler: class name of the scheduler.
+        num_branches: guidance branches per step.
+        guidance_scale: guidance of the recording.
+        dtype: dtype of the tap, such as `float32`.
+        recording_digest: digest of the recording fitted on.
+        num_trajectories: trajectories fitted on.
+        metrics: measured held-out errors, next to those of the analytic rules.
+    """
+
+    tap: str
+    anchors: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    host: dict[str, Any]
+    scheduler: str
+    num_branches: int
+    guidance_scale: float
+    dtype: str
+    recording_digest: str = ""
+    num_trajectories: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raise unless the tap has the dtype of the fit.
+
+        Raises:
+            PredictorMismatch: it has another.
+        """
+        if dtype != self.dtype:
+            raise PredictorMismatch(
+                f"the predictor was fitted on {self.dtype} features, this run makes {dtype}; load the "
+                f"pipeline in {self.dtype} or record and fit in {dtype}."
+            )
+
+    def check_guidance(self, num_branches: int, guidance_scale: float | None) -> None:
+        """Raise unless a run has the guidance of the fit.
+
+        Args:
+            num_branches: guidance branches found per step.
+            guidance_scale: the pipeline's scale, None where it does not tell.
+
+        Raises:
+            PredictorMismatch: another number of branches, or another scale.
+        """
+        if num_branches != self.num_branches:
+            raise PredictorMismatch(
+                f"the predictor was fitted with {self.num_branches} guidance branch(es) per step, this "
+                f"run has {num_branches}; record and fit with this guidance mode."
+            )
+        if guidance_scale is not None and abs(guidance_scale - self.guidance_scale) > 1e-6:
+            raise PredictorMismatch(
+                f"the predictor was fitted at guidance_scale {self.guidance_scale:g}, this run has "
+                f"{guidance_scale:g}; record and fit at {guidance_scale:g}."
+            )
+
+
+def check_host(spec: PredictorSpec, found: dict[str, Any], scheduler: Any) -> None:
+    """Raise unless a host and scheduler are those of the fit.
+
+    Raises:
+        PredictorMismatch: another class, size, configuration, weights, or scheduler class.
+    """
+    names = {
+        "class": "transformer class",
+        "parameters": "number of parameters",
+        "config_sha256": "transformer configuration",
+        "weights_sha256": "weights (fine-tuned, or with a LoRA?)",
+    }
+    for key, name in names.items():
+        if spec.host.get(key) != found.get(key):
+            raise PredictorMismatch(
+                f"the predictor was fitted on another host: {name} is {found.get(key)}, expected "
+                f"{spec.host.get(key)}. Record and fit for this model: foreseer record --help"
+            )
+    if type(scheduler).__name__ != spec.scheduler:
+        raise PredictorMismatch(
+            f"the predictor was fitted under {spec.scheduler}, found {type(scheduler).__name__}; use that "
+            "scheduler or record and fit under this one."
+        )
+
+
+def check_grid(spec: PredictorSpec, sigmas: list[float]) -> None:
+    """Raise unless a run's sigmas are those of the fit.
+
+    Raises:
+        PredictorMismatch: another number of steps, or other sigmas.
+    """
+    if len(sigmas) != len(spec.sigmas):
+        raise PredictorMismatch(
+            f"the predictor was fitted on {len(spec.sigmas)} steps, this run has {len(sigmas)}; set "
+            f"num_inference_steps={len(spec.sigmas)} or fit one for {len(sigmas)} steps."
+        )
+    gap, index = max((abs(a - b), i) for i, (a, b) in enumerate(zip(sigmas, spec.sigmas, strict=True)))
+    if gap > SIGMA_TOLERANCE:
+        raise PredictorMismatch(
+            f"the sigma grid differs from the fit's: step {index} has sigma {sigmas[index]:.6f}, expected "
+            f"{spec.sigmas[index]:.6f} (another shift or schedule?); record and fit on this grid."
+        )

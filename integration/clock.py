@@ -1,0 +1,143 @@
+"""The clock of a run: a scheduler instance, watched through `set_timesteps` and `step`.
+
+Convention: sigma runs 1 to 0, x_t = (1 - sigma) x_0 + sigma eps, v = eps - x_0.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def flow_sigmas(scheduler: Any) -> list[float]:
+    """Flow time of every step of a scheduler after `set_timesteps`, 1 to 0, without the terminal one.
+
+    Flow schedulers hold it as `sigmas`. A variance-preserving x = a x_0 + b eps has flow time b / (a + b),
+    since scaling x by 1 / (a + b) gives the convention above.
+
+    Raises:
+        ValueError: the scheduler has neither flow sigmas nor `alphas_cumprod`.
+    """
+    config = scheduler.config
+    num_steps = len(scheduler.timesteps)
+    if hasattr(scheduler, "sigmas") and (
+        type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas")
+    ):
+        return [float(sigma) for sigma in scheduler.sigmas[:num_steps]]
+    if hasattr(scheduler, "alphas_cumprod"):
+        index = scheduler.timesteps.long().cpu().clamp(0, len(scheduler.alphas_cumprod) - 1)
+        alpha = scheduler.alphas_cumprod[index].double().sqrt()
+        noise = (1 - scheduler.alphas_cumprod[index].double()).sqrt()
+        return (noise / (alpha + noise)).tolist()
+    raise ValueError(
+        f"{type(scheduler).__name__} has neither flow sigmas nor alphas_cumprod, so its steps have no "
+        "flow time; use a flow-matching scheduler, DDIM, DPM-Solver++ or UniPC."
+    )
+
+
+class Clock:
+    """Watch one scheduler: `set_timesteps` opens a run, `step` closes a step.
+
+    The wrappers live on the instance only, keep the signatures (pipelines inspect them), and copies of
+    the scheduler do not tick.
+
+    Args:
+        scheduler: a diffusers scheduler instance.
+        on_open: called with the new run's sigmas.
+        on_step: called with the step index and the sample before it, after each scheduler step.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        on_open: Callable[[list[float]], None],
+        on_step: Callable[[int, Tensor], None],
+    ) -> None:
+        self.scheduler = scheduler
+        self.on_open = on_open
+        self.on_step = on_step
+        self.sigmas: list[float] = []
+        self.steps_done = 0
+        self._wrap()
+
+    @property
+    def index(self) -> int:
+        """The step now being evaluated, counted in the scheduler's own list of steps."""
+        begin = getattr(self.scheduler, "begin_index", None) or 0
+        return begin + self.steps_done
+
+    def _wrap(self) -> None:
+        scheduler = self.scheduler
+        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+
+        @functools.wraps(set_timesteps)
+        def opening(*args: Any, **kwargs: Any) -> Any:
+            result = set_timesteps(*args, **kwargs)
+            self.steps_done = 0
+            self.sigmas = flow_sigmas(scheduler)
+            self.on_open(self.sigmas)
+            return result
+
+        @functools.wraps(step)
+        def closing(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any):  # noqa: ANN202 - the scheduler's own return type
+            index = self.index
+            result = step(model_output, timestep, sample, *args, **kwargs)
+            self.steps_done += 1
+            self.on_step(index, sample)
+            return result
+
+        scheduler.set_timesteps, scheduler.step = opening, closing
+
+    def detach(self) -> None:
+        """Give the scheduler its own methods back."""
+        for name in ("set_timesteps", "step"):
+            self.scheduler.__dict__.pop(name, None)
+
+
+def step_output(result: Any) -> Tensor:
+    """The sample a scheduler's `step` returned, in either of its return forms."""
+    return result[0] if isinstance(result, tuple) else result.prev_sample
+
+
+def is_affine(scheduler: Any, sample: Tensor, num_steps: int, tolerance: float = 1e-4) -> str | None:
+    """Why a scheduler's run is not an affine, deterministic function of the model outputs, or None.
+
+    Two full runs on the same random outputs must agree (deterministic), and the run on the mean of two
+    sets of outputs must be the mean of the runs (affine). Works on a copy.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        sample: a tensor of the latents' shape.
+        num_steps: steps of the probe run.
+        tolerance: largest relative deviation put down to rounding.
+    """
+    import copy
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_steps, *sample.shape)
+    first, second = (torch.randn(shape, generator=generator) for _ in range(2))
+    start = torch.randn(sample.shape, generator=generator)
+
+    def run(outputs: Tensor) -> Tensor:
+        probe = copy.deepcopy(scheduler)
+        for name in ("set_timesteps", "step"):
+            probe.__dict__.pop(name, None)
+        probe.set_timesteps(num_steps)
+        x = start
+        for timestep, output in zip(probe.timesteps, outputs, strict=False):
+            x = step_output(probe.step(output, timestep, x, return_dict=False))
+        return x
+
+    one, two, mean = run(first), run(second), run((first + second) / 2)
+    scale = float(one.norm() + two.norm())
+    if not torch.equal(one, run(first)):
+        return "two runs on the same model outputs differ: the step draws noise"
+    deviation = float(((one + two) / 2 - mean).norm()) / scale
+    if not deviation <= tolerance:
+        return (
+            "the step is not affine in the model output (relative deviation "
+            f"{deviation:.1e} on random outputs; thresholding or clipping is on?)"
+        )
+    return None

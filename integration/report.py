@@ -1,0 +1,51 @@
+"""What a session did: which steps ran, what they cost, what is cached."""
+
+from dataclasses import dataclass, field
+from statistics import median
+
+
+@dataclass
+class Report:
+    """Account of the latest run of a session; `str(report)` is made to be read.
+
+    Attributes:
+        num_steps: steps of the run.
+        anchors: steps at which the network ran.
+        forecasts: steps that were forecast.
+        state_bytes: largest size of the cached features, in bytes.
+        seconds: wall-clock seconds of every call of the transformer, by kind of step.
+    """
+
+    num_steps: int = 0
+    anchors: list[int] = field(default_factory=list)
+    forecasts: list[int] = field(default_factory=list)
+    state_bytes: int = 0
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def open(self, sigmas: list[float]) -> None:
+        """Start over for a new run."""
+        self.num_steps = len(sigmas)
+        self.anchors, self.forecasts, self.state_bytes = [], [], 0
+        self.seconds = {"anchor": [], "forecast": []}
+
+    def count(self, step_index: int, kind: str, seconds: float) -> None:
+        """Add one call of the transformer."""
+        steps = self.anchors if kind == "anchor" else self.forecasts
+        if not steps or steps[-1] != step_index:
+            steps.append(step_index)
+        self.seconds[kind].append(seconds)
+
+    def __str__(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"{len(self.anchors)} network evaluations, {len(self.forecasts)} forecasts of "
+            f"{self.num_steps} steps",
+            f"anchors: {' '.join(map(str, self.anchors))}",
+            f"cached features: {self.state_bytes / 1024:.1f} KiB",
+        ]
+        cost = {kind: median(values) for kind, values in self.seconds.items() if values}
+        for kind, value in cost.items():
+            lines.append(f"median {kind} step: {1000 * value:.2f} ms")
+        if len(cost) == 2:
+            lines.append(f"a forecast costs {cost['forecast'] / cost['anchor']:.2%} of an anchor")
+        return "\n".join(lines)

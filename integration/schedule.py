@@ -1,0 +1,62 @@
+"""Which steps are anchors: lists, and the rules that make them."""
+
+from collections.abc import Sequence
+
+PUBLISHED_L2P = {
+    11: (0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44),
+    10: (0, 1, 2, 4, 7, 14, 23, 31, 38, 45),
+    9: (0, 1, 2, 4, 9, 17, 26, 35, 43),
+    8: (0, 1, 2, 4, 10, 20, 31, 41),
+    7: (0, 1, 2, 4, 12, 24, 38),
+    6: (0, 1, 2, 4, 16, 32),
+}
+"""The hand-tuned lists of L2P's release for 50 steps, by number of anchors (arXiv 2604.26365)."""
+
+
+def uniform(num_anchors: int, num_steps: int = 50) -> tuple[int, ...]:
+    """Anchors `round(num_steps * i / num_anchors)`."""
+    return warped(num_anchors, num_steps, gamma=1.0)
+
+
+def warped(num_anchors: int, num_steps: int = 50, gamma: float = 1.2) -> tuple[int, ...]:
+    """Anchors `round(num_steps * (i / num_anchors) ** gamma)`, denser at the start for gamma > 1.
+
+    Raises:
+        ValueError: two anchors fall on one step.
+    """
+    anchors = [round(num_steps * (i / num_anchors) ** gamma) for i in range(num_anchors)]
+    return check_anchors(anchors, num_steps)
+
+
+def interval(num_steps: int, interval: int, warmup: int = 3) -> tuple[int, ...]:
+    """TaylorSeer's schedule: steps `0 .. warmup - 1`, then every `interval` steps after the last of them.
+
+    Raises:
+        ValueError: an argument is below 1.
+    """
+    if interval < 1 or warmup < 1:
+        raise ValueError(f"interval is {interval} and warmup {warmup}, expected both >= 1.")
+    later = range(warmup - 1 + interval, num_steps, interval)
+    return (*range(min(warmup, num_steps)), *later)
+
+
+def check_anchors(anchors: Sequence[int], num_steps: int) -> tuple[int, ...]:
+    """The anchors as a tuple, if they are a schedule for a run of `num_steps` steps.
+
+    Raises:
+        ValueError: step 0 is missing, or a step is out of order, doubled or out of range.
+    """
+    anchors = tuple(anchors)
+    if not anchors or anchors[0] != 0:
+        raise ValueError(
+            f"the anchors are {list(anchors)}, expected a list that starts with step 0: "
+            "there is nothing to forecast from before the first anchor."
+        )
+    if any(later <= earlier for earlier, later in zip(anchors, anchors[1:], strict=False)):
+        raise ValueError(f"the anchors are {list(anchors)}, expected steps in rising order, no doubles.")
+    if anchors[-1] >= num_steps:
+        raise ValueError(
+            f"the last anchor is step {anchors[-1]}, but the run has {num_steps} steps (0 to "
+            f"{num_steps - 1}); give anchors for {num_steps} steps."
+        )
+    return anchors
