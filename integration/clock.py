@@ -46,14 +46,14 @@ class Clock:
     Args:
         scheduler: a diffusers scheduler instance.
         on_open: called with the new run's sigmas.
-        on_step: called with the step index and the sample before it, after each scheduler step.
+        on_step: called after each scheduler step with its index, the sample before and after it.
     """
 
     def __init__(
         self,
         scheduler: Any,
         on_open: Callable[[list[float]], None],
-        on_step: Callable[[int, Tensor], None],
+        on_step: Callable[[int, Tensor, Tensor], None],
     ) -> None:
         self.scheduler = scheduler
         self.on_open = on_open
@@ -85,7 +85,7 @@ class Clock:
             index = self.index
             result = step(model_output, timestep, sample, *args, **kwargs)
             self.steps_done += 1
-            self.on_step(index, sample)
+            self.on_step(index, sample, step_output(result))
             return result
 
         scheduler.set_timesteps, scheduler.step = opening, closing

@@ -42,8 +42,8 @@ class Controller:
         """The tap to put back (`output`, `hidden` or `residual`) and its forecast."""
         raise NotImplementedError
 
-    def close(self, step_index: int, sample: Tensor) -> None:
-        """A step is over; `sample` is the state it started from."""
+    def close(self, step_index: int, before: Tensor, after: Tensor) -> None:
+        """A step is over, and took the latents from `before` to `after`."""
 
     def state_bytes(self) -> int:
         """Bytes of cached features."""
@@ -94,15 +94,15 @@ class Session:
         self.report.open(sigmas)
         self.controller.open(sigmas)
 
-    def _close(self, index: int, sample: Tensor) -> None:
+    def _close(self, index: int, before: Tensor, after: Tensor) -> None:
         """Observe the step's calls, now that the sample tells how many branches each one held."""
         for key, call, taps, batch, x_t in self._pending:
             if self._branches_per_call is None or call == 0:
-                self._branches_per_call = max(1, batch // max(1, len(sample)))
+                self._branches_per_call = max(1, batch // max(1, len(before)))
             self.controller.observe(key, call, self._step(index, call, x_t), taps)
         self._pending = []
         self._calls = 0
-        self.controller.close(index, sample)
+        self.controller.close(index, before, after)
         self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
         if index == self._num_steps - 1:
             self._open_run = False

@@ -1,0 +1,96 @@
+"""Gram matrices of a trajectory's features: all a linear forecaster can know, and what follows from them.
+
+Shapes: S sampling steps, K anchors. A Gram G has G[s, t] = <F_s, F_t>, float64; leading axes
+(trajectories, branches) are kept by every function.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def gram(features: Float[Tensor, "*lead S M"]) -> Float[Tensor, "*lead S S"]:
+    """<F_s, F_t> in float64 (float32 sums double the residual of a fit on smooth trajectories)."""
+    wide = features.double()
+    return wide @ wide.mT
+
+
+def relative_change(grams: Float[Tensor, "*lead S S"]) -> Float[Tensor, "*lead S-1"]:
+    """||F_s - F_{s-1}|| / ||F_{s-1}|| of every step but the first."""
+    norms = grams.diagonal(dim1=-2, dim2=-1)
+    cross = grams.diagonal(offset=1, dim1=-2, dim2=-1)
+    squared = norms[..., 1:] - 2 * cross + norms[..., :-1]
+    return (squared.clamp_min(0) / norms[..., :-1]).sqrt()
+
+
+def cosine_to_previous(grams: Float[Tensor, "*lead S S"]) -> Float[Tensor, "*lead S-1"]:
+    """cos(F_s, F_{s-1}) of every step but the first."""
+    norms = grams.diagonal(dim1=-2, dim2=-1)
+    cross = grams.diagonal(offset=1, dim1=-2, dim2=-1)
+    return cross / (norms[..., 1:] * norms[..., :-1]).sqrt()
+
+
+def projection_fidelity(
+    grams: Float[Tensor, "*lead S S"], anchors: Sequence[int] | None = None
+) -> Float[Tensor, "*lead S"]:
+    """1 - ||F_t - Proj F_t|| / ||F_t||, Proj onto the earlier features (arXiv 2604.26365, section 3).
+
+    The coefficients are each trajectory's own: an oracle, the ceiling of every linear forecaster.
+
+    Args:
+        grams: Gram matrices.
+        anchors: project onto these steps only; None projects onto all earlier steps.
+
+    Returns:
+        Fidelity per step; 0 at step 0, which has nothing to be projected on, and 1 at an anchor.
+    """
+    num_steps = grams.shape[-1]
+    fidelity = torch.zeros(grams.shape[:-1], dtype=torch.float64)
+    for t in range(1, num_steps):
+        history = [s for s in (range(t) if anchors is None else anchors) if s < t]
+        if anchors is not None and t in anchors:
+            fidelity[..., t] = 1.0
+            continue
+        residual = grams[..., t, t] - explained(grams, history, t)
+        fidelity[..., t] = 1 - (residual.clamp_min(0) / grams[..., t, t]).sqrt()
+    return fidelity
+
+
+def explained(grams: Float[Tensor, "*lead S S"], history: list[int], t: int) -> Float[Tensor, "*lead"]:
+    """g^T G_hh^+ g: the squared norm of F_t's projection on the features of `history`."""
+    g = grams[..., history, t]
+    weights = solve_psd(grams[..., history, :][..., history], g)
+    return (g * weights).sum(-1)
+
+
+def solve_psd(
+    matrix: Float[Tensor, "*lead K K"], right: Float[Tensor, "*lead K"], cutoff: float = 1e-12
+) -> Float[Tensor, "*lead K"]:
+    """The least-norm solution of matrix x = right, directions below `cutoff` of the largest left out.
+
+    The matrix is scaled to a unit diagonal first, so that steps of any size count alike.
+    """
+    scale = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
+    values, vectors = torch.linalg.eigh(matrix * scale[..., :, None] * scale[..., None, :])
+    keep = values > cutoff * values[..., -1:]
+    inverse = torch.where(keep, values, torch.inf).reciprocal()
+    projected = (vectors.mT @ (right * scale)[..., None]).squeeze(-1)
+    return (vectors @ (inverse * projected)[..., None]).squeeze(-1) * scale
+
+
+def open_loop_error(
+    grams: Float[Tensor, "*lead S S"], weights: Float[Tensor, "*lead2 S"], t: int
+) -> Float[Tensor, "*lead"]:
+    """||F_t - sum_s w_s F_s|| / ||F_t||: c^T G c with c = e_t - w.
+
+    Args:
+        grams: Gram matrices.
+        weights: a weight per step (zero at steps not used), broadcast against the leading axes.
+        t: the forecast step.
+    """
+    c = -weights.double()
+    c[..., t] += 1
+    squared = torch.einsum("...s,...st,...t->...", c, grams, c)
+    return (squared.clamp_min(0) / grams[..., t, t]).sqrt()
