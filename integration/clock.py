@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -46,14 +45,15 @@ class Clock:
     Args:
         scheduler: a diffusers scheduler instance.
         on_open: called with the new run's sigmas.
-        on_step: called after each scheduler step with its index, the sample before and after it.
+        on_step: called after each scheduler step with its index, the model output, and the sample
+            before and after it.
     """
 
     def __init__(
         self,
         scheduler: Any,
         on_open: Callable[[list[float]], None],
-        on_step: Callable[[int, Tensor, Tensor], None],
+        on_step: Callable[[int, Tensor, Tensor, Tensor], None],
     ) -> None:
         self.scheduler = scheduler
         self.on_open = on_open
@@ -85,7 +85,7 @@ class Clock:
             index = self.index
             result = step(model_output, timestep, sample, *args, **kwargs)
             self.steps_done += 1
-            self.on_step(index, sample, step_output(result))
+            self.on_step(index, model_output, sample, step_output(result))
             return result
 
         scheduler.set_timesteps, scheduler.step = opening, closing
@@ -99,45 +99,3 @@ class Clock:
 def step_output(result: Any) -> Tensor:
     """The sample a scheduler's `step` returned, in either of its return forms."""
     return result[0] if isinstance(result, tuple) else result.prev_sample
-
-
-def is_affine(scheduler: Any, sample: Tensor, num_steps: int, tolerance: float = 1e-4) -> str | None:
-    """Why a scheduler's run is not an affine, deterministic function of the model outputs, or None.
-
-    Two full runs on the same random outputs must agree (deterministic), and the run on the mean of two
-    sets of outputs must be the mean of the runs (affine). Works on a copy.
-
-    Args:
-        scheduler: a diffusers scheduler.
-        sample: a tensor of the latents' shape.
-        num_steps: steps of the probe run.
-        tolerance: largest relative deviation put down to rounding.
-    """
-    import copy
-
-    generator = torch.Generator().manual_seed(0)
-    shape = (num_steps, *sample.shape)
-    first, second = (torch.randn(shape, generator=generator) for _ in range(2))
-    start = torch.randn(sample.shape, generator=generator)
-
-    def run(outputs: Tensor) -> Tensor:
-        probe = copy.deepcopy(scheduler)
-        for name in ("set_timesteps", "step"):
-            probe.__dict__.pop(name, None)
-        probe.set_timesteps(num_steps)
-        x = start
-        for timestep, output in zip(probe.timesteps, outputs, strict=False):
-            x = step_output(probe.step(output, timestep, x, return_dict=False))
-        return x
-
-    one, two, mean = run(first), run(second), run((first + second) / 2)
-    scale = float(one.norm() + two.norm())
-    if not torch.equal(one, run(first)):
-        return "two runs on the same model outputs differ: the step draws noise"
-    deviation = float(((one + two) / 2 - mean).norm()) / scale
-    if not deviation <= tolerance:
-        return (
-            "the step is not affine in the model output (relative deviation "
-            f"{deviation:.1e} on random outputs; thresholding or clipping is on?)"
-        )
-    return None

@@ -93,7 +93,7 @@ class Forecaster(Controller):
             )
         return self.tap, self.predictor(history, step)
 
-    def close(self, step_index: int, before: Tensor, after: Tensor) -> None:
+    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
         """Check the guidance once the first step has shown all its branches."""
         if self.spec is not None and step_index == 0:
             scale = getattr(self.pipe, "guidance_scale", None)

@@ -42,8 +42,8 @@ class Controller:
         """The tap to put back (`output`, `hidden` or `residual`) and its forecast."""
         raise NotImplementedError
 
-    def close(self, step_index: int, before: Tensor, after: Tensor) -> None:
-        """A step is over, and took the latents from `before` to `after`."""
+    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+        """A step is over: the guided prediction `v` took the latents from `before` to `after`."""
 
     def state_bytes(self) -> int:
         """Bytes of cached features."""
@@ -94,7 +94,7 @@ class Session:
         self.report.open(sigmas)
         self.controller.open(sigmas)
 
-    def _close(self, index: int, before: Tensor, after: Tensor) -> None:
+    def _close(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
         """Observe the step's calls, now that the sample tells how many branches each one held."""
         for key, call, taps, batch, x_t in self._pending:
             if self._branches_per_call is None or call == 0:
@@ -102,7 +102,7 @@ class Session:
             self.controller.observe(key, call, self._step(index, call, x_t), taps)
         self._pending = []
         self._calls = 0
-        self.controller.close(index, before, after)
+        self.controller.close(index, v, before, after)
         self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
         if index == self._num_steps - 1:
             self._open_run = False

@@ -50,7 +50,7 @@ class Recorder(Controller):
             parts = feature.chunk(len(step.branches))
             steps[step.index].update(zip(step.branches, parts, strict=True))
 
-    def close(self, step_index: int, before: Tensor, after: Tensor) -> None:
+    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
         """Keep the state a step started from, and the last one it ended at."""
         self.states.append(before.detach().float())
         self.final = after.detach().float()

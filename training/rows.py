@@ -1,0 +1,114 @@
+"""Closed-form rows of L2P from Grams, the published recipe's objective, and the analytic starts.
+
+Shapes: n trajectories, S sampling steps, K anchors.
+Source: L2P, arXiv 2604.26365; loss_t = w^T G_hh w - 2 w^T g_t + G_tt is its MSE, written on Grams.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..predictors.base import LinearPredictor
+from ..predictors.hermite import HiCache
+from ..predictors.linear import tabulate
+from ..predictors.polynomial import Newton, Reuse, Taylor
+
+RULES: dict[str, LinearPredictor] = {
+    "reuse": Reuse(),
+    "taylor_1": Taylor(1),
+    "taylor_2": Taylor(2),
+    "taylor_3": Taylor(3),
+    "newton_1": Newton(1),
+    "newton_2": Newton(2),
+    "hicache_2": HiCache(2),
+}
+"""The formulas every learned predictor is measured against, by the name used in tables."""
+
+
+def least_squares_rows(
+    grams: Float[Tensor, "n branches S S"], anchors: Sequence[int], ridge: float = 1e-4
+) -> Float[Tensor, "branches S S"]:
+    """Rows on anchors that minimise the summed squared error, shrunk toward reuse.
+
+    Solves (G_hh + ridge diag(G_hh)) delta = g_t - G_hh e_newest for every step t in float64.
+
+    Args:
+        grams: one Gram per trajectory and branch.
+        anchors: steps at which the network runs, starting with 0.
+        ridge: strength relative to each feature's squared norm, >= 0.
+
+    Raises:
+        ValueError: there is no trajectory, or the ridge is negative.
+    """
+    if not len(grams) or ridge < 0:
+        raise ValueError(f"found {len(grams)} trajectories and ridge {ridge}, expected >= 1 and >= 0.")
+    total = grams.double().sum(0)
+    rows = torch.zeros_like(total)
+    for t in range(total.shape[-1]):
+        history = [a for a in anchors if a < t]
+        if t in anchors:
+            rows[:, t, t] = 1.0
+            continue
+        inner = total[:, history][:, :, history]
+        error = total[:, history, t] - inner[:, :, -1]
+        scale = inner.diagonal(dim1=-2, dim2=-1).rsqrt()
+        normal = inner * scale[:, :, None] * scale[:, None, :]
+        normal = normal + (ridge + 1e-12) * torch.eye(len(history), dtype=torch.float64)
+        rows[:, t, history] = torch.linalg.solve(normal, error * scale) * scale
+        rows[:, t, history[-1]] += 1.0
+    return rows
+
+
+def reuse_weight(num_branches: int, num_steps: int) -> Float[Tensor, "branches S S"]:
+    """The published initialisation: W[t, t-1] = 1."""
+    return torch.diag(torch.ones(num_steps - 1), -1).repeat(num_branches, 1, 1)
+
+
+def published_loss(
+    weight: Float[Tensor, "branches S S"], mean_gram: Float[Tensor, "branches S S"]
+) -> Float[Tensor, ""]:
+    """Mean squared one-step error of strictly causal rows over steps and branches, on mean Grams.
+
+    Args:
+        weight: rows over all earlier steps; entries on and above the diagonal are not used.
+        mean_gram: Gram of the average trajectory element (summed Gram over trajectories and elements,
+            divided by their number), so that the loss is the MSE over elements of the paper.
+    """
+    c = weight.tril(-1) - torch.eye(weight.shape[-1], dtype=weight.dtype)
+    errors = torch.einsum("bts,bsu,btu->bt", c, mean_gram.to(weight.dtype), c)
+    return errors[:, 1:].mean()
+
+
+def adams_bashforth_rows(
+    anchors: Sequence[int], sigmas: Sequence[float]
+) -> Float[Tensor, "S S"]:
+    """Rows whose Euler sum over each segment is the variable-step Adams-Bashforth-2 update.
+
+    AB2 from anchor a to the next, H = sigma_next - sigma_a, r = H / (sigma_a - sigma_b):
+    x += H ((1 + r/2) v_a - r/2 v_b) (Hairer, Norsett & Wanner, section III.5). The anchor's own Euler
+    step uses v_a, so the rows of the segment's other steps carry the rest.
+    """
+    num_steps = len(sigmas)
+    grid = [*sigmas, 0.0]
+    rows = torch.zeros(num_steps, num_steps, dtype=torch.float64)
+    for k, (a, end) in enumerate(zip(anchors, [*anchors[1:], num_steps], strict=True)):
+        rows[a, a] = 1.0
+        rest = grid[end] - grid[a + 1]
+        if end == a + 1 or rest == 0:
+            continue
+        span, slope = grid[end] - grid[a], 0.0
+        if k:
+            slope = span * span / (2 * (grid[a] - grid[anchors[k - 1]]) * rest)
+            rows[a + 1 : end, anchors[k - 1]] = -slope
+        rows[a + 1 : end, a] = 1.0 + slope
+    return rows
+
+
+def analytic_rows(
+    anchors: Sequence[int], sigmas: Sequence[float]
+) -> dict[str, Float[Tensor, "S S"]]:
+    """The rows of every formula on these anchors, AB2 included."""
+    rows = {name: tabulate(rule, anchors, sigmas) for name, rule in RULES.items()}
+    return rows | {"ab2": adams_bashforth_rows(anchors, sigmas)}

@@ -1,0 +1,225 @@
+"""Trajectory tracking: walk the schedule once and solve, segment by segment, for the rows that land
+nearest to the full run's state at the next anchor, on the states the accelerated run really reaches.
+
+Shapes: n trajectories, S sampling steps, B batch. Segments are the stretches from an anchor to the
+next, or to the end of the run.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from ..integration.host import transformer_of
+from ..integration.sampler import SamplerMap, pristine, probe
+from ..integration.session import Controller, Session
+from ..predictors.base import Step
+from ..trajectories.prompts import Item, generate_batch
+
+
+class _Stop(Exception):
+    """Ends a pipeline call once the wanted anchor has been evaluated."""
+
+
+class Tracker(Controller):
+    """Replay the anchors seen so far, forecast by the rows found so far, and evaluate one new anchor.
+
+    Args:
+        anchors: steps at which the network runs.
+        rows: rows of every branch, `(branches, S, S)`, anchor rows unit rows; changed in place.
+    """
+
+    taps = frozenset({"output"})
+
+    def __init__(self, anchors: Sequence[int], rows: Float[Tensor, "branches S S"]) -> None:
+        self.anchors = list(anchors)
+        self.rows = rows
+        self.outputs: list[dict[str, dict[int, Tensor]]] = []  # per batch: call key -> anchor -> output
+        self.branches: dict[str, tuple[int, ...]] = {}
+        self.guidance: Tensor | None = None
+        self.scheduler: Any = None
+        self.sampler: SamplerMap | None = None
+        self.batch = 0
+        self.stop_at = 0
+
+    def open(self, sigmas: list[float]) -> None:
+        """Read the sampler's map off the first run."""
+        if len(sigmas) != self.rows.shape[-1]:
+            raise ValueError(
+                f"the run has {len(sigmas)} steps, the rows are for {self.rows.shape[-1]}."
+            )
+        if self.sampler is None:
+            self.sampler = probe(pristine(self.scheduler))
+
+    def is_anchor(self, step: Step) -> bool:
+        """Only the new anchor runs the network."""
+        return step.index == self.stop_at
+
+    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
+        """Keep the new anchor's output."""
+        self.branches[key] = step.branches
+        self.outputs[self.batch].setdefault(key, {})[step.index] = taps["output"]
+
+    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
+        """A stored anchor's output, or the forecast of the rows found so far."""
+        stored = self.outputs[self.batch][key]
+        if step.index in stored:
+            return "output", stored[step.index]
+        parts = {a: f.chunk(len(self.branches[key])) for a, f in stored.items()}
+        rows = self.rows[list(self.branches[key]), step.index]
+        forecast = [
+            sum(float(row[a]) * parts[a][i].float() for a in stored) for i, row in enumerate(rows)
+        ]
+        return "output", torch.cat(forecast).to(next(iter(stored.values())).dtype)
+
+    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+        """Note the state at the new anchor and end the call."""
+        if step_index != self.stop_at:
+            return
+        if self.guidance is None:
+            self.guidance = guidance_weights(self.branch_outputs(self.batch, step_index), v)
+        self.states.append(before.detach().double())
+        raise _Stop
+
+    def branch_outputs(self, batch: int, anchor: int) -> Float[Tensor, "branches B *shape"]:
+        """The outputs of one batch at one anchor, branch by branch."""
+        parts: dict[int, Tensor] = {}
+        for key, stored in self.outputs[batch].items():
+            chunks = stored[anchor].chunk(len(self.branches[key]))
+            parts.update(zip(self.branches[key], chunks, strict=True))
+        return torch.stack([parts[branch] for branch in sorted(parts)])
+
+    def visit(self, pipe: Any, batches: Sequence[Sequence[Item]], anchor: int, settings: dict) -> Tensor:
+        """Evaluate one anchor on every batch; returns the states there, `(n, *shape)`."""
+        self.stop_at = anchor
+        self.states: list[Tensor] = []
+        for self.batch, batch in enumerate(batches):
+            if len(self.outputs) <= self.batch:
+                self.outputs.append({})
+            try:
+                generate_batch(pipe, batch, output_type="latent", **settings)
+            except _Stop:
+                continue
+            raise ValueError(f"the run ended before step {anchor}; expected it among its steps.")
+        return torch.cat(self.states)
+
+    def features(self, anchor: int) -> Float[Tensor, "branches n M"]:
+        """All outputs at one anchor, flattened, float64."""
+        outputs = [self.branch_outputs(b, anchor) for b in range(len(self.outputs))]
+        return torch.cat(outputs, dim=1).flatten(2).double()
+
+
+def guidance_weights(
+    outputs: Float[Tensor, "branches B *shape"], v: Float[Tensor, "B *shape"]
+) -> Float[Tensor, " branches"]:
+    """The weights with which a pipeline combines its branches, found from one step.
+
+    Raises:
+        ValueError: no weights do (as with guidance that rescales norms).
+    """
+    flat = outputs.flatten(1).double()
+    target = v.detach().flatten().double()
+    weights = torch.linalg.lstsq(flat.T, target[:, None]).solution[:, 0]
+    error = float((weights @ flat - target).norm() / target.norm())
+    if error > 1e-3:
+        raise ValueError(
+            f"the pipeline's guidance is not a fixed combination of its branches (relative error "
+            f"{error:.1e}); tracking cannot be solved for it. Refine from an analytic start instead."
+        )
+    return weights
+
+
+def track(
+    pipe: Any,
+    batches: Sequence[Sequence[Item]],
+    states: Float[Tensor, "n states *shape"],
+    anchors: Sequence[int],
+    start: Float[Tensor, "branches S S"],
+    ridge: float = 1e-2,
+    **settings: Any,
+) -> tuple[Float[Tensor, "branches S S"], list[Tensor]]:
+    """Rows that keep an accelerated run near the recorded one, and a basis to refine them in.
+
+    Within a segment every step's row moves by the same amount delta, the ridge solution of
+    min sum_n || x_ref(next) - x(next; start rows) - sum_{b,a} rho_b F_{b,a} delta_{b,a} ||^2,
+    rho_b the summed response of the next state to the segment's forecasts. It costs one network
+    evaluation per anchor and trajectory.
+
+    Args:
+        pipe: the pipeline.
+        batches: items in the order of `states`, cut into pipeline calls.
+        states: the recorded states of the full run, at every step and the end.
+        anchors: steps at which the network runs.
+        start: analytic rows to shrink toward.
+        ridge: strength relative to each regressor's squared norm.
+        settings: keyword arguments of every pipeline call.
+
+    Returns:
+        The rows, and per segment a matrix `(branches * (k + 1), r)` whose unit vectors each move the
+        next state by a root mean square of one.
+
+    Raises:
+        NonAffineScheduler: the sampler is not a fixed linear map.
+    """
+    rows = start.double().clone()
+    tracker = Tracker(anchors, rows)
+    tracker.scheduler = pipe.scheduler
+    session = Session(transformer_of(pipe), pipe.scheduler, tracker)
+    bases: list[Tensor] = []
+    num_steps = rows.shape[-1]
+    try:
+        ends = [*anchors[1:], num_steps]
+        segments = list(zip(anchors, ends, strict=True))
+        for k, (anchor, end) in enumerate(tqdm(segments, desc="track", unit="anchor")):
+            reached = tracker.visit(pipe, batches, anchor, settings).flatten(1)
+            known = list(anchors[: k + 1])
+            features = torch.stack([tracker.features(a) for a in known], dim=1)  # (branches, K, n, M)
+            delta, basis = _solve(tracker, reached, states.flatten(2), features, known, end, ridge)
+            for a, column in zip(known, delta.unbind(1), strict=True):
+                rows[:, anchor + 1 : end, a] += column[:, None]
+            bases.append(basis)
+    finally:
+        session.detach()
+    return rows, bases
+
+
+def _solve(
+    tracker: Tracker,
+    reached: Float[Tensor, "n M"],
+    states: Float[Tensor, "n states M"],
+    features: Float[Tensor, "branches K n M"],
+    known: list[int],
+    end: int,
+    ridge: float,
+) -> tuple[Float[Tensor, "branches K"], Tensor]:
+    sampler, guidance, rows = tracker.sampler, tracker.guidance, tracker.rows
+    assert sampler is not None and guidance is not None
+    branches, num_known = features.shape[:2]
+    anchor = known[-1]
+    change = sampler.response[end] - sampler.response[anchor]  # per model output
+    weights = guidance[:, None] * torch.einsum("s,bsk->bk", change, rows[:, :, known])
+    noise = states[:, 0].double() * (sampler.start[end] - sampler.start[anchor]) / sampler.start[0]
+    landed = reached + noise + torch.einsum("bk,bknm->nm", weights, features)
+    error = states[:, end].double() - landed
+    rho = guidance * sampler.response[end, anchor + 1 : end].sum()
+    regressors = (features * rho[:, None, None, None]).flatten(0, 1)  # (branches * K, n, M)
+    normal = torch.einsum("pnm,qnm->pq", regressors, regressors) / error.numel()
+    if end == anchor + 1 or not bool((normal.diagonal() > 0).all()):
+        empty = torch.zeros(branches * num_known, 0, dtype=torch.float64)
+        return torch.zeros(branches, num_known, dtype=torch.float64), empty
+    scale = normal.diagonal().rsqrt()
+    unit = normal * scale[:, None] * scale[None, :]
+    right = torch.einsum("pnm,nm->p", regressors, error) / error.numel() * scale
+    eye = torch.eye(len(unit), dtype=torch.float64)
+    delta = torch.linalg.solve(unit + ridge * eye, right) * scale
+    return delta.view(branches, num_known), whitening(normal)
+
+
+def whitening(normal: Float[Tensor, "P P"], cutoff: float = 1e-5) -> Float[Tensor, "P r"]:
+    """A matrix L with L^T normal L = 1 on the directions above `cutoff` of the largest."""
+    values, vectors = torch.linalg.eigh(normal)
+    keep = values > cutoff * values[-1]
+    return vectors[:, keep] / values[keep].sqrt()
