@@ -86,7 +86,7 @@ def ssim(
 
 
 def latent_rel_l2(
-    latents: Float[Tensor, "B *shape"], reference: Float[Tensor, "B *shape"]
+    latents: Float[Tensor, "B ..."], reference: Float[Tensor, "B ..."]
 ) -> Float[Tensor, " B"]:
     """Relative error ||x - x_ref|| / ||x_ref|| of each final latent, computed in float64.
 

@@ -69,6 +69,7 @@ class BenchRow:
     seconds_per_image: float | None
 
     def __post_init__(self) -> None:
+        """Refuse values that no benchmark can have produced."""
         for field in fields(self):
             value = _checked(field.name, field.type, getattr(self, field.name), self.method)
             object.__setattr__(self, field.name, value)
