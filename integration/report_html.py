@@ -19,7 +19,7 @@ from .report_rows import BenchMeta, BenchRow, save_meta, save_rows
 from .report_table import blocks, decibels, gaps, markdown_table, save_csv, short_table, verdict
 from .report_template import PAGE
 
-Cell = tuple[str, float | str | None]  # text shown, value sorted by
+Cell = tuple[str, int | float | str | None]  # text shown, value sorted by
 TEXT_COLUMNS = ("method", "kind", "tap", "anchors")
 
 
@@ -194,7 +194,7 @@ def _cells(row: BenchRow) -> dict[str, Cell]:
     }
 
 
-def _number(value: float | None, form: str) -> Cell:
+def _number(value: int | float | None, form: str) -> Cell:
     """A cell for a number that may not have been measured."""
     return ("–", None) if value is None else (format(value, form), value)
 

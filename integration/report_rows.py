@@ -174,7 +174,10 @@ def _row(record: Mapping[str, Any], where: str) -> BenchRow:
         if key not in values or values[key] is not None:
             raise ValueError(f"{where}: {key!r} is listed as infinite, so it must be null.")
         values[key] = math.inf
-    return BenchRow(**values)
+    types = {field.name: field.type for field in fields(BenchRow)}
+    return BenchRow(
+        **{k: _checked(k, types[k], v, str(values["method"])) for k, v in values.items()}
+    )
 
 
 def _check_keys(record: Mapping[str, Any], expected: set[str], where: str) -> None:
