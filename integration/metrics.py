@@ -1,0 +1,167 @@
+"""How far the images of an accelerated run are from those of the full run, sample by sample.
+
+Shapes: B batch, C channels, H height, W width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+NUM_RESAMPLES = 10_000  # bootstrap resamples of the mean
+RESAMPLING_SEED = 0
+SSIM_WINDOW = 11  # pixels: side of the Gaussian window of Wang et al. 2004
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One number per sample, condensed; `ci_low` to `ci_high` is a 95 % interval of the mean."""
+
+    mean: float
+    median: float
+    q10: float
+    q90: float
+    ci_low: float
+    ci_high: float
+
+
+def psnr(
+    images: Float[Tensor, "B C H W"], reference: Float[Tensor, "B C H W"]
+) -> Float[Tensor, " B"]:
+    """Peak signal-to-noise ratio of each sample in dB, computed in float64.
+
+    PSNR = -10 log10(mean (images - reference)^2), for images with peak value 1. Squaring a
+    difference of `uint8` images wraps modulo 256 and flatters large errors, so integer images
+    are refused.
+
+    Args:
+        images: accelerated samples in [0, 1].
+        reference: samples of the full run in [0, 1].
+
+    Returns:
+        PSNR per sample, `inf` where the two are identical.
+
+    Raises:
+        ValueError: the shapes differ, or the values are not floats in [0, 1].
+    """
+    _check_images(images, reference)
+    squared_error = (images.double() - reference.double()).square()
+    return -10 * squared_error.flatten(1).mean(1).log10()
+
+
+def ssim(
+    images: Float[Tensor, "B C H W"], reference: Float[Tensor, "B C H W"]
+) -> Float[Tensor, " B"]:
+    """Structural similarity of each sample (Wang et al. 2004, eq. 13), Gaussian window, float64.
+
+    Args:
+        images: accelerated samples in [0, 1], at least 11 x 11 pixels.
+        reference: samples of the full run in [0, 1].
+
+    Returns:
+        SSIM per sample, 1 where the two are identical.
+
+    Raises:
+        ValueError: the shapes differ, the values are not floats in [0, 1], or the images are
+            smaller than the window.
+    """
+    _check_images(images, reference)
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(
+            f"SSIM needs images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, "
+            f"got {images.shape[-2]} x {images.shape[-1]}; upscale them first."
+        )
+    # Imported here because it takes seconds, and deploying a predictor never measures SSIM.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    similarity = structural_similarity_index_measure(
+        images.double(),
+        reference.double(),
+        kernel_size=SSIM_WINDOW,
+        reduction="none",
+        data_range=1.0,
+    )
+    return torch.as_tensor(similarity).reshape(len(images))
+
+
+def latent_rel_l2(
+    latents: Float[Tensor, "B ..."], reference: Float[Tensor, "B ..."]
+) -> Float[Tensor, " B"]:
+    """Relative error ||x - x_ref|| / ||x_ref|| of each final latent, computed in float64.
+
+    Args:
+        latents: final latents of the accelerated run.
+        reference: final latents of the full run.
+
+    Returns:
+        Relative L2 error per sample.
+
+    Raises:
+        ValueError: the shapes differ, or a reference is zero everywhere.
+    """
+    _check_shapes(latents, reference)
+    scale = reference.double().flatten(1).norm(dim=1)
+    if not bool((scale > 0).all()):
+        raise ValueError("A reference latent has norm 0 or NaN: its relative error is undefined.")
+    return (latents.double() - reference.double()).flatten(1).norm(dim=1) / scale
+
+
+def summarise(values: Float[Tensor, " B"]) -> Summary:
+    """Condense per-sample values; the interval of the mean is a percentile bootstrap.
+
+    Resampling uses a fixed seed, so equal values give equal summaries.
+
+    Args:
+        values: one number per sample; `inf` is allowed.
+
+    Raises:
+        ValueError: there is no sample, or a value is NaN.
+    """
+    if values.numel() == 0 or bool(values.isnan().any()):
+        raise ValueError(
+            f"Expected at least one value and no NaN, got {values.numel()} values of which "
+            f"{int(values.isnan().sum())} are NaN; did a run diverge?"
+        )
+    values = values.detach().double().cpu()
+    generator = torch.Generator().manual_seed(RESAMPLING_SEED)
+    picks = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)
+    means = values[picks].mean(1)
+    return Summary(
+        mean=float(values.mean()),
+        median=_quantile(values, 0.5),
+        q10=_quantile(values, 0.1),
+        q90=_quantile(values, 0.9),
+        ci_low=_quantile(means, 0.025),
+        ci_high=_quantile(means, 0.975),
+    )
+
+
+def _quantile(values: Float[Tensor, " B"], q: float) -> float:
+    """Linearly interpolated quantile that, unlike `torch.quantile`, is never NaN beside `inf`."""
+    ordered = values.sort().values
+    position = q * (len(values) - 1)
+    below = int(position)
+    low, high = float(ordered[below]), float(ordered[min(below + 1, len(values) - 1)])
+    fraction = position - below
+    return low if low == high or fraction == 0 else low + fraction * (high - low)
+
+
+def _check_images(images: Tensor, reference: Tensor) -> None:
+    """Refuse a pair of image batches that PSNR and SSIM would misread."""
+    _check_shapes(images, reference)
+    for name, batch in (("images", images), ("reference", reference)):
+        if not batch.is_floating_point():
+            raise ValueError(f"{name} must be floats in [0, 1], got {batch.dtype}; divide by 255.")
+        low, high = float(batch.min()), float(batch.max())
+        if not (low >= 0 and high <= 1):  # also catches NaN
+            raise ValueError(f"{name} must lie in [0, 1], got values from {low:g} to {high:g}.")
+
+
+def _check_shapes(values: Tensor, reference: Tensor) -> None:
+    """Refuse shapes that would broadcast, and empty batches."""
+    if values.shape != reference.shape or values.numel() == 0:
+        raise ValueError(
+            f"Expected two equal, non-empty shapes, got {tuple(values.shape)} "
+            f"and {tuple(reference.shape)}."
+        )

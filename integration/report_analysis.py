@@ -1,0 +1,111 @@
+"""Figures that look inside a forecaster: error per step, weights, how the layers move.
+
+Shapes: S steps, L layers, T forecast steps, K columns of weights (anchors or earlier steps).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from .report_plots import COLD, GREYS, MARKERS, WARM, save_figure, tidy
+
+
+def plot_step_errors(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Path:
+    """Relative error of the feature at each step, on a logarithmic axis.
+
+    Args:
+        curves: label to (step, error) pairs; an error of 0 (an anchor) breaks the line.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    colours = (WARM[0], COLD[0], COLD[1], WARM[1], WARM[2], COLD[2], GREYS[0], WARM[4], GREYS[1])
+    for index, (label, points) in enumerate(curves.items()):
+        axes.plot(
+            [step for step, _ in points],
+            [error if error > 0 else float("nan") for _, error in points],
+            label=label,
+            color=colours[index % len(colours)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=3.5,
+            linewidth=1.3,
+        )
+    axes.set_yscale("log")
+    tidy(axes, "Error per step", "step (0 is pure noise)", "relative error")
+    if curves:
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save_figure(figure, path)
+
+
+def plot_weights(
+    weights: Float[Tensor, "T K"], steps: Sequence[int], columns: Sequence[int], path: Path
+) -> Path:
+    """The rows of a linear predictor as a heat map, blue below zero and red above.
+
+    Args:
+        weights: one row per forecast step; NaN where a column is not available yet.
+        steps: step index of each row.
+        columns: step index of each column.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    height = min(9.0, 1.6 + 0.16 * len(steps))
+    figure = Figure(figsize=(min(9.0, 3.4 + 0.34 * len(columns)), height), layout="constrained")
+    axes = figure.add_subplot()
+    values = weights.detach().double().cpu()
+    limit = float(values.nan_to_num().abs().max()) or 1.0
+    image = axes.imshow(
+        values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="upper"
+    )
+    axes.set_facecolor("#F2F2F2")
+    every = max(1, len(steps) // 20)
+    axes.set_yticks(range(0, len(steps), every), [str(step) for step in steps[::every]])
+    every = max(1, len(columns) // 20)
+    axes.set_xticks(range(0, len(columns), every), [str(step) for step in columns[::every]])
+    axes.set_title("Weights of the forecast", loc="left", fontsize=11)
+    axes.set_xlabel("weight on the feature of step")
+    axes.set_ylabel("forecast of step")
+    figure.colorbar(image, ax=axes, label="weight")
+    return save_figure(figure, path)
+
+
+def plot_layer_motion(
+    relative_change: Float[Tensor, "S L"],
+    cosine: Float[Tensor, "S L"],
+    fidelity: Float[Tensor, "S L"],
+    path: Path,
+) -> Path:
+    """How the feature of each layer moves from step to step.
+
+    Args:
+        relative_change: ||F_t - F_(t-1)|| / ||F_(t-1)||; NaN where undefined, here and below.
+        cosine: cosine between F_t and F_(t-1).
+        fidelity: 1 - ||F_t - P F_t|| / ||F_t||, with P the projection on all earlier steps.
+        path: PNG to write.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    ramp = colormaps["viridis"].resampled(256)
+    scale = Normalize(0, max(1, relative_change.shape[1] - 1))
+    for axes, values, title in zip(
+        panels,
+        (relative_change, cosine, fidelity),
+        ("relative change", "cosine to the previous step", "projection fidelity"),
+        strict=True,
+    ):
+        for layer, line in enumerate(values.detach().double().cpu().T):
+            axes.plot(line.numpy(), color=ramp(0.92 * scale(layer)), linewidth=1.2)
+        tidy(axes, title, "step", "")
+    panels[0].set_yscale("log")
+    figure.colorbar(ScalarMappable(scale, ramp), ax=panels, label="layer", fraction=0.03, pad=0.01)
+    return save_figure(figure, path)

@@ -1,0 +1,208 @@
+"""The rows of a benchmark result, and the files that hold them."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+KINDS = ("solver", "formula", "learned", "full")
+TAPS = ("output", "hidden", "none")
+ANCHOR_NAMES = ("uniform", "published", "warped", "searched", "all")
+INFINITE_KEY = "infinite"  # JSON has no inf: it is written as null and its key is named here
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One method on one anchor list, measured against the full run on the same seeds.
+
+    Args:
+        method: name of the solver or predictor.
+        kind: `solver` (few-step sampler), `formula` (untrained forecast), `learned` or `full`.
+        tap: tensor that is forecast; `none` where nothing is.
+        anchors_name: where the anchor list comes from; `all` is every step.
+        anchors: step indices at which the network runs, ascending, separated by spaces.
+        num_anchors: length of `anchors`, the number of network evaluations.
+        guidance_scale: classifier-free guidance strength.
+        psnr_db: mean PSNR in dB; `inf` when every pixel is reproduced.
+        psnr_median: median over samples in dB.
+        psnr_q10: 10 % quantile over samples in dB.
+        psnr_q90: 90 % quantile over samples in dB.
+        psnr_ci_low: lower end of the 95 % interval of the mean, in dB.
+        psnr_ci_high: upper end of the 95 % interval of the mean, in dB.
+        ssim: mean structural similarity.
+        latent_rel_l2: mean relative L2 error of the final latents.
+        forecast_step_ratio: CPU time of a forecast step over a full step; None for solvers.
+        state_bytes: bytes of cached features; None when not measured, as for all fields below.
+        fit_seconds: time to fit the predictor.
+        num_trajectories: trajectories the predictor was fitted on.
+        flops_ratio: FLOPs of the accelerated run over the full run.
+        num_samples: samples behind the means.
+        seconds_per_image: wall time per image; None when not measured.
+
+    Raises:
+        ValueError: a value has the wrong type, is NaN, or contradicts another.
+    """
+
+    method: str
+    kind: str
+    tap: str
+    anchors_name: str
+    anchors: str
+    num_anchors: int
+    guidance_scale: float
+    psnr_db: float
+    psnr_median: float
+    psnr_q10: float
+    psnr_q90: float
+    psnr_ci_low: float
+    psnr_ci_high: float
+    ssim: float
+    latent_rel_l2: float
+    forecast_step_ratio: float | None
+    state_bytes: int | None
+    fit_seconds: float | None
+    num_trajectories: int | None
+    flops_ratio: float | None
+    num_samples: int
+    seconds_per_image: float | None
+
+    def __post_init__(self) -> None:
+        """Refuse values that no benchmark can have produced."""
+        for field in fields(self):
+            value = _checked(field.name, field.type, getattr(self, field.name), self.method)
+            object.__setattr__(self, field.name, value)
+        for key, allowed in (("kind", KINDS), ("tap", TAPS), ("anchors_name", ANCHOR_NAMES)):
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"Row of {self.method}: {key} is {getattr(self, key)!r}, "
+                    f"expected one of {', '.join(allowed)}."
+                )
+        if len(self.steps) != self.num_anchors or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(
+                f"Row of {self.method}: anchors must be {self.num_anchors} ascending step "
+                f"indices (num_anchors), got {self.anchors!r}."
+            )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The anchors as numbers."""
+        try:
+            return tuple(int(step) for step in self.anchors.split())
+        except ValueError as error:
+            raise ValueError(
+                f"Row of {self.method}: anchors must be step indices separated by spaces, "
+                f"got {self.anchors!r}."
+            ) from error
+
+
+@dataclass(frozen=True)
+class BenchMeta:
+    """What is needed to run a benchmark again.
+
+    Args:
+        versions: version of each package that matters, and of Python.
+        seeds: seed of every sample.
+        hardware: the machine in words, with the number of threads used.
+        command: the command line.
+        date: day of the run, ISO 8601.
+        commit: commit of the code, or of the release.
+    """
+
+    versions: dict[str, str]
+    seeds: list[int]
+    hardware: str
+    command: str
+    date: str
+    commit: str
+
+
+def save_rows(rows: Sequence[BenchRow], path: Path) -> None:
+    """Write rows as a JSON list; `inf` becomes null, its key named under `infinite`."""
+    records = []
+    for row in rows:
+        record: dict[str, Any] = asdict(row)
+        infinite = [key for key, value in record.items() if value == math.inf]
+        record.update(dict.fromkeys(infinite))
+        if infinite:
+            record[INFINITE_KEY] = " ".join(infinite)
+        records.append(record)
+    path.write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
+
+
+def load_rows(path: Path) -> list[BenchRow]:
+    """Read what `save_rows` wrote.
+
+    Raises:
+        ValueError: the file is not a list of rows, or a row has an unknown or missing key or a
+            malformed value.
+    """
+    records = json.loads(path.read_text())
+    if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
+        raise ValueError(f"{path} must hold a JSON list of rows, one object each.")
+    return [_row(record, f"{path}, row {index}") for index, record in enumerate(records)]
+
+
+def meta_path(path: Path) -> Path:
+    """The sibling of a results file that tells how it was made."""
+    return path.with_suffix(".meta.json")
+
+
+def save_meta(meta: BenchMeta, path: Path) -> None:
+    """Write how the results in `path` were made next to them."""
+    meta_path(path).write_text(json.dumps(asdict(meta), indent=1, allow_nan=False) + "\n")
+
+
+def load_meta(path: Path) -> BenchMeta:
+    """Read how the results in `path` were made.
+
+    Raises:
+        ValueError: the file has an unknown or missing key.
+    """
+    record = json.loads(meta_path(path).read_text())
+    _check_keys(record, {field.name for field in fields(BenchMeta)}, str(meta_path(path)))
+    return BenchMeta(**record)
+
+
+def _row(record: Mapping[str, Any], where: str) -> BenchRow:
+    """One row from its JSON object."""
+    values = dict(record)
+    infinite = str(values.pop(INFINITE_KEY, "")).split()
+    _check_keys(values, {field.name for field in fields(BenchRow)}, where)
+    for key in infinite:
+        if key not in values or values[key] is not None:
+            raise ValueError(f"{where}: {key!r} is listed as infinite, so it must be null.")
+        values[key] = math.inf
+    types = {field.name: field.type for field in fields(BenchRow)}
+    return BenchRow(
+        **{k: _checked(k, types[k], v, str(values["method"])) for k, v in values.items()}
+    )
+
+
+def _check_keys(record: Mapping[str, Any], expected: set[str], where: str) -> None:
+    """Refuse unknown and missing keys, naming them."""
+    unknown, missing = sorted(record.keys() - expected), sorted(expected - record.keys())
+    if unknown or missing:
+        raise ValueError(
+            f"{where}: unknown keys: {', '.join(unknown) or 'none'}; "
+            f"missing keys: {', '.join(missing) or 'none'}. Written by another version?"
+        )
+
+
+def _checked(name: str, annotation: Any, value: Any, method: str) -> Any:
+    """The value in the type its field announces; whole numbers are welcome as floats."""
+    optional = not isinstance(annotation, type)
+    wanted = annotation.__args__[0] if optional else annotation
+    if value is None and optional:
+        return None
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise ValueError(
+            f"Row of {method}: {name} must be {wanted.__name__}{' or null' if optional else ''}, "
+            f"got {value!r}."
+        )
+    if wanted is float and (math.isnan(value) or value == -math.inf):
+        raise ValueError(f"Row of {method}: {name} is {value}; a diverged run cannot be ranked.")
+    return value

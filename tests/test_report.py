@@ -1,0 +1,254 @@
+"""Benchmark rows survive their files, gaps compare equals, and the report is complete."""
+
+import csv
+import json
+import math
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from foreseer.integration.report_analysis import plot_layer_motion, plot_weights
+from foreseer.integration.report_html import anchor_lists, write_report
+from foreseer.integration.report_plots import contact_sheet
+from foreseer.integration.report_rows import (
+    BenchMeta,
+    BenchRow,
+    load_meta,
+    load_rows,
+    save_meta,
+    save_rows,
+)
+from foreseer.integration.report_table import (
+    best_rows,
+    gaps,
+    markdown_table,
+    save_csv,
+    short_table,
+    verdict,
+)
+
+LISTS = {8: "0 1 2 4 10 20 31 41", 6: "0 1 4 11 24 38", 2: "0 9"}
+META = BenchMeta({"torch": "2.13.0"}, [7, 8], "one <CPU>", "foreseer bench", "2026-01-02", "abc")
+
+
+def row(method="ab2", kind="solver", psnr_db=30.0, num_anchors=8, **changes):
+    values = {
+        "tap": "none" if kind in ("solver", "full") else "output",
+        "anchors_name": "published",
+        "anchors": LISTS[num_anchors],
+        "guidance_scale": 3.0,
+        "psnr_median": psnr_db,
+        "psnr_q10": psnr_db - 3,
+        "psnr_q90": psnr_db + 3,
+        "psnr_ci_low": psnr_db - 1,
+        "psnr_ci_high": psnr_db + 1,
+        "ssim": 0.9,
+        "latent_rel_l2": 0.1,
+        "forecast_step_ratio": None,
+        "state_bytes": 2048,
+        "fit_seconds": 0.0,
+        "num_trajectories": 0,
+        "flops_ratio": 0.16,
+        "num_samples": 2,
+        "seconds_per_image": 0.25,
+    }
+    return BenchRow(method, kind, num_anchors=num_anchors, psnr_db=psnr_db, **{**values, **changes})
+
+
+@pytest.fixture
+def rows():
+    return [
+        row("euler", psnr_db=25.0),
+        row("ab2", psnr_db=30.0),
+        row("ab2", psnr_db=31.0, anchors_name="searched", anchors="0 1 3 6 12 21 32 43"),
+        row("taylor_1", "formula", 29.0),
+        row("l2p_closed_loop", "learned", 35.0),
+        row("l2p_closed_loop", "learned", 33.5, tap="hidden"),
+        row("l2p_closed_loop", "learned", 20.0, 6),
+        row("ab2", psnr_db=24.0, num_anchors=6),
+        row("l2p_closed_loop", "learned", 50.0, 6, guidance_scale=1.0),
+        row("full", "full", math.inf, 2, anchors_name="all"),
+    ]
+
+
+def test_rows_and_their_origin_round_trip_through_files(rows, tmp_path):
+    path = tmp_path / "results.json"
+    save_rows(rows, path)
+    save_meta(META, path)
+    assert load_rows(path) == rows
+    assert load_meta(path) == META
+    assert (tmp_path / "results.meta.json").exists()
+
+
+def test_infinity_is_written_as_null_with_a_flag(rows, tmp_path):
+    save_rows(rows, tmp_path / "results.json")
+    text = (tmp_path / "results.json").read_text()
+    full = json.loads(text)[-1]
+    assert "Infinity" not in text
+    assert full["psnr_db"] is None and "psnr_db" in full["infinite"].split()
+    assert "infinite" not in json.loads(text)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"speed": 1.0}, "unknown keys: speed"),
+        ({"ssim": ...}, "missing keys: ssim"),
+        ({"psnr_db": None}, "psnr_db must be float"),
+        ({"psnr_db": "30"}, "psnr_db must be float"),
+        ({"num_anchors": 7}, "7 ascending step"),
+        ({"anchors": "0 1 2 4 10 20 31 31"}, "ascending step"),
+        ({"anchors": "0,1"}, "separated by spaces"),
+        ({"kind": "magic"}, "expected one of solver"),
+        ({"infinite": "ssim"}, "must be null"),
+    ],
+)
+def test_malformed_rows_are_refused_with_the_reason(change, message, tmp_path):
+    record = {**asdict(row()), **change}
+    record = {key: value for key, value in record.items() if value is not ...}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match=message):
+        load_rows(path)
+
+
+def test_nan_is_refused():
+    with pytest.raises(ValueError, match="ab2: ssim is nan"):
+        row(ssim=math.nan)
+
+
+def test_the_best_anchor_list_stands_for_each_method_and_tap(rows):
+    best = {
+        (r.method, r.tap): r.psnr_db
+        for r in best_rows(rows, "method", "tap")
+        if (r.num_anchors, r.guidance_scale) == (8, 3.0)
+    }
+    assert list(best.items()) == [
+        (("l2p_closed_loop", "output"), 35.0),
+        (("l2p_closed_loop", "hidden"), 33.5),
+        (("ab2", "none"), 31.0),
+        (("taylor_1", "output"), 29.0),
+        (("euler", "none"), 25.0),
+    ]
+
+
+def test_gaps_compare_only_equal_evaluations_and_guidance_and_may_be_negative(rows):
+    found = [(g.learned.guidance_scale, g.learned.num_anchors, g.psnr_db) for g in gaps(rows)]
+    assert found == [(3.0, 8, 4.0), (3.0, 6, -4.0)]  # guidance 1 has no rival, the full run is none
+    assert "in 1 of 2 settings" in verdict(rows) and "from -4.00 to +4.00 dB" in verdict(rows)
+    assert "No verdict" in verdict(rows[:4])
+
+
+def test_overlapping_intervals_are_called_so(rows):
+    near = [row("ab2", psnr_db=30.0), row("l2p_lstsq", "learned", 31.5)]
+    assert gaps(near)[0].intervals_overlap and not gaps(rows)[0].intervals_overlap
+    assert "intervals overlap" in gaps(near)[0].sentence()
+
+
+def test_markdown_holds_one_block_per_budget_ordered_by_psnr(rows):
+    text = markdown_table(rows)
+    assert re.findall(r"^### (.*)$", text, re.M) == [
+        "6 evaluations, guidance 1",
+        "8 evaluations, guidance 3",
+        "6 evaluations, guidance 3",
+    ]
+    block = text.split("### ")[2]
+    values = [float(value) for value in re.findall(r"\| (\d+\.\d+) \[", block)]
+    assert values == sorted(values, reverse=True) and len(values) == 5
+    assert "searched: 0 1 3 6 12 21 32 43" in block and "| 30.00 [" not in block
+    assert "+4.00 dB" in block and "-4.00 dB" in text
+    assert "no untrained method" in text.split("### ")[1]
+
+
+def test_the_short_table_lists_rivals_and_the_gap(rows):
+    lines = short_table(rows[:-2]).splitlines()
+    assert lines[0] == "| PSNR in dB, guidance 3 | 11 evaluations | 8 evaluations | 6 evaluations |"
+    assert "| best learned | – | 35.00 (l2p_closed_loop) | 20.00 (l2p_closed_loop) |" in lines
+    assert "| `ab2` | – | 31.00 | 24.00 |" in lines
+    assert lines[-1].endswith("| – | **+4.00** | **-4.00** |")
+
+
+def test_csv_holds_every_row(rows, tmp_path):
+    save_csv(rows, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert len(read) == len(rows)
+    assert read[0]["method"] == "euler" and read[0]["forecast_step_ratio"] == ""
+    assert float(read[-1]["psnr_db"]) == math.inf
+
+
+def test_every_anchor_list_is_shown_once_and_searched_ones_name_their_method(rows):
+    other = replace(rows[0], anchors="0 2 4 6 10 20 31 41")
+    assert list(anchor_lists([*rows, other])) == [
+        "8 published",
+        "8 published, list 2",
+        "8 searched (ab2)",
+        "6 published",
+    ]
+
+
+def png_size(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_the_report_is_complete_and_needs_no_network(rows, tmp_path):
+    images = {"full run": torch.rand(2, 1, 32, 32), "ab2 <8>": torch.rand(2, 1, 32, 32)}
+    errors = {"ab2": [(0, 0.0), (1, 0.1), (2, 0.2)]}
+    motion = torch.rand(5, 3)
+    motion[0] = math.nan
+    figures = {
+        "Weights": plot_weights(torch.randn(6, 2), range(1, 7), [0, 3], tmp_path / "weights.png"),
+        "Layers": plot_layer_motion(motion, motion, motion, tmp_path / "layers.png"),
+    }
+    page = write_report(rows, META, images, tmp_path / "out", errors, figures)
+    assert {path.name for path in page.parent.iterdir()} == {
+        "results.json",
+        "results.meta.json",
+        "results.csv",
+        "results.md",
+        "pareto.png",
+        "contact_sheet.png",
+        "timeline.png",
+        "step_errors.png",
+        "report.html",
+    }
+    text = page.read_text()
+    resources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', text)
+    assert len(resources) == 6
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in resources)
+    outside = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+    assert not re.search(r"https?:|url\(|@import|<link|<iframe", outside)
+    assert "one &lt;CPU&gt;" in text and "one <CPU>" not in text
+    assert verdict(rows) in text and load_rows(page.parent / "results.json") == rows
+
+
+def test_a_report_needs_only_rows_and_images(tmp_path):
+    images = {"full run": torch.rand(1, 3, 16, 16)}
+    page = write_report([row("l2p_lstsq", "learned")], META, images, tmp_path)
+    assert page.exists() and not (tmp_path / "step_errors.png").exists()
+    with pytest.raises(ValueError, match="at least one benchmark row"):
+        write_report([], META, images, tmp_path)
+
+
+def test_the_contact_sheet_shows_whole_pixels_of_every_sample(tmp_path):
+    full = torch.zeros(2, 1, 32, 32)
+    full[:, :, 0, 0] = 1
+    sheet = contact_sheet({"full": full, "reuse": full * 0.5}, tmp_path / "sheet.png")
+    width, height = png_size(sheet)
+    assert height == 3 * (96 + 6)  # full, reuse, difference
+    assert width - 2 * (96 + 6) > 100  # room for labels
+    from matplotlib.image import imread
+
+    left = imread(sheet)[:, width - 2 * (96 + 6) :, 0]
+    assert left[2, 2] == 1 and left[3, 3] == 0  # one pixel became a 3 x 3 square
+    assert left[104, 2] == pytest.approx(0.5, abs=1 / 255)
+    assert left[206, 2] == 1  # |difference| 0.5 x 4, clipped
+
+
+def test_a_contact_sheet_without_the_full_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="full run"):
+        contact_sheet({}, tmp_path / "sheet.png")
