@@ -58,8 +58,9 @@ class RecordingDataModule(LightningDataModule):
         if not self.train_items or (self.validation_fraction > 0 and not self.val_items):
             raise ValueError(
                 f"{self.folder}: {len(items)} items split into {len(self.train_items)} for "
-                f"training and {len(self.val_items)} for validation (fraction {self.validation_fraction}, "
-                f"seed {self.seed}); record more items, or change the fraction or the seed."
+                f"training and {len(self.val_items)} for validation (fraction "
+                f"{self.validation_fraction}, seed {self.seed}); "
+                "record more items, or change the fraction or the seed."
             )
 
     def train_dataloader(self) -> ResumableLoader:

@@ -154,7 +154,8 @@ class Header:
         )
         raise RecordingError(
             f"{folder} was recorded with another recipe or host (recipe hash found "
-            f"{found.recipe_hash}, expected {self.recipe_hash}). {what}. Record into a new folder, or restore the old settings."
+            f"{found.recipe_hash}, expected {self.recipe_hash}). {what}. "
+            "Record into a new folder, or restore the old settings."
         )
 
 

@@ -20,7 +20,7 @@ from .manifest import (
 )
 from .shards import sync_folder, write_shard
 
-TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 TAP_PREFIXES = ("gram", "feature")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
