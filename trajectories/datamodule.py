@@ -1,0 +1,81 @@
+"""Lightning data module over a recording, split by trajectory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from .dataset import TrajectoryDataset
+from .recording import Recording, split
+from .sampler import ResumableLoader
+
+
+class RecordingDataModule(LightningDataModule):
+    """Training and validation trajectories of a recording.
+
+    Args:
+        folder: recording folder.
+        names: tensors of each example, as in ["gram/output"].
+        batch_size: trajectories per batch, >= 1.
+        validation_fraction: share of trajectories held out, in [0, 1); 0 means no validation.
+        seed: seed of the split and of the order of training trajectories.
+        num_workers: loader processes; 0 loads in the main process.
+
+    Raises:
+        ValueError: `validation_fraction` is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        names: Sequence[str],
+        batch_size: int,
+        validation_fraction: float,
+        seed: int,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}.")
+        self.folder = Path(folder)
+        self.names = list(names)
+        self.batch_size = batch_size
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+        self.num_workers = num_workers
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the items; the same recording, fraction and seed always give the same split.
+
+        Raises:
+            ValueError: a part would be empty.
+        """
+        items = Recording(self.folder).items
+        fractions = (1 - self.validation_fraction, self.validation_fraction)
+        self.train_items, self.val_items = split(items, fractions, self.seed)
+        if not self.train_items or (self.validation_fraction > 0 and not self.val_items):
+            raise ValueError(
+                f"{self.folder}: {len(items)} items split into {len(self.train_items)} for "
+                f"training and {len(self.val_items)} for validation (fraction "
+                f"{self.validation_fraction}, seed {self.seed}); "
+                "record more items, or change the fraction or the seed."
+            )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled batches; an interrupted epoch resumes with the batches it had left."""
+        dataset = TrajectoryDataset(self.folder, self.names, self.train_items)
+        return ResumableLoader(dataset, self.batch_size, self.seed, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Batches in item order; no loader when nothing is held out."""
+        if not self.val_items:
+            return []
+        dataset = TrajectoryDataset(self.folder, self.names, self.val_items)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # leaves the global random state to the model
+        )

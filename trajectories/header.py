@@ -1,0 +1,185 @@
+"""`recording.json`: what was asked for and on which host, read and written strictly."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import xxhash
+
+from .shards import write_atomically
+
+SCHEMA_VERSION = 1
+HEADER_FILE = "recording.json"
+FEATURE_MODES = ("none", "tokens", "full")
+
+
+class RecordingError(ValueError):
+    """A recording folder that cannot be read, or is not the one that was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a recording holds; equal headers mean that trajectories may be mixed.
+
+    Args:
+        recipe: what was asked for (taps, mode, guidance_scale, num_inference_steps, conditions
+            digest, ...); plain JSON values.
+        host: fingerprint of the model; plain JSON values, alike on every machine that takes part.
+        scheduler: fingerprint of the scheduler; plain JSON values.
+        sigmas: flow sigma of each step, length S.
+        taps: names of the recorded taps.
+        num_branches: classifier-free-guidance streams, >= 1.
+        dtype: dtype of the model, as in "bfloat16".
+        features: which features are stored: "none", "tokens" (a subset) or "full".
+        states: whether the sampler states are stored.
+        latent_shape: shape of one latent, without the batch axis.
+        recipe_hash: xxh3-128 of `recipe` as sorted JSON; computed when left empty.
+        schema_version: version of this file's layout.
+
+    Raises:
+        ValueError: a field has a wrong type or range, or `recipe_hash` is not that of `recipe`.
+    """
+
+    recipe: dict[str, Any]
+    host: dict[str, Any]
+    scheduler: dict[str, Any]
+    sigmas: list[float]
+    taps: list[str]
+    num_branches: int
+    dtype: str
+    features: str
+    states: bool
+    latent_shape: list[int]
+    recipe_hash: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("recipe", "host", "scheduler"):
+            value = getattr(self, name)
+            _require(isinstance(value, dict), name, value, "a dict")
+            object.__setattr__(self, name, json.loads(canonical_json(value)))  # as read back
+        for name in ("sigmas", "taps", "latent_shape"):
+            value = getattr(self, name)
+            _require(isinstance(value, list | tuple), name, value, "a list")
+            object.__setattr__(self, name, list(value))
+        self._check_fields()
+        expected = xxhash.xxh3_128(canonical_json(self.recipe).encode()).hexdigest()
+        if not self.recipe_hash:
+            object.__setattr__(self, "recipe_hash", expected)
+        _require(self.recipe_hash == expected, "recipe_hash", self.recipe_hash, repr(expected))
+
+    def _check_fields(self) -> None:
+        _require(
+            all(_is_number(s) for s in self.sigmas) and len(self.sigmas) > 0,
+            "sigmas",
+            self.sigmas,
+            "a non-empty list of finite numbers",
+        )
+        named = all(isinstance(tap, str) and tap for tap in self.taps)
+        unique = named and len(set(self.taps)) == len(self.taps)
+        _require(unique, "taps", self.taps, "different non-empty names")
+        _require(_is_size(self.num_branches), "num_branches", self.num_branches, "an int >= 1")
+        named = isinstance(self.dtype, str) and bool(self.dtype)
+        _require(named, "dtype", self.dtype, "a name such as 'bfloat16'")
+        _require(self.features in FEATURE_MODES, "features", self.features, f"{FEATURE_MODES}")
+        _require(isinstance(self.states, bool), "states", self.states, "true or false")
+        sizes = all(_is_size(size) for size in self.latent_shape)
+        _require(sizes, "latent_shape", self.latent_shape, "a list of ints >= 1")
+        _require(isinstance(self.recipe_hash, str), "recipe_hash", self.recipe_hash, "a string")
+        version = self.schema_version
+        _require(version == SCHEMA_VERSION, "schema_version", version, f"{SCHEMA_VERSION}")
+
+    @property
+    def num_steps(self) -> int:
+        """S, the number of steps of every trajectory."""
+        return len(self.sigmas)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read `recording.json`.
+
+        Raises:
+            RecordingError: not a folder, no header, a newer schema, or a malformed field.
+        """
+        path = folder / HEADER_FILE
+        if not folder.is_dir():
+            raise RecordingError(f"{folder} is not a folder; expected one that `record` wrote.")
+        if not path.is_file():
+            raise RecordingError(f"{folder} has no {HEADER_FILE}; it is not a recording.")
+        try:
+            values = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise RecordingError(
+                f"{path} is not JSON ({error}); restore or re-record it."
+            ) from error
+        if not isinstance(values, dict):
+            raise RecordingError(f"{path} holds {type(values).__name__}, expected a JSON object.")
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise RecordingError(
+                f"{path} has schema_version {version!r}, this release reads {SCHEMA_VERSION}; "
+                "upgrade foreseer if the recording is newer."
+            )
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise RecordingError(f"{path} has unknown keys {unknown}; expected {sorted(known)}.")
+        if missing := sorted(known - values.keys()):
+            raise RecordingError(f"{path} lacks the keys {missing}.")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise RecordingError(f"{path}: {error}") from error
+
+    def write(self, folder: Path) -> None:
+        """Write `recording.json` atomically."""
+        text = json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        write_atomically(folder / HEADER_FILE, [text.encode()], mode=0o644)
+
+    def check_same(self, found: "Header", folder: Path) -> None:
+        """Refuse to continue a recording that was started with other settings.
+
+        Raises:
+            RecordingError: names what differs, as found in the folder and as expected now.
+        """
+        if self == found:
+            return
+        here, there = asdict(self), asdict(found)
+        if self.recipe_hash != found.recipe_hash:
+            here, there = self.recipe, found.recipe
+        differing = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
+        what = "; ".join(
+            f"{k}: found {_short(there.get(k))}, expected {_short(here.get(k))}" for k in differing
+        )
+        raise RecordingError(
+            f"{folder} was recorded with another recipe or host (recipe hash found "
+            f"{found.recipe_hash}, expected {self.recipe_hash}). {what}. "
+            "Record into a new folder, or restore the old settings."
+        )
+
+
+def canonical_json(value: Any) -> str:
+    """Compact JSON with sorted keys; ValueError on anything JSON cannot hold."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"only plain JSON values are stored, got {error}.") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _require(holds: bool, name: str, found: Any, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: found {found!r}, expected {expected}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

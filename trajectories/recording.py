@@ -1,0 +1,151 @@
+"""Read a recording: its header, its items, their tensors, and whether they are still intact."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from .header import Header as Header
+from .header import RecordingError as RecordingError
+from .manifest import Entry, read_manifests, shard_path
+from .shards import CorruptShard as CorruptShard
+from .shards import hash_shard, read_shard, read_slice, shard_names
+from .writer import RecordingWriter as RecordingWriter
+
+
+class Recording:
+    """The finished trajectories of a folder, over the manifests of all ranks.
+
+    Holds no open file, so it can be pickled and used from several processes. Items finished after
+    it was opened are not seen.
+
+    Args:
+        folder: a folder that `RecordingWriter` wrote.
+
+    Raises:
+        RecordingError: not a recording, a newer schema, a malformed header or manifest, a shard
+            outside the folder, or one item with two different contents.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.header = Header.read(self.folder)
+        self.entries = read_manifests(self.folder)
+        for entry in self.entries.values():
+            shard_path(self.folder, entry)
+
+    def __len__(self) -> int:
+        """Number of finished items."""
+        return len(self.entries)
+
+    @property
+    def items(self) -> list[int]:
+        """Numbers of the finished items, sorted."""
+        return list(self.entries)
+
+    def meta(self, item: int) -> dict[str, str | int | float]:
+        """What was noted with an item (seed, prompt, ...)."""
+        return dict(self._entry(item).meta)
+
+    def names(self, item: int) -> list[str]:
+        """Names of the tensors of an item, sorted."""
+        path, size = self._locate(item)
+        return shard_names(path, item, size)
+
+    def load(self, item: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Tensors of one item, checked against their hashes.
+
+        Args:
+            item: number of the item.
+            names: tensors to read; None reads all.
+
+        Raises:
+            CorruptShard: the file is missing, cut, too long, or a tensor does not match its hash.
+            ValueError: the item or a name is not recorded; the message lists what is there.
+        """
+        path, size = self._locate(item)
+        return read_shard(path, names, item, size)
+
+    def load_slice(self, item: int, name: str, index: Any) -> Tensor:
+        """`load(item)[name][index]`, reading only that part; its values are not hash-checked."""
+        path, size = self._locate(item)
+        return read_slice(path, name, index, item, size)
+
+    def stack(self, name: str, items: Iterable[int] | None = None) -> Tensor:
+        """One tensor over several items, stacked along a new first axis.
+
+        Args:
+            name: tensor name, as in "gram/output".
+            items: which items, in this order; None takes all.
+
+        Raises:
+            ValueError: no items, an unknown item or name, or shapes that differ.
+        """
+        chosen = self.items if items is None else list(items)
+        if not chosen:
+            raise ValueError(f"no items to stack {name!r} over in {self.folder}.")
+        tensors = [self.load(item, [name])[name] for item in chosen]
+        shapes = {tuple(tensor.shape): item for item, tensor in zip(chosen, tensors, strict=True)}
+        if len(shapes) > 1:
+            found = ", ".join(f"{shape} (as in item {item})" for shape, item in shapes.items())
+            raise ValueError(f"{name!r} cannot be stacked: found shapes {found}, expected one.")
+        return torch.stack(tensors)
+
+    def verify(self) -> list[str]:
+        """Check size and hash of every shard; one message per damaged item, empty when intact."""
+        problems = []
+        for item, entry in self.entries.items():
+            path, size = self._locate(item)
+            try:
+                shard_names(path, item, size)
+                if (found := hash_shard(path).xxh3) != entry.xxh3:
+                    problem = f"hash {found}, the manifest says {entry.xxh3} (flipped bits)"
+                    raise CorruptShard(path, item, problem)
+            except CorruptShard as error:
+                problems.append(str(error))
+        return problems
+
+    def _entry(self, item: int) -> Entry:
+        if item not in self.entries:
+            known = self.items
+            shown = known if len(known) <= 12 else f"{known[:6]} ... {known[-6:]}"
+            raise RecordingError(
+                f"item {item} is not recorded in {self.folder}; the {len(known)} items are {shown}."
+            )
+        return self.entries[item]
+
+    def _locate(self, item: int) -> tuple[Path, int]:
+        entry = self._entry(item)
+        return shard_path(self.folder, entry), entry.bytes
+
+
+def split(items: Iterable[int], fractions: Sequence[float], seed: int = 0) -> list[list[int]]:
+    """Deal items to parts by hashing item and seed, so that new items never move old ones.
+
+    Whole trajectories are dealt, never single steps; the sizes match the fractions on average.
+
+    Args:
+        items: item numbers.
+        fractions: share of each part, >= 0, summing to 1, as in (0.8, 0.2).
+        seed: another seed deals differently.
+
+    Returns:
+        One sorted list of items per fraction.
+
+    Raises:
+        ValueError: a negative fraction, or a sum other than 1.
+    """
+    if not fractions or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ValueError(f"fractions must be >= 0 and sum to 1, got {list(fractions)}.")
+    bounds = list(itertools.accumulate(fractions))
+    last = max(part for part, fraction in enumerate(fractions) if fraction > 0)
+    parts: list[list[int]] = [[] for _ in fractions]
+    for item in sorted(items):
+        place = xxhash.xxh3_64_intdigest(f"foreseer split {seed} {item}".encode()) / 2**64
+        part = next((part for part, bound in enumerate(bounds) if place < bound), last)
+        parts[part].append(item)
+    return parts

@@ -1,0 +1,275 @@
+"""One trajectory in one safetensors file: written atomically and reproducibly, read with checks.
+
+The container is plain safetensors and is read with that library. The header is laid out here
+because `safetensors.torch.save_file` (0.8) writes metadata keys in random order, so equal content
+gives different bytes; it reports a full disk without an error number; and a killed save leaves a
+file under a random name. Every tensor has its own xxh3-128 in the metadata, so that reading a few
+small tensors of a large shard is checked without hashing the whole file.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+MAX_HEADER_BYTES = 1_000_000
+MAX_TENSORS = 4096
+HASHES_KEY = "tensor_xxh3"
+
+DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class CorruptShard(ValueError):
+    """A shard that cannot be trusted; the message names the file, the item and the way out."""
+
+    def __init__(self, path: Path, item: int | None, problem: str) -> None:
+        where = f"shard {path}" + ("" if item is None else f" (item {item})")
+        super().__init__(
+            f"{where}: {problem}. To redo the item, delete its line from the manifest and run the "
+            "same record command again."
+        )
+
+
+class ShardDigest(NamedTuple):
+    """Size in bytes and xxh3-128 (32 hexadecimal digits) of a finished file."""
+
+    bytes: int
+    xxh3: str
+
+
+def write_shard(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> ShardDigest:
+    """Write one read-only safetensors file that appears whole or not at all.
+
+    Args:
+        path: final path; its folder exists. An older file of that name is replaced.
+        tensors: CPU tensors by name, at most `MAX_TENSORS`.
+        metadata: strings by key; stored sorted, next to the hash of every tensor.
+
+    Returns:
+        Size and hash of the file.
+
+    Raises:
+        ValueError: too many tensors, a dtype outside `DTYPE_CODES`, or a header over the limit.
+        OSError: the disk refused; nothing is left behind.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(
+            f"{path}: {len(tensors)} tensors, but a shard holds at most {MAX_TENSORS}."
+        )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_CODES:
+            raise ValueError(
+                f"tensor {name!r} has dtype {tensor.dtype}; a shard holds {list(DTYPE_CODES)}."
+            )
+    # Widest elements first keeps every tensor aligned to its element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    buffers = {name: _buffer(tensors[name]) for name in names}
+    header = _header(tensors, buffers, metadata)
+    if len(header) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{path}: header of {len(header)} bytes is over the limit of {MAX_HEADER_BYTES}; "
+            "shorten the metadata."
+        )
+    return write_atomically(path, (header, *buffers.values()), mode=0o444)
+
+
+def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> ShardDigest:
+    """Write `chunks` under a temporary name, fsync, rename to `path`, fsync the folder."""
+    partial = path.with_name(f".{path.name}.partial")
+    digest = xxhash.xxh3_128()
+    try:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+            file.flush()
+            partial.chmod(mode)
+            os.fsync(file.fileno())
+            size = file.tell()
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return ShardDigest(size, digest.hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names inside `folder` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_shard(path: Path) -> ShardDigest:
+    """Size and xxh3-128 of a whole file."""
+    digest = xxhash.xxh3_128()
+    size = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return ShardDigest(size, digest.hexdigest())
+
+
+def shard_names(path: Path, item: int | None = None, size: int | None = None) -> list[str]:
+    """Sorted tensor names of a shard, after the checks of its header.
+
+    Args:
+        path: the shard.
+        item: item number for the error message.
+        size: size in bytes the manifest promises; None checks against the header only.
+
+    Raises:
+        CorruptShard: the file is missing, cut short, too long, or its header is not acceptable.
+    """
+    if not path.is_file():
+        raise CorruptShard(path, item, "the file is missing")
+    found = path.stat().st_size
+    if size is not None and found != size:
+        kind = "truncated" if found < size else "has trailing bytes"
+        raise CorruptShard(path, item, f"{kind}: {found} bytes, the manifest says {size}")
+    if found < 8:
+        raise CorruptShard(path, item, f"truncated: {found} bytes, a header needs at least 8")
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise CorruptShard(
+                path, item, f"header claims {length} bytes, the limit is {MAX_HEADER_BYTES}"
+            )
+        if length > found - 8:
+            raise CorruptShard(
+                path, item, f"truncated: header of {length} bytes in a file of {found}"
+            )
+        text = file.read(length)
+    try:
+        entries = json.loads(text, object_pairs_hook=_unique)
+        entries.pop("__metadata__", None)
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise CorruptShard(path, item, f"malformed header ({error!r})") from error
+    if len(entries) > MAX_TENSORS:
+        raise CorruptShard(
+            path, item, f"header lists {len(entries)} tensors, the limit is {MAX_TENSORS}"
+        )
+    if 8 + length + end != found:
+        kind = "truncated" if found < 8 + length + end else "has trailing bytes"
+        raise CorruptShard(path, item, f"{kind}: {found} bytes, its header says {8 + length + end}")
+    return sorted(entries)
+
+
+def read_shard(
+    path: Path, names: Sequence[str] | None = None, item: int | None = None, size: int | None = None
+) -> dict[str, Tensor]:
+    """Read tensors and check each against the hash stored when it was written.
+
+    Args:
+        path: the shard.
+        names: tensors to read; None reads all.
+        item: item number for the error message.
+        size: size in bytes the manifest promises.
+
+    Raises:
+        CorruptShard: a check of the header or of a tensor's hash failed.
+        ValueError: a name is not in the shard.
+    """
+    with _opened(path, names, item, size) as (file, wanted):
+        try:
+            hashes = json.loads((file.metadata() or {})[HASHES_KEY])
+            tensors = {name: file.get_tensor(name) for name in wanted}
+            damaged = [
+                n for n, t in tensors.items() if hashes.get(n) != _tensor_hash(t, _buffer(t))
+            ]
+        except (ValueError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
+            raise CorruptShard(path, item, f"no readable tensor hashes ({error!r})") from error
+    if damaged:
+        raise CorruptShard(path, item, f"tensors {damaged} do not match their hash (flipped bits)")
+    return tensors
+
+
+def read_slice(
+    path: Path, name: str, index: Any, item: int | None = None, size: int | None = None
+) -> Tensor:
+    """Read `tensor[index]` without reading the rest; the header is checked, the values are not."""
+    with _opened(path, [name], item, size) as (file, _):
+        return file.get_slice(name)[index]
+
+
+@contextmanager
+def _opened(
+    path: Path, names: Sequence[str] | None, item: int | None, size: int | None
+) -> Iterator[tuple[Any, list[str]]]:
+    """The checked, open file and the names to read from it."""
+    present = shard_names(path, item, size)
+    wanted = present if names is None else list(names)
+    if missing := [name for name in wanted if name not in present]:
+        raise ValueError(f"shard {path} (item {item}) has no tensor {missing}; it holds {present}.")
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CorruptShard(path, item, f"refused by safetensors ({error})") from error
+    with file:
+        stored = (file.metadata() or {}).get("item")
+        if item is not None and stored is not None and stored != str(item):
+            raise CorruptShard(path, item, f"the shard holds item {stored}")
+        yield file, wanted
+
+
+def _header(
+    tensors: Mapping[str, Tensor], buffers: Mapping[str, memoryview], metadata: Mapping[str, str]
+) -> bytes:
+    """The safetensors header: its length as 8 little-endian bytes, then JSON padded to 8 bytes."""
+    hashes = {name: _tensor_hash(tensors[name], buffers[name]) for name in sorted(buffers)}
+    strings = {**metadata, HASHES_KEY: json.dumps(hashes, separators=(",", ":"))}
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(strings.items()))}
+    start = 0
+    for name, buffer in buffers.items():
+        end = start + buffer.nbytes
+        code = DTYPE_CODES[tensors[name].dtype]
+        shape = list(tensors[name].shape)
+        entries[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _buffer(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order; numpy has no bfloat16, so as unsigned bytes."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _tensor_hash(tensor: Tensor, buffer: memoryview) -> str:
+    """xxh3-128 over dtype, shape and bytes."""
+    digest = xxhash.xxh3_128(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest.update(buffer)
+    return digest.hexdigest()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys occur once: safetensors itself accepts repeated names."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
