@@ -79,3 +79,50 @@ class RecordingDataModule(LightningDataModule):
             num_workers=self.num_workers,
             generator=torch.Generator(),  # leaves the global random state to the model
         )
+
+
+class GramDataModule(LightningDataModule):
+    """All Grams of one tap in one batch: what the open-loop fits are made from.
+
+    Args:
+        folder: recording folder.
+        tap: recorded tap.
+        validation_fraction: share of trajectories held out, in [0, 1).
+        seed: seed of the split.
+    """
+
+    def __init__(
+        self, folder: str, tap: str = "output", validation_fraction: float = 0.25, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.folder = folder
+        self.tap = tap
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the items and read their Grams.
+
+        Raises:
+            ValueError: fewer than two trajectories are left to fit on.
+        """
+        recording = Recording(self.folder)
+        fractions = (1 - self.validation_fraction, self.validation_fraction)
+        self.train_items, self.val_items = split(recording.items, fractions, self.seed)
+        if len(self.train_items) < 2:
+            raise ValueError(
+                f"{self.folder} leaves {len(self.train_items)} of {len(recording)} trajectories to fit "
+                "on, expected at least 2; record more."
+            )
+        name = f"gram/{self.tap}"
+        self.train = [{"gram": recording.stack(name, self.train_items)}]
+        held_out = recording.stack(name, self.val_items) if self.val_items else None
+        self.val = [] if held_out is None else [{"gram": held_out}]
+
+    def train_dataloader(self) -> DataLoader:
+        """One batch: `gram` (n, branches, S, S)."""
+        return DataLoader(self.train, batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """One batch of the held-out trajectories, if any."""
+        return DataLoader(self.val, batch_size=None) if self.val else []  # type: ignore[arg-type]

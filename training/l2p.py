@@ -1,0 +1,187 @@
+"""L2P as Lightning modules: the published recipe (`L2PAdam`) and the closed form (`L2PLeastSquares`).
+
+Both need only the Grams of a recording. The closed-loop fit is in closed_loop.py.
+Shapes: n trajectories, S sampling steps.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..checkpoints.spec import PredictorSpec
+from ..predictors.linear import L2P, fold
+from ..trajectories.header import Header
+from ..trajectories.recording import Recording
+from .rows import least_squares_rows, published_loss, reuse_weight
+
+
+class L2PModule(lightning.LightningModule):
+    """What the three fits share: the predictor being fitted and what it was fitted on.
+
+    Args:
+        recording: folder of the recording; must be that of the data module.
+        anchors: steps at which the network runs, starting with 0.
+        tap: recorded tap to forecast: `output` or `hidden`.
+
+    Raises:
+        ValueError: the recording lacks the tap, or the anchors do not fit its steps.
+    """
+
+    fit_name = ""
+
+    def __init__(self, recording: str, anchors: Sequence[int], tap: str = "output") -> None:
+        super().__init__()
+        self.recording = Recording(recording)
+        header = self.recording.header
+        if tap not in header.taps:
+            raise ValueError(f"{recording} has the taps {header.taps}, not {tap!r}; record it.")
+        self.save_hyperparameters(
+            {"recording": recording, "anchors": list(anchors), "tap": tap, "fit": self.fit_name}
+        )
+        self.tap = tap
+        self.predictor = L2P(len(header.sigmas), anchors, header.num_branches)
+
+    def set_rows(self, rows: Float[Tensor, "branches S S"]) -> None:
+        """Make these rows the predictor's."""
+        self.predictor.weight.copy_(rows.detach())
+
+    def spec(self) -> PredictorSpec:
+        """What the predictor was fitted on."""
+        return spec_of(
+            self.recording.header, self.tap, self.predictor.anchors, len(self.recording)
+        )
+
+    def on_fit_end(self) -> None:
+        """Show the weight matrix in TensorBoard, newest step at the bottom."""
+        experiment = getattr(self.logger, "experiment", None)
+        if experiment is None:
+            return
+        for branch, rows in enumerate(self.predictor.weight):
+            scaled = (rows.float() / 4 + 0.5).clamp(0, 1)  # white is +2, black is -2
+            experiment.add_image(f"rows/branch_{branch}", scaled[None], self.global_step)
+
+    def log_step_errors(self, grams: Float[Tensor, "n branches S S"]) -> None:
+        """Log the held-out open-loop error of every forecast step, and their mean."""
+        errors = open_loop_errors(grams, self.predictor.weight)
+        self.log("val/open_loop_error", errors.mean())
+        experiment = getattr(self.logger, "experiment", None)
+        for step, error in enumerate(errors.mean((0, 1)).tolist()):
+            if experiment is not None and step not in self.predictor.anchors:
+                experiment.add_scalar("val/error_by_step", error, step)
+
+
+def spec_of(
+    header: Header, tap: str, anchors: Sequence[int], num_trajectories: int
+) -> PredictorSpec:
+    """The circumstances of a fit on a recording with this header."""
+    return PredictorSpec(
+        tap=tap,
+        anchors=tuple(anchors),
+        sigmas=tuple(header.sigmas),
+        host=header.host,
+        scheduler=header.scheduler["class"],
+        num_branches=header.num_branches,
+        guidance_scale=header.scheduler["guidance_scale"],
+        dtype=header.dtype,
+        recording_digest=header.recipe_hash,
+        num_trajectories=num_trajectories,
+    )
+
+
+def open_loop_errors(
+    grams: Float[Tensor, "n branches S S"], rows: Float[Tensor, "branches S S"]
+) -> Float[Tensor, "n branches S"]:
+    """||F_t - sum_s rows[t, s] F_s|| / ||F_t|| of every step; 0 where a row is its own unit row."""
+    c = torch.eye(rows.shape[-1], dtype=rows.dtype) - rows
+    squared = torch.einsum("bts,nbsu,btu->nbt", c, grams.to(rows.dtype), c)
+    return (squared.clamp_min(0) / grams.diagonal(dim1=-2, dim2=-1)).sqrt()
+
+
+class L2PAdam(L2PModule):
+    """The published recipe on Grams: all earlier steps, reuse init, full-batch Adam, teacher forced.
+
+    201 iterations at rate 0.01 are the release's (set `max_epochs: 201`); the rows are folded onto the
+    anchors exactly afterwards. One training batch must hold all trajectories (`GramDataModule`).
+
+    Args:
+        recording: folder of the recording.
+        anchors: steps at which the network runs.
+        tap: recorded tap to forecast.
+        num_elements: elements of one feature; the loss is the mean over them.
+        learning_rate: Adam's rate.
+    """
+
+    fit_name = "adam"
+
+    def __init__(
+        self,
+        recording: str,
+        anchors: Sequence[int],
+        tap: str = "output",
+        learning_rate: float = 0.01,
+    ) -> None:
+        super().__init__(recording, anchors, tap)
+        self.learning_rate = learning_rate
+        header = self.recording.header
+        self.rows = nn.Parameter(reuse_weight(header.num_branches, len(header.sigmas)))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Float[Tensor, ""]:
+        """The mean squared one-step error, each step relative to nothing: the paper's MSE."""
+        grams = batch["gram"]  # (n, branches, S, S)
+        scale = grams.diagonal(dim1=-2, dim2=-1).mean()
+        loss = published_loss(self.rows, grams.mean(0) / scale)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Fold the rows onto the anchors."""
+        self.set_rows(fold(self.rows.detach().double().tril(-1), self.predictor.anchors))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Held-out error of the folded rows."""
+        self.log_step_errors(batch["gram"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam as released: default betas, no decay."""
+        return torch.optim.Adam([self.rows], self.learning_rate)
+
+
+class L2PLeastSquares(L2PModule):
+    """The rows of least summed squared error on anchors, in closed form (set `max_epochs: 1`).
+
+    Args:
+        recording: folder of the recording.
+        anchors: steps at which the network runs.
+        tap: recorded tap to forecast.
+        ridge: shrinkage toward reuse, relative to each feature's squared norm.
+    """
+
+    fit_name = "lstsq"
+
+    def __init__(
+        self,
+        recording: str,
+        anchors: Sequence[int],
+        tap: str = "output",
+        ridge: float = 1e-4,
+    ) -> None:
+        super().__init__(recording, anchors, tap)
+        self.automatic_optimization = False
+        self.ridge = ridge
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Solve for the rows."""
+        rows = least_squares_rows(batch["gram"], self.predictor.anchors, self.ridge)
+        self.set_rows(rows)
+        self.log("train/open_loop_error", open_loop_errors(batch["gram"], rows).mean())
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Held-out error."""
+        self.log_step_errors(batch["gram"])
+
+    def configure_optimizers(self) -> None:
+        """Nothing to optimise step by step."""
