@@ -24,7 +24,8 @@ class PixelDiTPipeline(DiffusionPipeline):
 
     Args:
         transformer: predicts v = eps - x_0; the null class is index `num_embeds_ada_norm`.
-        scheduler: any diffusers scheduler configured for flow prediction.
+        scheduler: any diffusers scheduler configured for flow prediction, such as
+            `UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)`.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -80,8 +81,7 @@ class PixelDiTPipeline(DiffusionPipeline):
             classes = torch.cat([classes, torch.full_like(classes, config.num_embeds_ada_norm)])
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            x_t = self.scheduler.scale_model_input(latents, timestep)
-            x_t = torch.cat([x_t, x_t]) if guided else x_t
+            x_t = torch.cat([latents, latents]) if guided else latents
             v = self.transformer(
                 x_t, timestep=timestep.expand(len(x_t)), class_labels=classes, return_dict=False
             )[0]
