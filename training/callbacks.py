@@ -73,7 +73,8 @@ class SampleGrid(Callback):
     """Draw a grid of samples, one row per class, into TensorBoard every few steps.
 
     With a `WeightAveraging` callback in the trainer the averaged weights draw, as they do in
-    validation: its validation hooks swap them in and out.
+    validation: its validation hooks swap them in and out. After n steps an average with
+    decay d still holds a share d^n of the initial weights, so the first grids show noise.
 
     Args:
         every_n_steps: optimiser steps between grids.

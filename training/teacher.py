@@ -54,10 +54,13 @@ class TeacherModule(lightning.LightningModule):
         )
         initialise_adaln_zero(self.transformer)
 
-    def training_step(
-        self, batch: tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]], batch_idx: int
-    ) -> Float[Tensor, ""]:
-        """Mean squared error of v at logit-normal sigma, with labels dropped once per sample."""
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Float[Tensor, ""]:
+        """Mean squared error of v at logit-normal sigma, with labels dropped once per sample.
+
+        Args:
+            batch: images `(B, C, H, W)` in [-1, 1] and labels `(B,)`.
+            batch_idx: not used.
+        """
         x_0, labels = batch
         eps = torch.randn_like(x_0)
         sigma = torch.randn(len(x_0), device=x_0.device).sigmoid()
@@ -66,10 +69,13 @@ class TeacherModule(lightning.LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(
-        self, batch: tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]], batch_idx: int
-    ) -> None:
-        """Log the same error on test images, with all labels and the same noise every time."""
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Log the same error on test images, with all labels and the same noise every time.
+
+        Args:
+            batch: images `(B, C, H, W)` in [-1, 1] and labels `(B,)`.
+            batch_idx: seed of the noise.
+        """
         x_0, labels = batch
         generator = torch.Generator().manual_seed(batch_idx)
         eps = torch.randn(x_0.shape, generator=generator).to(x_0)

@@ -127,11 +127,10 @@ def plot_loss(steps: list[int], losses: list[float], path: Path) -> None:
     """Draw the logged losses and their running mean, on a logarithmic axis."""
     from matplotlib.figure import Figure
 
-    window = min(LOSS_WINDOW, len(losses))
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    smooth = [np.mean(losses[max(0, end - LOSS_WINDOW) : end]) for end in range(1, len(steps) + 1)]
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     axes.semilogy(steps, losses, color="0.8", linewidth=0.7, label="logged batches")
-    axes.semilogy(steps[window - 1 :], smooth, color="C0", label=f"mean of the last {window}")
+    axes.semilogy(steps, smooth, color="C0", label=f"mean of the last {LOSS_WINDOW}")
     axes.set(xlabel="step", ylabel="mean squared error of v")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
