@@ -8,9 +8,11 @@ import lightning
 import torch
 from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ..integration.pixel_pipeline import PixelDiTPipeline
+from .teacher import TeacherModule
 
 
 class ClockCosine(Callback):
@@ -70,11 +72,12 @@ class ClockCosine(Callback):
 
 
 class SampleGrid(Callback):
-    """Draw a grid of samples, one row per class, into TensorBoard every few steps.
+    """Draw a grid of a teacher's samples, one row per class, every few steps.
 
-    With a `WeightAveraging` callback in the trainer the averaged weights draw, as they do in
-    validation: its validation hooks swap them in and out. After n steps an average with
-    decay d still holds a share d^n of the initial weights, so the first grids show noise.
+    It goes into TensorBoard; a run without `TensorBoardLogger` draws none. With a `WeightAveraging`
+    callback in the trainer the averaged weights draw, as they do in validation: its validation
+    hooks swap them in and out. After n steps an average with decay d still holds a share d^n of
+    the initial weights, so the first grids show noise.
 
     Args:
         every_n_steps: optimiser steps between grids.
@@ -104,9 +107,13 @@ class SampleGrid(Callback):
         batch_idx: int,
     ) -> None:
         """Draw when the step count asks for it."""
-        if trainer.global_step % self.every_n_steps or trainer.logger is None:
+        logger = trainer.logger
+        if trainer.global_step % self.every_n_steps or not isinstance(logger, TensorBoardLogger):
             return
-        averages = [each for each in trainer.callbacks if isinstance(each, WeightAveraging)]
+        if not isinstance(pl_module, TeacherModule):
+            raise TypeError(f"SampleGrid draws a TeacherModule, got {type(pl_module).__name__}.")
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averages = [each for each in callbacks if isinstance(each, WeightAveraging)]
         for average in averages:
             average.on_validation_epoch_start(trainer, pl_module)
         pl_module.transformer.eval()
@@ -118,7 +125,7 @@ class SampleGrid(Callback):
             pl_module.transformer.train()
             for average in averages:
                 average.on_validation_epoch_end(trainer, pl_module)
-        trainer.logger.experiment.add_image("samples", grid, trainer.global_step)
+        logger.experiment.add_image("samples", grid, trainer.global_step)
 
 
 def sample_grid(
@@ -140,6 +147,7 @@ def sample_grid(
         num_inference_steps=num_inference_steps,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
-    ).images
+        return_dict=False,
+    )[0]
     rows = images.unflatten(0, (num_classes, columns))  # (rows, columns, C, H, W)
     return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

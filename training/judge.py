@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning
 import torch
 from jaxtyping import Float, Int
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,7 +39,9 @@ class ClassifierModule(lightning.LightningModule):
             nn.Flatten(),
             nn.Linear(4 * width, num_classes),
         )
-        self.network.to(memory_format=torch.channels_last)  # halves a CPU's time
+        for weight in self.network.parameters():  # halves a CPU's time
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B classes"]:
         """Logits of images in [-1, 1]."""
@@ -59,7 +62,7 @@ class ClassifierModule(lightning.LightningModule):
         self.log("test/loss", nn.functional.cross_entropy(logits, labels))
         self.log("test/accuracy", accuracy, prog_bar=True)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on a one-cycle rate over the whole run."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -176,7 +179,8 @@ def class_agreement(
             num_inference_steps=num_inference_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
-        ).images
+            return_dict=False,
+        )[0]
         answers.append(_answers(classifier, 2 * images.float() - 1))
     return _shares(torch.cat(answers), labels)
 
@@ -196,9 +200,7 @@ def _answers(classifier: nn.Module, images: Float[Tensor, "B 1 H W"]) -> Int[Ten
 def _shares(answers: Int[Tensor, " B"], labels: Int[Tensor, " B"]) -> dict:
     right = (answers == labels).double()
     per_class = {
-        name: right[labels == label].mean().item()
-        for label, name in enumerate(CLASS_NAMES)
-        if (labels == label).any()
+        name: right[labels == label].mean().item() for label, name in enumerate(CLASS_NAMES)
     }
     return {"overall": right.mean().item(), "per_class": per_class}
 

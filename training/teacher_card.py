@@ -113,7 +113,7 @@ def judge_table(result: dict) -> str:
         "How often a classifier trained on the real training images names the right class, on",
         f"{result['num_images']} drawn images (guidance {result['guidance_scale']:g}, "
         f"{result['num_inference_steps']} steps of {result['scheduler']}) and on the",
-        "10,000 real test images:",
+        "real test images:",
         "",
         "| class | drawn images | real test images |",
         "|---|---|---|",

@@ -128,13 +128,14 @@ def plot_loss(steps: list[int], losses: list[float], path: Path) -> None:
     from matplotlib.figure import Figure
 
     smooth = [np.mean(losses[max(0, end - LOSS_WINDOW) : end]) for end in range(1, len(steps) + 1)]
-    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.semilogy(steps, losses, color="0.8", linewidth=0.7, label="logged batches")
     axes.semilogy(steps, smooth, color="C0", label=f"mean of the last {LOSS_WINDOW}")
     axes.set(xlabel="step", ylabel="mean squared error of v")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
-    axes.figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def save_image(image: Tensor, path: Path, scale: int) -> None:
