@@ -39,9 +39,8 @@ class ClassifierModule(lightning.LightningModule):
             nn.Flatten(),
             nn.Linear(4 * width, num_classes),
         )
-        for weight in self.network.parameters():  # halves a CPU's time
-            if weight.dim() == 4:
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        # halves a CPU's time; torch's annotations do not know the argument
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B classes"]:
         """Logits of images in [-1, 1]."""
