@@ -6,15 +6,21 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
+from jaxtyping import Float
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from ..integration.pixel_pipeline import PixelDiTPipeline
+from .teacher import TeacherModule
 
 
 class ClockCosine(Callback):
     """Cosine learning-rate schedule on the wall clock that stops training when the budget is spent.
 
-    rate(p) = rate_0 * (floor + (1 - floor) * (1 + cos(pi p)) / 2), p = elapsed / budget, after a linear
-    warm-up over `warmup_steps`. The elapsed time is part of the checkpoint, so a resumed run goes on
-    where it stopped.
+    rate(p) = rate_0 * (floor + (1 - floor) * (1 + cos(pi p)) / 2), p = elapsed / budget, after a
+    linear warm-up over `warmup_steps`. The elapsed time is part of the checkpoint, so a resumed run
+    goes on where it stopped.
 
     Args:
         minutes: wall-clock budget over all resumed runs, in minutes.
@@ -29,7 +35,9 @@ class ClockCosine(Callback):
         self.elapsed_s = 0.0
         self._last = 0.0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Start the clock."""
         self._last = time.monotonic()
 
@@ -64,7 +72,12 @@ class ClockCosine(Callback):
 
 
 class SampleGrid(Callback):
-    """Draw a grid of samples, one row per class, into TensorBoard every few steps.
+    """Draw a grid of a teacher's samples, one row per class, every few steps.
+
+    It goes into TensorBoard; a run without `TensorBoardLogger` draws none. With a `WeightAveraging`
+    callback in the trainer the averaged weights draw, as they do in validation: its validation
+    hooks swap them in and out. After n steps an average with decay d still holds a share d^n of
+    the initial weights, so the first grids show noise.
 
     Args:
         every_n_steps: optimiser steps between grids.
@@ -94,32 +107,47 @@ class SampleGrid(Callback):
         batch_idx: int,
     ) -> None:
         """Draw when the step count asks for it."""
-        if trainer.global_step % self.every_n_steps or trainer.logger is None:
+        logger = trainer.logger
+        if trainer.global_step % self.every_n_steps or not isinstance(logger, TensorBoardLogger):
             return
-        images = self.sample(pl_module)
-        grid = images.reshape(-1, self.columns, *images.shape[1:])
-        grid = torch.cat([torch.cat(list(row), dim=-1) for row in grid], dim=-2)
-        trainer.logger.experiment.add_image("samples", grid, trainer.global_step)
+        if not isinstance(pl_module, TeacherModule):
+            raise TypeError(f"SampleGrid draws a TeacherModule, got {type(pl_module).__name__}.")
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averages = [each for each in callbacks if isinstance(each, WeightAveraging)]
+        for average in averages:
+            average.on_validation_epoch_start(trainer, pl_module)
+        pl_module.transformer.eval()
+        try:
+            grid = sample_grid(
+                pl_module.pipeline(), self.columns, self.num_inference_steps, self.guidance_scale
+            )
+        finally:
+            pl_module.transformer.train()
+            for average in averages:
+                average.on_validation_epoch_end(trainer, pl_module)
+        logger.experiment.add_image("samples", grid, trainer.global_step)
 
-    @torch.no_grad()
-    def sample(self, pl_module: lightning.LightningModule) -> torch.Tensor:
-        """Images `(classes * columns, C, H, W)` in [0, 1], one class after another, seed 0."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
 
-        from ..integration.pixel_pipeline import PixelDiTPipeline
+def sample_grid(
+    pipe: PixelDiTPipeline, columns: int, num_inference_steps: int, guidance_scale: float
+) -> Float[Tensor, "C height width"]:
+    """One image in [0, 1] that shows `columns` samples of every class, a class per row; seed 0.
 
-        transformer = pl_module.transformer
-        pipe = PixelDiTPipeline(transformer, FlowMatchEulerDiscreteScheduler())
-        pipe.set_progress_bar_config(disable=True)
-        was_training = transformer.training
-        transformer.eval()
-        labels = [label for label in range(pl_module.num_classes) for _ in range(self.columns)]
-        images = pipe(
-            labels,
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=self.num_inference_steps,
-            generator=torch.Generator().manual_seed(0),
-            output_type="pt",
-        ).images
-        transformer.train(was_training)
-        return images
+    Args:
+        pipe: its progress bar is switched off.
+        columns: samples per class.
+        num_inference_steps: sampler steps.
+        guidance_scale: classifier-free guidance scale.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    num_classes = pipe.transformer.config.num_embeds_ada_norm
+    images = pipe(
+        [label for label in range(num_classes) for _ in range(columns)],
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        return_dict=False,
+    )[0]
+    rows = images.unflatten(0, (num_classes, columns))  # (rows, columns, C, H, W)
+    return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST as 32x32 images in [-1, 1], read from the IDX files of Debian's `dataset-fashion-mnist`.
+"""Fashion-MNIST as 32x32 images in [-1, 1], read from its IDX files.
 
 Shapes: B batch.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+DEFAULT_FOLDER = "/usr/share/datasets/fashion-mnist"
 CLASS_NAMES = (
     "t-shirt", "trouser", "pullover", "dress", "coat",
     "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -21,13 +22,12 @@ class FashionMNIST(lightning.LightningDataModule):
     """Fashion-MNIST padded to 32x32.
 
     Args:
-        folder: folder of the four `*-ubyte.gz` files; `apt-get install dataset-fashion-mnist` makes it.
+        folder: folder of the four `*-ubyte.gz` files, which Debian's `dataset-fashion-mnist`
+            package installs.
         batch_size: samples per batch.
     """
 
-    def __init__(
-        self, folder: str = "/usr/share/datasets/fashion-mnist", batch_size: int = 64
-    ) -> None:
+    def __init__(self, folder: str = DEFAULT_FOLDER, batch_size: int = 64) -> None:
         super().__init__()
         self.folder = Path(folder)
         self.batch_size = batch_size

@@ -8,9 +8,11 @@ Source: Liu et al., arXiv 2209.03003 (rectified flow); Esser et al., arXiv 2403.
 
 import lightning
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from ..integration.pixel_pipeline import PixelDiTPipeline
 
 
 class TeacherModule(lightning.LightningModule):
@@ -20,7 +22,7 @@ class TeacherModule(lightning.LightningModule):
         num_layers: transformer blocks.
         num_attention_heads: heads of 64 channels each; the width is 64 times this.
         patch_size: pixels per token side.
-        num_classes: class labels; index `num_classes` is the null class of classifier-free guidance.
+        num_classes: class labels; index `num_classes` is the null class of guidance.
         sample_size: image side in pixels.
         label_dropout: probability of replacing a sample's label by the null class.
         learning_rate: AdamW's rate before the schedule.
@@ -52,20 +54,48 @@ class TeacherModule(lightning.LightningModule):
         )
         initialise_adaln_zero(self.transformer)
 
-    def training_step(
-        self, batch: tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]], batch_idx: int
-    ) -> Float[Tensor, ""]:
-        """Mean squared error of v at logit-normal sigma, with labels dropped once per sample."""
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Float[Tensor, ""]:
+        """Mean squared error of v at logit-normal sigma, with labels dropped once per sample.
+
+        Args:
+            batch: images `(B, C, H, W)` in [-1, 1] and labels `(B,)`.
+            batch_idx: not used.
+        """
         x_0, labels = batch
         eps = torch.randn_like(x_0)
         sigma = torch.randn(len(x_0), device=x_0.device).sigmoid()
-        x_t = torch.lerp(x_0, eps, sigma[:, None, None, None])
         dropped = torch.rand(len(x_0), device=x_0.device) < self.label_dropout
-        labels = labels.masked_fill(dropped, self.num_classes)
-        v = self.transformer(x_t, timestep=1000 * sigma, class_labels=labels).sample
-        loss = nn.functional.mse_loss(v.float(), eps - x_0)
+        loss = self._loss(x_0, eps, sigma, labels.masked_fill(dropped, self.num_classes))
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Log the same error on test images, with all labels and the same noise every time.
+
+        Args:
+            batch: images `(B, C, H, W)` in [-1, 1] and labels `(B,)`.
+            batch_idx: seed of the noise.
+        """
+        x_0, labels = batch
+        generator = torch.Generator().manual_seed(batch_idx)
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        sigma = torch.randn(len(x_0), generator=generator).to(x_0).sigmoid()
+        self.log("val/loss", self._loss(x_0, eps, sigma, labels), prog_bar=True)
+
+    def _loss(
+        self,
+        x_0: Float[Tensor, "B C H W"],
+        eps: Float[Tensor, "B C H W"],
+        sigma: Float[Tensor, " B"],
+        labels: Int[Tensor, " B"],
+    ) -> Float[Tensor, ""]:
+        x_t = torch.lerp(x_0, eps, sigma[:, None, None, None])
+        v = self.transformer(x_t, timestep=1000 * sigma, class_labels=labels).sample
+        return nn.functional.mse_loss(v.float(), eps - x_0)
+
+    def pipeline(self) -> PixelDiTPipeline:
+        """A pipeline around this module's transformer itself, with the Euler flow scheduler."""
+        return PixelDiTPipeline(self.transformer, FlowMatchEulerDiscreteScheduler())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW without weight decay; the rate follows `ClockCosine`."""

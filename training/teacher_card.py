@@ -1,0 +1,124 @@
+"""The model card of an exported teacher, written from the files in its folder."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from .fashion_mnist import CLASS_NAMES
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+tags:
+- diffusers
+- rectified-flow
+- class-conditional
+- fashion-mnist
+- foreseer
+---
+
+# Fashion-MNIST DiT, the teacher bundled with foreseer
+
+A class-conditional `DiTTransformer2DModel` ({num_layers} blocks, width {width}, patch
+{patch_size}, {parameters:.1f} M parameters) that draws {sample_size}x{sample_size} grey images of
+garments by rectified flow in pixel space. It is small enough to be trained and sampled on a CPU,
+and is meant for recording, fitting and testing feature-caching predictors.
+
+![samples](samples.png)
+
+One row per class, guidance 3, 50 Euler steps, seed 0. Rows: {class_names}.
+
+## Use
+
+```python
+import torch
+from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+
+pipe = PixelDiTPipeline.from_pretrained(folder, dtype=torch.float32)  # folder: this one
+images = pipe([5, 8], generator=torch.Generator().manual_seed(0)).images  # a sandal and a bag
+```
+
+The weights are stored in bfloat16; loading without `dtype` gives float32 too. Time runs from
+sigma = 1 (noise) to 0 with x_t = (1 - sigma) x_0 + sigma eps; the network predicts v = eps - x_0
+and takes 1000 sigma as its timestep. The null class of guidance is index {num_classes}.
+
+## Training
+
+{samples_seen:,} images in {steps:,} steps of {batch_size} ({minutes:.0f} minutes, precision
+{precision}), on the 60,000 training images of Fashion-MNIST (MIT licence) padded to 32x32. AdamW at
+{learning_rate:g} with a cosine over the time budget, logit-normal sigma, label dropout
+{label_dropout:g}. The weights here are the exponential moving average. Mean loss over the last
+{loss_window_steps} steps: {final_loss:.4f}. The whole configuration is in `recipe.yaml`, counts and
+versions are in `training.json`.
+
+![loss](loss_curve.png)
+
+## Class agreement
+
+{judgement}
+
+## Limits
+
+- It knows ten garment classes at 32x32 pixels and nothing else.
+- No FID is given: its network was not available where this model was made. The table above says
+  that images show their class, not that they are as varied as the data.
+- Keep the transformer in `eval()`: in training mode diffusers drops labels inside every block,
+  and the probability is not part of the saved configuration.
+"""
+
+NOT_JUDGED = "Not measured yet; `python -m foreseer.training.judge` fills this in."
+
+
+def write_card(folder: Path) -> None:
+    """Write `README.md` from the recipe, the counts, the config and, if it is there, `judge.json`.
+
+    Args:
+        folder: an exported teacher.
+
+    Raises:
+        FileNotFoundError: one of the files is missing, so the folder is not an exported teacher.
+    """
+    training = json.loads((folder / "training.json").read_text())
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    judge = folder / "judge.json"
+    judgement = judge_table(json.loads(judge.read_text())) if judge.exists() else NOT_JUDGED
+    card = CARD.format(
+        num_layers=config["num_layers"],
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+        patch_size=config["patch_size"],
+        sample_size=config["sample_size"],
+        num_classes=config["num_embeds_ada_norm"],
+        class_names=", ".join(CLASS_NAMES),
+        parameters=training["parameters"] / 1e6,
+        steps=training["steps"],
+        samples_seen=training["samples_seen"],
+        minutes=training["minutes"],
+        final_loss=training["final_loss"],
+        loss_window_steps=training["loss_window_steps"],
+        batch_size=recipe["data"]["init_args"]["batch_size"],
+        precision=recipe["trainer"]["precision"],
+        learning_rate=recipe["model"]["init_args"]["learning_rate"],
+        label_dropout=recipe["model"]["init_args"]["label_dropout"],
+        judgement=judgement,
+    )
+    (folder / "README.md").write_text(card)
+
+
+def judge_table(result: dict) -> str:
+    """Markdown table of what `judge_teacher` returns, a class per row, in percent."""
+    drawn, real = result["generated"], result["real_test"]
+    lines = [
+        "How often a classifier trained on the real training images names the right class, on",
+        f"{result['num_images']} drawn images (guidance {result['guidance_scale']:g}, "
+        f"{result['num_inference_steps']} steps of {result['scheduler']}) and on the",
+        "real test images:",
+        "",
+        "| class | drawn images | real test images |",
+        "|---|---|---|",
+    ]
+    for name, share in drawn["per_class"].items():
+        lines.append(f"| {name} | {100 * share:.1f} % | {100 * real['per_class'][name]:.1f} % |")
+    lines.append(f"| all | {100 * drawn['overall']:.1f} % | {100 * real['overall']:.1f} % |")
+    return "\n".join(lines)
