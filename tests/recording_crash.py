@@ -101,11 +101,14 @@ def main(folder: Path) -> None:
         killed = run_and_kill(folder / stage, None, stage)
         report[stage] = {"killed": killed, **left_behind(folder / stage)}
         record_rest(folder / stage)
+    start = time.perf_counter()
+    run_and_kill(folder / "whole", None, None)
+    longest_s = 0.5 * (time.perf_counter() - start)  # as slow as this machine is now
     delays = random.Random(0)
     kills = rounds = 0
     while kills < 10:  # a round ends when a recorder outran its killer
         round_folder = folder / f"random-{rounds}"
-        while kills < 10 and run_and_kill(round_folder, delays.uniform(0.005, 0.03), None):
+        while kills < 10 and run_and_kill(round_folder, delays.uniform(0, longest_s), None):
             report[f"random-{rounds}, kill {kills}"] = {"killed": True, **left_behind(round_folder)}
             kills += 1
         record_rest(round_folder)

@@ -310,17 +310,25 @@ def test_a_disk_that_fills_at_a_later_stage_leaves_nothing_either(
 
 def test_a_manifest_line_that_does_not_fit_is_taken_back(folder: Path) -> None:
     manifest = folder / "manifest.00000.jsonl"
-    before = manifest.read_bytes()
-    padding = "x" * 100_000  # a long value moves the limit past the shard into the line
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, limits = manifest.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     with RecordingWriter(folder, small_header()) as writer:
-        manifest_limit = len(before) + 50_000
-        resource.setrlimit(resource.RLIMIT_FSIZE, (manifest_limit, limits[1]))
+        # The shard is smaller than the manifest already is; half of the new line fits.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
         try:
             with pytest.raises(OSError, match="File too large"):
-                writer.write(4, {"final": torch.zeros(1)}, {"prompt": padding[:60_000]})
+                writer.write(4, {"final": torch.zeros(1)}, {})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert manifest.read_bytes() == before
-    record(folder, range(5))
+        assert manifest.read_bytes() == before
+        assert not list(folder.glob("shards/*/*item-000004*"))
+        writer.write(4, {"final": torch.zeros(1)}, {})
     assert Recording(folder).items == [0, 1, 2, 3, 4]
+
+
+def test_only_the_stale_files_of_the_own_rank_are_removed(folder: Path) -> None:
+    record(folder, [4], rank=1)
+    stale = [folder / f"shards/0000{rank}/.item-000099.safetensors.partial" for rank in (0, 1)]
+    for path in stale:
+        path.write_bytes(b"half")
+    record(folder, [5])
+    assert [path.exists() for path in stale] == [False, True]
