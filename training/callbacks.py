@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback
 class ClockCosine(Callback):
     """Cosine learning-rate schedule on the wall clock that stops training when the budget is spent.
 
-    rate(p) = rate_0 * (floor + (1 - floor) * (1 + cos(pi p)) / 2), p = elapsed / budget, after a linear
-    warm-up over `warmup_steps`. The elapsed time is part of the checkpoint, so a resumed run goes on
-    where it stopped.
+    rate(p) = rate_0 * (floor + (1 - floor) * (1 + cos(pi p)) / 2), p = elapsed / budget, after a
+    linear warm-up over `warmup_steps`. The elapsed time is part of the checkpoint, so a resumed run
+    goes on where it stopped.
 
     Args:
         minutes: wall-clock budget over all resumed runs, in minutes.
@@ -29,7 +29,9 @@ class ClockCosine(Callback):
         self.elapsed_s = 0.0
         self._last = 0.0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Start the clock."""
         self._last = time.monotonic()
 
@@ -99,17 +101,18 @@ class SampleGrid(Callback):
         images = self.sample(pl_module)
         grid = images.reshape(-1, self.columns, *images.shape[1:])
         grid = torch.cat([torch.cat(list(row), dim=-1) for row in grid], dim=-2)
-        trainer.logger.experiment.add_image("samples", grid, trainer.global_step)
+        logger: Any = trainer.logger  # only TensorBoard's has an `experiment` that takes images
+        logger.experiment.add_image("samples", grid, trainer.global_step)
 
     @torch.no_grad()
-    def sample(self, pl_module: lightning.LightningModule) -> torch.Tensor:
+    def sample(self, pl_module: Any) -> torch.Tensor:
         """Images `(classes * columns, C, H, W)` in [0, 1], one class after another, seed 0."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         from ..integration.pixel_pipeline import PixelDiTPipeline
 
         transformer = pl_module.transformer
-        pipe = PixelDiTPipeline(transformer, FlowMatchEulerDiscreteScheduler())
+        pipe: Any = PixelDiTPipeline(transformer, FlowMatchEulerDiscreteScheduler())
         pipe.set_progress_bar_config(disable=True)
         was_training = transformer.training
         transformer.eval()

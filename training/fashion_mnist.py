@@ -1,4 +1,4 @@
-"""Fashion-MNIST as 32x32 images in [-1, 1], read from the IDX files of Debian's `dataset-fashion-mnist`.
+"""Fashion-MNIST as 32x32 images in [-1, 1], from the files of Debian's `dataset-fashion-mnist`.
 
 Shapes: B batch.
 """
@@ -21,7 +21,7 @@ class FashionMNIST(lightning.LightningDataModule):
     """Fashion-MNIST padded to 32x32.
 
     Args:
-        folder: folder of the four `*-ubyte.gz` files; `apt-get install dataset-fashion-mnist` makes it.
+        folder: folder of the four `*-ubyte.gz` files, from `apt-get install dataset-fashion-mnist`.
         batch_size: samples per batch.
     """
 

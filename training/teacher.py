@@ -20,7 +20,7 @@ class TeacherModule(lightning.LightningModule):
         num_layers: transformer blocks.
         num_attention_heads: heads of 64 channels each; the width is 64 times this.
         patch_size: pixels per token side.
-        num_classes: class labels; index `num_classes` is the null class of classifier-free guidance.
+        num_classes: class labels; index `num_classes` is classifier-free guidance's null class.
         sample_size: image side in pixels.
         label_dropout: probability of replacing a sample's label by the null class.
         learning_rate: AdamW's rate before the schedule.
