@@ -14,7 +14,7 @@ unexport PYTHONPATH
 
 DEV := .venv/bin/python
 TEST := .venv-test/bin/python
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .PHONY: demo dev check test test-source test-wheel clean
 
@@ -40,7 +40,8 @@ test-source: .venv-test/.installed
 # The sdist is built first and the wheel from it. The tests run where no source lies beside them.
 test-wheel: .venv-test/.installed
 	rm -rf build dist src/foreseer.egg-info
-	$(TEST) -m build --no-isolation --outdir dist . > /dev/null
+	mkdir build
+	$(TEST) -m build --no-isolation --outdir dist . > build/log 2>&1 || { cat build/log; exit 1; }
 	$(TEST) $(PIP_INSTALL) --no-deps --force-reinstall dist/foreseer-*.whl
 	@set -e; elsewhere=$$(mktemp -d); trap 'rm -rf "$$elsewhere"' EXIT; \
 	cp -r tests pyproject.toml "$$elsewhere"; cd "$$elsewhere"; \
