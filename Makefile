@@ -16,7 +16,7 @@ DEV := .venv/bin/python
 TEST := .venv-test/bin/python
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo dev check test test-source test-wheel clean
+.PHONY: demo dev check test editable test-source test-wheel clean
 
 demo: .venv/.installed
 	$(DEV) -m foreseer demo --out runs/demo
@@ -24,7 +24,11 @@ demo: .venv/.installed
 
 dev: .venv/.dev
 
-check: .venv-test/.installed
+# The last run may have left a wheel there, whose modules would hide that one is gone from here.
+editable: .venv-test/.installed
+	$(TEST) $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+
+check: editable
 	$(TEST) -m ruff format --check .
 	$(TEST) -m ruff check .
 	$(TEST) -m mypy
@@ -33,8 +37,7 @@ test: check
 	$(MAKE) test-source
 	$(MAKE) test-wheel
 
-test-source: .venv-test/.installed
-	$(TEST) $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+test-source: editable
 	$(TEST) -m pytest -q
 
 # The sdist is built first and the wheel from it. The tests run where no source lies beside them.
