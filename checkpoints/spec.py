@@ -110,7 +110,9 @@ def check_grid(spec: PredictorSpec, sigmas: list[float]) -> None:
             f"the predictor was fitted on {len(spec.sigmas)} steps, this run has {len(sigmas)}; set "
             f"num_inference_steps={len(spec.sigmas)} or fit one for {len(sigmas)} steps."
         )
-    gap, index = max((abs(a - b), i) for i, (a, b) in enumerate(zip(sigmas, spec.sigmas, strict=True)))
+    gap, index = max(
+        (abs(a - b), i) for i, (a, b) in enumerate(zip(sigmas, spec.sigmas, strict=True))
+    )
     if gap > SIGMA_TOLERANCE:
         raise PredictorMismatch(
             f"the sigma grid differs from the fit's: step {index} has sigma {sigmas[index]:.6f}, expected "

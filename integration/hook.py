@@ -84,7 +84,9 @@ class TrunkSkipper:
 
 
 def _replacing(entering: Callable[[Tensor], Tensor]) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def hook(
+        module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         if args and isinstance(args[0], Tensor):
             return (entering(args[0]).to(args[0].dtype), *args[1:]), kwargs
         name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))

@@ -53,7 +53,9 @@ def check_anchors(anchors: Sequence[int], num_steps: int) -> tuple[int, ...]:
             "there is nothing to forecast from before the first anchor."
         )
     if any(later <= earlier for earlier, later in zip(anchors, anchors[1:], strict=False)):
-        raise ValueError(f"the anchors are {list(anchors)}, expected steps in rising order, no doubles.")
+        raise ValueError(
+            f"the anchors are {list(anchors)}, expected steps in rising order, no doubles."
+        )
     if anchors[-1] >= num_steps:
         raise ValueError(
             f"the last anchor is step {anchors[-1]}, but the run has {num_steps} steps (0 to "

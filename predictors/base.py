@@ -4,7 +4,6 @@ Shapes: K history length, B batch, N tokens, D channels. Features keep whatever 
 batch first; (B, N, D) stands for it.
 """
 
-from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -88,7 +87,7 @@ class Predictor(nn.Module):
     needs: frozenset[str] = frozenset()
     learned: bool = False
 
-    def forward(self, history: History, step: Step) -> Float[Tensor, "B *shape"]:
+    def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
         """The forecast, in the dtype of the history.
 
         Raises:
@@ -113,7 +112,7 @@ class LinearPredictor(Predictor):
         """
         raise NotImplementedError
 
-    def forward(self, history: History, step: Step) -> Float[Tensor, "B *shape"]:
+    def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
         """sum_k c_k F_k, see the base class."""
         if not len(history):
             raise ValueError("the history is empty: a forecast needs at least one anchor.")
@@ -122,7 +121,7 @@ class LinearPredictor(Predictor):
 
 def combine(
     weights: Float[Tensor, " K"] | Float[Tensor, "K branches"], features: list[Tensor]
-) -> Float[Tensor, "B *shape"]:
+) -> Float[Tensor, " B *shape"]:
     """sum_k w_k F_k in float32 or wider, returned in the features' dtype.
 
     Args:

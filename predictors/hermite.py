@@ -1,6 +1,5 @@
 """HiCache: TaylorSeer's ladder under contracted physicists' Hermite polynomials."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

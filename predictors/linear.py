@@ -87,9 +87,7 @@ def tabulate(
     return table
 
 
-def fold(
-    weight: Float[Tensor, "*lead S S"], anchors: Sequence[int]
-) -> Float[Tensor, "*lead S S"]:
+def fold(weight: Float[Tensor, "*lead S S"], anchors: Sequence[int]) -> Float[Tensor, "*lead S S"]:
     """Rewrite rows over all earlier steps as rows over anchors only, exactly.
 
     A forecast that is fed back is itself a combination of anchors:

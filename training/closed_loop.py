@@ -127,7 +127,9 @@ class L2PClosedLoop(L2PModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Float[Tensor, ""]:
         """Mean error in dB of a batch generated with the current rows."""
         items = [self._item(int(item)) for item in batch["item"]]
-        predictor = L2P(self.predictor.num_steps, self.predictor.anchors, self.predictor.num_branches)
+        predictor = L2P(
+            self.predictor.num_steps, self.predictor.anchors, self.predictor.num_branches
+        )
         predictor.weight = self.rows()
         latents = generate(self.pipe, predictor, self.tap, items, gradients=True, **self.settings)
         loss = log_error(latents, batch["final"]).mean()
@@ -148,7 +150,9 @@ class L2PClosedLoop(L2PModule):
         if gain > 0:
             self.print(f"validation: {gain:.2f} dB better than the start ({self.start_name})")
         else:
-            self.print(f"no gain over the start ({self.start_name}): its rows are returned unchanged")
+            self.print(
+                f"no gain over the start ({self.start_name}): its rows are returned unchanged"
+            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Adam with a cosine to zero over the run."""

@@ -51,9 +51,7 @@ class L2PModule(lightning.LightningModule):
 
     def spec(self) -> PredictorSpec:
         """What the predictor was fitted on."""
-        return spec_of(
-            self.recording.header, self.tap, self.predictor.anchors, len(self.recording)
-        )
+        return spec_of(self.recording.header, self.tap, self.predictor.anchors, len(self.recording))
 
     def on_fit_end(self) -> None:
         """Show the weight matrix in TensorBoard, newest step at the bottom."""

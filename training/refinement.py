@@ -28,7 +28,7 @@ def generate(
     items: Sequence[Item],
     gradients: bool = False,
     **settings: Any,
-) -> Float[Tensor, "B *shape"]:
+) -> Float[Tensor, " B *shape"]:
     """The final latents of a batch generated while forecasting.
 
     Args:
@@ -51,7 +51,7 @@ def generate(
 
 
 def log_error(
-    latents: Float[Tensor, "B *shape"], reference: Float[Tensor, "B *shape"]
+    latents: Float[Tensor, " B *shape"], reference: Float[Tensor, " B *shape"]
 ) -> Float[Tensor, " B"]:
     """10 log10 of the mean squared error of each sample, in dB: the negative of what PSNR averages."""
     squared = (latents.float() - reference.float()).flatten(1).square().mean(1)

@@ -43,7 +43,9 @@ def least_squares_rows(
         ValueError: there is no trajectory, or the ridge is negative.
     """
     if not len(grams) or ridge < 0:
-        raise ValueError(f"found {len(grams)} trajectories and ridge {ridge}, expected >= 1 and >= 0.")
+        raise ValueError(
+            f"found {len(grams)} trajectories and ridge {ridge}, expected >= 1 and >= 0."
+        )
     total = grams.double().sum(0)
     rows = torch.zeros_like(total)
     for t in range(total.shape[-1]):
@@ -81,9 +83,7 @@ def published_loss(
     return errors[:, 1:].mean()
 
 
-def adams_bashforth_rows(
-    anchors: Sequence[int], sigmas: Sequence[float]
-) -> Float[Tensor, "S S"]:
+def adams_bashforth_rows(anchors: Sequence[int], sigmas: Sequence[float]) -> Float[Tensor, "S S"]:
     """Rows whose Euler sum over each segment is the variable-step Adams-Bashforth-2 update.
 
     AB2 from anchor a to the next, H = sigma_next - sigma_a, r = H / (sigma_a - sigma_b):

@@ -1,5 +1,5 @@
-"""Trajectory tracking: walk the schedule once and solve, segment by segment, for the rows that land
-nearest to the full run's state at the next anchor, on the states the accelerated run really reaches.
+"""Trajectory tracking: rows that keep an accelerated run near the recorded one.
+
 
 Shapes: n trajectories, S sampling steps, B batch. Segments are the stretches from an anchor to the
 next, or to the end of the run.
@@ -37,7 +37,9 @@ class Tracker(Controller):
     def __init__(self, anchors: Sequence[int], rows: Float[Tensor, "branches S S"]) -> None:
         self.anchors = list(anchors)
         self.rows = rows
-        self.outputs: list[dict[str, dict[int, Tensor]]] = []  # per batch: call key -> anchor -> output
+        self.outputs: list[
+            dict[str, dict[int, Tensor]]
+        ] = []  # per batch: call key -> anchor -> output
         self.branches: dict[str, tuple[int, ...]] = {}
         self.guidance: Tensor | None = None
         self.scheduler: Any = None
@@ -92,7 +94,9 @@ class Tracker(Controller):
             parts.update(zip(self.branches[key], chunks, strict=True))
         return torch.stack([parts[branch] for branch in sorted(parts)])
 
-    def visit(self, pipe: Any, batches: Sequence[Sequence[Item]], anchor: int, settings: dict) -> Tensor:
+    def visit(
+        self, pipe: Any, batches: Sequence[Sequence[Item]], anchor: int, settings: dict
+    ) -> Tensor:
         """Evaluate one anchor on every batch; returns the states there, `(n, *shape)`."""
         self.stop_at = anchor
         self.states: list[Tensor] = []
@@ -113,7 +117,7 @@ class Tracker(Controller):
 
 
 def guidance_weights(
-    outputs: Float[Tensor, "branches B *shape"], v: Float[Tensor, "B *shape"]
+    outputs: Float[Tensor, "branches B *shape"], v: Float[Tensor, " B *shape"]
 ) -> Float[Tensor, " branches"]:
     """The weights with which a pipeline combines its branches, found from one step.
 
@@ -176,7 +180,9 @@ def track(
         for k, (anchor, end) in enumerate(tqdm(segments, desc="track", unit="anchor")):
             reached = tracker.visit(pipe, batches, anchor, settings).flatten(1)
             known = list(anchors[: k + 1])
-            features = torch.stack([tracker.features(a) for a in known], dim=1)  # (branches, K, n, M)
+            features = torch.stack(
+                [tracker.features(a) for a in known], dim=1
+            )  # (branches, K, n, M)
             delta, basis = _solve(tracker, reached, states.flatten(2), features, known, end, ridge)
             for a, column in zip(known, delta.unbind(1), strict=True):
                 rows[:, anchor + 1 : end, a] += column[:, None]

@@ -58,7 +58,9 @@ def projection_fidelity(
     return fidelity
 
 
-def explained(grams: Float[Tensor, "*lead S S"], history: list[int], t: int) -> Float[Tensor, "*lead"]:
+def explained(
+    grams: Float[Tensor, "*lead S S"], history: list[int], t: int
+) -> Float[Tensor, " *lead"]:
     """g^T G_hh^+ g: the squared norm of F_t's projection on the features of `history`."""
     g = grams[..., history, t]
     weights = solve_psd(grams[..., history, :][..., history], g)
@@ -82,7 +84,7 @@ def solve_psd(
 
 def open_loop_error(
     grams: Float[Tensor, "*lead S S"], weights: Float[Tensor, "*lead2 S"], t: int
-) -> Float[Tensor, "*lead"]:
+) -> Float[Tensor, " *lead"]:
     """||F_t - sum_s w_s F_s|| / ||F_t||: c^T G c with c = e_t - w.
 
     Args:

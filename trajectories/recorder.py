@@ -71,7 +71,9 @@ class Recorder(Controller):
                 )
         return torch.stack([torch.stack([step[b][sample] for step in steps]) for b in branches])
 
-    def tensors(self, sample: int, features: str, num_tokens: int, states: bool) -> dict[str, Tensor]:
+    def tensors(
+        self, sample: int, features: str, num_tokens: int, states: bool
+    ) -> dict[str, Tensor]:
         """What is stored of one sample: Grams, and features and states as asked for."""
         if self.final is None:
             raise ValueError("no step was recorded: the pipeline never called scheduler.step.")
@@ -175,7 +177,9 @@ def finished_items(out: str | Path, recipe: dict[str, Any]) -> set[int]:
         names = [n for n in recipe if recipe[n] != found.header.recipe.get(n)]
         raise RecordingError(
             f"{out} holds a recording with another recipe: "
-            + ", ".join(f"{n} is {found.header.recipe.get(n)}, asked for {recipe[n]}" for n in names)
+            + ", ".join(
+                f"{n} is {found.header.recipe.get(n)}, asked for {recipe[n]}" for n in names
+            )
             + ". Use the same settings to resume it, or another folder."
         )
     return set(found.items)

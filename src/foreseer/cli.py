@@ -1,6 +1,30 @@
 """The `foreseer` command: a thin dispatcher over LightningCLI and jsonargparse."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from . import __version__, commands
+
+TRAINER_WORDS = {
+    "fit": "Train a predictor from a YAML file (LightningCLI).",
+    "validate": "Run a trained predictor over the validation split (LightningCLI).",
+    "teacher": "Train the bundled model by its own recipe: foreseer teacher fit (LightningCLI).",
+}
+FUNCTIONS: dict[str, Callable[..., None]] = {
+    function.__name__: function
+    for function in (
+        commands.record,
+        commands.search,
+        commands.export,
+        commands.generate,
+        commands.bench,
+        commands.inspect,
+        commands.verify,
+        commands.demo,
+    )
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -8,9 +32,82 @@ def main(argv: list[str] | None = None) -> None:
 
     Args:
         argv: command-line words after the program name; `sys.argv[1:]` when None.
+
+    Raises:
+        SystemExit: after help or the version (code 0), or a usage error (code 2).
     """
     words = sys.argv[1:] if argv is None else argv
-    if words and words[0] == "teacher":
-        from lightning.pytorch.cli import LightningCLI
+    word, rest = (words[0], words[1:]) if words else ("", [])
+    if word in ("-h", "--help"):
+        print(usage())
+    elif word == "--version":
+        print(f"foreseer {__version__}")
+    elif word in FUNCTIONS:
+        run_function(FUNCTIONS[word], rest)
+    elif word == "teacher":
+        run_trainer(rest, "foreseer teacher")
+    elif word in TRAINER_WORDS:
+        run_trainer(words, "foreseer")
+    else:
+        refuse(word)
 
-        LightningCLI(args=words[1:], save_config_kwargs={"overwrite": True})
+
+def usage() -> str:
+    """The list of commands, one line each."""
+    lines = {name: str(function.__doc__).split("\n")[0] for name, function in FUNCTIONS.items()}
+    listed = [f"  {name:<10}{line}" for name, line in (TRAINER_WORDS | lines).items()]
+    return "\n".join(
+        [
+            "usage: foreseer COMMAND [--config FILE] [--OPTION VALUE ...]",
+            "",
+            "Learned feature caching for diffusion transformers: record, train, deploy.",
+            "",
+            "commands:",
+            *listed,
+            "",
+            "  foreseer COMMAND --help lists the options; --print_config prints them as YAML.",
+            "  foreseer --version prints the version.",
+        ]
+    )
+
+
+def run_function(function: Callable[..., None], words: list[str]) -> None:
+    """Parse `words` against the function's signature and call it.
+
+    Required parameters are options, since `--config` cannot be combined with an override of a
+    positional one; `inspect` and `verify` take nothing but a recording and need no name for it.
+    """
+    from jsonargparse import auto_cli
+
+    lone = function in (commands.inspect, commands.verify)
+    auto_cli(function, words, as_positional=lone, prog=f"foreseer {function.__name__}")
+
+
+def run_trainer(words: list[str], prog: str) -> None:
+    """Hand `words`, the first one a Trainer method, to LightningCLI."""
+    from lightning.pytorch.cli import LightningCLI
+
+    with command_line(words):
+        LightningCLI(save_config_kwargs={"overwrite": True}, parser_kwargs={"prog": prog})
+
+
+@contextmanager
+def command_line(words: list[str]) -> Iterator[None]:
+    """Let `sys.argv` hold `words` for a while.
+
+    LightningCLI warns when it is given words that differ from `sys.argv`, and Lightning starts the
+    other processes of a multi-device run from `sys.argv`: they must see the same words.
+    """
+    before = sys.argv
+    sys.argv = [before[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def refuse(word: str) -> NoReturn:
+    """Exit with code 2: no command, or one that does not exist."""
+    found = f"unknown command {word!r}" if word else "no command"
+    print(f"{usage()}\n\nforeseer: {found}; name one of the commands above.", file=sys.stderr)
+    raise SystemExit(2)

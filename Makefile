@@ -1,0 +1,72 @@
+# make demo    record, fit and compare on the bundled model, on a CPU
+# make dev     the environment to work in: .venv
+# make check   format, lint, types
+# make test    check, tests on the source tree, tests on the built wheel from another folder
+
+PYTHON ?= python3
+# Installed first, so that a CPU build is taken where the package index offers one.
+TORCH ?= torch==2.13.0
+
+# Several threads that wait for each other busily are many times slower on a shared machine.
+export OMP_NUM_THREADS = 1
+export OMP_WAIT_POLICY = passive
+unexport PYTHONPATH
+
+DEV := .venv/bin/python
+TEST := .venv-test/bin/python
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+
+.PHONY: demo dev check test editable test-source test-wheel clean
+
+demo: .venv/.installed
+	$(DEV) -m foreseer demo --out runs/demo
+	@echo "The report lies in $(CURDIR)/runs/demo."
+
+dev: .venv/.dev
+
+# The last run may have left a wheel there, whose modules would hide that one is gone from here.
+editable: .venv-test/.installed
+	$(TEST) $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+
+check: editable
+	$(TEST) -m ruff format --check .
+	$(TEST) -m ruff check .
+	$(TEST) -m mypy
+
+test: check
+	$(MAKE) test-source
+	$(MAKE) test-wheel
+
+test-source: editable
+	$(TEST) -m pytest -q
+
+# The sdist is built first and the wheel from it. The tests run where no source lies beside them.
+test-wheel: .venv-test/.installed
+	rm -rf build dist src/foreseer.egg-info
+	mkdir build
+	$(TEST) -m build --no-isolation --outdir dist . > build/log 2>&1 || { cat build/log; exit 1; }
+	$(TEST) $(PIP_INSTALL) --no-deps --force-reinstall dist/foreseer-*.whl
+	@set -e; elsewhere=$$(mktemp -d); trap 'rm -rf "$$elsewhere"' EXIT; \
+	cp -r tests pyproject.toml "$$elsewhere"; cd "$$elsewhere"; \
+	"$(CURDIR)/$(TEST)" -c "import foreseer; f = foreseer.__file__; print('testing', f); \
+	assert 'site-packages' in f" ; \
+	"$(CURDIR)/$(TEST)" -m pytest -q -m "not slow and not fault"
+
+clean:
+	rm -rf .venv .venv-test build dist src/foreseer.egg-info
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv
+	$(DEV) $(PIP_INSTALL) "$(TORCH)"
+	$(DEV) $(PIP_INSTALL) --editable .
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(DEV) $(PIP_INSTALL) --editable ".[dev]"
+	touch $@
+
+.venv-test/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-test
+	$(TEST) $(PIP_INSTALL) "$(TORCH)"
+	$(TEST) $(PIP_INSTALL) --editable ".[dev]"
+	touch $@

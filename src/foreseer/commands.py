@@ -1,0 +1,191 @@
+"""The functions behind `foreseer record`, `search`, `export` and the others.
+
+Their signatures are the command lines and the YAML keys, and their docstrings the help text. Each
+imports its implementation when it is called, so that help answers at once.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+
+def record(
+    pipeline: str,
+    out: str,
+    guidance_scale: float = 3.0,
+    num_inference_steps: int = 50,
+    num_trajectories: int = 64,
+    first_item: int = 0,
+    batch_size: int = 8,
+    taps: Sequence[str] = ("output", "hidden"),
+    features: Literal["none", "tokens", "full"] = "none",
+    num_tokens: int = 16,
+    states: bool = True,
+    rank: int | None = None,
+    world: int | None = None,
+) -> None:
+    """Run a pipeline at every step and record its trajectories.
+
+    Item i belongs to the writer with i mod world = rank, and its seed follows from i, so any number
+    of writers may fill one folder, and the same command resumes.
+
+    Args:
+        pipeline: folder or hub name of the diffusers pipeline.
+        out: folder of the recording; made when missing.
+        guidance_scale: classifier-free guidance strength; at 1 or below there is one branch.
+        num_inference_steps: sampler steps S per trajectory.
+        num_trajectories: items to record, counted over all writers.
+        first_item: index of the first item; recordings of other items do not overlap.
+        batch_size: samples drawn at once.
+        taps: tensors to record, as a list: `output`, `hidden`, `residual`, `blocks.i`.
+        features: keep beside the Grams no features, those of some tokens, or all of them.
+        num_tokens: tokens kept per sample when `features` is `tokens`.
+        states: keep the sampler's state x_t at every step, which closed-loop fits need.
+        rank: this writer's index in `[0, world)`; None reads the launcher's environment.
+        world: number of writers; None reads the launcher's environment.
+    """
+    from .trajectories.recorder import record_command
+
+    record_command(
+        pipeline=pipeline,
+        out=out,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        num_trajectories=num_trajectories,
+        first_item=first_item,
+        batch_size=batch_size,
+        taps=taps,
+        features=features,
+        num_tokens=num_tokens,
+        states=states,
+        rank=rank,
+        world=world,
+    )
+
+
+def search(
+    recording: str,
+    num_anchors: int,
+    method: str = "newton_1",
+    tap: str = "output",
+    out: str | None = None,
+) -> None:
+    """Choose the steps at which the network runs, by open-loop error on a recording's Grams.
+
+    Args:
+        recording: folder of the recording.
+        num_anchors: network evaluations per trajectory (NFE), at least 1.
+        method: forecaster that fills the other steps, with its order: `newton_1`.
+        tap: recorded tensor whose forecast error counts.
+        out: JSON file for the schedule; None prints it only.
+    """
+    from .training.search import search_command
+
+    search_command(recording=recording, num_anchors=num_anchors, method=method, tap=tap, out=out)
+
+
+def export(checkpoint: str, out: str) -> None:
+    """Turn a training checkpoint into a predictor checkpoint that loads without Lightning.
+
+    Args:
+        checkpoint: the `.ckpt` file that `foreseer fit` wrote.
+        out: folder of the predictor: weights, configuration and model card.
+    """
+    from .training.export import export_command
+
+    export_command(checkpoint=checkpoint, out=out)
+
+
+def generate(
+    pipeline: str,
+    predictor: str | None = None,
+    class_labels: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+    seed: int = 0,
+    guidance_scale: float = 3.0,
+    num_inference_steps: int = 50,
+    out: str = "samples.png",
+    compare: bool = False,
+) -> None:
+    """Draw samples, with or without a predictor, into one image.
+
+    Args:
+        pipeline: folder or hub name of the diffusers pipeline.
+        predictor: folder of a predictor checkpoint; None runs the network at every step.
+        class_labels: list of class labels, one sample each.
+        seed: seed of the initial noise.
+        guidance_scale: classifier-free guidance strength.
+        num_inference_steps: sampler steps S.
+        out: PNG file.
+        compare: draw the full run's samples above, and print the error against them.
+    """
+    from .integration.generate import generate_command
+
+    generate_command(
+        pipeline=pipeline,
+        predictor=predictor,
+        class_labels=class_labels,
+        seed=seed,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        out=out,
+        compare=compare,
+    )
+
+
+def bench(
+    pipeline: str,
+    out: str,
+    budgets: Sequence[int] = (8, 11, 17, 26),
+    num_samples: int = 16,
+    guidance_scale: float = 3.0,
+) -> None:
+    """Compare the full run, few-step solvers and every predictor on the same seeds and anchors.
+
+    Args:
+        pipeline: folder or hub name of the diffusers pipeline.
+        out: folder of the report: table, plots, contact sheet.
+        budgets: list of network evaluations per sample to compare at.
+        num_samples: held-out samples per budget.
+        guidance_scale: classifier-free guidance strength.
+    """
+    from .integration.benchmark import bench_command
+
+    bench_command(
+        pipeline=pipeline,
+        out=out,
+        budgets=budgets,
+        num_samples=num_samples,
+        guidance_scale=guidance_scale,
+    )
+
+
+def inspect(recording: str) -> None:
+    """Print what a recording holds: recipe, taps, number of trajectories, bytes.
+
+    Args:
+        recording: folder of the recording.
+    """
+    from .trajectories.shards import inspect_command
+
+    inspect_command(recording=recording)
+
+
+def verify(recording: str) -> None:
+    """Read every shard of a recording and compare it with its hash in the manifest.
+
+    Args:
+        recording: folder of the recording.
+    """
+    from .trajectories.shards import verify_command
+
+    verify_command(recording=recording)
+
+
+def demo(out: str = "runs/demo") -> None:
+    """Record, fit and compare on the bundled model, on a CPU.
+
+    Args:
+        out: folder of the demonstration's files and report.
+    """
+    from .demo import demo_command
+
+    demo_command(out=out)

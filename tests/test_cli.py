@@ -1,0 +1,149 @@
+"""Help answers at once, options and YAML files mean the same, and mistakes exit with code 2."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import yaml
+
+import foreseer
+from foreseer import cli
+
+HELP = """
+import sys, time
+from foreseer.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    heavy = {"torch", "lightning", "diffusers", "transformers", "datasets", "numpy"}
+    print("loaded", sorted(heavy & set(sys.modules)), file=sys.stderr)
+    print("seconds", time.process_time(), file=sys.stderr)
+"""
+CALLS = []
+
+
+def fake_command(source: str, count: int = 3, names: Sequence[str] = ("a", "b")) -> None:
+    """Note a call.
+
+    Args:
+        source: where from.
+        count: how many.
+        names: which ones.
+    """
+    CALLS.append((source, count, list(names)))
+
+
+@pytest.fixture
+def calls():
+    CALLS.clear()
+    return CALLS
+
+
+def exit_code(words: list[str]) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    return stop.value.code
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in cli.FUNCTIONS)])
+def test_help_takes_under_a_second_and_loads_no_torch(words, tmp_path):
+    command = [sys.executable, "-c", HELP, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: foreseer")
+    loaded, seconds = done.stderr.strip().splitlines()[-2:]
+    assert loaded == "loaded []"
+    assert float(seconds.split()[1]) < 1.0  # processor time of the whole process
+
+
+@pytest.mark.parametrize("name", cli.FUNCTIONS)
+def test_every_option_of_a_command_is_explained(name, capsys):
+    assert exit_code([name, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    explained = str(cli.FUNCTIONS[name].__doc__).split("Args:")[1].strip().splitlines()
+    for line in explained:
+        assert " ".join(line.split(":", 1)[-1].split()) in text
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "foreseer", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"foreseer {foreseer.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [["recrod"], [], ["--config"], ["distil", "fit"]])
+def test_an_unknown_word_exits_with_code_2_and_the_commands(words, capsys):
+    assert exit_code(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    for name in (*cli.TRAINER_WORDS, *cli.FUNCTIONS):
+        assert f"\n  {name} " in printed.err
+    assert printed.err.strip().endswith("name one of the commands above.")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--source", "s", "--cuont", "4"], "cuont"),
+        (["--source", "s", "--count", "many"], "count"),
+        (["--count", "4"], "source"),
+    ],
+)
+def test_a_wrong_option_exits_with_code_2_and_is_named(words, named, calls, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run_function(fake_command, words)
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err.split("error:")[1]
+    assert calls == []
+
+
+def test_a_yaml_file_sets_options_and_later_words_win(calls, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("source: here\ncount: 5\nnames: [x]\n")
+    cli.run_function(fake_command, ["--config", str(config)])
+    cli.run_function(fake_command, ["--config", str(config), "--count", "6", "--names+", "y"])
+    assert calls == [("here", 5, ["x"]), ("here", 6, ["x", "y"])]
+
+
+def test_a_misspelled_key_in_a_yaml_file_is_refused_by_name(calls, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("source: here\ncuont: 5\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.run_function(fake_command, ["--config", str(config)])
+    assert (stop.value.code, calls) == (2, [])
+    assert "cuont" in capsys.readouterr().err
+
+
+def test_print_config_prints_a_yaml_file_that_gives_the_same_run(calls, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.run_function(fake_command, ["--source", "s", "--count", "7", "--print_config"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed) == {"source": "s", "count": 7, "names": ["a", "b"]}
+    config = tmp_path / "config.yaml"
+    config.write_text(printed)
+    cli.run_function(fake_command, ["--config", str(config)])
+    assert calls == [("s", 7, ["a", "b"])]
+
+
+@pytest.mark.parametrize("name", ["inspect", "verify"])
+def test_a_recording_needs_no_option_name(name, capsys):
+    assert exit_code([name, "runs/recording", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == {"recording": "runs/recording"}
+
+
+@pytest.mark.parametrize(
+    ("words", "program"),
+    [(["fit", "--help"], "foreseer"), (["teacher", "fit", "--help"], "foreseer teacher")],
+)
+def test_trainer_words_go_to_lightning_without_a_warning(
+    words, program, capsys, recwarn, monkeypatch
+):
+    before = ["foreseer", "something", "else"]
+    monkeypatch.setattr(sys, "argv", before)
+    assert exit_code(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: {program} [options] fit")
+    assert "--trainer.max_epochs" in out
+    assert not [warning for warning in recwarn if "sys.argv" in str(warning.message)]
+    assert sys.argv is before

@@ -1,0 +1,46 @@
+"""Every shipped YAML parses against the real signatures of the command it is for."""
+
+import pytest
+import yaml
+from source_files import PACKAGE, package_files
+
+from foreseer.cli import main
+
+CONFIGS = [path for path in package_files() if path.startswith("configs/")]
+
+
+def command_words(path: str) -> list[str]:
+    """The command a config is for: its folder names it, and Trainer commands run `fit`."""
+    folder = path.split("/")[1]
+    return [folder, "fit"] if folder in ("teacher", "distill") else [folder]
+
+
+def parse(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
+    """The configuration that the command would run with."""
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--print_config"])
+    printed = capsys.readouterr()
+    assert not stop.value.code, printed.err[-2000:]
+    return yaml.safe_load(printed.out)
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_a_shipped_config_parses(path, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = yaml.safe_load((PACKAGE / path).read_text())
+    parsed = parse([*command_words(path), "--config", str(PACKAGE / path)], capsys)
+    assert given.keys() <= parsed.keys()
+
+
+def test_the_bundled_models_recipe_is_shipped():
+    assert "configs/teacher/fashion_dit.yaml" in CONFIGS
+
+
+def test_a_misspelled_argument_of_a_class_is_refused_by_name(capsys, tmp_path):
+    good = (PACKAGE / "configs/teacher/fashion_dit.yaml").read_text()
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(good.replace("num_layers", "num_lyers"))
+    with pytest.raises(SystemExit) as stop:
+        main(["teacher", "fit", "--config", str(bad), "--print_config"])
+    assert stop.value.code == 2
+    assert "num_lyers" in capsys.readouterr().err
