@@ -1,6 +1,5 @@
 """Trajectory tracking: rows that keep an accelerated run near the recorded one.
 
-
 Shapes: n trajectories, S sampling steps, B batch. Segments are the stretches from an anchor to the
 next, or to the end of the run.
 """
