@@ -14,7 +14,7 @@ def differentiable(pipe: Any) -> Callable[..., Any]:
     undecorated = getattr(type(pipe).__call__, "__wrapped__", None)
     if undecorated is None:
         raise ValueError(
-            f"{type(pipe).__name__}.__call__ is not decorated with torch.no_grad(), so its body cannot "
-            "be reached; refine this pipeline without gradients (learning_rate=0)."
+            f"{type(pipe).__name__}.__call__ is not decorated with torch.no_grad(), so its body "
+            "cannot be reached; refine this pipeline without gradients (learning_rate=0)."
         )
     return functools.partial(undecorated, pipe)

@@ -1,4 +1,4 @@
-"""The closed-loop fit of L2P: start at the best formula, track the full run, refine the final error.
+"""The closed-loop fit of L2P: start at the best formula, track the full run, refine the end.
 
 Shapes: S sampling steps, n trajectories, B batch.
 """
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from ..integration.pipelines import load_pipeline
@@ -24,8 +25,8 @@ class L2PClosedLoop(L2PModule):
     """Fit rows on the error of the finished sample, never ending below the best analytic rule.
 
     1. The formula (or AB2) with the least closed-loop error on these anchors is the start.
-    2. On the `output` tap, trajectory tracking (tracking.py) proposes rows; the best point on the line
-       from the start to them is the base.
+    2. On the `output` tap, trajectory tracking (tracking.py) proposes rows; the best point on the
+       line from the start to them is the base.
     3. Gradients through the sampler refine one correction per segment on mean 10 log10 MSE of the
        final latents, which is what PSNR averages.
     The rows with the least error on the validation split are kept: the start is among them.
@@ -42,6 +43,9 @@ class L2PClosedLoop(L2PModule):
     """
 
     fit_name = "closed_loop"
+    prepared: Tensor
+    best_error: Float[Tensor, ""]
+    start_error: Float[Tensor, ""]
 
     def __init__(
         self,
@@ -137,7 +141,7 @@ class L2PClosedLoop(L2PModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Measure the current rows on the validation split and keep them if they are the best yet."""
+        """Measure the current rows on the validation split; keep them if they are the best yet."""
         rows = self.rows().detach()
         error = self._error(rows, self.val_batches, self.val_finals)
         self._consider(rows, error)
@@ -154,7 +158,7 @@ class L2PClosedLoop(L2PModule):
                 f"no gain over the start ({self.start_name}): its rows are returned unchanged"
             )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with a cosine to zero over the run."""
         optimizer = torch.optim.Adam(self.rows.parameters(), self.learning_rate, betas=(0.9, 0.95))
         steps = int(self.trainer.estimated_stepping_batches)

@@ -53,7 +53,7 @@ def generate(
 def log_error(
     latents: Float[Tensor, " B *shape"], reference: Float[Tensor, " B *shape"]
 ) -> Float[Tensor, " B"]:
-    """10 log10 of the mean squared error of each sample, in dB: the negative of what PSNR averages."""
+    """10 log10 of each sample's mean squared error, in dB: the negative of what PSNR averages."""
     squared = (latents.float() - reference.float()).flatten(1).square().mean(1)
     return 10 * squared.clamp_min(1e-12).log10()
 
@@ -64,7 +64,7 @@ def closed_loop_errors(
     anchors: Sequence[int],
     tap: str,
     batches: Sequence[Sequence[Item]],
-    finals: Float[Tensor, "n *shape"],
+    finals: Float[Tensor, " n *shape"],
     **settings: Any,
 ) -> Float[Tensor, " n"]:
     """Error in dB of every item's final latents when forecasting with the given rows."""
@@ -84,6 +84,9 @@ class SegmentRows(nn.Module):
         anchors: steps at which the network runs.
         num_branches: guidance branches.
     """
+
+    base: Float[Tensor, "branches S S"]
+    bases: Float[Tensor, "A P P"]
 
     def __init__(self, num_steps: int, anchors: Sequence[int], num_branches: int) -> None:
         super().__init__()
@@ -127,7 +130,7 @@ class SegmentRows(nn.Module):
 def feature_bases(
     grams: Float[Tensor, "n branches S S"], anchors: Sequence[int], num_elements: int
 ) -> list[Tensor]:
-    """Per segment, directions of the rows that each move the forecast by its own RMS, branch by branch."""
+    """Per segment and branch, directions of the rows that each move the forecast by its own RMS."""
     mean = grams.double().mean(0) / num_elements
     bases = []
     for k, anchor in enumerate(anchors):
