@@ -93,7 +93,9 @@ class _Segments:
             steps = [*window, t]
             weights = torch.cat([-c.flatten(), torch.ones(1, dtype=torch.float64)])
             squared = float(weights @ self.gram[steps][:, steps] @ weights)
-            drift.append(drift[-1] + abs(self.grid[t + 1] - self.grid[t]) * max(squared, 0.0) ** 0.5)
+            drift.append(
+                drift[-1] + abs(self.grid[t + 1] - self.grid[t]) * max(squared, 0.0) ** 0.5
+            )
         return drift
 
 
