@@ -17,7 +17,7 @@ GAMMAS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
 
 
 class Found(NamedTuple):
-    """A list of anchors and its error, in dB of closed-loop mean squared error (lower is better)."""
+    """A list of anchors and its closed-loop mean squared error in dB; lower is better."""
 
     anchors: tuple[int, ...]
     error_db: float
@@ -33,8 +33,8 @@ def beam_search(
 ) -> list[tuple[int, ...]]:
     """Anchor lists of least open-loop drift under a rule, best first; no network, no features.
 
-    The drift of a segment is sum_s |h_s| sqrt(c_s^T G c_s) over its forecast steps, G the mean Gram and
-    h_s the Euler step: how far the forecasts' errors push the sample if they all point one way.
+    The drift of a segment is sum_s |h_s| sqrt(c_s^T G c_s) over its forecast steps, G the mean Gram
+    and h_s the Euler step: how far forecast errors push the sample if they all point one way.
 
     Args:
         grams: Gram matrices of the tap the rule forecasts.
@@ -102,7 +102,7 @@ class _Segments:
 def _diverse(
     grown: list[tuple[float, tuple[int, ...]]], width: int
 ) -> list[tuple[float, tuple[int, ...]]]:
-    """The best few per last anchor: short prefixes drift less, and must not crowd out the others."""
+    """The best few per last anchor: short prefixes drift less and must not crowd out others."""
     by_last: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
     for entry in sorted(grown):
         kept = by_last.setdefault(entry[1][-1], [])
@@ -112,7 +112,7 @@ def _diverse(
 
 
 def common_lists(num_anchors: int, num_steps: int = 50) -> list[tuple[int, ...]]:
-    """Lists every method is tried on: warped by each gamma, and the published one where it exists."""
+    """Lists every method is tried on: warped by each gamma, and the published one if there is."""
     lists = []
     for gamma in GAMMAS:
         try:
