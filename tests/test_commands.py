@@ -1,10 +1,10 @@
-"""Record resumes, reports and refuses; inspect draws what was recorded; verify exits 1 on damage."""
+"""Record resumes and refuses; inspect draws what was recorded; verify exits 1 on damage."""
 
 import json
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from tiny_pipeline import save_tiny_pipeline
 
 from foreseer.cli import main
 from foreseer.integration.pipelines import load_pipeline
@@ -18,19 +18,7 @@ from foreseer.trajectories.recording import Recording
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> str:
     """Folder of a tiny class-to-image pipeline with random weights."""
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=1,
-        attention_head_dim=64,
-        in_channels=1,
-        num_layers=2,
-        sample_size=8,
-        patch_size=4,
-        num_embeds_ada_norm=3,
-    ).eval()
-    folder = tmp_path_factory.mktemp("pipeline")
-    PixelDiTPipeline(transformer, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
-    return str(folder)
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def words(pipeline: str, out, **options) -> list[str]:

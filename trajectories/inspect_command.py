@@ -138,11 +138,10 @@ def draw(motions: dict[str, Motion], folder: Path) -> list[Path]:
     curves = {f"{tap}: not in the span of earlier steps": points for tap, points in curves.items()}
     plots = [plot_step_errors(curves, folder / "fidelity.png")]
     if layers:
-        stacked = [
-            torch.stack([getattr(found, name) for found in layers], dim=1)  # (S, L)
-            for name in ("change", "cosine", "fidelity")
-        ]
-        plots.append(plot_layer_motion(*stacked, folder / "layer_motion.png"))
+        change = torch.stack([found.change for found in layers], dim=1)  # (S, L)
+        cosine = torch.stack([found.cosine for found in layers], dim=1)
+        fidelity = torch.stack([found.fidelity for found in layers], dim=1)
+        plots.append(plot_layer_motion(change, cosine, fidelity, folder / "layer_motion.png"))
     return plots
 
 

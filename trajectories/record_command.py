@@ -96,7 +96,8 @@ def number_of_classes(pipe: Any) -> int:
     Raises:
         ValueError: its calls take no class labels.
     """
-    classes = transformer_of(pipe).config.get("num_embeds_ada_norm")
+    config: Any = transformer_of(pipe).config
+    classes = config.get("num_embeds_ada_norm")
     if "class_labels" not in inspect.signature(pipe.__call__).parameters or not classes:
         raise ValueError(
             f"{type(pipe).__name__} takes no class labels, which this command records with. "
@@ -146,6 +147,6 @@ def summary(recording: Recording, size: Estimate) -> str:
     )
 
 
-def megabytes(count: float) -> str:
+def megabytes(count: int | float) -> str:
     """A number of bytes in MB, 1 MB = 10^6 bytes."""
     return f"{count / 1e6:,.2f} MB"
