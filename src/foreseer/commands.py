@@ -188,6 +188,7 @@ def demo(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit") -> None:
         out: folder of the demonstration's files and report; finished stages in it are not redone.
         pipeline: folder of a class-to-image pipeline, or a bundled one.
     """
+    print("loading PyTorch, diffusers and Lightning", flush=True)
     from .demo import demo_command
 
     demo_command(out=out, pipeline=pipeline)
