@@ -48,8 +48,8 @@ class PredictorSpec:
         """
         if dtype != self.dtype:
             raise PredictorMismatch(
-                f"the predictor was fitted on {self.dtype} features, this run makes {dtype}; load the "
-                f"pipeline in {self.dtype} or record and fit in {dtype}."
+                f"the predictor was fitted on {self.dtype} features, this run makes {dtype}; load "
+                f"the pipeline in {self.dtype} or record and fit in {dtype}."
             )
 
     def check_guidance(self, num_branches: int, guidance_scale: float | None) -> None:
@@ -64,8 +64,8 @@ class PredictorSpec:
         """
         if num_branches != self.num_branches:
             raise PredictorMismatch(
-                f"the predictor was fitted with {self.num_branches} guidance branch(es) per step, this "
-                f"run has {num_branches}; record and fit with this guidance mode."
+                f"the predictor was fitted with {self.num_branches} guidance branch(es) per step, "
+                f"this run has {num_branches}; record and fit with this guidance mode."
             )
         if guidance_scale is not None and abs(guidance_scale - self.guidance_scale) > 1e-6:
             raise PredictorMismatch(
@@ -94,8 +94,8 @@ def check_host(spec: PredictorSpec, found: dict[str, Any], scheduler: Any) -> No
             )
     if type(scheduler).__name__ != spec.scheduler:
         raise PredictorMismatch(
-            f"the predictor was fitted under {spec.scheduler}, found {type(scheduler).__name__}; use that "
-            "scheduler or record and fit under this one."
+            f"the predictor was fitted under {spec.scheduler}, found {type(scheduler).__name__}; "
+            "use that scheduler or record and fit under this one."
         )
 
 
@@ -107,14 +107,15 @@ def check_grid(spec: PredictorSpec, sigmas: list[float]) -> None:
     """
     if len(sigmas) != len(spec.sigmas):
         raise PredictorMismatch(
-            f"the predictor was fitted on {len(spec.sigmas)} steps, this run has {len(sigmas)}; set "
-            f"num_inference_steps={len(spec.sigmas)} or fit one for {len(sigmas)} steps."
+            f"the predictor was fitted on {len(spec.sigmas)} steps, this run has {len(sigmas)}; "
+            f"set num_inference_steps={len(spec.sigmas)} or fit one for {len(sigmas)} steps."
         )
     gap, index = max(
         (abs(a - b), i) for i, (a, b) in enumerate(zip(sigmas, spec.sigmas, strict=True))
     )
     if gap > SIGMA_TOLERANCE:
         raise PredictorMismatch(
-            f"the sigma grid differs from the fit's: step {index} has sigma {sigmas[index]:.6f}, expected "
-            f"{spec.sigmas[index]:.6f} (another shift or schedule?); record and fit on this grid."
+            f"the sigma grid differs from the fit's: step {index} has sigma {sigmas[index]:.6f}, "
+            f"expected {spec.sigmas[index]:.6f} (another shift or schedule?); record and fit "
+            "on this grid."
         )

@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def flow_sigmas(scheduler: Any) -> list[float]:
-    """Flow time of every step of a scheduler after `set_timesteps`, 1 to 0, without the terminal one.
+    """Flow time of every step of a scheduler after `set_timesteps`, without the terminal one.
 
-    Flow schedulers hold it as `sigmas`. A variance-preserving x = a x_0 + b eps has flow time b / (a + b),
-    since scaling x by 1 / (a + b) gives the convention above.
+    Flow schedulers hold it as `sigmas`. A variance-preserving x = a x_0 + b eps has flow time
+    b / (a + b), since scaling x by 1 / (a + b) gives the convention above.
 
     Raises:
         ValueError: the scheduler has neither flow sigmas nor `alphas_cumprod`.
@@ -31,16 +31,16 @@ def flow_sigmas(scheduler: Any) -> list[float]:
         noise = (1 - scheduler.alphas_cumprod[index].double()).sqrt()
         return (noise / (alpha + noise)).tolist()
     raise ValueError(
-        f"{type(scheduler).__name__} has neither flow sigmas nor alphas_cumprod, so its steps have no "
-        "flow time; use a flow-matching scheduler, DDIM, DPM-Solver++ or UniPC."
+        f"{type(scheduler).__name__} has neither flow sigmas nor alphas_cumprod, so its steps have "
+        "no flow time; use a flow-matching scheduler, DDIM, DPM-Solver++ or UniPC."
     )
 
 
 class Clock:
     """Watch one scheduler: `set_timesteps` opens a run, `step` closes a step.
 
-    The wrappers live on the instance only, keep the signatures (pipelines inspect them), and copies of
-    the scheduler do not tick.
+    The wrappers live on the instance only, keep the signatures (pipelines inspect them), and copies
+    of the scheduler do not tick.
 
     Args:
         scheduler: a diffusers scheduler instance.
@@ -81,7 +81,9 @@ class Clock:
             return result
 
         @functools.wraps(step)
-        def closing(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any):  # noqa: ANN202 - the scheduler's own return type
+        def closing(
+            model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
             index = self.index
             result = step(model_output, timestep, sample, *args, **kwargs)
             self.steps_done += 1

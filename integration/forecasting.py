@@ -68,8 +68,8 @@ class Forecaster(Controller):
         self.num_branches = max(self.num_branches, 1 + max(step.branches))
         if not torch.isfinite(feature.sum()):
             raise ValueError(
-                f"the network's {self.tap} at step {step.index} holds NaN or Inf; forecasting from it "
-                "would spread it over the run. Check the model's dtype and inputs."
+                f"the network's {self.tap} at step {step.index} holds NaN or Inf; forecasting "
+                "from it would spread it over the run. Check the model's dtype and inputs."
             )
         history = self.histories.setdefault(key, History(self.predictor.window))
         if len(history) and history.features[-1].shape != feature.shape:
@@ -88,8 +88,8 @@ class Forecaster(Controller):
         history = self.histories.get(key)
         if history is None:
             raise ValueError(
-                f"call {key} of step {step.index} has no anchor before it: the number of network calls "
-                "per step grew within the run."
+                f"call {key} of step {step.index} has no anchor before it: the number of network "
+                "calls per step grew within the run."
             )
         return self.tap, self.predictor(history, step)
 
@@ -150,14 +150,14 @@ def attach(
             )
         if anchors is not None and tuple(anchors) != spec.anchors:
             raise PredictorMismatch(
-                f"the predictor was fitted for the anchors {list(spec.anchors)}, found {list(anchors)}; "
-                "fit one for these anchors or leave `anchors` out."
+                f"the predictor was fitted for the anchors {list(spec.anchors)}, found "
+                f"{list(anchors)}; fit one for these anchors or leave `anchors` out."
             )
         anchors, tap = spec.anchors, spec.tap
     if predictor.learned and spec is None:
         raise ValueError(
-            "a learned predictor without its spec cannot be checked against this host; load it with "
-            "load_predictor, or set predictor.spec."
+            "a learned predictor without its spec cannot be checked against this host; load it "
+            "with load_predictor, or set predictor.spec."
         )
     if anchors is None:
         raise ValueError("this predictor has no anchors of its own; pass anchors=[0, ...].")
@@ -175,7 +175,7 @@ def forecasting(
     anchors: Sequence[int] | None = None,
     tap: str | None = None,
 ) -> Iterator[Run]:
-    """`attach` for the length of a `with` block; the pipeline is its old self afterwards, come what may."""
+    """`attach` for the length of a `with` block; the pipeline is its old self afterwards."""
     run = attach(pipe, predictor, anchors, tap)
     try:
         yield run

@@ -37,8 +37,8 @@ def install(transformer: nn.Module, route: Callable) -> None:
     if getattr(transformer, "_cache_config", None) is not None:
         raise ValueError(
             f"{type(transformer).__name__} already has the cache "
-            f"{type(transformer._cache_config).__name__} enabled; call disable_cache() first: two caches "
-            "on one model would forecast each other's forecasts."
+            f"{type(transformer._cache_config).__name__} enabled; call disable_cache() first: two "
+            "caches on one model would forecast each other's forecasts."
         )
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     if registry.get_hook(HOOK_NAME) is not None:
@@ -63,7 +63,7 @@ class TrunkSkipper:
     def __init__(self, transformer: nn.Module, trunk: Trunk) -> None:
         self.transformer = transformer
         self.head = transformer.get_submodule(trunk.head)
-        self.blocks = {name: transformer._modules[name] for name in trunk.block_lists}
+        self.blocks = {name: block_list(transformer, name) for name in trunk.block_lists}
         self.empty = {name: SkippedBlocks(blocks) for name, blocks in self.blocks.items()}
 
     def __call__(
@@ -73,7 +73,7 @@ class TrunkSkipper:
         kwargs: dict[str, Any],
         entering: Callable[[Tensor], Tensor],
     ) -> Any:
-        """The output of `forward` with the head's first tensor replaced by `entering(that tensor)`."""
+        """The output of `forward` with the head's first tensor t replaced by `entering(t)`."""
         self.transformer._modules.update(self.empty)
         handle = self.head.register_forward_pre_hook(_replacing(entering), with_kwargs=True)
         try:
@@ -124,11 +124,18 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
         found["residual"] = found["hidden"] - found["trunk_in"]
 
 
+def block_list(transformer: nn.Module, name: str) -> nn.ModuleList:
+    """The block list of that name."""
+    blocks = transformer.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)  # the tracer looks at nothing else
+    return blocks
+
+
 def block_taps(transformer: nn.Module, trunk: Trunk | None) -> dict[str, nn.Module]:
     """Tap name of every block of the trunk, in calling order: `blocks.0`, `blocks.1`, ..."""
     if trunk is None:
         return {}
-    blocks = [block for name in trunk.block_lists for block in transformer.get_submodule(name)]
+    blocks = [block for name in trunk.block_lists for block in block_list(transformer, name)]
     return {f"blocks.{i}": block for i, block in enumerate(blocks)}
 
 

@@ -1,7 +1,8 @@
 """Facts read off a diffusion transformer: its trunk of blocks and its head.
 
 The trunk is the block lists; the head is the first module called after the last block whose first
-tensor argument has the block output's rank, batch and channels. Both are read from one traced forward.
+tensor argument has the block output's rank, batch and channels. Both are read from one traced
+forward.
 """
 
 import hashlib
@@ -33,7 +34,8 @@ class Trunk:
 class SkippedBlocks(nn.ModuleList):
     """A view of a block list that iterates as empty but indexes and counts like the list itself.
 
-    Hosts reach into a block between trunk and head (DiT asks `transformer_blocks[0]` for its embedding).
+    Hosts reach into a block between trunk and head (DiT asks `transformer_blocks[0]` for its
+    embedding).
     """
 
     def __init__(self, blocks: nn.ModuleList) -> None:
@@ -160,7 +162,8 @@ def transformer_of(pipe: Any) -> nn.Module:
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise UnsupportedHost(
-            f"{type(pipe).__name__} has no `transformer` module; foreseer works on diffusion transformers."
+            f"{type(pipe).__name__} has no `transformer` module; foreseer works on diffusion "
+            "transformers."
         )
     return transformer
 
@@ -168,10 +171,11 @@ def transformer_of(pipe: Any) -> nn.Module:
 def host_fingerprint(transformer: nn.Module) -> dict[str, Any]:
     """What a predictor was fitted on: class, sizes that matter, and digests of config and weights.
 
-    The weight digest is taken over each parameter's shape and a sample of up to 64 of its values, so it
-    is quick on any size of model and changes with a LoRA that is fused in.
+    The weight digest is taken over each parameter's shape and a sample of up to 64 of its values,
+    so it is quick on any size of model and changes with a LoRA that is fused in.
     """
-    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
+    host: Any = transformer
+    config = {k: v for k, v in dict(host.config).items() if not k.startswith("_")}
     text = json.dumps(config, sort_keys=True, default=str)
     digest = hashlib.sha256()
     for name, parameter in sorted(transformer.named_parameters()):

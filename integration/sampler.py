@@ -61,16 +61,17 @@ def probe(scheduler: Any, tolerance: float = 1e-3) -> SamplerMap:
     states = _run(scheduler, inputs, begin)
     if not torch.equal(states, _run(scheduler, inputs, begin)):
         raise NonAffineScheduler(
-            f"{type(scheduler).__name__} draws noise in its steps; closed-loop fits need a deterministic "
-            "sampler (for DDIM eta=0, for flow matching stochastic_sampling=False)."
+            f"{type(scheduler).__name__} draws noise in its steps; closed-loop fits need a "
+            "deterministic sampler (for DDIM eta=0, for flow matching stochastic_sampling=False)."
         )
     maps = states[: num_steps + 1].double()  # (1 + S, states)
     expected = mixture.double() @ maps
     deviation = float((states[num_steps + 1 :] - expected).norm() / expected.norm())
     if not deviation <= tolerance:
         raise NonAffineScheduler(
-            f"{type(scheduler).__name__}'s step is not affine in the model output (relative deviation "
-            f"{deviation:.1e}): clipping or thresholding is on? Switch it off, or use an open-loop fit."
+            f"{type(scheduler).__name__}'s step is not affine in the model output (relative "
+            f"deviation {deviation:.1e}): clipping or thresholding is on? Switch it off, or use an "
+            "open-loop fit."
         )
     return SamplerMap(maps[0], maps[1:].T.contiguous())
 

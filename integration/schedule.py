@@ -29,7 +29,7 @@ def warped(num_anchors: int, num_steps: int = 50, gamma: float = 1.2) -> tuple[i
 
 
 def interval(num_steps: int, interval: int, warmup: int = 3) -> tuple[int, ...]:
-    """TaylorSeer's schedule: steps `0 .. warmup - 1`, then every `interval` steps after the last of them.
+    """TaylorSeer's schedule: steps `0 .. warmup - 1`, then every `interval` steps after the last.
 
     Raises:
         ValueError: an argument is below 1.

@@ -1,8 +1,8 @@
 """One predictor (or recorder) at work on one pipeline: what every call of the transformer does.
 
 A session watches the scheduler (its clock) and routes the transformer's calls. At an anchor the
-network runs and its tap is observed; at the other steps the tap is forecast. Calls outside a run, and
-everything after detaching, are the host's own.
+network runs and its tap is observed; at the other steps the tap is forecast. Calls outside a run,
+and everything after detaching, are the host's own.
 """
 
 import time
@@ -179,8 +179,9 @@ class Session:
         if not torch.equal(expected, replayed):
             worst = float((expected - replayed).abs().max())
             raise UnsupportedHost(
-                f"replaying the head input ({trunk.head}) of {type(self.transformer).__name__} changes "
-                f"its output by up to {worst:.2e}, expected bitwise equality; use the `output` tap."
+                f"replaying the head input ({trunk.head}) of {type(self.transformer).__name__} "
+                f"changes its output by up to {worst:.2e}, expected bitwise equality; use the "
+                "`output` tap."
             )
         self.trunk, self.skipper, self._proven = trunk, skipper, True
 
@@ -195,7 +196,7 @@ def output_tensor(output: Any) -> Tensor:
     sample = getattr(sample, "sample", sample)
     if not isinstance(sample, Tensor):
         raise UnsupportedHost(
-            f"the transformer returned {type(output).__name__}, expected a tuple of one tensor or an "
-            "output with a `sample` tensor."
+            f"the transformer returned {type(output).__name__}, expected a tuple of one tensor or "
+            "an output with a `sample` tensor."
         )
     return sample

@@ -19,8 +19,8 @@ class Step:
         index: counted upward from 0 (pure noise) to `num_steps - 1`.
         sigma: flow time of the step, 1 to 0.
         num_steps: steps of the whole run.
-        branches: branch number of each equal part of the batch axis: `(0,)` without guidance, `(0, 1)`
-            when both guidance branches share one call, `(1,)` in the second of two calls.
+        branches: branch number of each equal part of the batch axis: `(0,)` without guidance,
+            `(0, 1)` when both guidance branches share one call, `(1,)` in the second of two calls.
         x_t: the network's input at this step, only for predictors that list it in `needs`.
     """
 
@@ -52,7 +52,8 @@ class History:
         """
         if self.steps and step.index <= self.steps[-1]:
             raise ValueError(
-                f"step {step.index} was pushed after step {self.steps[-1]}; call reset() between runs."
+                f"step {step.index} was pushed after step {self.steps[-1]}; call reset() between "
+                "runs."
             )
         self.steps.append(step.index)
         self.sigmas.append(step.sigma)

@@ -8,10 +8,11 @@ from .polynomial import check_order, ladder_weights
 
 
 class HiCache(LinearPredictor):
-    """F_hat = F_0 + sum_{i>=1} H~_i(j) / i! D_i, H~_n(x) = sigma^n H_n(sigma x) (arXiv 2508.16984, eq. 11).
+    """F_hat = F_0 + sum_{i>=1} H~_i(j) / i! D_i, H~_n(x) = sigma^n H_n(sigma x).
 
-    j is the horizon in sampler steps and D the ladder of `Taylor`. At contraction 1/sqrt(2) the first
-    order is Taylor's; at the published 0.5 it is half of it: a damped extrapolation.
+    arXiv 2508.16984, eq. 11. j is the horizon in sampler steps and D the ladder of `Taylor`. At
+    contraction 1/sqrt(2) the first order is Taylor's; at the published 0.5 it is half of it: a
+    damped extrapolation.
 
     Args:
         order: highest Hermite order, 1 to 4.

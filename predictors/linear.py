@@ -14,9 +14,10 @@ from .base import History, LinearPredictor, Step
 
 
 class L2P(LinearPredictor):
-    """F_hat_t = sum_a W[branch, t, a] F_a over the anchors a < t (arXiv 2604.26365, folded onto anchors).
+    """F_hat_t = sum_a W[branch, t, a] F_a over the anchors a < t.
 
-    Starts as plain reuse of the newest anchor. A branch the rows do not have is an error, never a guess.
+    arXiv 2604.26365, folded onto anchors. Starts as plain reuse of the newest anchor. A branch the
+    rows do not have is an error, never a guess.
 
     Args:
         num_steps: sampling steps S.
@@ -36,8 +37,8 @@ class L2P(LinearPredictor):
             raise ValueError(f"anchors are {anchors}, expected rising steps starting with 0.")
         if anchors[-1] >= num_steps or num_branches < 1:
             raise ValueError(
-                f"anchors end at {anchors[-1]} and num_branches is {num_branches}, expected anchors "
-                f"below num_steps={num_steps} and at least one branch."
+                f"anchors end at {anchors[-1]} and num_branches is {num_branches}, expected "
+                f"anchors below num_steps={num_steps} and at least one branch."
             )
         self.num_steps = num_steps
         self.anchors = tuple(anchors)
@@ -67,7 +68,9 @@ class L2P(LinearPredictor):
 def tabulate(
     rule: LinearPredictor, anchors: Sequence[int], sigmas: Sequence[float]
 ) -> Float[Tensor, "S S"]:
-    """The weights of any linear rule on given anchors, as rows over all steps; anchor rows are unit rows.
+    """The weights of any linear rule on given anchors, as rows over all steps.
+
+    The row of an anchor is its unit row.
 
     Args:
         rule: the rule.

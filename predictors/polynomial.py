@@ -25,7 +25,8 @@ class Taylor(LinearPredictor):
 
     Ladder at every anchor: D_0 = F_0, D_i = (D_{i-1} - D_{i-1} of the previous anchor) / g_1 with
     g_1 the last gap in steps; forecast F_hat = sum_i D_i j^i / i! at horizon j. For order >= 2 this
-    is not polynomial interpolation: see `Newton` for that. The order grows with the anchors there are.
+    is not polynomial interpolation: see `Newton` for that. The order grows with the anchors there
+    are.
 
     Args:
         order: highest difference used, 1 to 4.
@@ -52,7 +53,8 @@ class Taylor(LinearPredictor):
 class Newton(LinearPredictor):
     """The polynomial through the newest `order + 1` anchors: Newton's, which is Lagrange's.
 
-    c_k = prod_{m != k} (u - u_m) / (u_k - u_m), exact on polynomials of degree `order` in the clock u.
+    c_k = prod_{m != k} (u - u_m) / (u_k - u_m), exact on polynomials of degree `order` in the
+    clock u.
 
     Args:
         order: degree, 1 to 4; lower while fewer anchors exist.
@@ -97,7 +99,8 @@ def ladder_weights(steps: list[int], factors: list[float]) -> Float[Tensor, " K"
 
     Args:
         steps: anchors, oldest first.
-        factors: one per ladder level, the first for D_0; levels without enough anchors are left out.
+        factors: one per ladder level, the first for D_0; levels without enough anchors are left
+            out.
 
     Returns:
         Float64 weights of the features at `steps`.

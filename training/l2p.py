@@ -1,4 +1,4 @@
-"""L2P as Lightning modules: the published recipe (`L2PAdam`) and the closed form (`L2PLeastSquares`).
+"""L2P as Lightning modules: `L2PAdam`, the published recipe, and `L2PLeastSquares`, in closed form.
 
 Both need only the Grams of a recording. The closed-loop fit is in closed_loop.py.
 Shapes: n trajectories, S sampling steps.
@@ -100,10 +100,11 @@ def open_loop_errors(
 
 
 class L2PAdam(L2PModule):
-    """The published recipe on Grams: all earlier steps, reuse init, full-batch Adam, teacher forced.
+    """The published recipe on Grams: all earlier steps, reuse init, full-batch Adam.
 
-    201 iterations at rate 0.01 are the release's (set `max_epochs: 201`); the rows are folded onto the
-    anchors exactly afterwards. One training batch must hold all trajectories (`GramDataModule`).
+    Every step is teacher forced. 201 iterations at rate 0.01 are the release's (set
+    `max_epochs: 201`); the rows are folded onto the anchors exactly afterwards. One training batch
+    must hold all trajectories (`GramDataModule`).
 
     Args:
         recording: folder of the recording.

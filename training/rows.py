@@ -75,8 +75,9 @@ def published_loss(
 
     Args:
         weight: rows over all earlier steps; entries on and above the diagonal are not used.
-        mean_gram: Gram of the average trajectory element (summed Gram over trajectories and elements,
-            divided by their number), so that the loss is the MSE over elements of the paper.
+        mean_gram: Gram of the average trajectory element (summed Gram over trajectories and
+            elements, divided by their number), so that the loss is the MSE over elements of the
+            paper.
     """
     c = weight.tril(-1) - torch.eye(weight.shape[-1], dtype=weight.dtype)
     errors = torch.einsum("bts,bsu,btu->bt", c, mean_gram.to(weight.dtype), c)
@@ -87,8 +88,8 @@ def adams_bashforth_rows(anchors: Sequence[int], sigmas: Sequence[float]) -> Flo
     """Rows whose Euler sum over each segment is the variable-step Adams-Bashforth-2 update.
 
     AB2 from anchor a to the next, H = sigma_next - sigma_a, r = H / (sigma_a - sigma_b):
-    x += H ((1 + r/2) v_a - r/2 v_b) (Hairer, Norsett & Wanner, section III.5). The anchor's own Euler
-    step uses v_a, so the rows of the segment's other steps carry the rest.
+    x += H ((1 + r/2) v_a - r/2 v_b) (Hairer, Norsett & Wanner, section III.5). The anchor's own
+    Euler step uses v_a, so the rows of the segment's other steps carry the rest.
     """
     num_steps = len(sigmas)
     grid = [*sigmas, 0.0]

@@ -1,6 +1,5 @@
 """Trajectory tracking: rows that keep an accelerated run near the recorded one.
 
-
 Shapes: n trajectories, S sampling steps, B batch. Segments are the stretches from an anchor to the
 next, or to the end of the run.
 """
@@ -25,7 +24,7 @@ class _Stop(Exception):
 
 
 class Tracker(Controller):
-    """Replay the anchors seen so far, forecast by the rows found so far, and evaluate one new anchor.
+    """Replay the anchors seen so far, forecast by the rows found so far, evaluate one new anchor.
 
     Args:
         anchors: steps at which the network runs.
@@ -72,7 +71,7 @@ class Tracker(Controller):
             return "output", stored[step.index]
         parts = {a: f.chunk(len(self.branches[key])) for a, f in stored.items()}
         rows = self.rows[list(self.branches[key]), step.index]
-        forecast = [
+        forecast: list[Any] = [
             sum(float(row[a]) * parts[a][i].float() for a in stored) for i, row in enumerate(rows)
         ]
         return "output", torch.cat(forecast).to(next(iter(stored.values())).dtype)
@@ -131,7 +130,8 @@ def guidance_weights(
     if error > 1e-3:
         raise ValueError(
             f"the pipeline's guidance is not a fixed combination of its branches (relative error "
-            f"{error:.1e}); tracking cannot be solved for it. Refine from an analytic start instead."
+            f"{error:.1e}); tracking cannot be solved for it. Refine from an analytic start "
+            "instead."
         )
     return weights
 
@@ -162,8 +162,8 @@ def track(
         settings: keyword arguments of every pipeline call.
 
     Returns:
-        The rows, and per segment a matrix `(branches * (k + 1), r)` whose unit vectors each move the
-        next state by a root mean square of one.
+        The rows, and per segment a matrix `(branches * (k + 1), r)` whose unit vectors each move
+        the next state by a root mean square of one.
 
     Raises:
         NonAffineScheduler: the sampler is not a fixed linear map.
@@ -224,7 +224,7 @@ def _solve(
     return delta.view(branches, num_known), whitening(normal)
 
 
-def whitening(normal: Float[Tensor, "P P"], cutoff: float = 1e-5) -> Float[Tensor, "P r"]:
+def whitening(normal: Float[Tensor, "P P"], cutoff: float = 1e-4) -> Float[Tensor, "P r"]:
     """A matrix L with L^T normal L = 1 on the directions above `cutoff` of the largest."""
     values, vectors = torch.linalg.eigh(normal)
     keep = values > cutoff * values[-1]

@@ -111,8 +111,8 @@ class GramDataModule(LightningDataModule):
         self.train_items, self.val_items = split(recording.items, fractions, self.seed)
         if len(self.train_items) < 2:
             raise ValueError(
-                f"{self.folder} leaves {len(self.train_items)} of {len(recording)} trajectories to fit "
-                "on, expected at least 2; record more."
+                f"{self.folder} leaves {len(self.train_items)} of {len(recording)} trajectories to "
+                "fit on, expected at least 2; record more."
             )
         name = f"gram/{self.tap}"
         self.train = [{"gram": recording.stack(name, self.train_items)}]

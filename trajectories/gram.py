@@ -1,5 +1,6 @@
-"""Gram matrices of a trajectory's features: all a linear forecaster can know, and what follows from them.
+"""Gram matrices of a trajectory's features, and what follows from them.
 
+They are all that a linear forecaster can know.
 Shapes: S sampling steps, K anchors. A Gram G has G[s, t] = <F_s, F_t>, float64; leading axes
 (trajectories, branches) are kept by every function.
 """
@@ -35,9 +36,10 @@ def cosine_to_previous(grams: Float[Tensor, "*lead S S"]) -> Float[Tensor, "*lea
 def projection_fidelity(
     grams: Float[Tensor, "*lead S S"], anchors: Sequence[int] | None = None
 ) -> Float[Tensor, "*lead S"]:
-    """1 - ||F_t - Proj F_t|| / ||F_t||, Proj onto the earlier features (arXiv 2604.26365, section 3).
+    """1 - ||F_t - Proj F_t|| / ||F_t||, Proj onto the earlier features.
 
-    The coefficients are each trajectory's own: an oracle, the ceiling of every linear forecaster.
+    arXiv 2604.26365, section 3. The coefficients are each trajectory's own: an oracle, the ceiling
+    of every linear forecaster.
 
     Args:
         grams: Gram matrices.
@@ -70,9 +72,10 @@ def explained(
 def solve_psd(
     matrix: Float[Tensor, "*lead K K"], right: Float[Tensor, "*lead K"], cutoff: float = 1e-12
 ) -> Float[Tensor, "*lead K"]:
-    """The least-norm solution of matrix x = right, directions below `cutoff` of the largest left out.
+    """The least-norm solution of matrix x = right.
 
-    The matrix is scaled to a unit diagonal first, so that steps of any size count alike.
+    Directions with eigenvalues below `cutoff` of the largest are left out. The matrix is scaled to
+    a unit diagonal first, so that steps of any size count alike.
     """
     scale = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
     values, vectors = torch.linalg.eigh(matrix * scale[..., :, None] * scale[..., None, :])

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import xxhash
 
@@ -97,7 +97,7 @@ class Header:
         return len(self.sigmas)
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Path) -> "Header":
         """Read `recording.json`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What is generated: numbered items with their own seed and pipeline inputs, and how a batch is called."""
+"""What is generated: numbered items with a seed and pipeline inputs, and how a batch is called."""
 
 import hashlib
 import json

@@ -66,8 +66,8 @@ class Recorder(Controller):
         for index, step in enumerate(steps):
             if sorted(step) != branches:
                 raise ValueError(
-                    f"step {index} has the branches {sorted(step)}, step 0 had {branches}: a recording "
-                    "needs the same guidance at every step."
+                    f"step {index} has the branches {sorted(step)}, step 0 had {branches}: a "
+                    "recording needs the same guidance at every step."
                 )
         return torch.stack([torch.stack([step[b][sample] for step in steps]) for b in branches])
 
@@ -105,10 +105,10 @@ def record(
     world: int = 1,
     **settings: Any,
 ) -> Path:
-    """Run a pipeline over items and write a recording; run it again to resume after any interruption.
+    """Run a pipeline over items and write a recording; run it again to resume after a break.
 
-    The images are bit for bit those of the pipeline alone. Batches are cut from this rank's items in
-    order and always run whole, so a resumed recording equals an uninterrupted one, shard by shard.
+    The images are bit for bit the pipeline's own. Batches are cut from this rank's items in order
+    and always run whole, so a resumed recording equals an uninterrupted one, shard by shard.
 
     Args:
         pipe: a diffusers pipeline.
@@ -143,25 +143,41 @@ def record(
         "settings": {name: str(value)[:80] for name, value in sorted(settings.items())},
         "settings_digest": digest([], settings),
     }
-    done = finished_items(out, recipe)
-    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    pending = [batch for batch in batches if any(item.index not in done for item in batch)]
     transformer = transformer_of(pipe)
     recorder = Recorder(expand_taps(transformer, taps))
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     session = Session(transformer, pipe.scheduler, recorder)
+    try:
+        _record_batches(pipe, batches, recorder, Path(out), recipe, rank, settings)
+    finally:
+        session.detach()
+    return Path(out)
+
+
+def _record_batches(
+    pipe: Any,
+    batches: list[list[Item]],
+    recorder: Recorder,
+    out: Path,
+    recipe: dict[str, Any],
+    rank: int,
+    settings: dict[str, Any],
+) -> None:
+    """Run the batches that are not finished and write what is missing of them."""
+    done = finished_items(out, recipe)
+    pending = [batch for batch in batches if any(item.index not in done for item in batch)]
+    stored_as = (recipe["features"], recipe["num_tokens"], recipe["states"])
     with contextlib.ExitStack() as stack:
-        stack.callback(session.detach)
         writer: RecordingWriter | None = None
-        for batch in tqdm(pending, desc=f"record {Path(out).name}", unit="batch"):
+        for batch in tqdm(pending, desc=f"record {out.name}", unit="batch"):
             generate_batch(pipe, batch, output_type="latent", **settings)
             if writer is None:
                 header = describe(pipe, recorder, recipe, settings)
                 writer = stack.enter_context(RecordingWriter(out, header, rank))
             for sample, item in enumerate(batch):
                 if item.index not in done:
-                    stored = recorder.tensors(sample, features, num_tokens, states)
+                    stored = recorder.tensors(sample, *stored_as)
                     writer.write(item.index, stored, {"seed": item.seed, **_plain(item.inputs)})
-    return Path(out)
 
 
 def finished_items(out: str | Path, recipe: dict[str, Any]) -> set[int]:

@@ -4,7 +4,6 @@ import errno
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -50,7 +49,7 @@ class RecordingWriter:
         self._done: set[int] = set()
         self._lock = FileLock(self.folder / f"rank-{rank:05d}.lock", timeout=0)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RecordingWriter":
         """Lock the rank, claim the folder for this header and repair what a kill left.
 
         Raises:
