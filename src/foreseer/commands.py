@@ -29,21 +29,21 @@ def record(
     of writers may fill one folder, and the same command resumes.
 
     Args:
-        pipeline: folder or hub name of the diffusers pipeline.
+        pipeline: folder of a class-to-image diffusers pipeline, or `zoo:<name>` for a bundled one.
         out: folder of the recording; made when missing.
         guidance_scale: classifier-free guidance strength; at 1 or below there is one branch.
         num_inference_steps: sampler steps S per trajectory.
         num_trajectories: items to record, counted over all writers.
         first_item: index of the first item; recordings of other items do not overlap.
         batch_size: samples drawn at once.
-        taps: tensors to record, as a list: `output`, `hidden`, `residual`, `blocks.i`.
+        taps: tensors to record, as a list: `output`, `hidden`, `residual`, `blocks.i`, `blocks.*`.
         features: keep beside the Grams no features, those of some tokens, or all of them.
         num_tokens: tokens kept per sample when `features` is `tokens`.
         states: keep the sampler's state x_t at every step, which closed-loop fits need.
-        rank: this writer's index in `[0, world)`; None reads the launcher's environment.
-        world: number of writers; None reads the launcher's environment.
+        rank: this writer's index in `[0, world)`; None reads what torchrun or SLURM set.
+        world: number of writers; None reads what torchrun or SLURM set.
     """
-    from .trajectories.recorder import record_command
+    from .trajectories.record_command import record_command
 
     record_command(
         pipeline=pipeline,
@@ -158,34 +158,37 @@ def bench(
     )
 
 
-def inspect(recording: str) -> None:
-    """Print what a recording holds: recipe, taps, number of trajectories, bytes.
+def inspect(recording: str, out: str | None = None) -> None:
+    """Print what a recording holds, and draw how its features move from step to step.
 
     Args:
         recording: folder of the recording.
+        out: folder for the plots; None takes `plots` inside the recording's folder.
     """
-    from .trajectories.shards import inspect_command
+    from .trajectories.inspect_command import inspect_command
 
-    inspect_command(recording=recording)
+    inspect_command(recording=recording, out=out)
 
 
 def verify(recording: str) -> None:
-    """Read every shard of a recording and compare it with its hash in the manifest.
+    """Read every shard of a recording and compare it with its hash; exit with code 1 on damage.
 
     Args:
         recording: folder of the recording.
     """
-    from .trajectories.shards import verify_command
+    from .trajectories.inspect_command import verify_command
 
     verify_command(recording=recording)
 
 
-def demo(out: str = "runs/demo") -> None:
-    """Record, fit and compare on the bundled model, on a CPU.
+def demo(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit") -> None:
+    """Record, fit, export, generate and compare on the bundled model, on a CPU.
 
     Args:
-        out: folder of the demonstration's files and report.
+        out: folder of the demonstration's files and report; finished stages in it are not redone.
+        pipeline: folder of a class-to-image pipeline, or a bundled one.
     """
+    print("loading PyTorch, diffusers and Lightning", flush=True)
     from .demo import demo_command
 
-    demo_command(out=out)
+    demo_command(out=out, pipeline=pipeline)
