@@ -64,7 +64,9 @@ def first_call(transformer: nn.Module, run: Callable[[], Any]) -> Call:
         return seen[0]
     finally:
         handle.remove()
-    raise ValueError(f"the run never called {type(transformer).__name__}, so its inputs are unknown.")
+    raise ValueError(
+        f"the run never called {type(transformer).__name__}, so its inputs are unknown."
+    )
 
 
 @torch.no_grad()

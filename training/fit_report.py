@@ -22,7 +22,7 @@ from ..predictors.linear import L2P
 from ..trajectories.gram import projection_fidelity
 from ..trajectories.prompts import generate_batch
 from ..trajectories.recording import Recording
-from .closed_loop import item_of, settings_of
+from .measure import References, item_of
 from .l2p import L2PModule, open_loop_errors
 
 CURVES = {
@@ -137,7 +137,9 @@ def closed_loop_state_errors(
         for start in range(0, len(items), batch_size):
             batch = list(items[start : start + batch_size])
             found = [item_of(recording, item) for item in batch]
-            generate_batch(pipe, found, output_type="latent", **settings_of(recording))
+            generate_batch(
+                pipe, found, output_type="latent", **References(recording, items).settings
+            )
             reached = torch.stack(keeper.states, dim=1).flatten(2)  # (B, S, M)
             full = recording.stack("states", batch)[:, 1:].flatten(2)
             errors.append((reached - full).norm(dim=-1) / full.norm(dim=-1))
