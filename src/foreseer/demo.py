@@ -42,7 +42,9 @@ from .trajectories.record_command import record_command
 ANCHORS = warped(8, gamma=1.1)
 HELD_OUT = 0.2  # share of the recorded trajectories that no fit sees
 LAYER_ITEMS = 20000  # first item of the layer recording; the others start at 0
-EPOCHS = {"lstsq": 1, "adam": 201, "closed_loop": 3}
+EPOCHS = {"lstsq": 1, "adam": 201, "closed_loop": 1}
+BATCHES = 2  # calibration batches of 16 per epoch: the Gram fits have one batch, of everything
+RIVALS = ("euler", "ab2", "dpmpp_2m", "unipc", "reuse", "taylor_1", "taylor_2")
 RUN = {"guidance_scale": 3.0, "num_inference_steps": 50}
 
 Stage = Callable[[Path, str], None]
@@ -133,6 +135,7 @@ def fit_one(folder: Path, module: L2PModule, data: lightning.LightningDataModule
         max_epochs=EPOCHS[name],
         logger=TensorBoardLogger(folder, "logs", name),
         callbacks=[FitReport(str(out)), checkpoint],
+        limit_train_batches=BATCHES,
         log_every_n_steps=1,
         enable_model_summary=False,
         enable_progress_bar=name == "closed_loop",
@@ -169,7 +172,11 @@ def bench(folder: Path, pipeline: str) -> None:
         budgets=(len(ANCHORS),),
         num_samples=16,
         **RUN,
-        predictors=[predictor_folder(folder, name) for name in EPOCHS],
+        searched=None,
+        predictors=[f"l2p_{name}={predictor_folder(folder, name)}" for name in EPOCHS],
+        methods=RIVALS,
+        batch_size=16,
+        num_threads=1,
     )
 
 
