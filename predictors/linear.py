@@ -54,12 +54,18 @@ class L2P(LinearPredictor):
         """The learned row of each branch at this step.
 
         Raises:
-            ValueError: a branch or step the rows do not have.
+            ValueError: a branch or step the rows do not have, or another history than theirs.
         """
         if max(step.branches) >= self.num_branches or step.index >= self.num_steps:
             raise ValueError(
                 f"found branch {max(step.branches)} at step {step.index}, but the rows are for "
                 f"{self.num_branches} branch(es) and {self.num_steps} steps."
+            )
+        expected = [anchor for anchor in self.anchors if anchor < step.index]
+        if history.steps != expected:
+            raise ValueError(
+                f"the history holds the steps {history.steps}, but the row of step {step.index} "
+                f"is for {expected}; a run must start at step 0 and evaluate every anchor."
             )
         rows = self.weight[list(step.branches), step.index]  # (branches, S)
         return rows[:, history.steps].mT

@@ -77,7 +77,7 @@ class Newton(LinearPredictor):
         """Lagrange's weights."""
         if self.clock == "sigma":
             return lagrange_weights(torch.tensor(history.sigmas, dtype=torch.float64), step.sigma)
-        return lagrange_weights(torch.tensor(history.steps, dtype=torch.float64), step.index)
+        return lagrange_weights(torch.tensor(history.steps, dtype=torch.float64), float(step.index))
 
 
 def check_order(order: int) -> None:

@@ -64,23 +64,35 @@ def record(
 
 def search(
     recording: str,
-    num_anchors: int,
-    method: str = "newton_1",
-    tap: str = "output",
-    out: str | None = None,
+    pipeline: str = "zoo:fashion_dit",
+    out: str = "runs/search.json",
+    num_anchors: Sequence[int] = (8,),
+    methods: Sequence[str] = ("newton_1|output",),
+    num_samples: int = 16,
+    num_moves: int = 8,
 ) -> None:
-    """Choose the steps at which the network runs, by open-loop error on a recording's Grams.
+    """Choose the steps at which the network runs: on Grams, then by the error of real samples.
 
     Args:
         recording: folder of the recording.
-        num_anchors: network evaluations per trajectory (NFE), at least 1.
-        method: forecaster that fills the other steps, with its order: `newton_1`.
-        tap: recorded tensor whose forecast error counts.
-        out: JSON file for the schedule; None prints it only.
+        pipeline: the recorded pipeline, a folder or `zoo:<name>`.
+        out: JSON file for the lists; the same command resumes.
+        num_anchors: network evaluations per trajectory (NFE), one search each.
+        methods: `method|tap` pairs, such as `newton_1|hidden`, `ab2|none`, `l2p_closed_loop|output`.
+        num_samples: calibration trajectories the lists are compared on.
+        num_moves: evaluations spent on moving single anchors of the best list.
     """
-    from .training.search import search_command
+    from .training.search_command import search_command
 
-    search_command(recording=recording, num_anchors=num_anchors, method=method, tap=tap, out=out)
+    search_command(
+        recording=recording,
+        pipeline=pipeline,
+        out=out,
+        num_anchors=num_anchors,
+        methods=methods,
+        num_samples=num_samples,
+        num_moves=num_moves,
+    )
 
 
 def export(checkpoint: str, out: str) -> None:
