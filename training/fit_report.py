@@ -22,8 +22,8 @@ from ..predictors.linear import L2P
 from ..trajectories.gram import projection_fidelity
 from ..trajectories.prompts import generate_batch
 from ..trajectories.recording import Recording
-from .measure import References, item_of
 from .l2p import L2PModule, open_loop_errors
+from .measure import References
 
 CURVES = {
     "oracle_all": "oracle, all earlier steps",
@@ -130,18 +130,16 @@ def closed_loop_state_errors(
     Returns:
         (step, error) pairs, the error averaged over trajectories.
     """
+    references = References(recording, items, batch_size)
     keeper = StateKeeper(predictor, tap, predictor.anchors)
     session = Session(transformer_of(pipe), pipe.scheduler, keeper)
     errors = []
     try:
-        for start in range(0, len(items), batch_size):
-            batch = list(items[start : start + batch_size])
-            found = [item_of(recording, item) for item in batch]
-            generate_batch(
-                pipe, found, output_type="latent", **References(recording, items).settings
-            )
+        for batch in references.batches:
+            generate_batch(pipe, batch, output_type="latent", **references.settings)
             reached = torch.stack(keeper.states, dim=1).flatten(2)  # (B, S, M)
-            full = recording.stack("states", batch)[:, 1:].flatten(2)
+            states = recording.stack("states", [item.index for item in batch])
+            full = states[:, 1:].flatten(2)
             errors.append((reached - full).norm(dim=-1) / full.norm(dim=-1))
     finally:
         session.detach()

@@ -42,8 +42,10 @@ from .trajectories.record_command import record_command
 ANCHORS = warped(8, gamma=1.1)
 HELD_OUT = 0.2  # share of the recorded trajectories that no fit sees
 LAYER_ITEMS = 20000  # first item of the layer recording; the others start at 0
-EPOCHS = {"lstsq": 1, "adam": 201, "closed_loop": 3}
-RUN = {"guidance_scale": 3.0, "num_inference_steps": 50}
+EPOCHS = {"lstsq": 1, "adam": 201, "closed_loop": 1}
+BATCHES = 2  # calibration batches of 16 per epoch: the Gram fits have one batch, of everything
+RIVALS = ("euler", "ab2", "dpmpp_2m", "unipc", "reuse", "taylor_1", "taylor_2")
+GUIDANCE_SCALE, NUM_STEPS = 3.0, 50
 
 Stage = Callable[[Path, str], None]
 
@@ -82,7 +84,8 @@ def record(folder: Path, pipeline: str) -> None:
     record_command(
         pipeline,
         str(folder / "recording"),
-        **RUN,
+        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=NUM_STEPS,
         num_trajectories=64,
         first_item=0,
         batch_size=16,
@@ -98,7 +101,8 @@ def layers(folder: Path, pipeline: str) -> None:
     record_command(
         pipeline,
         str(folder / "layers"),
-        **RUN,
+        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=NUM_STEPS,
         num_trajectories=8,
         first_item=LAYER_ITEMS,
         batch_size=8,
@@ -133,6 +137,7 @@ def fit_one(folder: Path, module: L2PModule, data: lightning.LightningDataModule
         max_epochs=EPOCHS[name],
         logger=TensorBoardLogger(folder, "logs", name),
         callbacks=[FitReport(str(out)), checkpoint],
+        limit_train_batches=BATCHES,
         log_every_n_steps=1,
         enable_model_summary=False,
         enable_progress_bar=name == "closed_loop",
@@ -155,7 +160,8 @@ def generate(folder: Path, pipeline: str) -> None:
         predictor=predictor_folder(folder, "closed_loop"),
         class_labels=range(10),
         seed=0,
-        **RUN,
+        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=NUM_STEPS,
         out=str(folder / "samples.png"),
         compare=True,
     )
@@ -168,8 +174,13 @@ def bench(folder: Path, pipeline: str) -> None:
         out=str(folder / "bench"),
         budgets=(len(ANCHORS),),
         num_samples=16,
-        **RUN,
-        predictors=[predictor_folder(folder, name) for name in EPOCHS],
+        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=NUM_STEPS,
+        searched=None,
+        predictors=[f"l2p_{name}={predictor_folder(folder, name)}" for name in EPOCHS],
+        methods=RIVALS,
+        batch_size=16,
+        num_threads=1,
     )
 
 
