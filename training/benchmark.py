@@ -267,5 +267,5 @@ def _sheet(
         if row.kind == "learned" or row.method in SHEET_METHODS:
             entry = entry_of[id(row)]
             samples = run_entry(pipe, entry, reference.sigmas, [items], tick, **settings)
-            images[f"{row.method}, {budget} evaluations"] = samples.images
+            images[f"{row.method}\n{budget} evaluations"] = samples.images
     return images
