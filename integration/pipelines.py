@@ -1,29 +1,13 @@
 """Load a pipeline from its folder, the bundled ones by name."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
+from ..checkpoints.zoo import resolve
 from .pixel_pipeline import PixelDiTPipeline
-
-ZOO = Path(__file__).resolve().parents[1] / "checkpoints" / "zoo"
-"""Folder of the bundled pipelines and predictors."""
-
-
-def resolve(name: str) -> Path:
-    """The folder a name stands for: a path, or a bundled one such as `zoo:fashion_dit`.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-    """
-    folder = ZOO / name.removeprefix("zoo:") if name.startswith("zoo:") else Path(name)
-    if not folder.is_dir():
-        bundled = sorted(f"zoo:{path.name}" for path in ZOO.iterdir() if path.is_dir())
-        raise FileNotFoundError(f"no folder {folder}; bundled are {', '.join(bundled) or 'none'}.")
-    return folder
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:

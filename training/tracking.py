@@ -224,7 +224,7 @@ def _solve(
     return delta.view(branches, num_known), whitening(normal)
 
 
-def whitening(normal: Float[Tensor, "P P"], cutoff: float = 1e-5) -> Float[Tensor, "P r"]:
+def whitening(normal: Float[Tensor, "P P"], cutoff: float = 1e-4) -> Float[Tensor, "P r"]:
     """A matrix L with L^T normal L = 1 on the directions above `cutoff` of the largest."""
     values, vectors = torch.linalg.eigh(normal)
     keep = values > cutoff * values[-1]

@@ -19,20 +19,12 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-MAX_HEADER_BYTES = 1_000_000
-MAX_TENSORS = 4096
-HASHES_KEY = "tensor_xxh3"
+from ..checkpoints.strict import DTYPE_CODES as DTYPE_CODES
+from ..checkpoints.strict import MAX_HEADER_BYTES as MAX_HEADER_BYTES
+from ..checkpoints.strict import MAX_TENSORS as MAX_TENSORS
+from ..checkpoints.strict import MalformedFile, read_header
 
-DTYPE_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+HASHES_KEY = "tensor_xxh3"
 
 
 class CorruptShard(ValueError):
@@ -144,39 +136,10 @@ def shard_names(path: Path, item: int | None = None, size: int | None = None) ->
     Raises:
         CorruptShard: the file is missing, cut short, too long, or its header is not acceptable.
     """
-    if not path.is_file():
-        raise CorruptShard(path, item, "the file is missing")
-    found = path.stat().st_size
-    if size is not None and found != size:
-        kind = "truncated" if found < size else "has trailing bytes"
-        raise CorruptShard(path, item, f"{kind}: {found} bytes, the manifest says {size}")
-    if found < 8:
-        raise CorruptShard(path, item, f"truncated: {found} bytes, a header needs at least 8")
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise CorruptShard(
-                path, item, f"header claims {length} bytes, the limit is {MAX_HEADER_BYTES}"
-            )
-        if length > found - 8:
-            raise CorruptShard(
-                path, item, f"truncated: header of {length} bytes in a file of {found}"
-            )
-        text = file.read(length)
     try:
-        entries = json.loads(text, object_pairs_hook=_unique)
-        entries.pop("__metadata__", None)
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise CorruptShard(path, item, f"malformed header ({error!r})") from error
-    if len(entries) > MAX_TENSORS:
-        raise CorruptShard(
-            path, item, f"header lists {len(entries)} tensors, the limit is {MAX_TENSORS}"
-        )
-    if 8 + length + end != found:
-        kind = "truncated" if found < 8 + length + end else "has trailing bytes"
-        raise CorruptShard(path, item, f"{kind}: {found} bytes, its header says {8 + length + end}")
-    return sorted(entries)
+        return list(read_header(path, size))
+    except MalformedFile as error:
+        raise CorruptShard(path, item, str(error)) from error
 
 
 def read_shard(
@@ -265,11 +228,3 @@ def _tensor_hash(tensor: Tensor, buffer: memoryview) -> str:
     digest = xxhash.xxh3_128(f"{tensor.dtype}{list(tensor.shape)}".encode())
     digest.update(buffer)
     return digest.hexdigest()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys occur once: safetensors itself accepts repeated names."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result

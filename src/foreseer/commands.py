@@ -29,21 +29,21 @@ def record(
     of writers may fill one folder, and the same command resumes.
 
     Args:
-        pipeline: folder or hub name of the diffusers pipeline.
+        pipeline: folder of a class-to-image diffusers pipeline, or `zoo:<name>` for a bundled one.
         out: folder of the recording; made when missing.
         guidance_scale: classifier-free guidance strength; at 1 or below there is one branch.
         num_inference_steps: sampler steps S per trajectory.
         num_trajectories: items to record, counted over all writers.
         first_item: index of the first item; recordings of other items do not overlap.
         batch_size: samples drawn at once.
-        taps: tensors to record, as a list: `output`, `hidden`, `residual`, `blocks.i`.
+        taps: tensors to record, as a list: `output`, `hidden`, `residual`, `blocks.i`, `blocks.*`.
         features: keep beside the Grams no features, those of some tokens, or all of them.
         num_tokens: tokens kept per sample when `features` is `tokens`.
         states: keep the sampler's state x_t at every step, which closed-loop fits need.
-        rank: this writer's index in `[0, world)`; None reads the launcher's environment.
-        world: number of writers; None reads the launcher's environment.
+        rank: this writer's index in `[0, world)`; None reads what torchrun or SLURM set.
+        world: number of writers; None reads what torchrun or SLURM set.
     """
-    from .trajectories.recorder import record_command
+    from .trajectories.record_command import record_command
 
     record_command(
         pipeline=pipeline,
@@ -64,23 +64,35 @@ def record(
 
 def search(
     recording: str,
-    num_anchors: int,
-    method: str = "newton_1",
-    tap: str = "output",
-    out: str | None = None,
+    pipeline: str = "zoo:fashion_dit",
+    out: str = "runs/search.json",
+    num_anchors: Sequence[int] = (8,),
+    methods: Sequence[str] = ("newton_1|output",),
+    num_samples: int = 16,
+    num_moves: int = 8,
 ) -> None:
-    """Choose the steps at which the network runs, by open-loop error on a recording's Grams.
+    """Choose the steps at which the network runs: on Grams, then by the error of real samples.
 
     Args:
         recording: folder of the recording.
-        num_anchors: network evaluations per trajectory (NFE), at least 1.
-        method: forecaster that fills the other steps, with its order: `newton_1`.
-        tap: recorded tensor whose forecast error counts.
-        out: JSON file for the schedule; None prints it only.
+        pipeline: the recorded pipeline, a folder or `zoo:<name>`.
+        out: JSON file for the lists; the same command resumes.
+        num_anchors: network evaluations per trajectory (NFE), one search each.
+        methods: `method|tap` pairs, such as `newton_1|hidden`, `ab2|none`, `l2p_closed_loop|output`.
+        num_samples: calibration trajectories the lists are compared on.
+        num_moves: evaluations spent on moving single anchors of the best list.
     """
-    from .training.search import search_command
+    from .training.search_command import search_command
 
-    search_command(recording=recording, num_anchors=num_anchors, method=method, tap=tap, out=out)
+    search_command(
+        recording=recording,
+        pipeline=pipeline,
+        out=out,
+        num_anchors=num_anchors,
+        methods=methods,
+        num_samples=num_samples,
+        num_moves=num_moves,
+    )
 
 
 def export(checkpoint: str, out: str) -> None:
@@ -134,20 +146,34 @@ def generate(
 def bench(
     pipeline: str,
     out: str,
-    budgets: Sequence[int] = (8, 11, 17, 26),
-    num_samples: int = 16,
+    budgets: Sequence[int] = (11, 8, 6),
+    num_samples: int = 64,
     guidance_scale: float = 3.0,
+    num_inference_steps: int = 50,
+    searched: str | None = None,
+    predictors: Sequence[str] = (),
+    methods: Sequence[str] | None = None,
+    batch_size: int = 16,
+    num_threads: int = 1,
 ) -> None:
     """Compare the full run, few-step solvers and every predictor on the same seeds and anchors.
 
+    The same command goes on after the last finished row when it was interrupted.
+
     Args:
-        pipeline: folder or hub name of the diffusers pipeline.
+        pipeline: folder of the diffusers pipeline, or `zoo:NAME` for a bundled one.
         out: folder of the report: table, plots, contact sheet.
         budgets: list of network evaluations per sample to compare at.
-        num_samples: held-out samples per budget.
+        num_samples: held-out samples per row, at least 1.
         guidance_scale: classifier-free guidance strength.
+        num_inference_steps: sampler steps S of the full run.
+        searched: JSON file of searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps.
+        predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER.
+        methods: list of solvers and formulas to run; None runs all.
+        batch_size: samples drawn at once.
+        num_threads: threads torch uses.
     """
-    from .integration.benchmark import bench_command
+    from .training.benchmark import bench_command
 
     bench_command(
         pipeline=pipeline,
@@ -155,37 +181,46 @@ def bench(
         budgets=budgets,
         num_samples=num_samples,
         guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        searched=searched,
+        predictors=predictors,
+        methods=methods,
+        batch_size=batch_size,
+        num_threads=num_threads,
     )
 
 
-def inspect(recording: str) -> None:
-    """Print what a recording holds: recipe, taps, number of trajectories, bytes.
+def inspect(recording: str, out: str | None = None) -> None:
+    """Print what a recording holds, and draw how its features move from step to step.
 
     Args:
         recording: folder of the recording.
+        out: folder for the plots; None takes `plots` inside the recording's folder.
     """
-    from .trajectories.shards import inspect_command
+    from .trajectories.inspect_command import inspect_command
 
-    inspect_command(recording=recording)
+    inspect_command(recording=recording, out=out)
 
 
 def verify(recording: str) -> None:
-    """Read every shard of a recording and compare it with its hash in the manifest.
+    """Read every shard of a recording and compare it with its hash; exit with code 1 on damage.
 
     Args:
         recording: folder of the recording.
     """
-    from .trajectories.shards import verify_command
+    from .trajectories.inspect_command import verify_command
 
     verify_command(recording=recording)
 
 
-def demo(out: str = "runs/demo") -> None:
-    """Record, fit and compare on the bundled model, on a CPU.
+def demo(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit") -> None:
+    """Record, fit, export, generate and compare on the bundled model, on a CPU.
 
     Args:
-        out: folder of the demonstration's files and report.
+        out: folder of the demonstration's files and report; finished stages in it are not redone.
+        pipeline: folder of a class-to-image pipeline, or a bundled one.
     """
+    print("loading PyTorch, diffusers and Lightning", flush=True)
     from .demo import demo_command
 
-    demo_command(out=out)
+    demo_command(out=out, pipeline=pipeline)

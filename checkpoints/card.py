@@ -1,0 +1,175 @@
+"""The model card of a predictor: what it is, what it was fitted on, its errors, its limits."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..predictors.base import Predictor
+from .spec import PredictorSpec
+
+MEASURES = {
+    "psnr_db": ("PSNR of the samples against the full run, dB (higher is better)", 1),
+    "val_error_db": ("10 log10 MSE of the final latents on the split the rows were chosen on", -1),
+    "open_loop_error": ("Relative error against recorded features (lower is better)", -1),
+}
+"""Text and direction of the measurements a card explains, by key in `PredictorSpec.metrics`."""
+
+RIVALS = {"start": "start of the fit", "reuse": "reuse", "taylor_1": "Taylor 1"}
+"""Rivals every card names, by the suffix of their keys."""
+
+ROW_COLUMNS = ("method", "kind", "tap", "num_anchors", "psnr_db", "ssim", "num_samples")
+NOT_MEASURED = "not measured"
+
+CARD = """---
+license: apache-2.0
+library_name: foreseer
+tags:
+- feature-caching
+- diffusion
+- l2p
+{base_model}---
+
+# {title} for {host_class}
+
+A learned feature-caching predictor: of the {num_steps} steps of a sampling run the network runs at
+{num_anchors}, and the other {num_forecasts} are forecast as weighted sums of what it computed
+before (tap `{tap}`, {num_branches} guidance branch(es), {num_weights} non-zero weights). The
+model itself stays as it is.
+
+**Verdict.** {verdict}
+
+## Use
+
+```python
+from foreseer.checkpoints.format import load_predictor
+from foreseer.integration.forecasting import forecasting
+from foreseer.integration.pipelines import load_pipeline
+pipe = load_pipeline("...")  # the model described below
+with forecasting(pipe, load_predictor("...")):  # this folder or repository
+    pipe(..., num_inference_steps={num_steps}, guidance_scale={guidance_scale:g})
+```
+
+## Fitted on
+
+{facts}
+
+## Measured
+
+{measured}
+
+## Limits
+
+It is bound to this model, grid and guidance: running it on other weights (a LoRA fused in, too),
+under another scheduler class, on another number or spacing of steps, at another guidance scale, or
+in another dtype than {dtype} is an error, not a worse picture. Samples are close to those of the
+full run, not equal to them. What was not measured above is not known.
+"""
+
+
+def model_card(
+    predictor: Predictor, spec: PredictorSpec, rows: list[dict[str, Any]] | None = None
+) -> str:
+    """The text of a predictor's `README.md`.
+
+    Args:
+        predictor: the predictor.
+        spec: what it was fitted on, with its measured errors.
+        rows: rows of a benchmark as dicts (`method`, `num_anchors`, `psnr_db`, ...), shown as a
+            table.
+
+    Returns:
+        Markdown with a YAML head.
+    """
+    num_weights = sum(_num_weights(rows_) for rows_ in predictor.state_dict().values())
+    base_model = spec.host.get("base_model")
+    return CARD.format(
+        base_model="" if base_model is None else f"base_model: {json.dumps(base_model)}\n",
+        title=type(predictor).__name__,
+        host_class=spec.host.get("class", "an unnamed model"),
+        num_steps=len(spec.sigmas),
+        num_anchors=len(spec.anchors),
+        num_forecasts=len(spec.sigmas) - len(spec.anchors),
+        tap=spec.tap,
+        num_branches=spec.num_branches,
+        num_weights=num_weights,
+        verdict=verdict(spec.metrics),
+        guidance_scale=spec.guidance_scale,
+        facts=_facts(spec),
+        measured="\n\n".join(
+            [_metrics_table(spec.metrics), *([_rows_table(rows)] if rows else [])]
+        ),
+        dtype=spec.dtype,
+    )
+
+
+def verdict(metrics: Mapping[str, float]) -> str:
+    """One sentence: whether the predictor beats the best formula measured beside it."""
+    for key, (_, direction) in MEASURES.items():
+        rivals = _rivals(metrics, key)
+        if key in metrics and rivals:
+            name = max(rivals, key=lambda rival: direction * rivals[rival])
+            gain = direction * (metrics[key] - rivals[name])
+            label, unit = RIVALS.get(name, name), " dB" if key.endswith("_db") else ""
+            if gain > 0:
+                return f"Better than {label} by {gain:.3g}{unit} (`{key}`)."
+            if gain == 0:
+                return f"No gain over {label} (`{key}`): that formula does as well."
+            return f"Worse than {label} by {-gain:.3g}{unit} (`{key}`): use that formula."
+    return "Not measured against any formula; run `foreseer bench` before relying on it."
+
+
+def _facts(spec: PredictorSpec) -> str:
+    facts = {
+        **{f"host: {name}": value for name, value in spec.host.items()},
+        "scheduler": spec.scheduler,
+        "steps": len(spec.sigmas),
+        "sigmas": f"{spec.sigmas[0]:g} to {spec.sigmas[-1]:g}",
+        "anchors": " ".join(map(str, spec.anchors)),
+        "tap": spec.tap,
+        "guidance": f"scale {spec.guidance_scale:g}, {spec.num_branches} branch(es)",
+        "dtype": spec.dtype,
+        "recording digest": spec.recording_digest or "none",
+        "trajectories": spec.num_trajectories,
+    }
+    return _table(("what", "value"), list(facts.items()))
+
+
+def _metrics_table(metrics: Mapping[str, float]) -> str:
+    """This predictor beside its rivals, one line per measurement; the rest as they are named."""
+    shown = [key for key in MEASURES if key in metrics or _rivals(metrics, key)] or ["psnr_db"]
+    names = list(RIVALS)
+    for key in shown:
+        names += [rival for rival in _rivals(metrics, key) if rival not in names]
+    lines = []
+    for key in shown:
+        values = [metrics.get(key), *(metrics.get(f"{key}_{name}") for name in names)]
+        lines.append((MEASURES[key][0], *map(_number, values)))
+    table = _table(("", "this predictor", *(RIVALS.get(n, n) for n in names)), lines)
+    known = {key for key in metrics for shown_key in shown if key.startswith(shown_key)}
+    others = [f"- {name}: {_number(metrics[name])}" for name in sorted(metrics.keys() - known)]
+    return "\n\n".join([table, *(["\n".join(others)] if others else [])])
+
+
+def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [tuple(_number(row.get(column)) for column in ROW_COLUMNS) for row in rows]
+    return _table(ROW_COLUMNS, lines)
+
+
+def _rivals(metrics: Mapping[str, float], key: str) -> dict[str, float]:
+    start = f"{key}_"
+    return {name.removeprefix(start): v for name, v in metrics.items() if name.startswith(start)}
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _num_weights(rows: Any) -> int:
+    return int((rows != 0).sum())

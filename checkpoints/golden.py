@@ -1,0 +1,83 @@
+"""A golden pair: features at the anchors and the forecasts a predictor makes from them.
+
+Shapes: K anchors, F forecast steps, B branches, N tokens, D channels.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..predictors.base import History, Predictor, Step
+from .config import CheckpointError
+from .spec import PredictorSpec
+
+GOLDEN_SEED = 20260
+NUM_TOKENS, NUM_CHANNELS = 2, 4
+TOLERANCE = 1e-5  # relative; float32 sums of another processor or torch release agree to about 1e-6
+
+
+def golden_pair(
+    predictor: Predictor, spec: PredictorSpec
+) -> tuple[Float[Tensor, "K B N D"], Float[Tensor, "F B N D"]]:
+    """Random features and the forecasts of every forecast step, float32."""
+    generator = torch.Generator().manual_seed(GOLDEN_SEED)
+    shape = (len(spec.anchors), spec.num_branches, NUM_TOKENS, NUM_CHANNELS)
+    features = torch.randn(shape, generator=generator)
+    return features, replay(predictor, spec, features)
+
+
+def replay(
+    predictor: Predictor, spec: PredictorSpec, features: Float[Tensor, "K B N D"]
+) -> Float[Tensor, "F B N D"]:
+    """The forecasts of every forecast step from given features at the anchors."""
+    history = History(predictor.window)
+    branches = tuple(range(spec.num_branches))
+    anchors = dict(zip(spec.anchors, features, strict=True))
+    device = next(iter(predictor.state_dict().values())).device
+    forecasts = [features[:0]]
+    for index, sigma in enumerate(spec.sigmas):
+        step = Step(index, sigma, len(spec.sigmas), branches)
+        if index in anchors:
+            history.push(step, anchors[index].to(device))
+        else:
+            forecasts.append(predictor(history, step).detach().cpu()[None])
+    return torch.cat(forecasts)
+
+
+def check_golden(
+    predictor: Predictor, spec: PredictorSpec, features: Tensor, forecasts: Tensor, where: str
+) -> None:
+    """Raise unless the predictor still makes the stored forecasts.
+
+    Args:
+        predictor: the predictor as loaded.
+        spec: what it was fitted on.
+        features: stored features, `(K, B, N, D)`.
+        forecasts: stored forecasts, `(F, B, N, D)`.
+        where: what to call the file in an error.
+
+    Raises:
+        CheckpointError: another shape, or another forecast.
+    """
+    lead = (len(spec.anchors), spec.num_branches)
+    if features.ndim != 4 or features.shape[:2] != lead:
+        raise CheckpointError(
+            f"{where}: golden.features has shape {tuple(features.shape)}, expected {lead} and two "
+            "more axes; export the predictor again."
+        )
+    found = replay(predictor, spec, features)
+    if found.shape != forecasts.shape:
+        raise CheckpointError(
+            f"{where}: golden.forecasts has shape {tuple(forecasts.shape)}, expected "
+            f"{tuple(found.shape)}; export the predictor again."
+        )
+    if not found.numel():
+        return
+    gap = float((found - forecasts).abs().max())
+    limit = TOLERANCE * max(1.0, float(forecasts.abs().max()))
+    if not gap <= limit:
+        raise CheckpointError(
+            f"{where}: replaying the golden pair differs by {gap:.2e}, expected at most "
+            f"{limit:.2e}: this release computes something else than the one that saved it. Use "
+            "the versions in config.json, or export the predictor again."
+        )

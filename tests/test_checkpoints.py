@@ -1,0 +1,275 @@
+"""A predictor comes back from its checkpoint bit for bit, deploys alike, and its card tells all."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from checkpoint_cases import random_predictor, spec_for, tiny_pipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from foreseer.checkpoints import hub, zoo
+from foreseer.checkpoints.card import model_card, verdict
+from foreseer.checkpoints.format import (
+    CheckpointError,
+    load_predictor,
+    push_predictor,
+    save_predictor,
+)
+from foreseer.integration.clock import flow_sigmas
+from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host import host_fingerprint
+from foreseer.predictors.linear import L2P
+from foreseer.predictors.polynomial import Taylor
+
+FILES = ["README.md", "config.json", "model.safetensors"]
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> tuple[int, list[int]]:
+    num_steps = draw(st.integers(1, 12))
+    later = draw(st.sets(st.integers(1, 11)))
+    return num_steps, sorted({0, *(step for step in later if step < num_steps)})
+
+
+@given(
+    schedules(),
+    st.integers(1, 3),
+    st.lists(st.floats(-1e6, 1e6), max_size=12),
+    st.floats(-10, 10),
+    st.sampled_from(["output", "hidden", "residual"]),
+)
+@settings(max_examples=40)
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(
+    schedule, num_branches, rows, guidance_scale, tap
+):
+    predictor = L2P(*schedule, num_branches)
+    values = predictor.weight.view(-1)
+    values[: len(rows)] = torch.tensor(rows, dtype=torch.float64)[: len(values)]
+    spec = spec_for(predictor, guidance_scale=guidance_scale, tap=tap)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load_predictor(save_predictor(predictor, spec, folder))
+    assert type(loaded) is L2P
+    assert loaded.spec == spec
+    assert (loaded.num_steps, loaded.anchors, loaded.num_branches, loaded.window) == (
+        predictor.num_steps,
+        predictor.anchors,
+        predictor.num_branches,
+        predictor.window,
+    )
+    assert loaded.weight.dtype == torch.float64
+    assert loaded.weight.numpy().tobytes() == predictor.weight.numpy().tobytes()
+
+
+def test_equal_predictors_give_equal_files_and_nothing_else_is_left(tmp_path):
+    predictor = random_predictor()
+    for name in ("a", "b", "b"):  # the second time over the first
+        save_predictor(predictor, spec_for(predictor), tmp_path / name)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == FILES
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_files_hold_the_documented_keys(tmp_path):
+    predictor = random_predictor()
+    save_predictor(predictor, spec_for(predictor), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        "predictor.weight": (2, 8, 8),
+        "golden.features": (4, 2, 2, 4),
+        "golden.forecasts": (4, 2, 2, 4),
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert set(config) == {
+        "schema_version",
+        "predictor_class",
+        "arguments",
+        "spec",
+        "versions",
+        "model_sha256",
+    }
+    assert config["arguments"] == {"num_steps": 8, "anchors": [0, 1, 3, 6], "num_branches": 2}
+    assert config["schema_version"] == 1
+
+
+def test_the_golden_forecasts_are_the_rows_applied_to_the_golden_features(tmp_path):
+    predictor = random_predictor()
+    save_predictor(predictor, spec_for(predictor), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    rows = predictor.weight[:, [2, 4, 5, 7]][:, :, [0, 1, 3, 6]]  # (B, F, K)
+    expected = torch.einsum("bfk,kbnd->fbnd", rows, tensors["golden.features"].double())
+    # the forecasts are float32 sums of four terms of size one
+    assert (tensors["golden.forecasts"].double() - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tap", ["output", "hidden"])
+def test_a_loaded_predictor_deploys_bit_for_bit_like_the_one_in_memory(tmp_path, tap):
+    pipe = tiny_pipe()
+    pipe.scheduler.set_timesteps(8)
+    predictor = random_predictor()
+    predictor.spec = spec_for(
+        predictor,
+        tap=tap,
+        sigmas=tuple(flow_sigmas(pipe.scheduler)),
+        host=host_fingerprint(pipe.transformer),
+    )
+    save_predictor(predictor, predictor.spec, tmp_path)
+    latents = {}
+    for name, used in (("memory", predictor), ("loaded", load_predictor(tmp_path))):
+        with forecasting(pipe, used) as run:
+            generator = torch.Generator().manual_seed(1)
+            call = pipe([0, 2], 3.0, 8, generator=generator, output_type="latent")
+            latents[name] = call.images
+        assert run.report().anchors == [0, 1, 3, 6]
+    assert torch.equal(latents["memory"], latents["loaded"])
+    full = pipe([0, 2], 3.0, 8, generator=torch.Generator().manual_seed(1), output_type="latent")
+    assert not torch.equal(latents["loaded"], full.images)
+
+
+def test_loading_imports_neither_lightning_nor_diffusers(tmp_path):
+    predictor = random_predictor()
+    save_predictor(predictor, spec_for(predictor), tmp_path)
+    code = (
+        "import sys; from foreseer.checkpoints.format import load_predictor; "
+        f"print(load_predictor({str(tmp_path)!r}).spec.tap); "
+        "print({'lightning', 'diffusers', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.stdout.split("\n")[:2] == ["output", "set()"], done.stderr
+
+
+def test_an_analytic_predictor_needs_no_checkpoint_and_gets_none(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot save a Taylor; expected one of \['L2P'\]"):
+        save_predictor(Taylor(1), spec_for(random_predictor()), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_bundled_predictor_loads_by_name_and_nothing_outside_the_zoo_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "ZOO", tmp_path / "zoo")
+    predictor = random_predictor()
+    save_predictor(predictor, spec_for(predictor), tmp_path / "zoo" / "tiny")
+    save_predictor(predictor, spec_for(predictor), tmp_path / "outside")
+    assert torch.equal(load_predictor("zoo:tiny").weight, predictor.weight)
+    for name in ("zoo:../outside", "zoo:none", "zoo:"):
+        with pytest.raises(CheckpointError, match="bundled are zoo:tiny"):
+            load_predictor(name)
+
+
+def test_a_missing_zoo_lists_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "ZOO", tmp_path / "zoo")
+    with pytest.raises(FileNotFoundError, match="bundled are none"):
+        zoo.resolve("zoo:tiny")
+
+
+def test_a_hub_name_downloads_the_three_files_and_nothing_else(tmp_path, monkeypatch):
+    predictor = random_predictor()
+    save_predictor(predictor, spec_for(predictor), tmp_path)
+    calls = []
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        calls.append((repo_id, revision, sorted(allow_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    loaded = load_predictor("owner/l2p-tiny", revision="v1")
+    assert calls == [("owner/l2p-tiny", "v1", FILES)]
+    assert torch.equal(loaded.weight, predictor.weight)
+
+
+def test_a_folder_wins_over_a_hub_name(tmp_path, monkeypatch):
+    predictor = random_predictor()
+    save_predictor(predictor, spec_for(predictor), tmp_path / "runs" / "l2p")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "download", None)
+    assert torch.equal(load_predictor("runs/l2p").weight, predictor.weight)
+
+
+def test_pushing_makes_the_repository_and_uploads_the_folder(tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append(("create", repo_id, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+            calls.append(("upload", repo_id, Path(folder_path), sorted(allow_patterns)))
+            return "https://hub/owner/l2p"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    predictor = random_predictor()
+    save_predictor(predictor, spec_for(predictor), tmp_path)
+    assert push_predictor(tmp_path, "owner/l2p", private=True) == "https://hub/owner/l2p"
+    assert calls == [
+        ("create", "owner/l2p", True, True),
+        (
+            "upload",
+            "owner/l2p",
+            tmp_path,
+            ["README.md", "config.json", "grams.safetensors", FILES[2]],
+        ),
+    ]
+
+
+def test_a_card_tells_what_a_predictor_is_bound_to():
+    predictor = random_predictor()
+    spec = spec_for(predictor, host={"class": "TinyTransformer", "base_model": "a: b"})
+    card = model_card(predictor, spec)
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head == {
+        "license": "apache-2.0",
+        "library_name": "foreseer",
+        "tags": ["feature-caching", "diffusion", "l2p"],
+        "base_model": "a: b",
+    }
+    for text in (
+        "# L2P for TinyTransformer",
+        "| anchors | 0 1 3 6 |",
+        "| tap | output |",
+        "| steps | 8 |",
+        "| guidance | scale 3, 2 branch(es) |",
+        "| recording digest | 0123 |",
+        "| trajectories | 7 |",
+        "| scheduler | FlowMatchEulerDiscreteScheduler |",
+        "num_inference_steps=8, guidance_scale=3)",
+        "dB (higher is better) | 31.5 | 30.25 | not measured | not measured |",
+        "**Verdict.** Better than start of the fit by 1.25 dB (`psnr_db`).",
+    ):
+        assert text in card
+    assert "base_model" not in model_card(predictor, spec_for(predictor)).split("---\n")[1]
+
+
+def test_a_card_without_measurements_says_so():
+    predictor = random_predictor()
+    card = model_card(predictor, spec_for(predictor, metrics={}))
+    assert "| not measured | not measured | not measured | not measured |" in card
+    assert "**Verdict.** Not measured against any formula" in card
+
+
+def test_a_card_shows_benchmark_rows():
+    rows = [{"method": "ab2", "kind": "solver", "num_anchors": 4, "psnr_db": 30.0}]
+    card = model_card(random_predictor(), spec_for(random_predictor()), rows)
+    assert "| ab2 | solver | not measured | 4 | 30 | not measured | not measured |" in card
+
+
+@pytest.mark.parametrize(
+    ("metrics", "sentence"),
+    [
+        ({}, "Not measured"),
+        ({"psnr_db": 30.0}, "Not measured"),
+        ({"psnr_db": 30.0, "psnr_db_reuse": 20.0, "psnr_db_ab2": 29.0}, "Better than ab2 by 1 dB"),
+        ({"psnr_db": 30.0, "psnr_db_start": 30.0}, "No gain over start of the fit"),
+        ({"psnr_db": 30.0, "psnr_db_taylor_1": 32.5}, "Worse than Taylor 1 by 2.5 dB"),
+        ({"val_error_db": -31.0, "val_error_db_start": -30.0}, "Better than start of the fit by 1"),
+        ({"open_loop_error": 0.2, "open_loop_error_reuse": 0.1}, "Worse than reuse by 0.1 ("),
+    ],
+)
+def test_the_verdict_compares_with_the_best_rival(metrics, sentence):
+    assert verdict(metrics).startswith(sentence)

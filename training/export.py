@@ -1,0 +1,141 @@
+"""Turn a fitted module, or the Lightning checkpoint of one, into a predictor checkpoint.
+
+The Grams of the recording go with it, summed over trajectories: the closed-form fit needs nothing
+else, so others can add the Grams of their own prompts and fit again without the old features.
+Shapes: S sampling steps.
+"""
+
+import dataclasses
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.format import save_predictor
+from ..checkpoints.spec import PredictorSpec
+from ..predictors.linear import L2P
+from ..trajectories.recording import Recording
+from ..trajectories.shards import write_shard
+from .l2p import L2PModule, spec_of
+
+GRAMS_FILE = "grams.safetensors"
+HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
+
+
+def export_command(checkpoint: str, out: str) -> None:
+    """Write a predictor checkpoint from the Lightning checkpoint of any L2P fit.
+
+    Args:
+        checkpoint: the `.ckpt` file that `foreseer fit` wrote; it is read without running code.
+        out: folder of the predictor.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint of an L2P fit, or its recording is gone.
+    """
+    content = read_checkpoint(Path(checkpoint))
+    settings, state = content["hyper_parameters"], content["state_dict"]
+    folder = Path(settings["recording"])
+    if not folder.is_dir():
+        raise ValueError(
+            f"{checkpoint} was fitted on the recording {folder}, which is not there; its header "
+            "holds what a predictor must know. Restore it, or run export where `foreseer fit` ran "
+            "if the path is relative."
+        )
+    recording = Recording(folder)
+    header = recording.header
+    predictor = L2P(len(header.sigmas), settings["anchors"], header.num_branches)
+    weight = state["predictor.weight"]
+    if weight.shape != predictor.weight.shape:
+        raise ValueError(
+            f"{checkpoint} has rows of shape {tuple(weight.shape)}, but its recording {folder} "
+            f"asks for {tuple(predictor.weight.shape)}; the recording was replaced. Fit again."
+        )
+    predictor.weight.copy_(weight)
+    spec = spec_of(header, settings["tap"], predictor.anchors, int(state["num_trajectories"]))
+    _save(predictor, spec, recording, out, validation_errors(state, checkpoint))
+    print(f"{out}: {settings['fit']} fit on {len(recording)} trajectories of {folder}")
+
+
+def export_predictor(module: L2PModule, out: str | Path, metrics: dict[str, float]) -> Path:
+    """Write a predictor checkpoint straight from a fitted module.
+
+    Args:
+        module: the module.
+        out: folder of the predictor.
+        metrics: measured held-out errors, such as `psnr_db` and `psnr_db_taylor_1`.
+
+    Returns:
+        The folder.
+    """
+    return _save(module.predictor, module.spec(), module.recording, out, metrics)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint of an L2P fit, read with `weights_only`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds anything but tensors and plain values, or is of another kind of fit.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; expected the .ckpt that `foreseer fit` wrote.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint that can be read without running code ({str(error)[:200]}); "
+            "expected the .ckpt that `foreseer fit` wrote."
+        ) from error
+    values = content if isinstance(content, dict) else {}
+    missing = [n for n in HYPER_PARAMETERS if n not in values.get("hyper_parameters", {})]
+    if missing or "predictor.weight" not in values.get("state_dict", {}):
+        raise ValueError(
+            f"{path} lacks the hyper-parameters {missing} or the tensor predictor.weight; expected "
+            "a checkpoint of an L2P fit."
+        )
+    return values
+
+
+def validation_errors(state: dict[str, Tensor], where: str) -> dict[str, float]:
+    """The validation errors of a closed-loop fit and its start, in dB; none for the other fits.
+
+    Raises:
+        ValueError: the fit stopped before it measured anything.
+    """
+    if "best_error" not in state:
+        return {}
+    best, start = float(state["best_error"]), float(state["start_error"])
+    if not math.isfinite(best) or not math.isfinite(start):
+        raise ValueError(
+            f"{where} was written before the fit measured its start; let `foreseer fit` run on."
+        )
+    return {"val_error_db": best, "val_error_db_start": start}
+
+
+def summed_grams(recording: Recording, tap: str) -> dict[str, Tensor]:
+    """`gram/<tap>`, float64 (branches, S, S), summed over trajectories; `count` is their number."""
+    name = f"gram/{tap}"
+    total: Tensor | None = None
+    for item in recording.items:
+        gram = recording.load(item, [name])[name].double()
+        total = gram if total is None else total + gram
+    if total is None:
+        raise ValueError(f"{recording.folder} holds no trajectories; record some.")
+    return {name: total, "count": torch.tensor(len(recording))}
+
+
+def _save(
+    predictor: L2P,
+    spec: PredictorSpec,
+    recording: Recording,
+    out: str | Path,
+    metrics: dict[str, float],
+) -> Path:
+    folder = save_predictor(predictor, dataclasses.replace(spec, metrics=metrics), out)
+    grams = summed_grams(recording, spec.tap)
+    write_shard(folder / GRAMS_FILE, grams, {"recording_digest": spec.recording_digest})
+    return folder

@@ -1,0 +1,207 @@
+"""Joint refinement of all rows on the final error, by Gauss-Newton through the sampler.
+
+Rows move in few directions: within a segment every forecast step's row moves by the same amount.
+The effect of each direction on the final latents is a finite difference; the anchors before its
+segment are replayed from memory, so it costs only the network evaluations after it, no gradients.
+
+Shapes: n trajectories, P directions, S sampling steps, M elements of a latent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..integration.host import transformer_of
+from ..integration.session import Controller, Session
+from ..predictors.base import Step, combine
+from ..trajectories.prompts import Item, generate_batch
+from .tracking import whitening
+
+UNIT = 0.01  # a coordinate of one moves the state, or the feature, by this share of its RMS
+DIFFERENCE = 0.25  # finite-difference step in coordinates
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One way the rows may move.
+
+    Args:
+        segment: number of the segment whose forecast steps move.
+        rows: the movement, `(branches, S, S)`, for one unit of the coordinate.
+    """
+
+    segment: int
+    rows: Float[Tensor, "branches S S"]
+
+
+@dataclass(frozen=True)
+class Quadratics:
+    """Each trajectory's final squared error as a quadratic of the coordinates z.
+
+    q_i(z) = constant_i + 2 linear_i . z + z^T curvature_i z, from the linearised sampler.
+    """
+
+    constant: Float[Tensor, " n"]
+    linear: Float[Tensor, "n P"]
+    curvature: Float[Tensor, "n P P"]
+
+    def at(self, z: Float[Tensor, " P"]) -> Float[Tensor, " n"]:
+        """q_i(z), at least 2 % of q_i(0): the linearisation promises no more."""
+        bent = torch.einsum("p,npq,q->n", z, self.curvature, z)
+        return torch.maximum(self.constant + 2 * self.linear @ z + bent, 0.02 * self.constant)
+
+    def solve(self, ridge: float, num_rounds: int = 30) -> Float[Tensor, " P"]:
+        """The z that minimises sum_i log q_i(z) with a relative ridge, by reweighted least squares.
+
+        log q is concave in q, so weights 1 / q_i at the last z give a majorant to minimise.
+        """
+        z = torch.zeros(self.linear.shape[1], dtype=torch.float64)
+        for _ in range(num_rounds):
+            weights = self.at(z).reciprocal()
+            normal = torch.einsum("n,npq->pq", weights, self.curvature)
+            shrink = ridge * normal.diagonal().mean() * torch.eye(len(z), dtype=torch.float64)
+            z = torch.linalg.solve(normal + shrink, -(weights @ self.linear))
+        return z
+
+    @staticmethod
+    def join(parts: Sequence["Quadratics"]) -> "Quadratics":
+        """The quadratics of several batches as one."""
+        return Quadratics(
+            torch.cat([part.constant for part in parts]),
+            torch.cat([part.linear for part in parts]),
+            torch.cat([part.curvature for part in parts]),
+        )
+
+
+class Replayer(Controller):
+    """Forecast with given rows, the first anchors' features taken from an earlier run.
+
+    Args:
+        tap: tap that is forecast.
+        anchors: steps at which the network runs.
+    """
+
+    def __init__(self, tap: str, anchors: Sequence[int]) -> None:
+        self.tap = tap
+        self.taps = frozenset({tap})
+        self.anchors = list(anchors)
+        self.rows = torch.empty(0)
+        self.num_replayed = 0
+        self.kept: dict[str, dict[int, Tensor]] = {}
+        self.branches: dict[str, tuple[int, ...]] = {}
+
+    def open(self, sigmas: list[float]) -> None:
+        """Start a run from the replayed anchors alone."""
+        replayed = self.anchors[: self.num_replayed]
+        self.features = {key: {a: kept[a] for a in replayed} for key, kept in self.kept.items()}
+
+    def is_anchor(self, step: Step) -> bool:
+        """Whether the network runs: at anchors that are not replayed."""
+        return step.index in self.anchors[self.num_replayed :]
+
+    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
+        """Use the anchor's feature in this run."""
+        self.branches[key] = step.branches
+        self.features.setdefault(key, {})[step.index] = taps[self.tap]
+
+    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
+        """A replayed anchor's feature, or the forecast of the rows."""
+        features = self.features[key]
+        if step.index in self.anchors:
+            return self.tap, features[step.index]
+        known = [a for a in self.anchors if a < step.index]
+        rows = self.rows[list(self.branches[key]), step.index][:, known]
+        return self.tap, combine(rows.mT, [features[a] for a in known])
+
+
+def directions(
+    anchors: Sequence[int], bases: Sequence[Float[Tensor, "regressors r"]], like: Tensor
+) -> list[Direction]:
+    """One direction per column of each segment's basis, in units of `UNIT`.
+
+    Args:
+        anchors: steps at which the network runs.
+        bases: per segment, columns over (branch, anchor so far).
+        like: rows whose shape the directions take, `(branches, S, S)`.
+    """
+    ends = [*anchors[1:], like.shape[-1]]
+    found = []
+    for k, (anchor, end, basis) in enumerate(zip(anchors, ends, bases, strict=True)):
+        if end == anchor + 1:
+            continue
+        known = list(anchors[: k + 1])
+        for column in basis.T:
+            rows = torch.zeros_like(like)
+            rows[:, anchor + 1 : end, known] = UNIT * column.view(like.shape[0], 1, len(known))
+            found.append(Direction(k, rows))
+    return found
+
+
+def feature_bases(
+    grams: Float[Tensor, "n branches S S"], anchors: Sequence[int], cutoff: float = 1e-4
+) -> list[Tensor]:
+    """Per segment and branch, directions that each move the forecast feature by its own RMS."""
+    mean = grams.double().mean(0)
+    bases = []
+    for k, anchor in enumerate(anchors):
+        known = list(anchors[: k + 1])
+        blocks = []
+        for branch in mean:
+            basis = whitening(branch[known][:, known], cutoff)
+            blocks.append(basis * branch[anchor, anchor].sqrt())
+        bases.append(torch.block_diag(*blocks))
+    return bases
+
+
+@torch.no_grad()
+def linearise(
+    pipe: Any,
+    rows: Float[Tensor, "branches S S"],
+    moves: Sequence[Direction],
+    tap: str,
+    anchors: Sequence[int],
+    items: Sequence[Item],
+    finals: Float[Tensor, " n *shape"],
+    **settings: Any,
+) -> Quadratics:
+    """The quadratics of one batch around the given rows.
+
+    Args:
+        pipe: the pipeline.
+        rows: rows to linearise at.
+        moves: directions, in the order of the coordinates.
+        tap: tap that is forecast.
+        anchors: steps at which the network runs.
+        items: the batch, one pipeline call.
+        finals: its full run's final latents.
+        settings: keyword arguments of the pipeline call.
+    """
+    replayer = Replayer(tap, anchors)
+    session = Session(transformer_of(pipe), pipe.scheduler, replayer)
+
+    def run(moved: Tensor, num_replayed: int) -> Float[Tensor, "n M"]:
+        replayer.rows, replayer.num_replayed = moved, num_replayed
+        latents = generate_batch(pipe, items, output_type="latent", **settings)[0]
+        return latents.flatten(1).double()
+
+    try:
+        base = run(rows, 0)
+        replayer.kept = replayer.features
+        columns = [
+            (run(rows + DIFFERENCE * move.rows, move.segment + 1) - base) / DIFFERENCE
+            for move in moves
+        ]
+    finally:
+        session.detach()
+    jacobian = torch.stack(columns, dim=-1)  # (n, M, P)
+    error = base - finals.flatten(1).double()
+    size = error.shape[1]
+    return Quadratics(
+        error.square().mean(1),
+        torch.einsum("nm,nmp->np", error, jacobian) / size,
+        torch.einsum("nmp,nmq->npq", jacobian, jacobian) / size,
+    )

@@ -1,0 +1,112 @@
+"""Closed-loop measurements: what rows do to the samples that are really generated.
+
+Shapes: S sampling steps, B batch, n trajectories.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..integration.forecasting import Forecaster
+from ..integration.host import transformer_of
+from ..integration.session import Session
+from ..predictors.linear import L2P
+from ..trajectories.prompts import Item, generate_batch
+from ..trajectories.recording import Recording
+
+
+@dataclass(frozen=True)
+class References:
+    """Recorded trajectories a closed-loop measurement compares with.
+
+    Args:
+        recording: where they come from.
+        items: their numbers.
+        batch_size: trajectories per pipeline call.
+    """
+
+    recording: Recording
+    items: Sequence[int]
+    batch_size: int = 16
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The pipeline settings of the recording that a run must repeat: steps and guidance."""
+        header = self.recording.header
+        return {
+            "num_inference_steps": len(header.sigmas),
+            "guidance_scale": header.scheduler["guidance_scale"],
+        }
+
+    @cached_property
+    def batches(self) -> list[list[Item]]:
+        """The items, cut into pipeline calls."""
+        items = [item_of(self.recording, item) for item in self.items]
+        return [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
+
+    @cached_property
+    def finals(self) -> Tensor:
+        """Final latents of the full run, in the order of `items`."""
+        return self.recording.stack("final", self.items)
+
+    @cached_property
+    def states(self) -> Tensor:
+        """States of the full run, `(n, S + 1, *shape)`."""
+        return self.recording.stack("states", self.items)
+
+
+def item_of(recording: Recording, item: int) -> Item:
+    """The item a trajectory was recorded from, read off its manifest line."""
+    meta = dict(recording.meta(item))
+    seed = int(meta.pop("seed"))
+    return Item(item, seed, dict(meta))
+
+
+@torch.no_grad()
+def generate(
+    pipe: Any, predictor: L2P, tap: str, items: Sequence[Item], **settings: Any
+) -> Float[Tensor, " B *shape"]:
+    """The final latents of a batch generated while forecasting.
+
+    Args:
+        pipe: the pipeline.
+        predictor: rows to forecast with, on its own anchors.
+        tap: `output`, `hidden` or `residual`.
+        items: the batch.
+        settings: keyword arguments of the pipeline call.
+    """
+    controller = Forecaster(predictor, tap, predictor.anchors)
+    session = Session(transformer_of(pipe), pipe.scheduler, controller)
+    try:
+        return generate_batch(pipe, items, output_type="latent", **settings)[0]
+    finally:
+        session.detach()
+
+
+def log_error(
+    latents: Float[Tensor, " B *shape"], reference: Float[Tensor, " B *shape"]
+) -> Float[Tensor, " B"]:
+    """10 log10 of each sample's mean squared error, in dB: the negative of what PSNR averages."""
+    squared = (latents.float() - reference.float()).flatten(1).square().mean(1)
+    return 10 * squared.clamp_min(1e-12).log10()
+
+
+def closed_loop_errors(
+    pipe: Any,
+    rows: Float[Tensor, "branches S S"],
+    anchors: Sequence[int],
+    tap: str,
+    batches: Sequence[Sequence[Item]],
+    finals: Float[Tensor, " n *shape"],
+    **settings: Any,
+) -> Float[Tensor, " n"]:
+    """Error in dB of every item's final latents when forecasting with the given rows."""
+    predictor = L2P(rows.shape[-1], anchors, rows.shape[0])
+    predictor.weight.copy_(rows)
+    latents = [generate(pipe, predictor, tap, batch, **settings) for batch in batches]
+    return log_error(torch.cat(latents), finals)

@@ -1,0 +1,168 @@
+"""Search the anchors for a number of evaluations: open loop on Grams, then closed loop on samples.
+
+Shapes: n trajectories, S sampling steps.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..integration.schedule import PUBLISHED_L2P, check_anchors, warped
+from ..predictors.base import History, LinearPredictor, Step
+
+GAMMAS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
+
+
+class Found(NamedTuple):
+    """A list of anchors and its closed-loop mean squared error in dB; lower is better."""
+
+    anchors: tuple[int, ...]
+    error_db: float
+
+
+def beam_search(
+    grams: Float[Tensor, "n branches S S"],
+    sigmas: Sequence[float],
+    num_anchors: int,
+    rule: LinearPredictor,
+    width: int = 24,
+    max_gap: int | None = None,
+) -> list[tuple[int, ...]]:
+    """Anchor lists of least open-loop drift under a rule, best first; no network, no features.
+
+    The drift of a segment is sum_s |h_s| sqrt(c_s^T G c_s) over its forecast steps, G the mean Gram
+    and h_s the Euler step: how far forecast errors push the sample if they all point one way.
+
+    Args:
+        grams: Gram matrices of the tap the rule forecasts.
+        sigmas: flow time of every step.
+        num_anchors: anchors to place; step 0 is always one.
+        rule: the forecaster.
+        width: lists kept per number of anchors.
+        max_gap: longest stretch between two anchors, in steps; None allows four mean gaps.
+
+    Raises:
+        ValueError: there are not that many steps.
+    """
+    num_steps = len(sigmas)
+    if not 1 <= num_anchors <= num_steps:
+        raise ValueError(f"num_anchors is {num_anchors}, expected 1 to {num_steps} (the steps).")
+    max_gap = max_gap or max(2, 4 * num_steps // num_anchors)
+    mean = grams.double().mean((0, 1))
+    segments = _Segments(mean, sigmas, rule)
+    beam: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))]
+    for placed in range(1, num_anchors):
+        last = num_steps - (num_anchors - placed)  # leave a step for each anchor to come
+        grown: list[tuple[float, tuple[int, ...]]] = []
+        for drift, anchors in beam:
+            for step in range(anchors[-1] + 1, min(anchors[-1] + max_gap, last) + 1):
+                grown.append((drift + segments.drift(anchors, step), (*anchors, step)))
+        beam = _diverse(grown, width)
+    finished = [(d + segments.drift(anchors, num_steps), anchors) for d, anchors in beam]
+    return [anchors for _, anchors in sorted(finished)[:width]]
+
+
+class _Segments:
+    """Drift from an anchor to any later step, kept for every window of anchors met."""
+
+    def __init__(
+        self, gram: Float[Tensor, "S S"], sigmas: Sequence[float], rule: LinearPredictor
+    ) -> None:
+        self.gram = gram
+        self.sigmas = list(sigmas)
+        self.grid = [*sigmas, 0.0]
+        self.rule = rule
+        self.found: dict[tuple[int, ...], list[float]] = {}
+
+    def drift(self, anchors: tuple[int, ...], end: int) -> float:
+        """Accumulated drift of forecasting from the last anchor up to the step before `end`."""
+        window = anchors[-self.rule.window :] if self.rule.window else anchors
+        if window not in self.found:
+            self.found[window] = self._accumulate(window)
+        return self.found[window][end - window[-1]]
+
+    def _accumulate(self, window: tuple[int, ...]) -> list[float]:
+        num_steps = len(self.sigmas)
+        history = History(None, list(window), [self.sigmas[a] for a in window])
+        drift = [0.0, 0.0]
+        for t in range(window[-1] + 1, num_steps):
+            c = self.rule.coefficients(history, Step(t, self.sigmas[t], num_steps)).double()
+            steps = [*window, t]
+            weights = torch.cat([-c.flatten(), torch.ones(1, dtype=torch.float64)])
+            squared = float(weights @ self.gram[steps][:, steps] @ weights)
+            drift.append(
+                drift[-1] + abs(self.grid[t + 1] - self.grid[t]) * max(squared, 0.0) ** 0.5
+            )
+        return drift
+
+
+def _diverse(
+    grown: list[tuple[float, tuple[int, ...]]], width: int
+) -> list[tuple[float, tuple[int, ...]]]:
+    """The best few per last anchor: short prefixes drift less and must not crowd out others."""
+    by_last: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
+    for entry in sorted(grown):
+        kept = by_last.setdefault(entry[1][-1], [])
+        if len(kept) < max(1, width // 8):
+            kept.append(entry)
+    return [entry for kept in by_last.values() for entry in kept]
+
+
+def common_lists(num_anchors: int, num_steps: int = 50) -> list[tuple[int, ...]]:
+    """Lists every method is tried on: warped by each gamma, and the published one if there is."""
+    lists = []
+    for gamma in GAMMAS:
+        try:
+            lists.append(warped(num_anchors, num_steps, gamma))
+        except ValueError:  # two anchors fell on one step: this gamma is too strong for the budget
+            continue
+    if num_steps == 50 and num_anchors in PUBLISHED_L2P:
+        lists.append(PUBLISHED_L2P[num_anchors])
+    return list(dict.fromkeys(lists))
+
+
+def closed_loop_search(
+    evaluate: Callable[[tuple[int, ...]], float],
+    starts: Sequence[tuple[int, ...]],
+    num_steps: int,
+    num_moves: int = 8,
+) -> list[Found]:
+    """Rank lists by closed-loop error, then move single anchors of the best one while that helps.
+
+    Deterministic: moves are tried in a fixed order, the first of equal errors wins.
+
+    Args:
+        evaluate: closed-loop error in dB of a list of anchors.
+        starts: lists to rank.
+        num_steps: steps of the run.
+        num_moves: evaluations spent on moving anchors by one or two steps.
+
+    Returns:
+        Everything evaluated, best first.
+    """
+    errors = {anchors: evaluate(check_anchors(anchors, num_steps)) for anchors in starts}
+    spent = 0
+    while spent < num_moves:
+        best = min(errors, key=lambda anchors: errors[anchors])
+        moved = next((m for m in _moves(best, num_steps) if m not in errors), None)
+        if moved is None:
+            break
+        errors[moved] = evaluate(moved)
+        spent += 1
+    found = [Found(anchors, error) for anchors, error in errors.items()]
+    return sorted(found, key=lambda one: one.error_db)
+
+
+def _moves(anchors: tuple[int, ...], num_steps: int) -> list[tuple[int, ...]]:
+    """Neighbours of a list: every anchor but the first one step later or earlier, or all scaled."""
+    found = []
+    for shift in (1, -1):
+        found.append((0, *(a + shift for a in anchors[1:])))
+    for shift in (1, -1, 2, -2):
+        for i in range(len(anchors) - 1, 0, -1):
+            found.append((*anchors[:i], anchors[i] + shift, *anchors[i + 1 :]))
+    ordered = [m for m in found if all(a < b for a, b in zip(m, m[1:], strict=False))]
+    return [m for m in ordered if m[-1] < num_steps]

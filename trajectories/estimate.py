@@ -1,0 +1,87 @@
+"""How large a recording will be, found by running the first step of one trajectory.
+
+Shapes: S sampling steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..integration.host import transformer_of
+from ..integration.session import Session
+from .prompts import Item, generate_batch
+from .recorder import Recorder, expand_taps
+
+GRAM_BYTES = 8  # float64
+STATE_BYTES = 4  # states are kept in float32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one trajectory.
+
+    Args:
+        trajectory_bytes: tensors that will be stored, without the few KB of a file's head.
+        full_bytes: the features of all taps, branches, steps and tokens, in the model's dtype.
+    """
+
+    trajectory_bytes: int
+    full_bytes: int
+
+
+class _Enough(Exception):
+    """Ends a pipeline call after its first step."""
+
+
+class _FirstStep(Recorder):
+    """A recorder that has seen enough once the first step is over."""
+
+    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+        super().close(step_index, v, before, after)
+        raise _Enough
+
+
+def estimate(
+    pipe: Any,
+    item: Item,
+    taps: Sequence[str],
+    features: str,
+    num_tokens: int,
+    states: bool,
+    **settings: Any,
+) -> Estimate:
+    """Bytes of one trajectory of a recording; the arguments are those of `recorder.record`.
+
+    Raises:
+        ValueError: a tap is unknown, or the pipeline never stepped its scheduler.
+    """
+    transformer = transformer_of(pipe)
+    recorder = _FirstStep(expand_taps(transformer, taps))
+    session = Session(transformer, pipe.scheduler, recorder)
+    try:
+        generate_batch(pipe, [item], output_type="latent", **settings)
+    except _Enough:
+        return _count(recorder, features, num_tokens, states)
+    finally:
+        session.detach()
+    raise ValueError("the pipeline never called scheduler.step, so there is nothing to record.")
+
+
+def _count(recorder: Recorder, features: str, num_tokens: int, states: bool) -> Estimate:
+    num_steps = len(recorder.sigmas)
+    assert recorder.final is not None  # the first step is over
+    total = STATE_BYTES * recorder.final.numel() * (1 + (num_steps + 1) * states)
+    full = 0
+    for steps in recorder.features.values():
+        branches = len(steps[0])
+        feature = next(iter(steps[0].values()))[0]
+        tap = branches * num_steps * feature.numel() * feature.element_size()
+        total += GRAM_BYTES * branches * num_steps**2
+        full += tap
+        if features == "full":
+            total += tap
+        elif features == "tokens" and feature.ndim == 2:  # (N, D)
+            total += tap * num_tokens // feature.shape[0] + 8 * num_tokens
+    return Estimate(total, full)

@@ -1,0 +1,152 @@
+"""`foreseer record`: which items this process records, and whether they fit on the disk."""
+
+import inspect
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..integration.host import transformer_of
+from ..integration.pipelines import load_pipeline
+from .estimate import Estimate, estimate
+from .header import HEADER_FILE
+from .prompts import Item, class_items
+from .recorder import record
+from .recording import Recording
+
+LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+"""Environment variables that tell a process its rank and the number of processes."""
+
+
+def record_command(
+    pipeline: str,
+    out: str,
+    guidance_scale: float,
+    num_inference_steps: int,
+    num_trajectories: int,
+    first_item: int,
+    batch_size: int,
+    taps: Sequence[str],
+    features: str,
+    num_tokens: int,
+    states: bool,
+    rank: int | None = None,
+    world: int | None = None,
+) -> Path:
+    """Record this process's share of the items; see `foreseer.commands.record` for the arguments.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the pipeline is not conditioned on classes, or an argument is out of range.
+        OSError: the disk has less room than the recording needs.
+    """
+    rank, world = place(rank, world, os.environ)
+    pipe = load_pipeline(pipeline)
+    items = class_items(num_trajectories, number_of_classes(pipe), first_item)
+    settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    if not items:
+        raise ValueError(f"num_trajectories is {num_trajectories}, expected at least 1.")
+    size = estimate(pipe, items[0], taps, features, num_tokens, states, **settings)
+    check_room(out, items[rank::world], size)
+    record(
+        pipe,
+        items,
+        out,
+        taps=taps,
+        features=features,
+        num_tokens=num_tokens,
+        states=states,
+        batch_size=batch_size,
+        rank=rank,
+        world=world,
+        **settings,
+    )
+    print(summary(Recording(out), size))
+    return Path(out)
+
+
+def place(rank: int | None, world: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """This process's rank and the number of processes: as given, as launched, or alone.
+
+    Args:
+        rank: as given; None reads the environment.
+        world: as given; None reads the environment.
+        environment: `RANK` and `WORLD_SIZE` (torchrun, accelerate) or `SLURM_PROCID` and
+            `SLURM_NTASKS`.
+
+    Raises:
+        ValueError: only one of the two is known, or the rank is not in `[0, world)`.
+    """
+    if (rank is None) != (world is None):
+        raise ValueError(f"rank is {rank} and world is {world}; give both or neither.")
+    if rank is None or world is None:
+        found = [names for names in LAUNCHERS if all(name in environment for name in names)]
+        rank, world = (int(environment[name]) for name in found[0]) if found else (0, 1)
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank} and world {world}, expected 0 <= rank < world.")
+    return rank, world
+
+
+def number_of_classes(pipe: Any) -> int:
+    """The number of classes a pipeline draws.
+
+    Raises:
+        ValueError: its calls take no class labels.
+    """
+    config: Any = transformer_of(pipe).config
+    classes = config.get("num_embeds_ada_norm")
+    if "class_labels" not in inspect.signature(pipe.__call__).parameters or not classes:
+        raise ValueError(
+            f"{type(pipe).__name__} takes no class labels, which this command records with. "
+            "For prompts call foreseer.trajectories.recorder.record from Python with items such as "
+            "Item(0, seed=0, inputs={'prompt': '...'}); see 'Bring your own pipeline' in README.md."
+        )
+    return int(classes)
+
+
+def check_room(out: str | Path, mine: Sequence[Item], size: Estimate) -> None:
+    """Say how much will be written, and refuse to start what cannot end.
+
+    Args:
+        out: folder of the recording.
+        mine: this process's items, finished ones included.
+        size: bytes per trajectory.
+
+    Raises:
+        OSError: the disk has less room than the missing items need.
+    """
+    done = set(Recording(out).items) if (Path(out) / HEADER_FILE).exists() else set()
+    missing = sum(item.index not in done for item in mine)
+    needed = missing * size.trajectory_bytes
+    folder = Path(out).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    print(
+        f"{len(mine) - missing} of {len(mine)} trajectories are there; the other {missing} need "
+        f"about {megabytes(needed)} of {megabytes(free)} free"
+    )
+    if needed > free:
+        raise OSError(
+            f"the disk of {folder} has {megabytes(free)} free, the recording needs about "
+            f"{megabytes(needed)}; record fewer trajectories or taps, features: none, or elsewhere."
+        )
+
+
+def summary(recording: Recording, size: Estimate) -> str:
+    """One line: trajectories, bytes per trajectory, ratio to full features."""
+    entries = recording.entries.values()
+    each = sum(entry.bytes for entry in entries) / len(entries)
+    return (
+        f"{recording.folder}: {len(entries)} trajectories, {megabytes(each)} each; the full "
+        f"features of these taps are {megabytes(size.full_bytes)}, "
+        f"{size.full_bytes / each:.1f} times that"
+    )
+
+
+def megabytes(count: int | float) -> str:
+    """A number of bytes in MB, 1 MB = 10^6 bytes."""
+    return f"{count / 1e6:,.2f} MB"
