@@ -122,14 +122,8 @@ class Clock:
         if found != expected:
             raise ValueError(
                 f"step {index} of the run has timestep {expected:g}, found {found:g}: the pipeline "
-<<<<<<< HEAD
-                f"left out steps without telling {type(self.scheduler).__name__} "
-                "(set_begin_index); "
-                "they cannot be counted."
-=======
                 f"left out steps without telling {type(self.scheduler).__name__} by "
                 "set_begin_index; they cannot be counted."
->>>>>>> f1f53a194ebf4a5f29d2ac8a75c70f131606d15a
             )
 
     def detach(self) -> None:
