@@ -31,10 +31,10 @@ tags:
 
 # {title} for {host_class}
 
-A learned feature-caching predictor: of the {num_steps} steps of a sampling run the network runs
-at {num_anchors}, and the other {num_forecasts} are forecast as weighted sums of what it computed
-before (tap `{tap}`, {num_branches} guidance branch(es), {num_weights} weights). It changes no
-weight of the model.
+A learned feature-caching predictor: of the {num_steps} steps of a sampling run the network runs at
+{num_anchors}, and the other {num_forecasts} are forecast as weighted sums of what it computed
+before (tap `{tap}`, {num_branches} guidance branch(es), {num_weights} non-zero weights). The
+model itself stays as it is.
 
 **Verdict.** {verdict}
 

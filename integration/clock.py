@@ -4,6 +4,7 @@ Convention: sigma runs 1 to 0, x_t = (1 - sigma) x_0 + sigma eps, v = eps - x_0.
 """
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +37,33 @@ def flow_sigmas(scheduler: Any) -> list[float]:
     )
 
 
+class Watched:
+    """A scheduler's method replaced; deep copies of the scheduler get the method itself.
+
+    Args:
+        method: the bound method.
+        replacement: called instead of it; the signature and name stay the method's.
+    """
+
+    def __init__(self, method: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, method)
+        self.method: Any = method
+        self.replacement = replacement
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The replacement."""
+        return self.replacement(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = memo.get(id(self.method.__self__), self.method.__self__)
+        return types.MethodType(self.method.__func__, owner)
+
+
 class Clock:
     """Watch one scheduler: `set_timesteps` opens a run, `step` closes a step.
 
-    The wrappers live on the instance only, keep the signatures (pipelines inspect them), and copies
-    of the scheduler do not tick.
+    The wrappers live on the instance only, keep the signatures (pipelines inspect them), and deep
+    copies of the scheduler do not tick.
 
     Args:
         scheduler: a diffusers scheduler instance.
@@ -72,7 +95,6 @@ class Clock:
         scheduler = self.scheduler
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
-        @functools.wraps(set_timesteps)
         def opening(*args: Any, **kwargs: Any) -> Any:
             result = set_timesteps(*args, **kwargs)
             self.steps_done = 0
@@ -80,17 +102,29 @@ class Clock:
             self.on_open(self.sigmas)
             return result
 
-        @functools.wraps(step)
         def closing(
             model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
         ) -> Any:
             index = self.index
+            if self.sigmas and self.steps_done == 0:
+                self._check_start(index, float(timestep))
             result = step(model_output, timestep, sample, *args, **kwargs)
             self.steps_done += 1
             self.on_step(index, model_output, sample, step_output(result))
             return result
 
-        scheduler.set_timesteps, scheduler.step = opening, closing
+        scheduler.set_timesteps = Watched(set_timesteps, opening)
+        scheduler.step = Watched(step, closing)
+
+    def _check_start(self, index: int, found: float) -> None:
+        """Raise unless the run's first step is the one the scheduler says it is."""
+        expected = float(self.scheduler.timesteps[index])
+        if found != expected:
+            raise ValueError(
+                f"step {index} of the run has timestep {expected:g}, found {found:g}: the pipeline "
+                f"left out steps without telling {type(self.scheduler).__name__} (set_begin_index); "
+                "they cannot be counted."
+            )
 
     def detach(self) -> None:
         """Give the scheduler its own methods back."""

@@ -1,8 +1,8 @@
 """FLOPs of a full step and of a forecast step, counted on one call of the transformer.
 
-Matrix products are counted by `torch.utils.flop_counter`, with attention on its plain path, since the
-fused CPU kernel counts as 0. The counter knows no elementwise work, so a forecast's own 2 K operations
-per element are added by hand.
+Matrix products are counted by `torch.utils.flop_counter`, with attention on its plain path, since
+the fused CPU kernel counts as 0. The counter knows no elementwise work, so a forecast's own 2 K
+operations per element are added by hand.
 """
 
 from collections.abc import Callable, Sequence

@@ -41,12 +41,14 @@ class Forecaster(Controller):
         self.spec = spec
         self.pipe = pipe
         self.num_branches = 0
+        self.guidance_checked = False
         self.histories: dict[str, History] = {}
 
     def open(self, sigmas: list[float]) -> None:
         """Forget the last run and check the new one's grid."""
         self.histories = {}
         self.num_branches = 0
+        self.guidance_checked = False
         if self.spec is not None:
             check_grid(self.spec, sigmas)
         check_anchors(self.anchors, len(sigmas))
@@ -95,7 +97,8 @@ class Forecaster(Controller):
 
     def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
         """Check the guidance once the first step has shown all its branches."""
-        if self.spec is not None and step_index == 0:
+        if self.spec is not None and not self.guidance_checked:
+            self.guidance_checked = True
             scale = getattr(self.pipe, "guidance_scale", None)
             self.spec.check_guidance(self.num_branches, scale)
 

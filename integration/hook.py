@@ -87,10 +87,13 @@ def _replacing(entering: Callable[[Tensor], Tensor]) -> Callable:
     def hook(
         module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        if args and isinstance(args[0], Tensor):
-            return (entering(args[0]).to(args[0].dtype), *args[1:]), kwargs
-        name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
-        return args, {**kwargs, name: entering(kwargs[name]).to(kwargs[name].dtype)}
+        found = first_tensor(args, kwargs)
+        assert found is not None  # the tracer chose the head by this tensor
+        new = entering(found).to(found.dtype)
+        for place, value in enumerate(args):
+            if value is found:
+                return (*args[:place], new, *args[place + 1 :]), kwargs
+        return args, {name: new if value is found else value for name, value in kwargs.items()}
 
     return hook
 

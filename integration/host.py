@@ -5,6 +5,7 @@ tensor argument has the block output's rank, batch and channels. Both are read f
 forward.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -84,11 +85,11 @@ class TrunkTracer:
         for name, module in self.transformer.named_modules():
             if not name:
                 continue
-            self._handles.append(
-                module.register_forward_pre_hook(self._on_call(name), with_kwargs=True)
-            )
+            called = functools.partial(self._called, name)
+            self._handles.append(module.register_forward_pre_hook(called, with_kwargs=True))
             if name.count(".") == 1 and name.split(".")[0] in self.lists:
-                self._handles.append(module.register_forward_hook(self._on_output(name)))
+                returned = functools.partial(self._returned, name)
+                self._handles.append(module.register_forward_hook(returned))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,18 +97,12 @@ class TrunkTracer:
         for handle in self._handles:
             handle.remove()
 
-    def _on_call(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            tensor = first_tensor(args, kwargs)
-            self.calls.append((name, None if tensor is None else tensor.detach()))
+    def _called(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tensor = first_tensor(args, kwargs)
+        self.calls.append((name, None if tensor is None else tensor.detach()))
 
-        return hook
-
-    def _on_output(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            self.outputs[name] = stream_of(output)
-
-        return hook
+    def _returned(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        self.outputs[name] = stream_of(output)
 
     def trunk(self) -> Trunk:
         """The trunk and head of the forward just watched.

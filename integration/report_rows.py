@@ -34,7 +34,8 @@ class BenchRow:
         ssim: mean structural similarity.
         latent_rel_l2: mean relative L2 error of the final latents.
         forecast_step_ratio: CPU time of a forecast step over a full step; None for solvers.
-        state_bytes: bytes of cached features; None when not measured, as for all fields below.
+        state_bytes: bytes of cached features per image; None when not measured, as for all
+            fields below.
         fit_seconds: time to fit the predictor.
         num_trajectories: trajectories the predictor was fitted on.
         flops_ratio: FLOPs of the accelerated run over the full run.
@@ -120,14 +121,7 @@ class BenchMeta:
 
 def save_rows(rows: Sequence[BenchRow], path: Path) -> None:
     """Write rows as a JSON list; `inf` becomes null, its key named under `infinite`."""
-    records = []
-    for row in rows:
-        record: dict[str, Any] = asdict(row)
-        infinite = [key for key, value in record.items() if value == math.inf]
-        record.update(dict.fromkeys(infinite))
-        if infinite:
-            record[INFINITE_KEY] = " ".join(infinite)
-        records.append(record)
+    records = [to_record(row) for row in rows]
     path.write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
 
 
@@ -141,7 +135,36 @@ def load_rows(path: Path) -> list[BenchRow]:
     records = json.loads(path.read_text())
     if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
         raise ValueError(f"{path} must hold a JSON list of rows, one object each.")
-    return [_row(record, f"{path}, row {index}") for index, record in enumerate(records)]
+    return [from_record(record, f"{path}, row {index}") for index, record in enumerate(records)]
+
+
+def to_record(row: BenchRow) -> dict[str, Any]:
+    """A row as a JSON object."""
+    record: dict[str, Any] = asdict(row)
+    infinite = [key for key, value in record.items() if value == math.inf]
+    record.update(dict.fromkeys(infinite))
+    if infinite:
+        record[INFINITE_KEY] = " ".join(infinite)
+    return record
+
+
+def from_record(record: Mapping[str, Any], where: str) -> BenchRow:
+    """What `to_record` made, as a row again; `where` opens the message of an error.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value malformed.
+    """
+    values = dict(record)
+    infinite = str(values.pop(INFINITE_KEY, "")).split()
+    _check_keys(values, {field.name for field in fields(BenchRow)}, where)
+    for key in infinite:
+        if key not in values or values[key] is not None:
+            raise ValueError(f"{where}: {key!r} is listed as infinite, so it must be null.")
+        values[key] = math.inf
+    types = {field.name: field.type for field in fields(BenchRow)}
+    return BenchRow(
+        **{k: _checked(k, types[k], v, str(values["method"])) for k, v in values.items()}
+    )
 
 
 def meta_path(path: Path) -> Path:
@@ -163,21 +186,6 @@ def load_meta(path: Path) -> BenchMeta:
     record = json.loads(meta_path(path).read_text())
     _check_keys(record, {field.name for field in fields(BenchMeta)}, str(meta_path(path)))
     return BenchMeta(**record)
-
-
-def _row(record: Mapping[str, Any], where: str) -> BenchRow:
-    """One row from its JSON object."""
-    values = dict(record)
-    infinite = str(values.pop(INFINITE_KEY, "")).split()
-    _check_keys(values, {field.name for field in fields(BenchRow)}, where)
-    for key in infinite:
-        if key not in values or values[key] is not None:
-            raise ValueError(f"{where}: {key!r} is listed as infinite, so it must be null.")
-        values[key] = math.inf
-    types = {field.name: field.type for field in fields(BenchRow)}
-    return BenchRow(
-        **{k: _checked(k, types[k], v, str(values["method"])) for k, v in values.items()}
-    )
 
 
 def _check_keys(record: Mapping[str, Any], expected: set[str], where: str) -> None:

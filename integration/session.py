@@ -88,14 +88,16 @@ class Session:
 
     def _open(self, sigmas: list[float]) -> None:
         self._reset_run()
-        self._open_run = True
         self._num_steps = len(sigmas)
         self._sigmas = sigmas
         self.report.open(sigmas)
         self.controller.open(sigmas)
+        self._open_run = True
 
     def _close(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
         """Observe the step's calls, now that the sample tells how many branches each one held."""
+        if not self._open_run:
+            return
         for key, call, taps, batch, x_t in self._pending:
             if self._branches_per_call is None or call == 0:
                 self._branches_per_call = max(1, batch // max(1, len(before)))
@@ -176,7 +178,7 @@ class Session:
             expected = output_tensor(forward(*args, **kwargs))
         skipper = TrunkSkipper(self.transformer, trunk)
         replayed = output_tensor(skipper(forward, args, kwargs, lambda entering: found["hidden"]))
-        if not torch.equal(expected, replayed):
+        if not torch.equal(expected.nan_to_num(), replayed.nan_to_num()):
             worst = float((expected - replayed).abs().max())
             raise UnsupportedHost(
                 f"replaying the head input ({trunk.head}) of {type(self.transformer).__name__} "

@@ -1,7 +1,7 @@
 """Few-step samplers at given sigmas: the honest rivals of a forecaster with as many evaluations.
 
-Each takes one step per anchor, at the anchors' own sigmas on the full grid, and ends at sigma 0. The
-network is called with timestep 1000 sigma as a float, so it sees exactly the anchors' sigmas.
+Each takes one step per anchor, at the anchors' own sigmas on the full grid, and ends at sigma 0.
+The network is called with timestep 1000 sigma as a float, so it sees exactly the anchors' sigmas.
 """
 
 import contextlib
@@ -143,14 +143,14 @@ def sampling_with(pipe: Any, scheduler: Any) -> Iterator[Any]:
     """Let a pipeline use another scheduler for a while, come what may.
 
     Raises:
-        ValueError: the pipeline's own scheduler is not one of flow matching, so its network does not
-            predict v.
+        ValueError: the pipeline's own scheduler is not one of flow matching, so its network does
+            not predict v.
     """
     own = pipe.scheduler
     if not type(own).__name__.startswith("FlowMatch") and not own.config.get("use_flow_sigmas"):
         raise ValueError(
-            f"the pipeline samples with {type(own).__name__}, expected a flow-matching scheduler: the "
-            "few-step solvers take the network's output for v = eps - x_0."
+            f"the pipeline samples with {type(own).__name__}, expected a flow-matching scheduler: "
+            "the few-step solvers take the network's output for v = eps - x_0."
         )
     pipe.scheduler = scheduler
     try:

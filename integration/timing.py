@@ -73,7 +73,7 @@ class TimedForecaster(Forecaster):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.times = StepTimes(transformer_of(self.pipe).device)
+        self.times = StepTimes(device_of(self.pipe))
         self.final: Tensor | None = None
 
     def open(self, sigmas: list[float]) -> None:
@@ -115,7 +115,7 @@ def forecast_step_ratio(
     Raises:
         ValueError: the run has no forecast step after step 0.
     """
-    device = transformer_of(pipe).device
+    device = device_of(pipe)
     full = StepTimes(device)
     controller = TimedForecaster(predictor, tap, tuple(anchors), None, pipe)
     with one_thread():
@@ -155,8 +155,8 @@ def attach_overhead(
 ) -> float:
     """Relative cost of the hooks: a run with every step an anchor over a plain run, minus one.
 
-    Both kinds of run alternate, in changing order, on one torch thread; the result is the median over
-    the pairs.
+    Both kinds of run alternate, in changing order, on one torch thread; the result is the median
+    over the pairs.
 
     Args:
         pipe: the pipeline, with nothing attached.
@@ -166,7 +166,7 @@ def attach_overhead(
         run: calls the pipeline once; the first call of each kind is not counted.
         rounds: pairs of runs.
     """
-    device = transformer_of(pipe).device
+    device = device_of(pipe)
 
     def attached() -> float:
         controller = Forecaster(predictor, tap, tuple(range(num_steps)))
@@ -192,6 +192,11 @@ def _seconds(run: Run, device: torch.device) -> float:
     started = now(device)
     run()
     return now(device) - started
+
+
+def device_of(pipe: Any) -> torch.device:
+    """Where a pipeline's transformer is."""
+    return next(transformer_of(pipe).parameters()).device
 
 
 def now(device: torch.device) -> float:

@@ -74,6 +74,7 @@ class L2PClosedLoop(L2PModule):
 
     def on_fit_start(self) -> None:
         """Choose the start and the base; a resumed fit goes on from its best rows."""
+        super().on_fit_start()
         if self.pipe is None:
             self.pipe = load_pipeline(self.pipeline)
         data = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -55,7 +55,7 @@ def export_command(checkpoint: str, out: str) -> None:
             f"asks for {tuple(predictor.weight.shape)}; the recording was replaced. Fit again."
         )
     predictor.weight.copy_(weight)
-    spec = spec_of(header, settings["tap"], predictor.anchors, len(recording))
+    spec = spec_of(header, settings["tap"], predictor.anchors, int(state["num_trajectories"]))
     _save(predictor, spec, recording, out, validation_errors(state, checkpoint))
     print(f"{out}: {settings['fit']} fit on {len(recording)} trajectories of {folder}")
 

@@ -44,6 +44,8 @@ class L2PModule(lightning.LightningModule):
         )
         self.tap = tap
         self.predictor = L2P(len(header.sigmas), anchors, header.num_branches)
+        self.num_trajectories: Tensor
+        self.register_buffer("num_trajectories", torch.tensor(0))
 
     def set_rows(self, rows: Float[Tensor, "branches S S"]) -> None:
         """Make these rows the predictor's."""

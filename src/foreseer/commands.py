@@ -146,20 +146,34 @@ def generate(
 def bench(
     pipeline: str,
     out: str,
-    budgets: Sequence[int] = (8, 11, 17, 26),
-    num_samples: int = 16,
+    budgets: Sequence[int] = (11, 8, 6),
+    num_samples: int = 64,
     guidance_scale: float = 3.0,
+    num_inference_steps: int = 50,
+    searched: str | None = None,
+    predictors: Sequence[str] = (),
+    methods: Sequence[str] | None = None,
+    batch_size: int = 16,
+    num_threads: int = 1,
 ) -> None:
     """Compare the full run, few-step solvers and every predictor on the same seeds and anchors.
 
+    The same command goes on after the last finished row when it was interrupted.
+
     Args:
-        pipeline: folder or hub name of the diffusers pipeline.
+        pipeline: folder of the diffusers pipeline, or `zoo:NAME` for a bundled one.
         out: folder of the report: table, plots, contact sheet.
         budgets: list of network evaluations per sample to compare at.
-        num_samples: held-out samples per budget.
+        num_samples: held-out samples per row, at least 1.
         guidance_scale: classifier-free guidance strength.
+        num_inference_steps: sampler steps S of the full run.
+        searched: JSON file of searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps.
+        predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER.
+        methods: list of solvers and formulas to run; None runs all.
+        batch_size: samples drawn at once.
+        num_threads: threads torch uses.
     """
-    from .integration.benchmark import bench_command
+    from .training.benchmark import bench_command
 
     bench_command(
         pipeline=pipeline,
@@ -167,6 +181,12 @@ def bench(
         budgets=budgets,
         num_samples=num_samples,
         guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        searched=searched,
+        predictors=predictors,
+        methods=methods,
+        batch_size=batch_size,
+        num_threads=num_threads,
     )
 
 

@@ -1,0 +1,106 @@
+"""`foreseer generate`: draw samples into one image, with or without a predictor.
+
+Shapes: B samples, C channels, H height, W width.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .forecasting import forecasting
+from .metrics import psnr
+from .pipelines import load_pipeline
+from .report_plots import DIFFERENCE_GAIN, save_figure
+from .report_table import decibels
+
+
+def generate_command(
+    pipeline: str,
+    predictor: str | None,
+    class_labels: Sequence[int],
+    seed: int,
+    guidance_scale: float,
+    num_inference_steps: int,
+    out: str,
+    compare: bool,
+) -> None:
+    """`foreseer generate`; the arguments are those of `foreseer.commands.generate`.
+
+    Raises:
+        PredictorMismatch: the predictor was fitted on another host, grid or guidance.
+        ValueError: there is nothing to compare, or a label is out of range.
+    """
+    if compare and predictor is None:
+        raise ValueError(
+            "compare needs a predictor to compare with the full run: --predictor FOLDER"
+        )
+    pipe = load_pipeline(pipeline)
+    settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    panels: dict[str, Tensor] = {}
+    captions: list[str] = []
+    if compare or predictor is None:
+        panels["full run"] = draw(pipe, class_labels, seed, **settings)
+    if predictor is not None:
+        from ..checkpoints.format import load_predictor
+
+        with forecasting(pipe, load_predictor(predictor)) as run:
+            panels["forecast"] = draw(pipe, class_labels, seed, **settings)
+        print(run.report())
+    if compare:
+        difference = (panels["forecast"] - panels["full run"]).abs()
+        error = psnr(panels["forecast"], panels["full run"])
+        panels[f"|difference| × {DIFFERENCE_GAIN}"] = (DIFFERENCE_GAIN * difference).clamp(0, 1)
+        captions = [f"{decibels(float(value))} dB" for value in error]
+        print(f"PSNR against the full run: {' '.join(captions)}")
+        print(f"mean PSNR: {decibels(float(error.mean()))} dB")
+    print(f"wrote {save_panels(panels, Path(out), captions)}")
+
+
+def draw(
+    pipe: Any, class_labels: Sequence[int], seed: int, **settings: Any
+) -> Float[Tensor, "B C H W"]:
+    """One image in [0, 1] per label; sample i has its own noise from `seed + i`.
+
+    Args:
+        pipe: a class-to-image pipeline.
+        class_labels: labels.
+        seed: seed of the first sample.
+        settings: further keyword arguments of the pipeline.
+    """
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(class_labels))]
+    output = pipe(list(class_labels), generator=generators, output_type="pt", **settings)
+    images: Tensor = output.images
+    return images.float().cpu().clamp(0, 1)
+
+
+def save_panels(
+    panels: Mapping[str, Float[Tensor, "B C H W"]], path: Path, captions: Sequence[str] = ()
+) -> Path:
+    """Write rows of images, one column per sample.
+
+    Args:
+        panels: label to images in [0, 1], one row each, all with the same number of samples.
+        path: PNG to write; its folder is made when missing.
+        captions: words under each column; empty for none.
+    """
+    from matplotlib.figure import Figure
+
+    count = len(next(iter(panels.values())))
+    size = (1.1 * count + 1.2, 1.1 * len(panels) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(panels), count, squeeze=False)
+    for line, (label, images) in zip(grid, panels.items(), strict=True):
+        for axes, image in zip(line, images, strict=True):
+            pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+            axes.imshow(pixels, vmin=0, vmax=1, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    for axes, caption in zip(grid[-1], captions, strict=False):
+        axes.set_xlabel(caption, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return save_figure(figure, path)

@@ -1,0 +1,89 @@
+"""`foreseer generate` draws what the pipeline draws, and compares with the same noise."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from matplotlib.image import imread
+from tiny_pipelines import tiny_pipeline
+
+from foreseer.checkpoints.spec import PredictorMismatch
+from foreseer.cli import main
+from foreseer.integration.clock import flow_sigmas
+from foreseer.integration.generate import draw, save_panels
+from foreseer.predictors.linear import L2P
+from foreseer.training.benchmark import rows_predictor
+
+STEPS = 6
+
+
+@pytest.fixture
+def generate(tmp_path, monkeypatch, capsys):
+    """Call the command with a reuse predictor on the given anchors; returns what it printed."""
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe.scheduler.set_timesteps(STEPS)
+    sigmas = flow_sigmas(pipe.scheduler)
+
+    def call(*words, anchors=(0, 2, 4)):
+        def load_predictor(name):
+            assert name == "reuse"
+            weight = L2P(STEPS, anchors, 2).weight
+            return rows_predictor(pipe, weight, anchors, "output", sigmas, 3.0)
+
+        loader = SimpleNamespace(load_predictor=load_predictor)
+        monkeypatch.setitem(sys.modules, "foreseer.checkpoints.format", loader)
+        out = str(tmp_path / "new" / "samples.png")
+        given = ["--pipeline", str(tmp_path / "pipe"), "--class_labels", "[0,2]", "--out", out]
+        main(["generate", *given, "--num_inference_steps", str(STEPS), *words])
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_each_sample_has_its_own_seed_whatever_is_drawn_beside_it():
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 3}
+    pair = draw(tiny_pipeline(), [0, 2], 5, **settings)
+    alone = draw(tiny_pipeline(), [2], 6, **settings)
+    torch.testing.assert_close(pair[1:], alone)
+    assert not torch.allclose(pair[0], pair[1])
+
+
+def test_without_a_predictor_the_full_run_is_drawn(generate, tmp_path):
+    printed = generate()
+    assert printed.strip().endswith("samples.png") and "PSNR" not in printed
+    assert imread(tmp_path / "new" / "samples.png").ndim == 3
+
+
+def test_a_comparison_reports_the_run_and_the_error(generate):
+    printed = generate("--predictor", "reuse", "--compare", "true")
+    assert "3 network evaluations, 3 forecasts of 6 steps" in printed
+    values = re.search(r"PSNR against the full run: ([\d.]+) dB ([\d.]+) dB", printed)
+    mean = sum(map(float, values.groups())) / 2
+    assert f"mean PSNR: {mean:.1f}" in printed
+
+
+def test_a_forecast_with_every_step_an_anchor_is_exact(generate):
+    printed = generate("--predictor", "reuse", "--compare", "true", anchors=range(STEPS))
+    assert "mean PSNR: exact dB" in printed
+
+
+def test_a_comparison_without_a_predictor_is_refused(generate):
+    with pytest.raises(ValueError, match="compare needs a predictor"):
+        generate("--compare", "true")
+
+
+def test_another_guidance_than_the_predictors_is_refused(generate):
+    with pytest.raises(PredictorMismatch, match="guidance_scale 3"):
+        generate("--predictor", "reuse", "--guidance_scale", "2.0")
+
+
+def test_panels_have_one_row_each_and_captions_underneath(tmp_path):
+    images = torch.rand(3, 1, 16, 16)
+    one = imread(save_panels({"full": images}, tmp_path / "one.png"))
+    two = imread(save_panels({"full": images, "forecast": images}, tmp_path / "two.png"))
+    assert two.shape[0] > 1.5 * one.shape[0] and two.shape[1] == one.shape[1]
+    named = imread(save_panels({"full": images}, tmp_path / "named.png", ["1 dB", "2 dB", "3 dB"]))
+    assert not (named == one).all()

@@ -1,0 +1,269 @@
+"""`foreseer bench`: full run, few-step solvers, formulas and learned predictors, on equal terms."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import __version__
+from ..checkpoints.spec import PredictorSpec, check_host
+from ..integration.bench_meta import collect_meta
+from ..integration.flops import StepFlops, first_call, step_flops
+from ..integration.host import host_fingerprint, transformer_of
+from ..integration.pipelines import load_pipeline
+from ..integration.report_html import write_report
+from ..integration.report_rows import BenchRow, load_rows
+from ..integration.report_table import best_rows, gaps, verdict
+from ..predictors.base import Predictor
+from ..predictors.linear import L2P
+from ..trajectories.prompts import Item, class_items, digest, generate_batch
+from .bench_plan import Entry, plan, spec_of
+from .bench_runs import Samples, Tick, run_entry, score
+from .bench_store import ROWS_FILE, RowLog, load_samples, save_samples
+
+FIRST_ITEM = 10_000  # far from every item a recording starts with
+SHEET_SAMPLES = 8
+SHEET_METHODS = ("euler", "ab2", "dpmpp_2m", "unipc", "reuse", "taylor_1")
+
+
+def bench(
+    pipe: Any,
+    items: Sequence[Item],
+    out: str | Path,
+    budgets: Sequence[int] = (11, 8, 6),
+    predictors: Mapping[str, Predictor] | None = None,
+    searched: Mapping[str, Sequence[int]] | None = None,
+    methods: Sequence[str] | None = None,
+    batch_size: int = 16,
+    command: str = "foreseer.training.benchmark.bench",
+    **settings: Any,
+) -> Path:
+    """Run every method of a plan (bench_plan.py) on the same items and write the report.
+
+    Called again with the same arguments it goes on after the last finished row.
+
+    Args:
+        pipe: a diffusers pipeline with a flow-matching scheduler.
+        items: held-out items.
+        out: folder of the report.
+        budgets: numbers of network evaluations.
+        predictors: learned predictors with a spec, by table name; what follows an `@` in a name
+            tells predictors of one method apart and is not shown.
+        searched: `<method>|<tap>|<num_anchors>` to anchors, as `foreseer search` writes them.
+        methods: solvers and formulas to run; None runs all.
+        batch_size: samples per pipeline call.
+        command: how this was called, for the report.
+        settings: keyword arguments of every pipeline call: `guidance_scale`, `num_inference_steps`.
+
+    Returns:
+        Path of the HTML page.
+
+    Raises:
+        PredictorMismatch: a learned predictor was fitted on another host, grid or guidance.
+        ValueError: an argument is wrong, or a method diverged.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    num_steps = int(settings["num_inference_steps"])
+    entries = plan(budgets, num_steps, predictors or {}, searched or {}, methods)
+    host = host_fingerprint(transformer_of(pipe))
+    for entry in entries:
+        if entry.kind == "learned":
+            check_host(spec_of(entry.predictor), host, pipe.scheduler)
+    full = Entry("full", "full", "none", "all", tuple(range(num_steps)))
+    entries = [full, *entries]
+    common = _common_key(pipe, host, items, batch_size, settings)
+    log = RowLog(out / ROWS_FILE)
+    pending = [entry for entry in entries if entry.key(common) not in log.rows]
+    kept = out / f"reference.{common[:12]}.safetensors"
+    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    work = sum(len(entry.anchors) for entry in pending) * len(items)
+    with tqdm(total=work, desc="bench", unit="evaluation") as bar:
+        reference = _reference(pipe, full, kept, batches, bar.update, settings)
+        flops = _flops(pipe, entries, items[:1], settings)
+        for entry in pending:
+            bar.set_postfix_str(f"{entry.method} {entry.tap} {len(entry.anchors)}")
+            samples = reference
+            if entry is not full:
+                samples = run_entry(pipe, entry, reference.sigmas, batches, bar.update, **settings)
+            row = score(entry, samples, reference, flops, settings.get("guidance_scale", 1.0))
+            log.add(entry.key(common), row)
+    ran = [(entry, log.rows[entry.key(common)]) for entry in entries]
+    images = _sheet(pipe, ran, reference, items[:SHEET_SAMPLES], settings)
+    meta = collect_meta(command, [item.seed for item in items])
+    return write_report([row for _, row in ran], meta, images, out)
+
+
+def rows_predictor(
+    pipe: Any,
+    rows: Float[Tensor, "branches S S"],
+    anchors: Sequence[int],
+    tap: str,
+    sigmas: Sequence[float],
+    guidance_scale: float,
+) -> L2P:
+    """Rows that are not saved yet, as a predictor with the spec of this pipeline.
+
+    Args:
+        pipe: the pipeline they were fitted on.
+        rows: weights at anchors.
+        anchors: steps at which the network runs.
+        tap: `output` or `hidden`.
+        sigmas: flow time of every step.
+        guidance_scale: guidance they were fitted at.
+    """
+    transformer = transformer_of(pipe)
+    predictor = L2P(rows.shape[-1], anchors, rows.shape[0])
+    predictor.weight.copy_(rows)
+    spec = PredictorSpec(
+        tap=tap,
+        anchors=tuple(anchors),
+        sigmas=tuple(sigmas),
+        host=host_fingerprint(transformer),
+        scheduler=type(pipe.scheduler).__name__,
+        num_branches=rows.shape[0],
+        guidance_scale=guidance_scale,
+        dtype=str(next(transformer.parameters()).dtype).removeprefix("torch."),
+    )
+    setattr(predictor, "spec", spec)  # noqa: B010 - `Predictor` declares no such attribute
+    return predictor
+
+
+def bench_command(
+    pipeline: str,
+    out: str,
+    budgets: Sequence[int],
+    num_samples: int,
+    guidance_scale: float,
+    num_inference_steps: int,
+    searched: str | None,
+    predictors: Sequence[str],
+    methods: Sequence[str] | None,
+    batch_size: int,
+    num_threads: int,
+) -> None:
+    """`foreseer bench`; the arguments are those of `foreseer.commands.bench`.
+
+    Raises:
+        ValueError: see `bench` and `load_learned`.
+    """
+    options = dict(locals())
+    torch.set_num_threads(num_threads)
+    pipe = load_pipeline(pipeline)
+    num_classes: int = pipe.transformer.config.num_embeds_ada_norm
+    page = bench(
+        pipe,
+        class_items(num_samples, num_classes, first_item=FIRST_ITEM),
+        out,
+        budgets,
+        load_learned(predictors),
+        json.loads(Path(searched).read_text()) if searched else None,
+        methods,
+        batch_size,
+        command_line(options),
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+    )
+    rows = load_rows(page.parent / "results.json")
+    print("\n".join([*(gap.sentence() for gap in gaps(rows)), verdict(rows)]))
+    print(f"The report lies in {page}.")
+
+
+def load_learned(predictors: Sequence[str]) -> dict[str, Predictor]:
+    """Predictor checkpoints by table name.
+
+    Args:
+        predictors: folders, or `NAME=FOLDER`; several taps and budgets may share a name.
+
+    Raises:
+        ValueError: two predictors share name, tap and anchors.
+    """
+    learned: dict[str, Predictor] = {}
+    for given in predictors:
+        from ..checkpoints.format import load_predictor
+
+        name, _, folder = given.rpartition("=")
+        loaded = load_predictor(folder)
+        spec = spec_of(loaded)
+        anchors = " ".join(map(str, spec.anchors))
+        name = f"{name or Path(folder).name}@{spec.tap} {anchors}"
+        if name in learned:
+            raise ValueError(f"two predictors are called {name}; give one a name: NAME=FOLDER.")
+        learned[name] = loaded
+    return learned
+
+
+def command_line(options: Mapping[str, Any]) -> str:
+    """`foreseer bench` with every option written out."""
+    words = ["foreseer", "bench"]
+    for name, value in options.items():
+        if value is not None:
+            text = value if isinstance(value, str) else json.dumps(value)
+            words += [f"--{name}", text]
+    return shlex.join(words)
+
+
+def _common_key(
+    pipe: Any, host: dict[str, Any], items: Sequence[Item], batch_size: int, settings: dict
+) -> str:
+    """Digest of what all rows of a benchmark share."""
+    config = {k: str(v) for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
+    told = [__version__, host, type(pipe.scheduler).__name__, config, batch_size]
+    told += [torch.get_num_threads(), str(pipe.device), digest(items, settings)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _reference(
+    pipe: Any,
+    full: Entry,
+    kept: Path,
+    batches: Sequence[Sequence[Item]],
+    tick: Tick,
+    settings: dict[str, Any],
+) -> Samples:
+    """The full run's samples: those kept on disk, else generated and kept."""
+    if kept.exists():
+        return load_samples(kept)
+    reference = run_entry(pipe, full, [], batches, tick, **settings)
+    save_samples(reference, kept)
+    return reference
+
+
+def _flops(
+    pipe: Any, entries: Sequence[Entry], items: Sequence[Item], settings: dict[str, Any]
+) -> dict[str, StepFlops]:
+    """Cost of a step on every tap that is forecast."""
+    transformer = transformer_of(pipe)
+    call = first_call(transformer, lambda: generate_batch(pipe, items, **settings))
+    taps = sorted({entry.tap for entry in entries} - {"none"})
+    return {tap: step_flops(transformer, call, tap) for tap in taps}
+
+
+def _sheet(
+    pipe: Any,
+    ran: Sequence[tuple[Entry, BenchRow]],
+    reference: Samples,
+    items: Sequence[Item],
+    settings: dict[str, Any],
+) -> dict[str, Tensor]:
+    """First samples of the full run and the main methods, at 8 evaluations or the middle budget."""
+    budgets = sorted({len(entry.anchors) for entry, _ in ran if entry.kind != "full"})
+    images = {"full run": reference.images[: len(items)]}
+    if not budgets:
+        return images
+    budget = 8 if 8 in budgets else budgets[len(budgets) // 2]
+    entry_of = {id(row): entry for entry, row in ran}
+    tick: Tick = lambda evaluations: None  # noqa: E731
+    for row in best_rows([row for _, row in ran if row.num_anchors == budget], "method"):
+        if row.kind == "learned" or row.method in SHEET_METHODS:
+            entry = entry_of[id(row)]
+            samples = run_entry(pipe, entry, reference.sigmas, [items], tick, **settings)
+            images[f"{row.method}, {budget} evaluations"] = samples.images
+    return images
