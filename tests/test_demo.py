@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_pipeline import save_tiny_pipeline
+from tiny_pipelines import tiny_pipeline
 
 from foreseer import demo
 from foreseer.cli import main
@@ -58,9 +58,9 @@ def test_a_folder_of_another_pipeline_is_refused(stages, tmp_path):
 
 @pytest.mark.slow
 def test_every_stage_runs_on_a_tiny_model(tmp_path, capsys):
-    pipeline = save_tiny_pipeline(tmp_path / "pipeline")
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     out = tmp_path / "demo"
-    main(["demo", "--out", str(out), "--pipeline", pipeline])
+    main(["demo", "--out", str(out), "--pipeline", str(tmp_path / "pipeline")])
     printed = capsys.readouterr().out
     assert list(json.loads((out / "demo.json").read_text())["seconds"]) == list(demo.STAGES)
     missing = [name for name in FILES if not (out / name).exists()]
