@@ -122,8 +122,8 @@ class Clock:
         if found != expected:
             raise ValueError(
                 f"step {index} of the run has timestep {expected:g}, found {found:g}: the pipeline "
-                f"left out steps without telling {type(self.scheduler).__name__} (set_begin_index); "
-                "they cannot be counted."
+                f"left out steps without telling {type(self.scheduler).__name__} by "
+                "set_begin_index; they cannot be counted."
             )
 
     def detach(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 import torch
 from jaxtyping import Float
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from ..checkpoints.spec import PredictorSpec
@@ -57,21 +58,22 @@ class L2PModule(lightning.LightningModule):
 
     def on_fit_end(self) -> None:
         """Show the weight matrix in TensorBoard, newest step at the bottom."""
-        experiment = getattr(self.logger, "experiment", None)
-        if experiment is None:
+        if not isinstance(self.logger, TensorBoardLogger):
             return
         for branch, rows in enumerate(self.predictor.weight):
             scaled = (rows.float() / 4 + 0.5).clamp(0, 1)  # white is +2, black is -2
-            experiment.add_image(f"rows/branch_{branch}", scaled[None], self.global_step)
+            name = f"rows/branch_{branch}"
+            self.logger.experiment.add_image(name, scaled[None], self.global_step)
 
     def log_step_errors(self, grams: Float[Tensor, "n branches S S"]) -> None:
         """Log the held-out open-loop error of every forecast step, and their mean."""
         errors = open_loop_errors(grams, self.predictor.weight)
         self.log("val/open_loop_error", errors.mean())
-        experiment = getattr(self.logger, "experiment", None)
+        if not isinstance(self.logger, TensorBoardLogger):
+            return
         for step, error in enumerate(errors.mean((0, 1)).tolist()):
-            if experiment is not None and step not in self.predictor.anchors:
-                experiment.add_scalar("val/error_by_step", error, step)
+            if step not in self.predictor.anchors:
+                self.logger.experiment.add_scalar("val/error_by_step", error, step)
 
 
 def spec_of(

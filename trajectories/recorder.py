@@ -86,7 +86,9 @@ class Recorder(Controller):
             if features == "full":
                 stored[f"feature/{tap}"] = trajectory
             elif features == "tokens" and trajectory.ndim == 4:  # (branches, S, N, D)
-                tokens = torch.linspace(0, trajectory.shape[2] - 1, num_tokens).round().long()
+                tokens = (
+                    torch.linspace(0, trajectory.shape[2] - 1, num_tokens).round().long().unique()
+                )
                 stored[f"feature/{tap}"] = trajectory[:, :, tokens]
                 stored[f"tokens/{tap}"] = tokens
         return stored
@@ -115,7 +117,7 @@ def record(
         items: what to generate.
         out: folder of the recording, new or begun with the same arguments.
         taps: `output`, `hidden`, `residual`, `blocks.<i>`, or `blocks.*` for all blocks.
-        features: `none` stores Grams only, `tokens` adds a subset of tokens, `full` all features.
+        features: `none` stores Grams only, `full` adds all features, `tokens` a subset of tokens.
         num_tokens: tokens kept per feature when `features` is `tokens`.
         states: also store the sampler's states, which `closed_loop` fits need.
         batch_size: items per pipeline call.
@@ -164,7 +166,7 @@ def _record_batches(
     settings: dict[str, Any],
 ) -> None:
     """Run the batches that are not finished and write what is missing of them."""
-    done = finished_items(out, recipe)
+    done = finished_items(out, recipe, [item for batch in batches for item in batch])
     pending = [batch for batch in batches if any(item.index not in done for item in batch)]
     stored_as = (recipe["features"], recipe["num_tokens"], recipe["states"])
     with contextlib.ExitStack() as stack:
@@ -177,14 +179,14 @@ def _record_batches(
             for sample, item in enumerate(batch):
                 if item.index not in done:
                     stored = recorder.tensors(sample, *stored_as)
-                    writer.write(item.index, stored, {"seed": item.seed, **_plain(item.inputs)})
+                    writer.write(item.index, stored, _meta(item))
 
 
-def finished_items(out: str | Path, recipe: dict[str, Any]) -> set[int]:
+def finished_items(out: str | Path, recipe: dict[str, Any], items: Sequence[Item] = ()) -> set[int]:
     """Items already in the folder, which must be a recording with this recipe if it is one at all.
 
     Raises:
-        RecordingError: it holds another recording.
+        RecordingError: it holds another recording, or one of `items` with another seed or input.
     """
     if not (Path(out) / HEADER_FILE).exists():
         return set()
@@ -198,6 +200,15 @@ def finished_items(out: str | Path, recipe: dict[str, Any]) -> set[int]:
             )
             + ". Use the same settings to resume it, or another folder."
         )
+    for item in items:
+        if item.index not in found.entries:
+            continue
+        meta, asked = found.meta(item.index), _meta(item)
+        if meta != asked:
+            raise RecordingError(
+                f"{out} holds item {item.index} as {meta}, asked for {asked}; give it another "
+                "number or record into another folder."
+            )
     return set(found.items)
 
 
@@ -244,5 +255,6 @@ def describe(
     )
 
 
-def _plain(inputs: dict[str, Any]) -> dict[str, str | int | float]:
-    return {name: value for name, value in inputs.items() if isinstance(value, str | int | float)}
+def _meta(item: Item) -> dict[str, str | int | float]:
+    inputs = {n: value for n, value in item.inputs.items() if isinstance(value, str | int | float)}
+    return {"seed": item.seed, **inputs}
