@@ -33,10 +33,18 @@ from foreseer.trajectories.recorder import record as record_trajectories
 PIPELINE = "zoo:fashion_dit"
 NUM_TRAJECTORIES = 96
 HELD_OUT = 0.33  # of the recording, for validation; the benchmark's samples are never recorded
-EPOCHS = {"adam": 201, "lstsq": 1, "closed_loop": 2}
+EPOCHS = {"adam": 201, "lstsq": 1, "closed_loop": 3}
+FITS = ("lstsq|output", "adam|output", "closed_loop|output", "closed_loop|hidden")
+LIST_OF = {
+    "lstsq|output": "l2p_lstsq|output",
+    "adam|output": "l2p_lstsq|output",
+    "closed_loop|output": "l2p_closed_loop|output",
+    "closed_loop|hidden": "taylor_1|hidden",
+}  # whose searched list each fit takes
 METHODS = [
     *(f"{solver}|none" for solver in SOLVERS),
     *(f"{rule}|{tap}" for rule in RULES if rule != "newton_1" for tap in ("output", "hidden")),
+    "l2p_lstsq|output",
     "l2p_closed_loop|output",
 ]  # newton_1 has the rows of taylor_1, so its best list is the same
 
@@ -98,48 +106,45 @@ def search(
 def fit(
     guidance_scale: float = 3.0,
     budgets: Sequence[int] = (11, 8, 6),
-    fits: Sequence[str] = ("lstsq", "adam", "closed_loop"),
-    closed_loop_lists: Sequence[str] = ("searched",),
+    fits: Sequence[str] = FITS,
     num_threads: int = 2,
 ) -> None:
-    """Fit L2P: the open-loop fits on every list, the closed-loop fit on the lists asked for.
+    """Fit L2P: the open-loop fits on every list, the closed-loop fits on their searched list.
 
     Args:
         guidance_scale: classifier-free guidance scale.
         budgets: network evaluations.
-        fits: which of the three.
-        closed_loop_lists: any of `uniform`, `published`, `warped`, `searched`.
+        fits: `fit|tap` of each.
         num_threads: torch threads.
     """
     torch.set_num_threads(num_threads)
     root = folder_of(guidance_scale)
     for budget in budgets:
         found = json.loads((root / f"searched_{budget}.json").read_text())
-        lists = {
+        common = {
             "uniform": uniform(budget),
             "published": PUBLISHED_L2P[budget],
             "warped": warped(budget),
-            "searched": tuple(found[f"l2p_closed_loop|output|{budget}"]),
         }
-        for kind in fits:
-            for label, anchors in lists.items():
-                if kind == "closed_loop" and label not in closed_loop_lists:
-                    continue
-                out = root / "predictors" / f"l2p_{kind}" / f"{label}_{budget}"
+        for key in fits:
+            kind, tap = key.split("|")
+            own = {"searched": tuple(found[f"{LIST_OF[key]}|{budget}"])}
+            for label, anchors in (own if kind == "closed_loop" else common | own).items():
+                out = root / "predictors" / f"l2p_{kind}" / f"{tap}_{label}_{budget}"
                 if not out.exists():
-                    fit_one(kind, str(root / "recording"), anchors, out)
+                    fit_one(kind, tap, str(root / "recording"), anchors, out)
 
 
-def fit_one(kind: str, recording: str, anchors: Sequence[int], out: Path) -> None:
-    """Fit one predictor on the `output` tap and export it with its fit time."""
+def fit_one(kind: str, tap: str, recording: str, anchors: Sequence[int], out: Path) -> None:
+    """Fit one predictor and export it with its fit time."""
     module: L2PModule
     data: lightning.LightningDataModule
     if kind == "closed_loop":
-        module = L2PClosedLoop(recording, PIPELINE, anchors)
+        module = L2PClosedLoop(recording, PIPELINE, anchors, tap)
         data = RecordingDataModule(recording, ["final"], 16, HELD_OUT, 0)
     else:
-        module = {"adam": L2PAdam, "lstsq": L2PLeastSquares}[kind](recording, anchors)
-        data = GramDataModule(recording, "output", HELD_OUT, 0)
+        module = {"adam": L2PAdam, "lstsq": L2PLeastSquares}[kind](recording, anchors, tap)
+        data = GramDataModule(recording, tap, HELD_OUT, 0)
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=EPOCHS[kind],

@@ -52,13 +52,7 @@ def write_report(
     """
     if not rows:
         raise ValueError("Expected at least one benchmark row, got none; did every method fail?")
-    out.mkdir(parents=True, exist_ok=True)
-    save_rows(rows, out / "results.json")
-    save_meta(meta, out / "results.json")
-    save_csv(rows, out / "results.csv")
-    (out / "results.md").write_text(
-        f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
-    )
+    _write_tables(rows, meta, out)
     num_steps = max(row.steps[-1] for row in rows) + 1
     extras = dict(figures or {})
     if step_errors:
@@ -87,6 +81,16 @@ def write_report(
     )
     (out / "report.html").write_text(page)
     return out / "report.html"
+
+
+def _write_tables(rows: Sequence[BenchRow], meta: BenchMeta, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    save_rows(rows, out / "results.json")
+    save_meta(meta, out / "results.json")
+    save_csv(rows, out / "results.csv")
+    (out / "results.md").write_text(
+        f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
+    )
 
 
 def anchor_lists(rows: Sequence[BenchRow]) -> dict[str, tuple[int, ...]]:

@@ -140,8 +140,8 @@ class L2PAdam(L2PModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        """Fold the rows onto the anchors."""
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Fold the rows onto the anchors; validation comes before the epoch's end."""
         self.set_rows(fold(self.rows.detach().double().tril(-1), self.predictor.anchors))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -36,9 +36,20 @@ class References:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The pipeline settings of the recording that a run must repeat: steps and guidance."""
+        """The pipeline settings of the recording, which a run must repeat.
+
+        Raises:
+        """The pipeline settings of the recording, which every run of it must repeat.
+        """
         header = self.recording.header
-        return {
+        settings = dict(header.recipe.get("settings", {}))
+        objects = [name for name, value in settings.items() if str(value).startswith("<")]
+        if objects:
+            raise ValueError(
+                f"the recording was made with the settings {objects}, of which only a digest is "
+                "stored, so its runs cannot be repeated; pass such values per item when recording."
+            )
+        return settings | {
             "num_inference_steps": len(header.sigmas),
             "guidance_scale": header.scheduler["guidance_scale"],
         }

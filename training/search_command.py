@@ -20,7 +20,7 @@ from ..predictors.linear import tabulate
 from ..trajectories.prompts import generate_batch
 from ..trajectories.recording import Recording
 from .measure import References, closed_loop_errors, log_error
-from .rows import RULES
+from .rows import RULES, least_squares_rows
 from .search import Found, beam_search, closed_loop_search, common_lists
 from .tracking import track
 
@@ -40,8 +40,8 @@ def search_anchors(
     Args:
         pipe: the pipeline.
         references: calibration samples of a recording.
-        method: a solver (`euler`, `ab2`, `dpmpp_2m`, `unipc`), a formula (`reuse`, `taylor_1`, ...)
-            or `l2p_closed_loop` (tracked rows on the `output` tap).
+        method: a solver (`euler`, `ab2`, `dpmpp_2m`, `unipc`), a formula (`reuse`, ...),
+            `l2p_lstsq`, or `l2p_closed_loop` (tracked rows on the `output` tap).
         tap: `output` or `hidden`; `none` for a solver.
         num_anchors: network evaluations.
         num_moves: evaluations spent on moving single anchors of the best list.
@@ -93,6 +93,12 @@ def evaluator(
         )
         return of_rows(anchors, rows)
 
+    def of_least_squares(anchors: tuple[int, ...]) -> float:
+        return of_rows(anchors, least_squares_rows(grams, anchors))
+
+    if method == "l2p_lstsq":
+        grams = references.recording.stack(f"gram/{tap}")
+        return of_least_squares
     if method in SOLVERS:
         return of_solver
     if method in RULES:
@@ -101,7 +107,7 @@ def evaluator(
         return of_tracking
     raise ValueError(
         f"no search for {method!r} on the tap {tap!r}; known are "
-        f"{', '.join([*SOLVERS, *RULES])} and l2p_closed_loop on `output`."
+        f"{', '.join([*SOLVERS, *RULES])}, l2p_lstsq, and l2p_closed_loop on `output`."
     )
 
 

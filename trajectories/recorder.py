@@ -142,7 +142,7 @@ def record(
         "states": states,
         "batch_size": batch_size,
         "pipeline": type(pipe).__name__,
-        "settings": {name: str(value)[:80] for name, value in sorted(settings.items())},
+        "settings": {name: _plain_or_name(value) for name, value in sorted(settings.items())},
         "settings_digest": digest([], settings),
     }
     transformer = transformer_of(pipe)
@@ -258,3 +258,10 @@ def describe(
 def _meta(item: Item) -> dict[str, str | int | float]:
     inputs = {n: value for n, value in item.inputs.items() if isinstance(value, str | int | float)}
     return {"seed": item.seed, **inputs}
+
+
+def _plain_or_name(value: Any) -> str | int | float | bool | None:
+    """A setting as JSON: itself if it is plain, else its type in angle brackets."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return f"<{type(value).__name__}>"
