@@ -39,7 +39,7 @@ class References:
         """The pipeline settings of the recording, which a run must repeat.
 
         Raises:
-        """The pipeline settings of the recording, which every run of it must repeat.
+            ValueError: a setting was a tensor or another object: only a digest is stored.
         """
         header = self.recording.header
         settings = dict(header.recipe.get("settings", {}))
