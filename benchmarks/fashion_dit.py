@@ -20,15 +20,15 @@ from jsonargparse import auto_cli
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.integration.schedule import PUBLISHED_L2P, uniform, warped
 from foreseer.integration.solvers import SOLVERS
-from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
-from foreseer.trajectories.prompts import class_items
-from foreseer.trajectories.recorder import record as record_trajectories
 from foreseer.training.benchmark import bench_command
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares, L2PModule
 from foreseer.training.rows import RULES
 from foreseer.training.search_command import search_command
+from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
+from foreseer.trajectories.prompts import class_items
+from foreseer.trajectories.recorder import record as record_trajectories
 
 PIPELINE = "zoo:fashion_dit"
 NUM_TRAJECTORIES = 96
@@ -87,9 +87,7 @@ def search(
     for budget in budgets:
         path = root / f"searched_{budget}.json"
         recording = str(root / "recording")
-        search_command(
-            recording, PIPELINE, str(path), [budget], methods, num_samples, num_moves
-        )
+        search_command(recording, PIPELINE, str(path), [budget], methods, num_samples, num_moves)
         found = json.loads(path.read_text())
         for tap in ("output", "hidden"):
             if f"taylor_1|{tap}|{budget}" in found:

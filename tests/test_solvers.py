@@ -9,7 +9,7 @@ from tiny_pipelines import tiny_pipeline
 
 from foreseer.integration.clock import flow_sigmas
 from foreseer.integration.solvers import SOLVERS, sampling_with, solver_scheduler
-from foreseer.training.refinement import closed_loop_errors
+from foreseer.training.measure import closed_loop_errors
 from foreseer.training.rows import adams_bashforth_rows
 from foreseer.trajectories.prompts import class_items, generate_batch
 

@@ -118,14 +118,12 @@ class Replayer(Controller):
         return self.tap, combine(rows.mT, [features[a] for a in known])
 
 
-def directions(
-    anchors: Sequence[int], bases: Sequence[Float[Tensor, "regressors r"]], like: Tensor
-) -> list[Direction]:
+def directions(anchors: Sequence[int], bases: Sequence[Tensor], like: Tensor) -> list[Direction]:
     """One direction per column of each segment's basis, in units of `UNIT`.
 
     Args:
         anchors: steps at which the network runs.
-        bases: per segment, columns over (branch, anchor so far).
+        bases: per segment, columns over (branch, anchor so far), `(branches * (k + 1), r)`.
         like: rows whose shape the directions take, `(branches, S, S)`.
     """
     ends = [*anchors[1:], like.shape[-1]]
