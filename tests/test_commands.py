@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_pipeline import save_tiny_pipeline
+from tiny_pipelines import tiny_pipeline
 
 from foreseer.cli import main
 from foreseer.integration.pipelines import load_pipeline
@@ -18,7 +18,9 @@ from foreseer.trajectories.recording import Recording
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> str:
     """Folder of a tiny class-to-image pipeline with random weights."""
-    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
 
 
 def words(pipeline: str, out, **options) -> list[str]:

@@ -7,7 +7,7 @@ import lightning
 import pytest
 import torch
 from source_files import PACKAGE
-from tiny_pipeline import save_tiny_pipeline
+from tiny_pipelines import tiny_pipeline
 
 from foreseer.cli import main
 from foreseer.integration.pipelines import load_pipeline
@@ -25,7 +25,9 @@ ANCHORS = [0, 2]
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> str:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -74,28 +74,12 @@ def bench(
     num_steps = int(settings["num_inference_steps"])
     entries = plan(budgets, num_steps, predictors or {}, searched or {}, methods)
     host = host_fingerprint(transformer_of(pipe))
-    for entry in entries:
-        if entry.kind == "learned":
-            check_host(spec_of(entry.predictor), host, pipe.scheduler)
+    for predictor in (predictors or {}).values():
+        check_host(spec_of(predictor), host, pipe.scheduler)
     full = Entry("full", "full", "none", "all", tuple(range(num_steps)))
-    entries = [full, *entries]
     common = _common_key(pipe, host, items, batch_size, settings)
-    log = RowLog(out / ROWS_FILE)
-    pending = [entry for entry in entries if entry.key(common) not in log.rows]
-    kept = out / f"reference.{common[:12]}.safetensors"
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    work = sum(len(entry.anchors) for entry in pending) * len(items)
-    with tqdm(total=work, desc="bench", unit="evaluation") as bar:
-        reference = _reference(pipe, full, kept, batches, bar.update, settings)
-        flops = _flops(pipe, entries, items[:1], settings)
-        for entry in pending:
-            bar.set_postfix_str(f"{entry.method} {entry.tap} {len(entry.anchors)}")
-            samples = reference
-            if entry is not full:
-                samples = run_entry(pipe, entry, reference.sigmas, batches, bar.update, **settings)
-            row = score(entry, samples, reference, flops, settings.get("guidance_scale", 1.0))
-            log.add(entry.key(common), row)
-    ran = [(entry, log.rows[entry.key(common)]) for entry in entries]
+    ran, reference = _measure(pipe, [full, *entries], out, batches, common, settings)
     images = _sheet(pipe, ran, reference, items[:SHEET_SAMPLES], settings)
     meta = collect_meta(command, [item.seed for item in items])
     return write_report([row for _, row in ran], meta, images, out)
@@ -220,20 +204,38 @@ def _common_key(
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _reference(
+def _measure(
     pipe: Any,
-    full: Entry,
-    kept: Path,
+    entries: Sequence[Entry],
+    out: Path,
     batches: Sequence[Sequence[Item]],
-    tick: Tick,
+    common: str,
     settings: dict[str, Any],
-) -> Samples:
-    """The full run's samples: those kept on disk, else generated and kept."""
-    if kept.exists():
-        return load_samples(kept)
-    reference = run_entry(pipe, full, [], batches, tick, **settings)
-    save_samples(reference, kept)
-    return reference
+) -> tuple[list[tuple[Entry, BenchRow]], Samples]:
+    """Run every entry whose row is not on disk yet, the full run first; all rows, its samples."""
+    log = RowLog(out / ROWS_FILE)
+    keys = [entry.key(common) for entry in entries]
+    pending = [
+        (entry, key) for entry, key in zip(entries, keys, strict=True) if key not in log.rows
+    ]
+    kept = out / f"reference.{common[:12]}.safetensors"
+    work = sum(len(entry.anchors) for entry, _ in pending) * sum(map(len, batches))
+    with tqdm(total=work, desc="bench", unit="evaluation") as bar:
+        if kept.exists():
+            reference = load_samples(kept)
+        else:
+            reference = run_entry(pipe, entries[0], [], batches, bar.update, **settings)
+            save_samples(reference, kept)
+        flops = _flops(pipe, entries, batches[0][:1], settings)
+        for entry, key in pending:
+            bar.set_postfix_str(f"{entry.method} {entry.tap}")
+            samples = reference
+            if entry.kind != "full":
+                samples = run_entry(pipe, entry, reference.sigmas, batches, bar.update, **settings)
+            guidance_scale = float(settings.get("guidance_scale", 1.0))
+            log.add(key, score(entry, samples, reference, flops, guidance_scale))
+    rows = [log.rows[key] for key in keys]
+    return list(zip(entries, rows, strict=True)), reference
 
 
 def _flops(
@@ -265,5 +267,5 @@ def _sheet(
         if row.kind == "learned" or row.method in SHEET_METHODS:
             entry = entry_of[id(row)]
             samples = run_entry(pipe, entry, reference.sigmas, [items], tick, **settings)
-            images[f"{row.method}, {budget} evaluations"] = samples.images
+            images[f"{row.method}\n{budget} evaluations"] = samples.images
     return images

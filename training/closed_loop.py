@@ -67,6 +67,8 @@ class L2PClosedLoop(L2PModule):
         self.num_probe = num_probe
         self.batch_size = batch_size
         self.start_name = ""
+        self.start_error: Tensor
+        self.best_error: Tensor
         for name in ("start_error", "best_error"):
             self.register_buffer(name, torch.tensor(float("inf"), dtype=torch.float64))
         self.moves: list[Direction] = []

@@ -78,7 +78,7 @@ def search(
         pipeline: the recorded pipeline, a folder or `zoo:<name>`.
         out: JSON file for the lists; the same command resumes.
         num_anchors: network evaluations per trajectory (NFE), one search each.
-        methods: `method|tap` pairs: `newton_1|hidden`, `ab2|none`, `l2p_closed_loop|output`.
+        methods: `method|tap` pairs: `newton_1|hidden`, `ab2|none`, `l2p_closed_loop|output`, ...
         num_samples: calibration trajectories the lists are compared on.
         num_moves: evaluations spent on moving single anchors of the best list.
     """

@@ -38,6 +38,7 @@ from .training.l2p import L2PAdam, L2PLeastSquares, L2PModule
 from .trajectories.datamodule import GramDataModule, RecordingDataModule
 from .trajectories.inspect_command import inspect_command
 from .trajectories.record_command import record_command
+from .trajectories.recording import Recording
 
 ANCHORS = warped(8, gamma=1.1)
 HELD_OUT = 0.2  # share of the recorded trajectories that no fit sees
@@ -154,11 +155,12 @@ def export(folder: Path, pipeline: str) -> None:
 
 
 def generate(folder: Path, pipeline: str) -> None:
-    """One image per class, by the full run and by the exported predictor."""
+    """Ten images of the first classes, by the full run and by the exported predictor."""
+    recording = Recording(folder / "recording")
     generate_command(
         pipeline=pipeline,
         predictor=predictor_folder(folder, "closed_loop"),
-        class_labels=range(10),
+        class_labels=[int(recording.meta(item)["class_labels"]) for item in range(10)],
         seed=0,
         guidance_scale=GUIDANCE_SCALE,
         num_inference_steps=NUM_STEPS,
