@@ -3,16 +3,17 @@
 Processor seconds of one thread. A 50-step guided image of the bundled model takes about 1 s in
 batches of 16 and one at 8 evaluations 8/50 of that, 0.16 s.
 
+    start     imports and loading                                                          15 s
     record    64 images in full                                                            65 s
-    layers    8 images in full                                                              8 s
-    fit       two from Grams: 10 s. In closed loop: 8 formulas and 5 shares on 16 images
-              (13 x 16 x 0.16 s = 33 s), tracking 53 (9 s), 3 epochs forward and backward
-              (3 x 53 x 0.5 s = 80 s), validation and report on 11 (6 x 11 x 0.16 s = 11 s)  143 s
+    layers    8 images in full, plots                                                      10 s
+    fit       two from Grams: 10 s. In closed loop: 8 formulas on 16 images (20 s), tracking
+              53 (9 s), one Gauss-Newton step on 2 x 16 images at 168 evaluations each
+              (32 x 168/50 = 107 s), 8 times the 11 held-out ones (14 s)                  160 s
     export                                                                                  1 s
     generate  10 images in full, 10 at 8 evaluations                                       12 s
-    bench     16 images in full, 16 by each of about 24 rivals and taps                    80 s
-    start     imports and loading                                                          15 s
-                                                                                    sum   324 s
+    bench     16 images in full; 4 solvers and 3 formulas on 2 taps on 4 anchor lists, and
+              3 predictors: 43 x 16 x 0.16 s                                              126 s
+                                                                                    sum   389 s
 """
 
 import json
