@@ -59,12 +59,24 @@ def write_report(
     (out / "results.md").write_text(
         f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
     )
-    num_steps = max(row.steps[-1] for row in rows) + 1
     extras = dict(figures or {})
     if step_errors:
         path = plot_step_errors(step_errors, out / "step_errors.png")
         extras = {"Relative error of the feature at each step": path, **extras}
-    page = Template(PAGE).substitute(
+    (out / "report.html").write_text(_page(rows, meta, images, out, extras))
+    return out / "report.html"
+
+
+def _page(
+    rows: Sequence[BenchRow],
+    meta: BenchMeta,
+    images: Mapping[str, Float[Tensor, "B C H W"]],
+    out: Path,
+    extras: Mapping[str, Path],
+) -> str:
+    """The HTML page; its figures are drawn into `out` on the way."""
+    num_steps = max(row.steps[-1] for row in rows) + 1
+    return Template(PAGE).substitute(
         context=escape(_context(rows, meta)),
         verdict=escape(verdict(rows)),
         tiles=_tiles(rows),
@@ -85,8 +97,6 @@ def write_report(
         command=escape(meta.command),
         facts=_facts(meta),
     )
-    (out / "report.html").write_text(page)
-    return out / "report.html"
 
 
 def anchor_lists(rows: Sequence[BenchRow]) -> dict[str, tuple[int, ...]]:

@@ -430,6 +430,7 @@ def test_the_published_recipe_fits_and_folds_its_parameters(recording, tap, tmp_
     start = published_loss(reuse_weight(2, STEPS), mean)
     assert published_loss(module.rows.detach(), mean) < start
     assert module.spec().anchors == ANCHORS and module.spec().tap == tap
+    assert module.spec().num_trajectories == len(data.train_items)
 
 
 def test_the_first_step_of_the_published_recipe_is_adams(recording, tmp_path):
