@@ -52,13 +52,31 @@ def write_report(
     """
     if not rows:
         raise ValueError("Expected at least one benchmark row, got none; did every method fail?")
-    _write_tables(rows, meta, out)
-    num_steps = max(row.steps[-1] for row in rows) + 1
+    out.mkdir(parents=True, exist_ok=True)
+    save_rows(rows, out / "results.json")
+    save_meta(meta, out / "results.json")
+    save_csv(rows, out / "results.csv")
+    (out / "results.md").write_text(
+        f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
+    )
     extras = dict(figures or {})
     if step_errors:
         path = plot_step_errors(step_errors, out / "step_errors.png")
         extras = {"Relative error of the feature at each step": path, **extras}
-    page = Template(PAGE).substitute(
+    (out / "report.html").write_text(_page(rows, meta, images, out, extras))
+    return out / "report.html"
+
+
+def _page(
+    rows: Sequence[BenchRow],
+    meta: BenchMeta,
+    images: Mapping[str, Float[Tensor, "B C H W"]],
+    out: Path,
+    extras: Mapping[str, Path],
+) -> str:
+    """The HTML page; its figures are drawn into `out` on the way."""
+    num_steps = max(row.steps[-1] for row in rows) + 1
+    return Template(PAGE).substitute(
         context=escape(_context(rows, meta)),
         verdict=escape(verdict(rows)),
         tiles=_tiles(rows),
@@ -78,18 +96,6 @@ def write_report(
         extras="\n".join(f"<h2>{escape(k)}</h2>\n{_figure(k, v)}" for k, v in extras.items()),
         command=escape(meta.command),
         facts=_facts(meta),
-    )
-    (out / "report.html").write_text(page)
-    return out / "report.html"
-
-
-def _write_tables(rows: Sequence[BenchRow], meta: BenchMeta, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    save_rows(rows, out / "results.json")
-    save_meta(meta, out / "results.json")
-    save_csv(rows, out / "results.csv")
-    (out / "results.md").write_text(
-        f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
     )
 
 

@@ -13,13 +13,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from foreseer.training.refinement import (
-    SegmentRows,
-    closed_loop_errors,
-    feature_bases,
-    generate,
-    log_error,
-)
 from lightning.pytorch.loggers import CSVLogger
 from tiny_hosts import LinearInTime, items, pipeline, seeded, tiny_dit
 
@@ -29,7 +22,9 @@ from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P, fold, tabulate
 from foreseer.predictors.polynomial import Newton, Reuse
 from foreseer.training.closed_loop import L2PClosedLoop
+from foreseer.training.gauss_newton import UNIT, Quadratics, directions, feature_bases, linearise
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares, open_loop_errors
+from foreseer.training.measure import References, closed_loop_errors, generate, log_error
 from foreseer.training.rows import (
     RULES,
     adams_bashforth_rows,
@@ -164,61 +159,133 @@ def test_analytic_rows_are_the_formulas():
     torch.testing.assert_close(forecast, Newton(2)(history, Step(5, sigmas[5], STEPS)))
 
 
-# ------------------------------------------------------------------------------ corrected rows
+# -------------------------------------------------------------------------- directions of the rows
 
 
-def prepared(z: float = 0.0) -> tuple[SegmentRows, torch.Tensor]:
-    base = torch.randn(2, STEPS, STEPS, dtype=torch.float64, generator=seeded())
-    rows = SegmentRows(STEPS, ANCHORS, num_branches=2)
-    bases = [
-        torch.randn(2 * (k + 1), 2 * (k + 1), dtype=torch.float64, generator=seeded(k))
-        for k in range(len(ANCHORS))
-    ]
-    rows.prepare(base, bases)
-    with torch.no_grad():
-        rows.z.fill_(z)
-    return rows, base
+def test_a_direction_moves_the_forecast_steps_of_one_segment_on_known_anchors():
+    bases = [torch.randn(2 * (k + 1), 2, generator=seeded(k)).double() for k in range(4)]
+    like = torch.zeros(2, STEPS, STEPS, dtype=torch.float64)
+    found = directions(ANCHORS, bases, like)
+    assert [move.segment for move in found] == [1, 1, 2, 2, 3, 3]  # none between anchors 0 and 1
+    forecast = {1: [2], 2: [4, 5], 3: [7, 8, 9]}
+    for i, move in enumerate(found):
+        k, column = move.segment, bases[move.segment].T[i % 2]
+        expected = like.clone()
+        for b in range(2):
+            for t in forecast[k]:
+                for j in range(k + 1):
+                    expected[b, t, ANCHORS[j]] = UNIT * column[b * (k + 1) + j]
+        torch.testing.assert_close(move.rows, expected)
 
 
-def test_segment_rows_without_correction_are_their_base_bit_for_bit():
-    rows, base = prepared()
-    assert torch.equal(rows(), base)
-
-
-def test_a_correction_moves_the_rows_of_forecast_steps_on_known_anchors_only():
-    rows, base = prepared(z=1.0)
-    moved = (rows() != base).nonzero().tolist()
-    expected = [
-        [b, t, a]
-        for b in (0, 1)
-        for t in range(STEPS)
-        for a in ANCHORS
-        if t not in ANCHORS and a < t
-    ]
-    assert moved == expected
-    delta = (rows() - base)[1, [7, 8, 9]][:, list(ANCHORS)]
-    torch.testing.assert_close(delta[0], delta[1])
-    torch.testing.assert_close(delta[0], (rows.bases[3] @ rows.z[3])[4:8])
-
-
-def test_gradients_reach_every_coordinate_that_moves_a_row():
-    rows, _ = prepared()
-    (rows() * torch.randn(2, STEPS, STEPS, generator=seeded(9))).sum().backward()
-    used = [(rows.z.grad[k, : 2 * (k + 1)] != 0).all() for k in range(len(ANCHORS))]
-    assert used == [False, True, True, True]  # between anchors 0 and 1 nothing is forecast
-
-
-def test_a_basis_of_the_features_moves_the_forecast_by_one_percent():
+def test_a_basis_of_the_features_moves_the_forecast_by_its_own_size():
     grams = gram(smooth_features())
-    bases = feature_bases(grams, ANCHORS, num_elements=1)
     mean = grams.mean(0)
-    for k, (anchor, basis) in enumerate(zip(ANCHORS, bases, strict=True)):
+    for k, basis in enumerate(feature_bases(grams, ANCHORS, cutoff=1e-9)):
         known = list(ANCHORS[: k + 1])
         blocks = torch.block_diag(*(mean[b][known][:, known] for b in (0, 1)))
         size = (basis.T @ blocks @ basis).diagonal()
-        branch = (basis[: k + 1] != 0).any(0)  # which branch a column is of
-        expected = torch.where(branch, mean[0, anchor, anchor], mean[1, anchor, anchor])
-        torch.testing.assert_close(size, expected)
+        first = (basis[: k + 1] != 0).any(0)  # columns of branch 0
+        newest = mean[:, ANCHORS[k], ANCHORS[k]]
+        torch.testing.assert_close(size, torch.where(first, newest[0], newest[1]))
+
+
+# -------------------------------------------------------------------------------- Gauss-Newton
+
+
+def quadratics(noise: float, num: int = 5) -> tuple[Quadratics, torch.Tensor]:
+    """Squared errors of linear models that agree on one solution, up to noise."""
+    jacobian = torch.randn(num, 30, 3, dtype=torch.float64, generator=seeded())
+    solution = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    error = -jacobian @ solution
+    error = error + noise * torch.randn(num, 30, dtype=torch.float64, generator=seeded(1))
+    found = Quadratics(
+        error.square().mean(1),
+        torch.einsum("nm,nmp->np", error, jacobian) / 30,
+        torch.einsum("nmp,nmq->npq", jacobian, jacobian) / 30,
+    )
+    return found, solution
+
+
+def test_a_quadratic_is_the_squared_error_it_stands_for():
+    found, solution = quadratics(noise=1.0)
+    assert torch.equal(found.at(torch.zeros(3).double()), found.constant)
+    jacobian = torch.randn(5, 30, 3, dtype=torch.float64, generator=seeded())
+    noise = torch.randn(5, 30, dtype=torch.float64, generator=seeded(1))
+    z = solution + 0.3
+    direct = (noise + jacobian @ (z - solution)).square().mean(1)
+    torch.testing.assert_close(found.at(z), direct)
+
+
+def test_the_step_reaches_a_solution_that_exists():
+    found, solution = quadratics(noise=0.0)
+    torch.testing.assert_close(found.solve(ridge=1e-12), solution, atol=1e-6, rtol=0)
+
+
+def test_the_step_is_a_minimum_of_the_mean_logarithm():
+    found, _ = quadratics(noise=1.0)
+    z = found.solve(ridge=1e-12)
+    best = float(found.at(z).log().sum())
+    for seed in range(20):
+        near = z + 0.05 * torch.randn(3, dtype=torch.float64, generator=seeded(seed))
+        assert float(found.at(near).log().sum()) > best
+
+
+def test_an_endless_ridge_stays_and_batches_join():
+    found, _ = quadratics(noise=1.0)
+    torch.testing.assert_close(found.solve(ridge=1e9), torch.zeros(3).double(), atol=1e-6, rtol=0)
+    halves = [
+        Quadratics(found.constant[s], found.linear[s], found.curvature[s])
+        for s in (slice(0, 2), slice(2, 5))
+    ]
+    assert torch.equal(Quadratics.join(halves).solve(0.1), found.solve(0.1))
+
+
+@pytest.mark.parametrize("tap", ["output", "hidden"])
+def test_replayed_runs_are_the_runs_that_moved_rows_really_make(recording, tap):
+    source = Recording(recording[0])
+    references = References(source, source.items[:3])
+    pipe = pipeline("dit_guided")
+    formulas = analytic_rows(ANCHORS, source.header.sigmas)
+    rows = formulas["taylor_1"].repeat(2, 1, 1)
+    moves = directions(ANCHORS, feature_bases(source.stack(f"gram/{tap}"), ANCHORS), rows)[::3]
+    found = linearise(
+        pipe, rows, moves, tap, ANCHORS, references.batches[0], references.finals, **CALL
+    )
+
+    def run(moved: torch.Tensor) -> torch.Tensor:
+        predictor = L2P(STEPS, ANCHORS, 2)
+        predictor.weight.copy_(moved)
+        batch = references.batches[0]
+        return generate(pipe, predictor, tap, batch, **CALL).flatten(1).double()
+
+    base = run(rows)
+    error = base - references.finals.flatten(1).double()
+    jacobian = torch.stack([4 * (run(rows + 0.25 * m.rows) - base) for m in moves], -1)
+    torch.testing.assert_close(found.constant, error.square().mean(1))
+    linear = torch.einsum("nm,nmp->np", error, jacobian) / error.shape[1]
+    torch.testing.assert_close(found.linear, linear)
+    curvature = torch.einsum("nmp,nmq->npq", jacobian, jacobian) / error.shape[1]
+    torch.testing.assert_close(found.curvature, curvature)
+    assert found.linear.abs().max() > 0
+    assert "forward" not in vars(pipe.transformer) and "step" not in vars(pipe.scheduler)
+
+
+def test_one_step_suffices_where_the_sample_is_linear_in_the_rows(recording):
+    pipe = pipeline("dit")
+    pipe.transformer = tiny_dit(LinearInTime)
+    reference = Reference(pipe)
+    rows = reference.formulas["reuse"].repeat(2, 1, 1)
+    grams = Recording(recording[0]).stack("gram/output")
+    moves = directions(ANCHORS, feature_bases(grams, ANCHORS), rows)
+    finals = reference.states[:, -1].split([4, 2])
+    parts = [
+        linearise(pipe, rows, moves, "output", ANCHORS, batch, final, **CALL)
+        for batch, final in zip(reference.batches, finals, strict=True)
+    ]
+    z = Quadratics.join(parts).solve(ridge=1e-6)
+    moved = rows + sum(float(c) * move.rows for c, move in zip(z, moves, strict=True))
+    assert reference.error(moved) < reference.error(rows) - 30
 
 
 # ------------------------------------------------------------------------------------- tracking
@@ -318,18 +385,10 @@ def test_tracking_refuses_a_sampler_that_is_no_linear_map_and_detaches():
     assert "forward" not in vars(pipe.transformer) and "step" not in vars(pipe.scheduler)
 
 
-def test_generating_with_gradients_gives_the_same_sample_and_a_finite_gradient():
-    pipe = pipeline("dit_guided")
-    batch = items("dit_guided", 2)
-    plain = generate(pipe, L2P(STEPS, ANCHORS, 2), "output", batch, **CALL)
-    predictor = L2P(STEPS, ANCHORS, 2)
-    predictor.weight = predictor.weight.clone().requires_grad_()
-    sample = generate(pipe, predictor, "output", batch, gradients=True, **CALL)
-    torch.testing.assert_close(sample.detach(), plain)
-    log_error(sample, torch.zeros_like(sample)).mean().backward()
-    gradient = predictor.weight.grad
-    assert gradient.isfinite().all()
-    assert gradient[:, 5, 3].all() and not gradient[:, 3].any()
+def test_the_error_in_decibel_is_that_of_the_sample():
+    reference = torch.zeros(2, 1, 4, 4)
+    latents = torch.stack([torch.full((1, 4, 4), 0.1), torch.full((1, 4, 4), 1.0)])
+    assert log_error(latents, reference).tolist() == pytest.approx([-20.0, 0.0], abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------ Lightning
@@ -342,7 +401,7 @@ def recording(tmp_path_factory) -> tuple[str, str]:
     torch.manual_seed(0)
     pipe = pipeline("dit_guided")
     pipe.save_pretrained(folder / "pipe")
-    record(pipe, items("dit_guided", 12), folder / "recording", batch_size=6, **CALL)
+    record(pipe, items("dit_guided", 8), folder / "recording", batch_size=6, **CALL)
     return str(folder / "recording"), str(folder / "pipe")
 
 
@@ -371,6 +430,7 @@ def test_the_published_recipe_fits_and_folds_its_parameters(recording, tap, tmp_
     start = published_loss(reuse_weight(2, STEPS), mean)
     assert published_loss(module.rows.detach(), mean) < start
     assert module.spec().anchors == ANCHORS and module.spec().tap == tap
+    assert module.spec().num_trajectories == len(data.train_items)
 
 
 def test_the_first_step_of_the_published_recipe_is_adams(recording, tmp_path):
@@ -407,7 +467,8 @@ def test_a_fit_refuses_a_tap_that_was_not_recorded(recording):
 
 @pytest.mark.parametrize("tap", ["output", "hidden"])
 def test_the_closed_loop_never_ends_below_its_start(recording, tap, tmp_path):
-    module = L2PClosedLoop(*recording, ANCHORS, tap, num_probe=4)
+    anchors = (0, 1, 4)
+    module = L2PClosedLoop(*recording, anchors, tap, num_probe=2)
     data = RecordingDataModule(
         recording[0], ["final"], batch_size=4, validation_fraction=0.4, seed=0
     )
@@ -415,12 +476,15 @@ def test_the_closed_loop_never_ends_below_its_start(recording, tap, tmp_path):
     assert module.start_name in RULES.keys() | {"ab2"}
     assert module.best_error <= module.start_error
     header = Recording(recording[0]).header
-    start = analytic_rows(ANCHORS, header.sigmas)[module.start_name].repeat(2, 1, 1)
-    batches, finals = module._references(data.val_items)
-    errors = [
-        float(closed_loop_errors(module.pipe, rows, ANCHORS, tap, batches, finals, **CALL).mean())
+    start = analytic_rows(anchors, header.sigmas)[module.start_name].repeat(2, 1, 1)
+    held_out = References(Recording(recording[0]), data.val_items)
+    found = [
+        closed_loop_errors(
+            module.pipe, rows, anchors, tap, held_out.batches, held_out.finals, **CALL
+        )
         for rows in (module.predictor.weight, start)
     ]
+    errors = [float(each.mean()) for each in found]
     assert errors[0] <= errors[1]
     assert errors[0] == pytest.approx(float(module.best_error), abs=1e-6)
     assert errors[1] == pytest.approx(float(module.start_error), abs=1e-6)

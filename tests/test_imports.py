@@ -14,10 +14,8 @@ ORDER = ("predictors", "checkpoints", "integration", "trajectories", "training",
 LIGHTNING = {"lightning", "pytorch_lightning"}
 HUGGING_FACE = {"diffusers", "transformers"}
 RECIPE = {"training/teacher.py", "training/callbacks.py"}  # the bundled model's own training
-DISTRIBUTIONS = {
-    "PIL": "pillow",
-    "yaml": "pyyaml",
-}  # import names that differ from the package's name
+# Import names that differ from the package's name.
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
 def imported(source: str, path: str) -> set[str]:

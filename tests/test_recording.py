@@ -2,8 +2,10 @@
 
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from recording_cases import STEPS, record, small_header, trajectory
@@ -21,6 +23,14 @@ from foreseer.trajectories.recording import (
 def folder(tmp_path: Path) -> Path:
     record(tmp_path / "run", range(4))
     return tmp_path / "run"
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Without the type checks of the test run, which would come before the package's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def rewrite_header(folder: Path, **changes: object) -> None:
@@ -132,6 +142,7 @@ def test_a_folder_without_recording_is_refused(tmp_path: Path) -> None:
         ({"recipe": {"guidance_scale": 9.0}}, "recipe_hash"),
     ],
 )
+@pytest.mark.usefixtures("as_users_run_it")
 def test_a_header_with_a_wrong_field_is_refused_by_name(
     folder: Path, changes: dict, message: str
 ) -> None:
@@ -220,6 +231,7 @@ def test_a_bad_tensor_name_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("meta", [{"item": 1}, {"": 1}, {"a": None}, {"a": True}, {"a": 1e999}])
+@pytest.mark.usefixtures("as_users_run_it")
 def test_meta_holds_only_plain_values_under_free_keys(tmp_path: Path, meta: dict) -> None:
     with RecordingWriter(tmp_path, small_header()) as writer:
         with pytest.raises(ValueError, match="item 0: meta"):

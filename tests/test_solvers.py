@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from foreseer.training.refinement import closed_loop_errors
 from tiny_pipelines import tiny_pipeline
 
 from foreseer.integration.clock import flow_sigmas
 from foreseer.integration.solvers import SOLVERS, sampling_with, solver_scheduler
+from foreseer.training.measure import closed_loop_errors
 from foreseer.training.rows import adams_bashforth_rows
 from foreseer.trajectories.prompts import class_items, generate_batch
 

@@ -123,7 +123,7 @@ def directions(anchors: Sequence[int], bases: Sequence[Tensor], like: Tensor) ->
 
     Args:
         anchors: steps at which the network runs.
-        bases: per segment a matrix whose columns are over (branch, anchor so far).
+        bases: per segment, columns over (branch, anchor so far), `(branches * (k + 1), r)`.
         like: rows whose shape the directions take, `(branches, S, S)`.
     """
     ends = [*anchors[1:], like.shape[-1]]

@@ -54,7 +54,13 @@ class L2PModule(lightning.LightningModule):
 
     def spec(self) -> PredictorSpec:
         """What the predictor was fitted on."""
-        return spec_of(self.recording.header, self.tap, self.predictor.anchors, len(self.recording))
+        num_trajectories = int(self.num_trajectories)
+        return spec_of(self.recording.header, self.tap, self.predictor.anchors, num_trajectories)
+
+    def on_fit_start(self) -> None:
+        """Count the trajectories fitted on."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.num_trajectories.fill_(len(data.train_items))
 
     def on_fit_end(self) -> None:
         """Show the weight matrix in TensorBoard, newest step at the bottom."""
