@@ -31,7 +31,6 @@ from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record as record_trajectories
 
 PIPELINE = "zoo:fashion_dit"
-NUM_TRAJECTORIES = 96
 HELD_OUT = 0.33  # of the recording, for validation; the benchmark's samples are never recorded
 EPOCHS = {"adam": 201, "lstsq": 1, "closed_loop": 2}
 FITS = ("lstsq|output", "adam|output", "closed_loop|hidden")
@@ -48,17 +47,18 @@ def folder_of(guidance_scale: float) -> Path:
     return Path("runs/fashion_dit") / f"guidance_{guidance_scale:g}"
 
 
-def record(guidance_scale: float = 3.0, num_threads: int = 2) -> None:
+def record(guidance_scale: float = 3.0, num_trajectories: int = 96, num_threads: int = 2) -> None:
     """Record the calibration trajectories: Grams of two taps, and states.
 
     Args:
         guidance_scale: classifier-free guidance scale; 1 is without.
+        num_trajectories: calibration trajectories, validation included.
         num_threads: torch threads.
     """
     torch.set_num_threads(num_threads)
     record_trajectories(
         load_pipeline(PIPELINE),
-        class_items(NUM_TRAJECTORIES, 10),
+        class_items(num_trajectories, 10),
         folder_of(guidance_scale) / "recording",
         batch_size=16,
         guidance_scale=guidance_scale,

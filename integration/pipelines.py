@@ -26,6 +26,6 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
         raise FileNotFoundError(f"{folder} has no model_index.json; expected a diffusers pipeline.")
     ours = json.loads(index.read_text()).get("_class_name") == PixelDiTPipeline.__name__
     pipeline_class = PixelDiTPipeline if ours else DiffusionPipeline
-    pipe = pipeline_class.from_pretrained(folder, torch_dtype=dtype)
+    pipe = pipeline_class.from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
