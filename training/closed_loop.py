@@ -85,7 +85,8 @@ class L2PClosedLoop(L2PModule):
         self.calibration = self._references(data.train_items)
         start = self._choose_start()
         bases = self._track(start) if self.tap == "output" else self._feature_bases()
-        self.moves = directions(self.predictor.anchors, bases, start)
+        ramps = self.tap != "output"
+        self.moves = directions(self.predictor.anchors, bases, start, ramps)
 
     def _choose_start(self) -> Float[Tensor, "branches S S"]:
         anchors, sigmas = self.predictor.anchors, self.recording.header.sigmas

@@ -1,6 +1,7 @@
 """Joint refinement of all rows on the final error, by Gauss-Newton through the sampler.
 
-Rows move in few directions: within a segment every forecast step's row moves by the same amount.
+Rows move in few directions: within a segment every forecast step's row moves by the same amount,
+or in proportion to its distance from the anchor.
 The effect of each direction on the final latents is a finite difference; the anchors before its
 segment are replayed from memory, so it costs only the network evaluations after it, no gradients.
 
@@ -118,24 +119,36 @@ class Replayer(Controller):
         return self.tap, combine(rows.mT, [features[a] for a in known])
 
 
-def directions(anchors: Sequence[int], bases: Sequence[Tensor], like: Tensor) -> list[Direction]:
-    """One direction per column of each segment's basis, in units of `UNIT`.
+def directions(
+    anchors: Sequence[int], bases: Sequence[Tensor], like: Tensor, ramps: bool = False
+) -> list[Direction]:
+    """One or two directions per column of each segment's basis, in units of `UNIT`.
 
     Args:
         anchors: steps at which the network runs.
         bases: per segment, columns over (branch, anchor so far), `(branches * (k + 1), r)`.
         like: rows whose shape the directions take, `(branches, S, S)`.
+        ramps: beside moving all forecast steps of a segment alike, move them in proportion to their
+            distance from the anchor. Under Euler this adds nothing on the `output` tap, where only
+            the sum over a segment counts; on the `hidden` tap the head bends each step on its own.
     """
     ends = [*anchors[1:], like.shape[-1]]
     found = []
     for k, (anchor, end, basis) in enumerate(zip(anchors, ends, bases, strict=True)):
-        if end == anchor + 1:
+        num_forecasts = end - anchor - 1
+        if not num_forecasts:
             continue
         known = list(anchors[: k + 1])
+        shapes = [torch.ones(num_forecasts, dtype=like.dtype)]
+        if ramps and num_forecasts > 1:
+            distance = torch.arange(1, num_forecasts + 1, dtype=like.dtype)
+            shapes.append(distance / distance.mean() - 1)  # no change of the segment's mean
         for column in basis.T:
-            rows = torch.zeros_like(like)
-            rows[:, anchor + 1 : end, known] = UNIT * column.view(like.shape[0], 1, len(known))
-            found.append(Direction(k, rows))
+            moved = UNIT * column.view(like.shape[0], 1, len(known))
+            for shape in shapes:
+                rows = torch.zeros_like(like)
+                rows[:, anchor + 1 : end, known] = moved * shape[:, None]
+                found.append(Direction(k, rows))
     return found
 
 
