@@ -44,6 +44,7 @@ model itself stays as it is.
 from foreseer.checkpoints.format import load_predictor
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines import load_pipeline
+
 pipe = load_pipeline("...")  # the model described below
 with forecasting(pipe, load_predictor("...")):  # this folder or repository
     pipe(..., num_inference_steps={num_steps}, guidance_scale={guidance_scale:g})
