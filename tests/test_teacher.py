@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
+import foreseer
 from foreseer.cli import main
 from foreseer.integration.pixel_pipeline import PixelDiTPipeline
 from foreseer.training import callbacks
@@ -22,7 +23,7 @@ from foreseer.training.fashion_mnist import FashionMNIST, load_split
 from foreseer.training.teacher import TeacherModule
 from foreseer.training.teacher_export import export_teacher, save_weights
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "teacher"
+CONFIGS = Path(foreseer.__file__).parent / "configs" / "teacher"
 
 
 def tiny_teacher(**changes) -> TeacherModule:
