@@ -4,107 +4,14 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_grid, check_host
-from ..predictors.base import History, Predictor, Step
+from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host
+from ..predictors.base import Predictor
+from .adaptive import ProbeSchedule, Schedule, SpeCa
+from .adaptive_forecasting import ProbedForecaster, VerifiedForecaster
+from .forecaster import Forecaster
 from .host import host_fingerprint, transformer_of
 from .report import Report
-from .schedule import check_anchors
 from .session import Controller, Session
-
-
-class Forecaster(Controller):
-    """Run the network at the anchors and the predictor at the other steps.
-
-    Args:
-        predictor: the forecaster.
-        tap: `output`, `hidden` or `residual`.
-        anchors: steps at which the network runs.
-        spec: what a learned predictor was fitted on; its grid, guidance and dtype are checked.
-        pipe: asked for its `guidance_scale`, where it has one.
-    """
-
-    def __init__(
-        self,
-        predictor: Predictor,
-        tap: str,
-        anchors: Sequence[int],
-        spec: PredictorSpec | None = None,
-        pipe: Any = None,
-    ) -> None:
-        self.predictor = predictor
-        self.tap = tap
-        self.taps = frozenset({tap})
-        self.anchors = tuple(anchors)
-        self.spec = spec
-        self.pipe = pipe
-        self.num_branches = 0
-        self.guidance_checked = False
-        self.histories: dict[str, History] = {}
-
-    def open(self, sigmas: list[float]) -> None:
-        """Forget the last run and check the new one's grid."""
-        self.histories = {}
-        self.num_branches = 0
-        self.guidance_checked = False
-        if self.spec is not None:
-            check_grid(self.spec, sigmas)
-        check_anchors(self.anchors, len(sigmas))
-
-    def is_anchor(self, step: Step) -> bool:
-        """Whether the step is in the list."""
-        return step.index in self.anchors
-
-    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Add the anchor's feature to its branch's history.
-
-        Raises:
-            PredictorMismatch: a learned predictor meets another guidance mode or dtype.
-            ValueError: the feature is not finite.
-        """
-        feature = taps[self.tap]
-        if self.spec is not None:
-            self.spec.check_dtype(str(feature.dtype).removeprefix("torch."))
-        self.num_branches = max(self.num_branches, 1 + max(step.branches))
-        if not torch.isfinite(feature.sum()):
-            raise ValueError(
-                f"the network's {self.tap} at step {step.index} holds NaN or Inf; forecasting "
-                "from it would spread it over the run. Check the model's dtype and inputs."
-            )
-        history = self.histories.setdefault(key, History(self.predictor.window))
-        if len(history) and history.features[-1].shape != feature.shape:
-            raise ValueError(
-                f"the {self.tap} changed shape from {tuple(history.features[-1].shape)} to "
-                f"{tuple(feature.shape)} at step {step.index}; a run must keep one shape."
-            )
-        history.push(step, feature)
-
-    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
-        """The predictor's forecast for one call.
-
-        Raises:
-            ValueError: this call had no anchor before it.
-        """
-        history = self.histories.get(key)
-        if history is None:
-            raise ValueError(
-                f"call {key} of step {step.index} has no anchor before it: the number of network "
-                "calls per step grew within the run."
-            )
-        return self.tap, self.predictor(history, step)
-
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Check the guidance once the first step has shown all its branches."""
-        if self.spec is not None and not self.guidance_checked:
-            self.guidance_checked = True
-            scale = getattr(self.pipe, "guidance_scale", None)
-            self.spec.check_guidance(self.num_branches, scale)
-
-    def state_bytes(self) -> int:
-        """Bytes of all histories."""
-        return sum(history.state_bytes() for history in self.histories.values())
 
 
 class Run:
@@ -127,6 +34,7 @@ def attach(
     predictor: Predictor,
     anchors: Sequence[int] | None = None,
     tap: str | None = None,
+    schedule: Schedule | None = None,
 ) -> Run:
     """Make a pipeline forecast with `predictor` until `detach`.
 
@@ -134,7 +42,10 @@ def attach(
         pipe: a diffusers pipeline with a `transformer` and a `scheduler`.
         predictor: a forecaster, loaded with `load_predictor` or built.
         anchors: steps at which the network runs; None takes the predictor's own.
-        tap: `output`, `hidden` or `residual`; None takes the predictor's own, else `output`.
+        tap: `output`, `hidden` or `residual`; None takes the predictor's own, else `output`, or
+            `hidden` under `SpeCa`.
+        schedule: chooses further anchors while the run goes on; the predictor's own stay anchors,
+            and a predictor without any starts with step 0.
 
     Returns:
         The run, for its report and for detaching.
@@ -162,13 +73,33 @@ def attach(
             "a learned predictor without its spec cannot be checked against this host; load it "
             "with load_predictor, or set predictor.spec."
         )
-    if anchors is None:
+    if anchors is None and schedule is None:
         raise ValueError("this predictor has no anchors of its own; pass anchors=[0, ...].")
-    tap = tap or "output"
+    anchors = (0,) if anchors is None else tuple(anchors)
+    tap = tap or ("hidden" if isinstance(schedule, SpeCa) else "output")
     if tap not in ("output", "hidden", "residual"):
         raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden' or 'residual'.")
-    controller = Forecaster(predictor, tap, tuple(anchors), spec, pipe)
+    controller = _controller(schedule, predictor, tap, anchors, spec, pipe)
     return Run(Session(transformer, pipe.scheduler, controller))
+
+
+def _controller(
+    schedule: Schedule | None,
+    predictor: Predictor,
+    tap: str,
+    anchors: tuple[int, ...],
+    spec: PredictorSpec | None,
+    pipe: Any,
+) -> Controller:
+    if isinstance(schedule, ProbeSchedule):
+        return ProbedForecaster(schedule, predictor, tap, anchors, spec, pipe)
+    if isinstance(schedule, SpeCa):
+        if tap != "hidden":
+            raise ValueError(
+                f"SpeCa checks what enters the head, so the tap must be 'hidden', not {tap!r}."
+            )
+        return VerifiedForecaster(schedule, predictor, anchors, spec, pipe)
+    return Forecaster(predictor, tap, anchors, spec, pipe)
 
 
 @contextlib.contextmanager
@@ -177,9 +108,10 @@ def forecasting(
     predictor: Predictor,
     anchors: Sequence[int] | None = None,
     tap: str | None = None,
+    schedule: Schedule | None = None,
 ) -> Iterator[Run]:
     """`attach` for the length of a `with` block; the pipeline is its old self afterwards."""
-    run = attach(pipe, predictor, anchors, tap)
+    run = attach(pipe, predictor, anchors, tap, schedule)
     try:
         yield run
     finally:

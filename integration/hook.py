@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .host import SkippedBlocks, Trunk, first_tensor, stream_of
 
 HOOK_NAME = "foreseer"
+LAST_BLOCK = "last_block"
 
 
 class RootHook(ModelHook):
@@ -75,7 +76,7 @@ class TrunkSkipper:
     ) -> Any:
         """The output of `forward` with the head's first tensor t replaced by `entering(t)`."""
         self.transformer._modules.update(self.empty)
-        handle = self.head.register_forward_pre_hook(_replacing(entering), with_kwargs=True)
+        handle = self.head.register_forward_pre_hook(replacing(entering), with_kwargs=True)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -83,7 +84,9 @@ class TrunkSkipper:
             self.transformer._modules.update(self.blocks)
 
 
-def _replacing(entering: Callable[[Tensor], Tensor]) -> Callable:
+def replacing(entering: Callable[[Tensor], Tensor]) -> Callable:
+    """A forward pre-hook that gives a module `entering(t)` for its first tensor t."""
+
     def hook(
         module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
@@ -105,7 +108,8 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
     Args:
         transformer: the host.
         trunk: its facts; None when only `output` is tapped.
-        taps: any of `hidden`, `residual`, `blocks.<i>`; `output` is read off the call's result.
+        taps: any of `hidden`, `residual`, `blocks.<i>`, `last_block` (its input streams, one entry
+            `last_block.<i>` each); `output` is read off the call's result.
     """
     found: dict[str, Tensor] = {}
     handles: list[Any] = []
@@ -115,6 +119,10 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
     if trunk is not None and "residual" in taps:
         first = transformer.get_submodule(f"{trunk.block_lists[0]}.0")
         handles.append(first.register_forward_pre_hook(_keep(found, "trunk_in"), with_kwargs=True))
+    if trunk is not None and LAST_BLOCK in taps:
+        last = block_list(transformer, trunk.block_lists[-1])[-1]
+        keep = _keep_streams(found, trunk.streams)
+        handles.append(last.register_forward_pre_hook(keep, with_kwargs=True))
     for tap, block in block_taps(transformer, trunk).items():
         if tap in taps:
             handles.append(block.register_forward_hook(_keep_stream(found, tap)))
@@ -156,6 +164,15 @@ def _keep_stream(found: dict[str, Tensor], tap: str) -> Callable:
         stream = stream_of(output)
         if stream is not None:
             found[tap] = own(stream)
+
+    return hook
+
+
+def _keep_streams(found: dict[str, Tensor], streams: tuple[int | str, ...]) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for number, place in enumerate(streams):
+            value = args[place] if isinstance(place, int) else kwargs[place]
+            found[f"{LAST_BLOCK}.{number}"] = own(value)
 
     return hook
 

@@ -26,10 +26,13 @@ class Trunk:
     Args:
         block_lists: names of the root's `ModuleList`s of blocks, in calling order.
         head: qualified name of the head module.
+        streams: where the last block takes what the block before it returned: positions and
+            keywords; empty where something happens in between.
     """
 
     block_lists: tuple[str, ...]
     head: str
+    streams: tuple[int | str, ...] = ()
 
 
 class SkippedBlocks(nn.ModuleList):
@@ -78,6 +81,8 @@ class TrunkTracer:
         }
         self.calls: list[tuple[str, Tensor | None]] = []  # module name, first tensor argument
         self.outputs: dict[str, Tensor | None] = {}  # residual stream after each block
+        self.streams: dict[str, tuple[int | str, ...]] = {}  # arguments the block before returned
+        self._returned_last: tuple = ()
         self._handles: list[Any] = []
 
     def __enter__(self) -> "TrunkTracer":
@@ -87,7 +92,7 @@ class TrunkTracer:
                 continue
             called = functools.partial(self._called, name)
             self._handles.append(module.register_forward_pre_hook(called, with_kwargs=True))
-            if name.count(".") == 1 and name.split(".")[0] in self.lists:
+            if self._is_block(name):
                 returned = functools.partial(self._returned, name)
                 self._handles.append(module.register_forward_hook(returned))
         return self
@@ -96,13 +101,26 @@ class TrunkTracer:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
+        self._returned_last = ()
 
     def _called(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensor = first_tensor(args, kwargs)
         self.calls.append((name, None if tensor is None else tensor.detach()))
+        if self._is_block(name):
+            named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            self.streams[name] = tuple(
+                place
+                for place, value in named
+                if any(value is returned for returned in self._returned_last)
+            )
 
     def _returned(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         self.outputs[name] = stream_of(output)
+        values = output if isinstance(output, tuple | list) else (output,)
+        self._returned_last = tuple(value for value in values if isinstance(value, Tensor))
+
+    def _is_block(self, name: str) -> bool:
+        return name.count(".") == 1 and name.split(".")[0] in self.lists
 
     def trunk(self) -> Trunk:
         """The trunk and head of the forward just watched.
@@ -133,7 +151,7 @@ class TrunkTracer:
         for name, tensor in self.calls[start:]:
             inside = any(name.startswith(f"{block}.") for block in blocks)
             if not inside and tensor is not None and _fits(tensor, stream):
-                return Trunk(tuple(run), name)
+                return Trunk(tuple(run), name, self.streams.get(last, ()))
         raise UnsupportedHost(
             f"no module called after block {last} takes a tensor like its output "
             f"{tuple(stream.shape)}; use the `output` tap."

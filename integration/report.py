@@ -13,6 +13,9 @@ class Report:
         anchors: steps at which the network ran.
         forecasts: steps that were forecast.
         state_bytes: largest size of the cached features, in bytes.
+        checked: forecasts that were checked, counted per sample.
+        accepted: those of them that were accepted.
+        evaluations: steps computed for each sample, where samples have anchors of their own.
         seconds: wall-clock seconds of every call of the transformer, by kind of step.
     """
 
@@ -20,12 +23,16 @@ class Report:
     anchors: list[int] = field(default_factory=list)
     forecasts: list[int] = field(default_factory=list)
     state_bytes: int = 0
+    checked: int = 0
+    accepted: int = 0
+    evaluations: list[int] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def open(self, sigmas: list[float]) -> None:
         """Start over for a new run."""
         self.num_steps = len(sigmas)
         self.anchors, self.forecasts, self.state_bytes = [], [], 0
+        self.checked, self.accepted, self.evaluations = 0, 0, []
         self.seconds = {"anchor": [], "forecast": []}
 
     def count(self, step_index: int, kind: str, seconds: float) -> None:
@@ -43,6 +50,14 @@ class Report:
             f"anchors: {' '.join(map(str, self.anchors))}",
             f"cached features: {self.state_bytes / 1024:.1f} KiB",
         ]
+        if self.checked:
+            mean = sum(self.evaluations) / len(self.evaluations)
+            lines.insert(
+                1,
+                f"checked {self.checked} forecasts, accepted {self.accepted / self.checked:.0%}; "
+                f"{mean:.1f} evaluations per sample ({min(self.evaluations)} to "
+                f"{max(self.evaluations)})",
+            )
         cost = {kind: median(values) for kind, values in self.seconds.items() if values}
         for kind, value in cost.items():
             lines.append(f"median {kind} step: {1000 * value:.2f} ms")

@@ -40,6 +40,70 @@ def interval(num_steps: int, interval: int, warmup: int = 3) -> tuple[int, ...]:
     return (*range(min(warmup, num_steps)), *later)
 
 
+def diffusers_interval(
+    num_steps: int, interval: int = 5, warmup: int = 3, last_forecast: int | None = None
+) -> tuple[int, ...]:
+    """The schedule of diffusers' `TaylorSeerCacheConfig`, which is not `interval`'s.
+
+    A step s is an anchor when s < warmup, when (s - warmup - 1) mod interval = 0, or when
+    s >= last_forecast: 0 1 2 4 9 14 ... by default.
+
+    Args:
+        num_steps: steps of the run.
+        interval: its `cache_interval`.
+        warmup: its `disable_cache_before_step`.
+        last_forecast: its `disable_cache_after_step`; None forecasts to the end.
+
+    Raises:
+        ValueError: interval or warmup is below 1.
+    """
+    if interval < 1 or warmup < 1:
+        raise ValueError(f"interval is {interval} and warmup {warmup}, expected both >= 1.")
+    end = num_steps if last_forecast is None else last_forecast
+    return tuple(
+        step
+        for step in range(num_steps)
+        if step < warmup or (step - warmup - 1) % interval == 0 or step >= end
+    )
+
+
+def magcache(
+    ratios: Sequence[float], threshold: float = 0.06, max_run: int = 3, retention: float = 0.2
+) -> tuple[int, ...]:
+    """MagCache's schedule, which its calibrated ratios fix in advance (arXiv 2506.09045).
+
+    With P the product of the ratios since the last anchor, a step adds |1 - P| to the error and is
+    forecast while error <= threshold, the run is no longer than `max_run`, and the step is past the
+    first `retention` of the run; an anchor sets both back.
+
+    Args:
+        ratios: mean ||residual_t|| / ||residual_{t-1}|| of every step, the first one unused;
+            `trajectories.gram.magnitude_ratios` reads them off a recording.
+        threshold: largest error, >= 0.
+        max_run: most forecasts in a row.
+        retention: fraction of the run kept whole at its start, in (0, 1].
+
+    Raises:
+        ValueError: an argument is out of range, or a ratio is not positive.
+    """
+    if threshold < 0 or max_run < 1 or not 0 < retention <= 1 or min(ratios, default=0) <= 0:
+        raise ValueError(
+            f"found threshold {threshold}, max_run {max_run}, retention {retention} and ratios "
+            f"from {min(ratios, default=0)}; expected threshold >= 0, max_run >= 1, retention in "
+            "(0, 1] and positive ratios."
+        )
+    first = max(1, int(retention * len(ratios)))
+    anchors, product, error, run = list(range(first)), 1.0, 0.0, 0
+    for step in range(first, len(ratios)):
+        product *= ratios[step]
+        error += abs(1 - product)
+        run += 1
+        if error > threshold or run > max_run:
+            anchors.append(step)
+            product, error, run = 1.0, 0.0, 0
+    return tuple(anchors)
+
+
 def check_anchors(anchors: Sequence[int], num_steps: int) -> tuple[int, ...]:
     """The anchors as a tuple, if they are a schedule for a run of `num_steps` steps.
 

@@ -1,10 +1,12 @@
 """One predictor (or recorder) at work on one pipeline: what every call of the transformer does.
 
 A session watches the scheduler (its clock) and routes the transformer's calls. At an anchor the
-network runs and its tap is observed; at the other steps the tap is forecast. Calls outside a run,
-and everything after detaching, are the host's own.
+network runs and its tap is observed; at the other steps the tap is forecast. A controller may also
+look at the first block before it decides, or have a forecast checked at the last one. Calls outside
+a run, and everything after detaching, are the host's own.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..predictors.base import Step
+from .adaptive import take_rows
 from .clock import Clock
-from .hook import TrunkSkipper, capturing, install, own, remove
+from .gate import FirstLook, LastBlock
+from .hook import LAST_BLOCK, TrunkSkipper, capturing, install, own, remove
 from .host import Trunk, TrunkTracer, UnsupportedHost
 from .report import Report
+
+ROWS_TOLERANCE = 1e-2  # products of another batch size round differently, in bfloat16 by 4e-3
 
 
 class Controller:
@@ -24,9 +30,11 @@ class Controller:
 
     Attributes:
         taps: the taps to capture at anchors.
+        probe: what to look at in the first block where `action` says `look`; None for nothing.
     """
 
     taps: frozenset[str] = frozenset()
+    probe: str | None = None
 
     def open(self, sigmas: list[float]) -> None:
         """A new run starts on this grid of sigmas; forget the last one."""
@@ -34,6 +42,26 @@ class Controller:
     def is_anchor(self, step: Step) -> bool:
         """Whether the network runs at this step."""
         return True
+
+    def action(self, step: Step) -> str:
+        """What to do at this call: `anchor`, `forecast`, `look` (first block) or `check` (last)."""
+        return "anchor" if self.is_anchor(step) else "forecast"
+
+    def judge(self, step: Step, statistic: Tensor) -> bool:
+        """Whether the network runs at this step, given the first block's statistic."""
+        raise NotImplementedError
+
+    def check_inputs(self, key: str, step: Step) -> list[Tensor]:
+        """Forecasts of what enters the last block, one per stream."""
+        raise NotImplementedError
+
+    def check(self, key: str, step: Step, computed: Tensor) -> Tensor:
+        """What enters the head, given what the last block made of its forecast input."""
+        raise NotImplementedError
+
+    def rejected(self, step: Step) -> list[int]:
+        """Samples whose forecast at this step was refused and which must be computed."""
+        return []
 
     def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
         """The taps of a call at an anchor, once the number of its branches is known."""
@@ -48,6 +76,9 @@ class Controller:
     def state_bytes(self) -> int:
         """Bytes of cached features."""
         return 0
+
+    def finish(self, report: Report) -> None:
+        """The run is over; add to its report what only the controller knows."""
 
 
 class Session:
@@ -68,7 +99,9 @@ class Session:
         self.trunk: Trunk | None = None
         self.skipper: TrunkSkipper | None = None
         self.report = Report()
-        self._proven = not (controller.taps - {"output"})
+        self.first_look: FirstLook | None = None
+        self.last_block: LastBlock | None = None
+        self._proven = not (controller.taps - {"output"}) and controller.probe is None
         self._templates: dict[str, type] = {}
         self._reset_run()
         install(transformer, self._route)
@@ -108,6 +141,7 @@ class Session:
         self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
         if index == self._num_steps - 1:
             self._open_run = False
+            self.controller.finish(self.report)
 
     def _step(self, index: int, call: int, x_t: Tensor | None) -> Step:
         per_call = self._branches_per_call or 1
@@ -121,13 +155,19 @@ class Session:
         x_t = args[0] if args else kwargs.get("hidden_states")
         key = self._key()
         step = self._step(self.clock.index, self._calls, x_t)
-        if self.controller.is_anchor(step):
-            output = self._run(forward, args, kwargs, key, x_t)
-            kind = "anchor"
+        if not self._proven:
+            self._prove(forward, args, kwargs)
+        action = self.controller.action(step)
+        if action == "look":
+            output, ran = self._look(forward, args, kwargs, key, step)
+        elif action == "check":
+            output, ran = self._check(forward, args, kwargs, key, step)
+        elif action == "anchor":
+            output, ran = self._run(forward, args, kwargs, key, x_t), True
         else:
-            output = self._forecast(forward, args, kwargs, key, step)
-            kind = "forecast"
+            output, ran = self._forecast(forward, args, kwargs, key, step), False
         self._calls += 1
+        kind = "anchor" if ran else "forecast"
         self.report.count(step.index, kind, time.perf_counter() - started)
         return output
 
@@ -136,34 +176,105 @@ class Session:
         return str(self._calls)
 
     def _run(self, forward: Callable, args: tuple, kwargs: dict, key: str, x_t: Any) -> Any:
-        taps = self.controller.taps
-        if not self._proven:
-            self._prove(forward, args, kwargs)
-        with capturing(self.transformer, self.trunk, set(taps)) as found:
+        with self._capturing() as found:
             output = forward(*args, **kwargs)
+        self._keep(key, found, output, x_t)
+        return output
+
+    def _capturing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        return capturing(self.transformer, self.trunk, set(self.controller.taps))
+
+    def _keep(
+        self, key: str, found: dict[str, Tensor], output: Any, x_t: Any, rows: int | None = None
+    ) -> None:
+        """Put a call's taps aside until its step is over.
+
+        Args:
+            key: branch key of the call.
+            found: the taps captured.
+            output: what the call returned.
+            x_t: the network's input.
+            rows: rows of the pipeline's call, where only some of them were computed.
+        """
         self._templates[key] = type(output)
         sample = output_tensor(output)
+        taps = set(self.controller.taps)
         if "output" in taps:
             found["output"] = own(sample)
+        if LAST_BLOCK in taps and self.trunk is not None:
+            taps.remove(LAST_BLOCK)
+            taps |= {f"{LAST_BLOCK}.{number}" for number in range(len(self.trunk.streams))}
         kept = {tap: found[tap] for tap in taps if tap in found}
         if len(kept) < len(taps):
             raise UnsupportedHost(
                 f"{type(self.transformer).__name__} produced the taps {sorted(kept)}, "
                 f"expected {sorted(taps)}."
             )
-        self._pending.append((key, self._calls, kept, len(sample), x_t))
-        return output
+        self._pending.append((key, self._calls, kept, rows or len(sample), x_t))
 
     def _forecast(self, forward: Callable, args: tuple, kwargs: dict, key: str, step: Step) -> Any:
         tap, feature = self.controller.forecast(key, step)
         if tap == "output":
-            template = self._templates[key]
-            return (feature,) if template is tuple else template(feature)
+            return self._wrap(key, feature)
         if self.skipper is None:
             raise UnsupportedHost("the trunk of this host was never traced; report this as a bug.")
-        if tap == "residual":
-            return self.skipper(forward, args, kwargs, lambda entering: entering + feature)
-        return self.skipper(forward, args, kwargs, lambda entering: feature)
+        return self.skipper(forward, args, kwargs, _entering(tap, feature))
+
+    def _wrap(self, key: str, sample: Tensor) -> Any:
+        """A prediction in the form this call returned one before."""
+        template = self._templates[key]
+        return (sample,) if template is tuple else template(sample)
+
+    def _look(
+        self, forward: Callable, args: tuple, kwargs: dict, key: str, step: Step
+    ) -> tuple[Any, bool]:
+        """Run the first block, then the rest of the network or a forecast."""
+        assert self.first_look is not None  # made with the trunk
+        forecasts: list[tuple[str, Tensor]] = []
+
+        def entering(tensor: Tensor) -> Tensor:
+            tap, feature = self.controller.forecast(key, step)
+            forecasts.append((tap, feature))
+            return tensor if tap == "output" else _entering(tap, feature)(looked(tensor))
+
+        def looked(tensor: Tensor) -> Tensor:
+            return found.get("trunk_in", tensor)
+
+        with self._capturing() as found:
+            output, ran = self.first_look(
+                forward, args, kwargs, lambda seen: self.controller.judge(step, seen), entering
+            )
+        if ran:
+            x_t = args[0] if args else kwargs.get("hidden_states")
+            self._keep(key, found, output, x_t)
+        elif forecasts[0][0] == "output":
+            output = self._wrap(key, forecasts[0][1])
+        return output, ran
+
+    def _check(
+        self, forward: Callable, args: tuple, kwargs: dict, key: str, step: Step
+    ) -> tuple[Any, bool]:
+        """Forecast, check at the last block, and compute the samples that are refused."""
+        assert self.last_block is not None  # made with the trunk
+        inputs = self.controller.check_inputs(key, step)
+        output = self.last_block(
+            forward, args, kwargs, inputs, lambda made: self.controller.check(key, step, made)
+        )
+        rejected = self.controller.rejected(step)
+        if not rejected:
+            return output, False
+        sample = output_tensor(output)
+        per_branch = len(sample) // len(step.branches)
+        rows = [b * per_branch + i for b in range(len(step.branches)) for i in rejected]
+        if len(rejected) < per_branch:
+            args, kwargs = take_rows((args, kwargs), rows, len(sample))
+        with self._capturing() as found:
+            computed = forward(*args, **kwargs)
+        x_t = args[0] if args else kwargs.get("hidden_states")
+        self._keep(key, found, computed, x_t, len(sample))
+        merged = sample.clone()
+        merged[torch.as_tensor(rows, device=sample.device)] = output_tensor(computed)
+        return self._wrap(key, merged), True
 
     def _prove(self, forward: Callable, args: tuple, kwargs: dict) -> None:
         """Find the trunk on this call's inputs and check that replaying its tap is exact.
@@ -174,18 +285,58 @@ class Session:
         with TrunkTracer(self.transformer) as tracer:
             forward(*args, **kwargs)
         trunk = tracer.trunk()
-        with capturing(self.transformer, trunk, {"hidden"}) as found:
+        checks = LAST_BLOCK in self.controller.taps
+        last_block = LastBlock(self.transformer, trunk) if checks else None
+        with capturing(self.transformer, trunk, {"hidden"} | self.controller.taps) as found:
             expected = output_tensor(forward(*args, **kwargs))
         skipper = TrunkSkipper(self.transformer, trunk)
-        replayed = output_tensor(skipper(forward, args, kwargs, lambda entering: found["hidden"]))
-        if not torch.equal(expected.nan_to_num(), replayed.nan_to_num()):
-            worst = float((expected - replayed).abs().max())
+        replayed = skipper(forward, args, kwargs, lambda entering: found["hidden"])
+        self._same(expected, replayed, f"replaying the head input ({trunk.head})")
+        if last_block is not None:
+            inputs = [found[f"{LAST_BLOCK}.{i}"] for i in range(len(trunk.streams))]
+            replayed = last_block(forward, args, kwargs, inputs, lambda entering: entering)
+            self._same(expected, replayed, "running the last block on its own input")
+            self._prove_rows(forward, args, kwargs, expected)
+        if self.controller.probe is not None:
+            self.first_look = FirstLook(self.transformer, trunk, self.controller.probe)
+            for judge in (lambda seen: True, lambda seen: False):
+                replayed, _ = self.first_look(
+                    forward, args, kwargs, judge, lambda entering: found["hidden"]
+                )
+                self._same(expected, replayed, "looking at the first block")
+        self.trunk, self.skipper, self.last_block = trunk, skipper, last_block
+        self._proven = True
+
+    def _same(self, expected: Tensor, output: Any, what: str) -> None:
+        """Raise unless an output is bit for bit the expected one."""
+        found = output_tensor(output)
+        if not torch.equal(expected.nan_to_num(), found.nan_to_num()):
+            worst = float((expected - found).abs().max())
             raise UnsupportedHost(
-                f"replaying the head input ({trunk.head}) of {type(self.transformer).__name__} "
-                f"changes its output by up to {worst:.2e}, expected bitwise equality; use the "
-                "`output` tap."
+                f"{what} of {type(self.transformer).__name__} changes its output by up to "
+                f"{worst:.2e}, expected bitwise equality; use the `output` tap."
             )
-        self.trunk, self.skipper, self._proven = trunk, skipper, True
+
+    def _prove_rows(self, forward: Callable, args: tuple, kwargs: dict, expected: Tensor) -> None:
+        """Raise unless a sample computed alone is what it was in its batch, up to rounding."""
+        if len(expected) == 1:
+            return
+        rows = [len(expected) - 1]
+        args, kwargs = take_rows((args, kwargs), rows, len(expected))
+        alone = output_tensor(forward(*args, **kwargs))
+        if alone.shape != expected[rows].shape or not torch.allclose(
+            alone.float(), expected[rows].float(), rtol=ROWS_TOLERANCE, atol=ROWS_TOLERANCE
+        ):
+            raise UnsupportedHost(
+                f"a row of a batch of {type(self.transformer).__name__} computed alone differs "
+                "from what it was in the batch, so refused samples cannot be computed on their "
+                "own; draw one sample per call."
+            )
+
+
+def _entering(tap: str, feature: Tensor) -> Callable[[Tensor], Tensor]:
+    """What enters the head given what came through the empty trunk."""
+    return lambda came: came + feature if tap == "residual" else feature
 
 
 def output_tensor(output: Any) -> Tensor:

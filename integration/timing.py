@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..predictors.base import Predictor
 from .clock import Clock
-from .forecasting import Forecaster
+from .forecaster import Forecaster
 from .host import transformer_of
 from .session import Session
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from ..integration.forecasting import Forecaster
+from ..integration.forecaster import Forecaster
 from ..integration.host import transformer_of
 from ..integration.report_analysis import plot_step_errors
 from ..integration.session import Session

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..integration.forecasting import Forecaster
+from ..integration.forecaster import Forecaster
 from ..integration.host import transformer_of
 from ..integration.session import Session
 from ..predictors.linear import L2P

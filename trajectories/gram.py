@@ -33,6 +33,17 @@ def cosine_to_previous(grams: Float[Tensor, "*lead S S"]) -> Float[Tensor, "*lea
     return cross / (norms[..., 1:] * norms[..., :-1]).sqrt()
 
 
+def magnitude_ratios(grams: Float[Tensor, "n branches S S"]) -> list[float]:
+    """Mean ||F_t|| / ||F_{t-1}|| of every step, as MagCache calibrates it; 1 at step 0.
+
+    Args:
+        grams: Gram matrices of the `residual` tap.
+    """
+    norms = grams.diagonal(dim1=-2, dim2=-1).sqrt()
+    ratios = (norms[..., 1:] / norms[..., :-1]).flatten(0, 1).mean(0)
+    return [1.0, *ratios.tolist()]
+
+
 def projection_fidelity(
     grams: Float[Tensor, "*lead S S"], anchors: Sequence[int] | None = None
 ) -> Float[Tensor, "*lead S"]:

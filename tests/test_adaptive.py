@@ -1,0 +1,280 @@
+"""Adaptive schedules compute what they say, with any predictor, and share one decision per step."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from tiny_hosts import HOSTS, STEPS, adding_pipeline, items, pipeline, run, seeded, spec_for
+
+from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache, relative_errors, take_rows
+from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host import UnsupportedHost
+from foreseer.predictors.linear import L2P
+from foreseer.predictors.polynomial import Reuse, Taylor
+
+ANCHORS = (0, 1, 4)
+PROBES = {"teacache": TeaCache, "first_block": FirstBlock}
+every_host = pytest.mark.parametrize("host", HOSTS)
+every_probe = pytest.mark.parametrize("probe", PROBES)
+
+
+def learned(pipe: Any, num_branches: int = 2) -> L2P:
+    """Rows for the hidden tap that are not reuse's."""
+    predictor = L2P(STEPS, ANCHORS, num_branches)
+    on_anchors = torch.zeros(STEPS)
+    on_anchors[list(ANCHORS)] = 0.05
+    predictor.weight += (
+        torch.randn(predictor.weight.shape, generator=seeded(3)) * on_anchors
+    ).tril(-1)
+    predictor.spec = spec_for(pipe, num_branches=num_branches, tap="hidden")
+    return predictor
+
+
+def quietly(host: str, pipe: Any, **changes: Any) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return run(host, pipe, **changes)
+
+
+# ----------------------------------------------------------------------------------- first looks
+
+
+@every_host
+@every_probe
+@pytest.mark.parametrize("tap", ["output", "hidden", "residual"])
+def test_a_tiny_threshold_computes_every_step_and_changes_no_bit(host, probe, tap):
+    pipe = pipeline(host)
+    plain = run(host, pipe)
+    with forecasting(pipe, Taylor(2), tap=tap, schedule=PROBES[probe](1e-12)) as attached:
+        assert torch.equal(run(host, pipe), plain)
+    assert attached.report().anchors == list(range(STEPS))
+
+
+@every_host
+@every_probe
+@pytest.mark.parametrize("tap", ["output", "hidden", "residual"])
+def test_a_huge_threshold_leaves_the_planned_anchors_and_their_image(host, probe, tap):
+    planned = (0, 1, 4, STEPS - 1)  # TeaCache computes the last step
+    pipe = pipeline(host)
+    with forecasting(pipe, Taylor(2), planned, tap):
+        fixed = run(host, pipe)
+    with forecasting(pipe, Taylor(2), planned, tap, PROBES[probe](1e9)) as attached:
+        assert torch.equal(run(host, pipe), fixed)
+    assert attached.report().anchors == list(planned)
+
+
+@every_probe
+def test_a_threshold_in_between_skips_the_same_steps_in_both_calls(probe):
+    pipe = pipeline("flux_two_calls")
+    for threshold in (0.1, 0.2, 0.4, 0.8, 1.6):
+        schedule = PROBES[probe](threshold)
+        with forecasting(pipe, Reuse(), tap="hidden", schedule=schedule) as attached:
+            run("flux_two_calls", pipe)
+        report = attached.report()
+        if 2 < len(report.anchors) < STEPS:
+            break
+    assert 2 < len(report.anchors) < STEPS
+    assert sorted(report.anchors + report.forecasts) == list(range(STEPS))
+    assert len(report.seconds["anchor"]) == 2 * len(report.anchors)
+
+
+def test_teacache_accumulates_the_mapped_change_and_an_anchor_sets_it_back():
+    schedule = TeaCache(0.3, (2.0, 0.0))  # p(x) = 2 x
+    schedule.open(6)
+    values = [1.0, 1.1, 1.21, 1.331, 1.4641, 1.61051]  # each changes by a tenth
+    anchors = [schedule.judge(i, torch.tensor([v]), False) for i, v in enumerate(values)]
+    assert anchors == [True, False, True, False, True, True]
+
+
+def test_first_block_compares_with_the_last_anchor_not_the_last_step():
+    schedule = FirstBlock(0.25)
+    schedule.open(6)
+    values = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
+    anchors = [schedule.judge(i, torch.tensor([v]), False) for i, v in enumerate(values)]
+    assert anchors == [True, False, False, True, False, False]
+
+
+def test_teacache_says_when_a_host_has_no_attention_to_look_at():
+    with forecasting(adding_pipeline(), Reuse(), tap="hidden", schedule=TeaCache(0.1)):
+        pass
+    pipe = adding_pipeline()
+    with forecasting(pipe, Reuse(), tap="hidden", schedule=TeaCache(0.1)):
+        with pytest.raises(UnsupportedHost, match="no attention module"):
+            pipe([0], num_inference_steps=STEPS)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
+@every_probe
+def test_a_threshold_that_is_not_positive_is_refused(probe, bad):
+    with pytest.raises(ValueError, match="expected a number > 0"):
+        PROBES[probe](bad)
+
+
+# ------------------------------------------------------------------------------------- checking
+
+
+@every_host
+def test_refusing_everything_changes_no_bit_and_warns(host):
+    pipe = pipeline(host)
+    plain = run(host, pipe)
+    with forecasting(pipe, Taylor(1), schedule=SpeCa(0.0)) as attached:
+        with pytest.warns(UserWarning, match=r"refused all .* \(accept rate 0%\): raise"):
+            assert torch.equal(run(host, pipe), plain)
+    assert attached.report().evaluations == [STEPS, STEPS]
+    assert attached.report().accepted == 0
+
+
+@every_host
+def test_accepting_everything_keeps_the_planned_anchors_and_warns(host):
+    pipe = pipeline(host)
+    with forecasting(pipe, Taylor(1), ANCHORS, schedule=SpeCa(1e9)) as attached:
+        with pytest.warns(UserWarning, match=r"accepted all .* \(accept rate 100%\): lower"):
+            run(host, pipe)
+    report = attached.report()
+    assert report.anchors == list(ANCHORS)
+    assert report.evaluations == [len(ANCHORS)] * 2
+    assert report.checked == report.accepted == 2 * (STEPS - len(ANCHORS))
+    assert "accepted 100%" in str(report)
+
+
+@pytest.mark.parametrize("host", ["dit_guided", "flux_two_calls"])
+def test_samples_of_a_batch_are_refused_on_their_own(host):
+    """Alone or in a batch, a sample has the same anchors and, up to rounding, the same latents."""
+    pipe = pipeline(host)
+    schedule = SpeCa(middle_threshold(host))
+    with forecasting(pipe, Taylor(1), schedule=schedule) as attached:
+        together = quietly(host, pipe, generator=[seeded(0), seeded(1)])
+        evaluations = attached.report().evaluations
+        assert 0 < attached.report().accepted < attached.report().checked
+        for sample in range(2):
+            alone = quietly(host, pipe, **only(host, sample))
+            assert attached.report().evaluations == [evaluations[sample]]
+            torch.testing.assert_close(alone[0], together[sample], rtol=1e-4, atol=1e-4)
+
+
+def middle_threshold(host: str) -> float:
+    """A tolerance that refuses some forecasts of some samples."""
+    pipe = pipeline(host)
+    for threshold in (0.001 * 1.5**k for k in range(20)):
+        with forecasting(pipe, Taylor(1), schedule=SpeCa(threshold)) as attached:
+            quietly(host, pipe, generator=[seeded(0), seeded(1)])
+        report = attached.report()
+        if 0 < report.accepted < report.checked:
+            return threshold
+    raise AssertionError("no threshold splits the samples")
+
+
+def only(host: str, sample: int) -> dict[str, Any]:
+    """What makes `run` draw one of its two samples."""
+    inputs = {"class_labels": [[0, 2][sample]]}
+    if not host.startswith("dit"):
+        inputs = items(host, 2)[sample].inputs
+    return {**inputs, "generator": [seeded(sample)]}
+
+
+def test_no_sample_is_forecast_longer_than_allowed():
+    pipe = pipeline("dit_guided")
+    with forecasting(pipe, Reuse(), schedule=SpeCa(1e9, max_run=2, warmup=2)) as attached:
+        quietly("dit_guided", pipe)
+    assert attached.report().anchors == [0, 1, 4, 7]
+
+
+def test_nothing_is_checked_before_the_least_run():
+    pipe = pipeline("dit_guided")
+    with forecasting(pipe, Reuse(), (0, 4), schedule=SpeCa(0.0, min_run=2)) as attached:
+        quietly("dit_guided", pipe)
+    assert attached.report().anchors == [0, 3, 4, 7]
+    assert attached.report().checked == 4
+
+
+def test_the_tolerance_falls_to_its_floor():
+    schedule = SpeCa(0.4, decay=0.01, floor=0.1)
+    assert schedule.tolerance(0, 10) == 0.4
+    assert schedule.tolerance(5, 10) == pytest.approx(0.1)
+    assert schedule.tolerance(9, 10) == 0.1
+
+
+def test_the_worst_branch_decides_for_a_sample():
+    computed = torch.ones(4, 3)
+    forecast = computed.clone()
+    forecast[3] = 0.5  # branch 1 of sample 1
+    torch.testing.assert_close(relative_errors(forecast, computed, 2), torch.tensor([0.0, 0.5]))
+
+
+def test_checking_needs_the_hidden_tap():
+    with pytest.raises(ValueError, match="tap must be 'hidden'"):
+        with forecasting(pipeline("dit"), Reuse(), tap="output", schedule=SpeCa(0.1)):
+            pass
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"threshold": -1.0},
+        {"threshold": 1.0, "decay": 0.0},
+        {"threshold": 1.0, "max_run": 0},
+        {"threshold": 1.0, "warmup": 0},
+    ],
+)
+def test_limits_out_of_range_are_refused(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        SpeCa(**arguments)
+
+
+# ---------------------------------------------------------------------------- learned predictors
+
+
+@pytest.mark.parametrize("schedule", [TeaCache(1e9), FirstBlock(1e9), SpeCa(1e9)])
+def test_a_learned_predictor_keeps_its_anchors_under_every_schedule(schedule):
+    pipe = pipeline("dit_guided")
+    with forecasting(pipe, learned(pipe), schedule=schedule) as attached:
+        quietly("dit_guided", pipe)
+    assert set(ANCHORS) <= set(attached.report().anchors) <= {*ANCHORS, STEPS - 1}
+
+
+@pytest.mark.parametrize("schedule", [TeaCache(1e-12), FirstBlock(1e-12), SpeCa(0.0)])
+def test_a_learned_predictor_on_every_step_changes_no_bit(schedule):
+    pipe = pipeline("dit_guided")
+    plain = run("dit_guided", pipe)
+    with forecasting(pipe, learned(pipe), schedule=schedule):
+        assert torch.equal(quietly("dit_guided", pipe), plain)
+
+
+# ------------------------------------------------------------------------------ leaving no trace
+
+
+@pytest.mark.parametrize("schedule", [TeaCache(0.05), FirstBlock(0.05), SpeCa(0.05)])
+def test_an_exception_inside_leaves_the_host_as_it_was(schedule):
+    pipe = pipeline("dit_guided")
+    plain = run("dit_guided", pipe)
+    before = dict(pipe.transformer._modules)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory, say")
+
+    with forecasting(pipe, Reuse(), tap="hidden", schedule=schedule):
+        handle = pipe.transformer.transformer_blocks[1].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run("dit_guided", pipe)
+        handle.remove()
+    assert dict(pipe.transformer._modules) == before
+    assert torch.equal(run("dit_guided", pipe), plain)
+
+
+@pytest.mark.parametrize("schedule", [TeaCache(0.05), FirstBlock(0.05), SpeCa(0.05)])
+def test_the_second_run_equals_the_first(schedule):
+    pipe = pipeline("dit_guided")
+    with forecasting(pipe, Taylor(1), tap="hidden", schedule=schedule) as attached:
+        first = quietly("dit_guided", pipe)
+        anchors = attached.report().anchors
+        assert torch.equal(quietly("dit_guided", pipe), first)
+        assert attached.report().anchors == anchors
+
+
+def test_rows_are_taken_from_tensors_of_the_batch_only():
+    batch, other = torch.arange(4), torch.zeros(3, 2)
+    taken = take_rows({"x": batch, "ids": other, "pair": (batch, 1.5)}, [1, 3], 4)
+    assert taken["x"].tolist() == [1, 3]
+    assert taken["ids"] is other
+    assert taken["pair"][0].tolist() == [1, 3] and taken["pair"][1] == 1.5
