@@ -120,6 +120,19 @@ def test_the_solvers_at_other_horizons_follow_their_formulas(horizon):
         assert after(rule(), [6, 6], horizon) == pytest.approx(weights, abs=1e-14), rule
 
 
+@pytest.mark.parametrize(
+    ("rule", "newest_first"),
+    [
+        (RungeKutta2(), [5 / 4, 0, -1 / 4]),
+        (AdamsMoulton(), [242 / 135, -586 / 675, 51 / 675]),
+        (BDF2(), [11 / 9, -2 / 9]),
+        (Foca2Point(), [31 / 18, -13 / 18]),
+    ],
+)
+def test_unequal_gaps_enter_as_the_docstrings_say(rule, newest_first):
+    assert after(rule, [5, 3], 2) == pytest.approx(newest_first, abs=1e-14)  # r = 2/3
+
+
 @given(gap_list=gaps, horizon=horizons)
 def test_adams_bashforth_2_is_taylor_2_on_any_gaps(gap_list, horizon):
     expected = after(Taylor(2), gap_list, horizon)
