@@ -28,7 +28,7 @@ class Taylor(LinearPredictor):
     Ladder at every anchor: D_0 = F_0, D_i = (D_{i-1} - D_{i-1} of the previous anchor) / g_1 with
     g_1 the last gap; forecast F_hat = sum_i D_i j^i / i! at horizon j. For order >= 2 this is not
     polynomial interpolation: see `Newton` for that. The order grows with the anchors there are,
-    which is also what the TaylorSeer hook of diffusers computes (its `max_order` is `order`).
+    as in the TaylorSeer hook of diffusers, whose `max_order` is `order`.
 
     Args:
         order: highest difference used, 1 to 4.
