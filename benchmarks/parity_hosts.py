@@ -18,7 +18,7 @@ from foreseer.integration.pixel_pipeline import PixelDiTPipeline
 NUM_STEPS = 20
 
 
-def flux(**settings: Any) -> FluxPipeline:
+def flux() -> FluxPipeline:
     """FLUX with two double-stream and three single-stream blocks of width 16."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
@@ -90,52 +90,6 @@ def give_context(transformer: nn.Module) -> Callable[[], None]:
         transformer.forward = own  # type: ignore[method-assign]
 
     return undo
-
-
-def calls_per_step(pipe: Any, modules: list[nn.Module], start: Callable[[], Tensor]) -> list[int]:
-    """How often the modules' own forwards ran in each step of a call.
-
-    Args:
-        pipe: its scheduler's `step` separates the steps.
-        modules: counted below any cache hook, so only real evaluations count.
-        start: makes the call.
-    """
-    counts, total, undo = [], 0, []
-
-    def watch(module: nn.Module) -> None:
-        reference = module._diffusers_hook._fn_refs[0] if has_hooks(module) else None
-        own = reference.original_forward if reference else module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal total
-            total += 1
-            return own(*args, **kwargs)
-
-        if reference:
-            reference.original_forward = forward
-            undo.append(lambda: setattr(reference, "original_forward", own))
-        else:
-            module.forward = forward
-            undo.append(lambda: setattr(module, "forward", own))
-
-    for module in modules:
-        watch(module)
-    step = pipe.scheduler.step
-
-    def closing(*args: Any, **kwargs: Any) -> Any:
-        nonlocal total
-        counts.append(total)
-        total = 0
-        return step(*args, **kwargs)
-
-    pipe.scheduler.step = closing
-    try:
-        start()
-    finally:
-        pipe.scheduler.step = step
-        for restore in undo:
-            restore()
-    return counts
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -11,40 +11,6 @@ from torch import Tensor
 from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
 
 
-class GuardedTaylor(LinearPredictor):
-    """TaylorSeer's ladder, with differences formed only at anchors from step `first` on.
-
-    D_0 = F_0 at every anchor; D_i = (D_{i-1} - D_{i-1} of the previous anchor) / g_1 where the
-    previous anchor has that level and the step is >= `first`; F_hat = sum_i D_i j^i / i!.
-
-    Args:
-        order: highest difference.
-        first: first step at which a difference may be formed.
-    """
-
-    def __init__(self, order: int, first: int) -> None:
-        super().__init__()
-        self.order = order
-        self.first = first
-
-    def coefficients(self, history: History, step: Step) -> Float[Tensor, " K"]:
-        """Weights of the ladder, folded onto all anchors so far."""
-        steps = history.steps
-        unit = torch.eye(len(steps), dtype=torch.float64)
-        ladder: list[Tensor] = []
-        for k, at in enumerate(steps):
-            rows = [unit[k]]
-            if at >= self.first:
-                for i, previous in enumerate(ladder[: self.order]):
-                    rows.append((rows[i] - previous) / (at - steps[k - 1]))
-            ladder = rows
-        weights, factor = torch.zeros(len(steps), dtype=torch.float64), 1.0
-        for i, row in enumerate(ladder):
-            weights += factor * row
-            factor *= (step.index - steps[-1]) / (i + 1)
-        return weights
-
-
 class CacheDitFoCa(LinearPredictor):
     """cache-dit's FoCa: F_hat = F_full + (h / 2) ((F_full - F_full_prev) + (F_k - F_km1)).
 

@@ -3,16 +3,18 @@
 import math
 from collections.abc import Callable, Iterable
 
+import diffusers
 import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
-from parity_rows import Row
+from parity_rows import Row, largest
+from parity_steps import diffusers_interval
 from torch import Tensor
 
 from foreseer.predictors.base import History, Predictor, Step
 from foreseer.predictors.polynomial import Taylor
 
 NUM_STEPS = 50
-DIFFUSERS_ANCHORS = tuple(s for s in range(NUM_STEPS) if s < 3 or (s - 4) % 5 == 0)
+DIFFUSERS_ANCHORS = diffusers_interval(NUM_STEPS)
 
 
 def trajectory(num_steps: int = NUM_STEPS, seed: int = 0) -> list[Tensor]:
@@ -25,7 +27,7 @@ def trajectory(num_steps: int = NUM_STEPS, seed: int = 0) -> list[Tensor]:
     return [(size * torch.sin(waves * s + phase)).sum(0) + noise[s] for s in range(num_steps)]
 
 
-def ours(rule: Predictor, features: list[Tensor], anchors: Iterable[int]) -> dict[int, Tensor]:
+def state_forecasts(rule: Predictor, features: list[Tensor], anchors: Iterable[int]) -> dict[int, Tensor]:
     """Our forecast at every step between the anchors."""
     history, found = History(rule.window), {}
     for s, feature in enumerate(features):
@@ -73,22 +75,22 @@ def distance(first: dict[int, Tensor], second: dict[int, Tensor]) -> float:
     """The largest absolute difference over all forecasts."""
     if first.keys() != second.keys():
         raise ValueError(f"forecasts at {sorted(first)} and {sorted(second)}, expected the same.")
-    return max(float((first[s].double() - second[s].double()).abs().max()) for s in first)
+    return max(largest(first[s], second[s]) for s in first)
 
 
 def differing(first: dict[int, Tensor], second: dict[int, Tensor], tolerance: float) -> list[int]:
     """The steps whose forecasts differ by more than the tolerance."""
-    return [s for s in first if float((first[s] - second[s]).abs().max()) > tolerance]
+    return [s for s in first if largest(first[s], second[s]) > tolerance]
 
 
-def diffusers_rows(version: str) -> list[Row]:
+def diffusers_rows() -> list[Row]:
     """diffusers' TaylorSeerState against our Taylor, on its own schedule."""
     features, host = trajectory(), "random smooth trajectory, float64"
-    name = f"diffusers {version} TaylorSeerState"
+    name = f"diffusers {diffusers.__version__} TaylorSeerState"
     rows = []
     for order in (1, 2, 3, 4):
         theirs = diffusers_state(order, torch.float64)(features, DIFFUSERS_ANCHORS)
-        mine = ours(Taylor(order), features, DIFFUSERS_ANCHORS)
+        mine = state_forecasts(Taylor(order), features, DIFFUSERS_ANCHORS)
         note = "Each level divides by the last gap only, on both sides; the order grows alike."
         rows.append(Row(f"Taylor({order})", name, host, distance(theirs, mine), True, note))
     theirs = diffusers_state(1, torch.bfloat16)(features, DIFFUSERS_ANCHORS)
@@ -96,7 +98,7 @@ def diffusers_rows(version: str) -> list[Row]:
         "Their default stores the differences in bfloat16; ours keeps the anchors in the model's "
         "dtype and sums in float32 or wider."
     )
-    mine = ours(Taylor(1), features, DIFFUSERS_ANCHORS)
+    mine = state_forecasts(Taylor(1), features, DIFFUSERS_ANCHORS)
     rows.append(
         Row("Taylor(1)", f"{name}, default dtype", host, distance(theirs, mine), False, note)
     )
