@@ -37,9 +37,7 @@ MASK = [int(s in ANCHORS) for s in range(NUM_STEPS)]
 HOST = "random smooth trajectory, float64"
 
 
-def pair(
-    method: str, rule: Predictor, original: str, state: Any, same: bool, note: str
-) -> Row:
+def pair(method: str, rule: Predictor, original: str, state: Any, same: bool, note: str) -> Row:
     """A row of one state object against one rule; a note's {steps} lists where they differ."""
     features = trajectory()
     theirs = cache_dit_state(state)(features, STATE_ANCHORS)
@@ -71,15 +69,14 @@ def taylor_rows() -> list[Row]:
         "step later than in the state object: warmup 4."
     )
     first = "TaylorSeerCalibrator, first use"
-    rows.append(
-        pair("Taylor(1, warmup=4)", Taylor(1, warmup=4), first, calibrator, True, note)
-    )
+    rows.append(pair("Taylor(1, warmup=4)", Taylor(1, warmup=4), first, calibrator, True, note))
     calibrator.reset_cache()
-    note = "After reset_cache the same object forecasts otherwise at steps {steps}: first use is one off."
-    again = "TaylorSeerCalibrator, second use"
-    rows.append(
-        pair("Taylor(1, warmup=4)", Taylor(1, warmup=4), again, calibrator, False, note)
+    note = (
+        "After reset_cache the same object forecasts otherwise at steps {steps}: the clock of its "
+        "first use is one off."
     )
+    again = "TaylorSeerCalibrator, second use"
+    rows.append(pair("Taylor(1, warmup=4)", Taylor(1, warmup=4), again, calibrator, False, note))
     return rows
 
 
@@ -104,9 +101,7 @@ def foca_rows() -> list[Row]:
 def dmd_rows() -> list[Row]:
     """DMD agrees; its Taylor fallback is not the Taylor it says it is."""
     note = "The same decomposition through a QR; the fallback's slope is (F_0 - F_2) / g_1."
-    rows = [
-        pair("DMD(TwoBack()) (harness)", DMD(TwoBack()), "DMDState", DMDState(), True, note)
-    ]
+    rows = [pair("DMD(TwoBack()) (harness)", DMD(TwoBack()), "DMDState", DMDState(), True, note)]
     note = (
         "Its fallback is meant to be its Taylor but differences against the anchor before the last "
         "one, twice the slope on even gaps; they differ at the fallback steps {steps}."
@@ -183,7 +178,9 @@ def pipeline_rows() -> list[Row]:
             rows.append(Row(method, original, host, largest(theirs, mine), True, note))
         theirs = run(cached(make, TaylorSeerCalibratorConfig()))
         mine = ours(make, Taylor(1), ANCHORS, "residual")
-        note = "Our tap forecasts the residual of the whole trunk; theirs recomputes the first block."
+        note = (
+            "Our tap forecasts the residual of the whole trunk; theirs recomputes the first block."
+        )
         original = f"{NAME} DBCache F1B0, TaylorSeer O1"
         rows.append(Row("Taylor(1), residual", original, host, largest(theirs, mine), False, note))
     return rows

@@ -7,13 +7,18 @@ call without a disturbance agrees (see the other rows), the difference is what s
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cache_dit
 import diffusers
 import torch
+from cache_dit import TaylorSeerCalibratorConfig
 from diffusers.hooks import FirstBlockCacheConfig
+from parity_cache_dit import NAME as CACHE_DIT
+from parity_cache_dit import cached as cached_dit
+from parity_cache_dit import config as cache_dit_config
 from parity_diffusers import ANCHORS, cached, mag_config, taylor_config
 from parity_hosts import NUM_STEPS, flux, run
 from parity_rows import Row, largest
-from parity_steps import calls_per_step
+from parity_steps import calls_per_step, ran
 from torch import Tensor
 
 from foreseer.integration.forecasting import forecasting
@@ -67,22 +72,22 @@ def diffusers_rows() -> list[Row]:
         pipe = cached(flux, config)
         clean, again = run(pipe), run(pipe)
         note = "Its second call equals its first: the pipeline's clean-up resets the state."
-        rows.append(
-            Row("second call", original, "tiny Flux", largest(clean, again), True, note)
-        )
+        rows.append(Row("second call", original, "tiny Flux", largest(clean, again), True, note))
         interrupted(pipe)
         after = run(pipe)
         interrupted(pipe)
         wider = attempt(pipe, **WIDER)
         fresh = run(cached(flux, config), **WIDER)
         if isinstance(wider, str):
-            size = f"at another size it fails: {wider!r}"
+            off, size = float("inf"), f"at another size the next call fails: {wider!r}"
         else:
-            size = f"at another size it runs, {largest(wider, fresh):.1g} off a fresh pipeline"
-        note = f"Step counters and features of the interrupted call live on; {size}."
-        rows.append(
-            Row("call after an exception", original, "tiny Flux", largest(clean, after), False, note)
-        )
+            off = largest(wider, fresh)
+            size = f"at another size the next call is {off:.1g} off a fresh pipeline"
+        value = largest(clean, after)
+        kept = "lives on" if value else "lives on; this first step notices and computes"
+        same = value == off == 0
+        note = f"The state of the interrupted call {kept}; {size}."
+        rows.append(Row("call after an exception", original, "tiny Flux", value, same, note))
     return rows
 
 
@@ -110,31 +115,39 @@ def our_rows() -> list[Row]:
 
 def branch_rows() -> list[Row]:
     """With true guidance, FirstBlockCache decides for each branch by itself."""
-    pipe = cached(flux, FirstBlockCacheConfig(threshold=0.2))
+    pipe = cached(flux, FirstBlockCacheConfig(threshold=0.25))
     block = pipe.transformer.transformer_blocks[1]
     counts = calls_per_step(pipe, [block], lambda: run(pipe, true_cfg_scale=2.0))
     alone = [s for s, count in enumerate(counts) if count == 1]
     note = (
-        f"One guidance branch ran and the other was skipped at steps {alone}; guidance scales "
-        "their mismatch. Ours takes one decision per step. The number is the count of such steps."
+        f"At steps {alone} one guidance branch was computed and the other reused; guidance scales "
+        "their mismatch. Ours takes one decision per step."
     )
     host = "tiny Flux, true guidance 2"
-    original = f"{NAME} FirstBlockCache"
-    return [Row("one decision per step", original, host, float(len(alone)), False, note)]
+    original = f"{NAME} FirstBlockCache schedule"
+    return [Row("one decision per step", original, host, float(bool(alone)), not alone, note)]
+
+
+def run_length_row() -> Row:
+    """cache-dit's limit on cached steps in a row, with a threshold that always caches."""
+    limits = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": 2}
+    pipe = cached_dit(flux, None, steps_computation_mask=None, **limits)
+    block = pipe.transformer.single_transformer_blocks[-1]
+    steps = ran(calls_per_step(pipe, [block], lambda: run(pipe)))
+    same = steps == (0, 1, *range(2, NUM_STEPS, 3))
+    note = f"A computed step ends the count. Steps that ran: {' '.join(map(str, steps))}."
+    original = f"{CACHE_DIT} DBCache, at most 2 cached in a row"
+    return Row("interval(20, 3)", original, "tiny Flux", 0.0 if same else 1.0, same, note)
 
 
 def cache_dit_rows() -> list[Row]:
     """cache-dit on a bare transformer, called three times in a row, and its run-length limit."""
-    import cache_dit
-    from cache_dit import TaylorSeerCalibratorConfig
-    from parity_cache_dit import config
-
-    original = f"cache-dit {cache_dit.__version__} DBCache F1B0 on a bare transformer"
+    original = f"{CACHE_DIT} DBCache F1B0 on a bare transformer"
     dynamic = {"steps_computation_mask": None, "residual_diff_threshold": 0.3}
 
     def calls(num_steps: int | None, before: Callable[[Any], None]) -> list[Tensor]:
         pipe = flux()
-        settings = config(num_inference_steps=num_steps, **dynamic)
+        settings = cache_dit_config(num_inference_steps=num_steps, **dynamic)
         cache_dit.enable_cache(
             pipe.transformer,
             cache_config=settings,
@@ -155,7 +168,7 @@ def cache_dit_rows() -> list[Row]:
         "refresh_context before each call": "Its documented remedy works.",
     }
     settings = ((None, lambda _: None), (NUM_STEPS, lambda _: None), (NUM_STEPS, refresh))
-    rows = []
+    rows = [run_length_row()]
     for (name, note), (steps, before) in zip(notes.items(), settings, strict=True):
         first, second, third = calls(steps, before)
         off = max(largest(first, second), largest(first, third))

@@ -1,6 +1,5 @@
 """The two tiny hosts of the parity table, and how they are run. Random weights, a CPU, seconds."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,8 +69,8 @@ def run(pipe: Any, num_steps: int = NUM_STEPS, **changes: Any) -> Tensor:
     return pipe(**{**embeds, "height": 64, "width": 64, **shared, **changes}).images
 
 
-def give_context(transformer: nn.Module) -> Callable[[], None]:
-    """Name a cache context for every call, as the FLUX pipeline does for itself; returns the undo.
+def give_context(transformer: nn.Module) -> None:
+    """Name a cache context for every call, as the FLUX pipeline does for itself.
 
     diffusers' hooks refuse to run without one, and a DiT pipeline names none.
     """
@@ -84,12 +83,7 @@ def give_context(transformer: nn.Module) -> Callable[[], None]:
         finally:
             _set_cache_context(transformer, None)
 
-    transformer.forward = forward  # type: ignore[method-assign]
-
-    def undo() -> None:
-        transformer.forward = own  # type: ignore[method-assign]
-
-    return undo
+    transformer.forward = forward
 
 
 def has_hooks(module: nn.Module) -> bool:

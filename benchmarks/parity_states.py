@@ -27,7 +27,9 @@ def trajectory(num_steps: int = NUM_STEPS, seed: int = 0) -> list[Tensor]:
     return [(size * torch.sin(waves * s + phase)).sum(0) + noise[s] for s in range(num_steps)]
 
 
-def state_forecasts(rule: Predictor, features: list[Tensor], anchors: Iterable[int]) -> dict[int, Tensor]:
+def state_forecasts(
+    rule: Predictor, features: list[Tensor], anchors: Iterable[int]
+) -> dict[int, Tensor]:
     """Our forecast at every step between the anchors."""
     history, found = History(rule.window), {}
     for s, feature in enumerate(features):
@@ -84,7 +86,7 @@ def differing(first: dict[int, Tensor], second: dict[int, Tensor], tolerance: fl
 
 
 def diffusers_rows() -> list[Row]:
-    """diffusers' TaylorSeerState against our Taylor, on its own schedule."""
+    """The TaylorSeerState of diffusers against our Taylor, on its own schedule."""
     features, host = trajectory(), "random smooth trajectory, float64"
     name = f"diffusers {diffusers.__version__} TaylorSeerState"
     rows = []

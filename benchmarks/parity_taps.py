@@ -6,7 +6,7 @@ compared there too.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def module_forecasts(
 ) -> Iterator[None]:
     """Forecast every output tensor of every module between the anchors, for one pipeline call."""
     for module in modules:
-        module.forward = _forecasting(module, rule, anchors, num_steps)  # type: ignore
+        module.forward = _forecasting(module, rule, anchors, num_steps)
     try:
         yield
     finally:
@@ -41,7 +41,10 @@ def module_forecasts(
             del module.forward
 
 
-def _forecasting(module: nn.Module, rule: Predictor, anchors: Collection[int], num_steps: int):  # noqa: ANN202
+def _forecasting(
+    module: nn.Module, rule: Predictor, anchors: Collection[int], num_steps: int
+) -> Callable:
+
     own, streams, calls = module.forward, [], 0
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +91,7 @@ def tail_forecasts(
         sums = [tensor + add for tensor, add in zip(after_first, found, strict=True)]
         return sums[0] if isinstance(output, Tensor) else tuple(sums)
 
-    def between(block: nn.Module):  # noqa: ANN202
+    def between(block: nn.Module) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return own[block](*args, **kwargs) if head.anchor else passed(args, kwargs)
 
@@ -104,9 +107,9 @@ def tail_forecasts(
             stream.history.push(stream.step(head.index), tensor - entered)
         return output
 
-    first.forward, last.forward = head, tail  # type: ignore[method-assign]
+    first.forward, last.forward = head, tail
     for block in middle:
-        block.forward = between(block)  # type: ignore[method-assign]
+        block.forward = between(block)
     try:
         yield
     finally:
@@ -120,7 +123,7 @@ def tensors_of(output: Any) -> tuple[Tensor, ...]:
 
 
 def passed(args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What a skipped block returns: its streams as they came, in a FLUX block's order if it has two."""
+    """What a skipped block returns: its streams as they came, the text first as FLUX does."""
     named = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
     text = named.get("encoder_hidden_states")
     return named["hidden_states"] if text is None else (text, named["hidden_states"])
