@@ -93,7 +93,7 @@ def foca_rows() -> list[Row]:
     rows = [pair("CacheDitFoCa (harness)", CacheDitFoCa(), "FoCaState", FoCaState(), True, note)]
     note = "Ours divides by the gap and sees anchors only; theirs reads its own forecasts too."
     rows.append(pair("Foca2Point", Foca2Point(), "FoCaState", FoCaState(), False, note))
-    note = "Both step through their forecasts; ours halves the slope's error each step, theirs not."
+    note = "Both step through their forecasts; ours divides the anchors' difference by its gap."
     rows.append(pair("FocaRecursive", FocaRecursive(), "FoCaState", FoCaState(), False, note))
     return rows
 

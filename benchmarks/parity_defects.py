@@ -140,8 +140,23 @@ def run_length_row() -> Row:
     return Row("interval(20, 3)", original, "tiny Flux", 0.0 if same else 1.0, same, note)
 
 
+def pipeline_context_row() -> Row:
+    """cache-dit on a pipeline after an exception, at the same and at another size."""
+    pipe = cached_dit(flux, TaylorSeerCalibratorConfig())
+    clean = run(pipe)
+    interrupted(pipe)
+    after = run(pipe)
+    interrupted(pipe)
+    wider = run(pipe, **WIDER)
+    fresh = run(cached_dit(flux, TaylorSeerCalibratorConfig()), **WIDER)
+    off = max(largest(clean, after), largest(wider, fresh))
+    note = "Every pipeline call starts with a new context, also at another size."
+    original = f"{CACHE_DIT} DBCache F1B0 on a pipeline"
+    return Row("call after an exception", original, "tiny Flux", off, off == 0, note)
+
+
 def cache_dit_rows() -> list[Row]:
-    """cache-dit on a bare transformer, called three times in a row, and its run-length limit."""
+    """What cache-dit keeps, on a pipeline and on a bare transformer, and its run-length limit."""
     original = f"{CACHE_DIT} DBCache F1B0 on a bare transformer"
     dynamic = {"steps_computation_mask": None, "residual_diff_threshold": 0.3}
 
@@ -168,7 +183,7 @@ def cache_dit_rows() -> list[Row]:
         "refresh_context before each call": "Its documented remedy works.",
     }
     settings = ((None, lambda _: None), (NUM_STEPS, lambda _: None), (NUM_STEPS, refresh))
-    rows = [run_length_row()]
+    rows = [run_length_row(), pipeline_context_row()]
     for (name, note), (steps, before) in zip(notes.items(), settings, strict=True):
         first, second, third = calls(steps, before)
         off = max(largest(first, second), largest(first, third))
