@@ -12,6 +12,7 @@ from ..predictors.base import Predictor
 from .rows import RULES
 
 FORMULA_TAPS = ("output", "hidden")
+COMMON_LISTS = ("uniform", "published", "warped")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def plan(
     learned: Mapping[str, Predictor],
     searched: Mapping[str, Sequence[int]],
     methods: Sequence[str] | None = None,
+    rules: Mapping[str, Predictor] = RULES,
+    common: Sequence[str] = COMMON_LISTS,
 ) -> list[Entry]:
     """Every entry of a benchmark, largest budget first.
 
@@ -69,12 +72,14 @@ def plan(
         learned: predictors with a spec, by the name they get in the tables.
         searched: `<method>|<tap>|<num_anchors>` to anchors; the tap of a solver is `none`.
         methods: solvers and formulas to run; None runs all.
+        rules: the formulas, by table name.
+        common: names of the common lists to run.
 
     Raises:
         ValueError: a method is unknown, a learned predictor has no spec or no budget, or anchors
             are not a schedule of the run.
     """
-    known = [*SOLVERS, *RULES]
+    known = [*SOLVERS, *rules]
     chosen = known if methods is None else list(methods)
     if unknown := sorted(set(chosen) - set(known)):
         raise ValueError(f"unknown methods {unknown}, expected some of {', '.join(known)}.")
@@ -82,19 +87,19 @@ def plan(
     entries = []
     for budget in sorted(set(budgets), reverse=True):
         fitted = [entry for entry in own if len(entry.anchors) == budget]
-        lists = _common_lists(budget, num_steps)
+        lists = [one for one in _common_lists(budget, num_steps) if one[0] in common]
         lists += [(entry.anchors_name, entry.anchors) for entry in fitted]
         entries += fitted
         for method in chosen:
-            for tap in FORMULA_TAPS if method in RULES else ("none",):
+            for tap in FORMULA_TAPS if method in rules else ("none",):
                 found = searched.get(f"{method}|{tap}|{budget}")
                 mine = [("searched", check_anchors(found, num_steps))] if found else []
                 unique: dict[tuple[int, ...], str] = {}
                 for name, anchors in [*lists, *mine]:
                     unique.setdefault(anchors, name)
-                kind = "formula" if method in RULES else "solver"
+                kind = "formula" if method in rules else "solver"
                 for anchors, name in unique.items():
-                    entries.append(Entry(method, kind, tap, name, anchors, RULES.get(method)))
+                    entries.append(Entry(method, kind, tap, name, anchors, rules.get(method)))
     return entries
 
 

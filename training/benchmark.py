@@ -25,9 +25,10 @@ from ..integration.report_table import best_rows, gaps, verdict
 from ..predictors.base import LinearPredictor, Predictor
 from ..predictors.linear import L2P, tabulate
 from ..trajectories.prompts import Item, class_items, digest, generate_batch
-from .bench_plan import Entry, plan, spec_of
+from .bench_plan import COMMON_LISTS, Entry, plan, spec_of
 from .bench_runs import Samples, Tick, run_entry, score
 from .bench_store import ROWS_FILE, RowLog, load_samples, save_samples
+from .rows import RULES
 
 FIRST_ITEM = 10_000  # far from every item a recording starts with
 SHEET_SAMPLES = 8
@@ -44,6 +45,8 @@ def bench(
     methods: Sequence[str] | None = None,
     batch_size: int = 16,
     command: str = "foreseer.training.benchmark.bench",
+    rules: Mapping[str, Predictor] = RULES,
+    common: Sequence[str] = COMMON_LISTS,
     **settings: Any,
 ) -> Path:
     """Run every method of a plan (bench_plan.py) on the same items and write the report.
@@ -61,6 +64,8 @@ def bench(
         methods: solvers and formulas to run; None runs all.
         batch_size: samples per pipeline call.
         command: how this was called, for the report.
+        rules: the formulas, by table name.
+        common: names of the common lists to run.
         settings: keyword arguments of every pipeline call: `guidance_scale`, `num_inference_steps`.
 
     Returns:
@@ -73,7 +78,7 @@ def bench(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     num_steps = int(settings["num_inference_steps"])
-    entries = plan(budgets, num_steps, predictors or {}, searched or {}, methods)
+    entries = plan(budgets, num_steps, predictors or {}, searched or {}, methods, rules, common)
     host = host_fingerprint(transformer_of(pipe))
     for predictor in (predictors or {}).values():
         check_host(spec_of(predictor), host, pipe.scheduler)

@@ -3,6 +3,7 @@
 Shapes: S sampling steps, n trajectories.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,6 +96,7 @@ class L2PClosedLoop(L2PModule):
         formulas = analytic_rows(anchors, sigmas)
         rows = {name: rule.repeat(branches, 1, 1) for name, rule in formulas.items()}
         errors = {name: self._error(each, probe) for name, each in rows.items()}
+        errors = {name: error for name, error in errors.items() if math.isfinite(error)}
         self.start_name = min(errors, key=lambda name: errors[name])
         start = rows[self.start_name]
         self.print(f"start: {self.start_name}, the best formula on {len(probe.items)} trajectories")

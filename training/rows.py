@@ -122,6 +122,13 @@ def adams_bashforth_rows(anchors: Sequence[int], sigmas: Sequence[float]) -> Flo
 def analytic_rows(
     anchors: Sequence[int], sigmas: Sequence[float]
 ) -> dict[str, Float[Tensor, "S S"]]:
-    """The rows of every formula on these anchors, AB2 included."""
+    """The rows of every formula on these anchors, AB2 included; of equal ones the first."""
     rows = {name: tabulate(rule, anchors, sigmas) for name, rule in RULES.items()}
-    return rows | {"ab2": adams_bashforth_rows(anchors, sigmas)}
+    rows |= {"ab2": adams_bashforth_rows(anchors, sigmas)}
+    unique: dict[str, Float[Tensor, "S S"]] = {}
+    for name, table in rows.items():
+        if not any(
+            torch.equal(table.round(decimals=12), u.round(decimals=12)) for u in unique.values()
+        ):
+            unique[name] = table
+    return unique
