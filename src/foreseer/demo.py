@@ -36,7 +36,7 @@ from .training.export import export_command
 from .training.fit_report import FitReport
 from .training.l2p import L2PAdam, L2PLeastSquares, L2PModule
 from .trajectories.datamodule import GramDataModule, RecordingDataModule
-from .trajectories.inspect_command import inspect_command
+from .training.inspect_command import inspect_command
 from .trajectories.record_command import record_command
 from .trajectories.recording import Recording
 
