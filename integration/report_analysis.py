@@ -78,7 +78,11 @@ def plot_rule_errors(
     lines = {line.get_label(): line for axes in drawn for line in axes.get_lines()}
     order = [label for label in [*strong, *weak] if label in lines]
     figure.legend(
-        [lines[label] for label in order], order, frameon=False, fontsize=8, loc="outside right"
+        [lines[label] for label in order],
+        order,
+        frameon=False,
+        fontsize=8,
+        loc="outside right center",
     )
     return save_figure(figure, path)
 

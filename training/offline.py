@@ -20,6 +20,7 @@ from .search import beam_search, common_lists
 
 LEARNED = "l2p_lstsq"
 WIDTH = 8  # of the beam; 24 finds lists up to 1 dB better and takes three times as long
+MEAN_GAPS = 2.5  # longest stretch between two anchors; the best lists stay below 2
 LEVEL_DB = 1.0  # smaller gaps order two methods hardly better than chance: docs/inspect.md
 
 Anchors = tuple[int, ...]
@@ -143,9 +144,10 @@ def offline_rows(
         advance: called once per rule.
     """
     num_steps = len(grams.sigmas)
+    longest = max(2, round(MEAN_GAPS * num_steps / num_anchors))
     best: dict[str, Anchors] = {}
     for name, rule in rules.items():
-        best[name] = beam_search(grams.fit, grams.sigmas, num_anchors, rule, WIDTH)[0]
+        best[name] = beam_search(grams.fit, grams.sigmas, num_anchors, rule, WIDTH, longest)[0]
         advance()
     if grams.can_learn:
         lists = dict.fromkeys([*best.values(), *common_lists(num_anchors, num_steps)])

@@ -60,7 +60,7 @@ def beam_search(
     if not 1 <= num_anchors <= num_steps:
         raise ValueError(f"num_anchors is {num_anchors}, expected 1 to {num_steps} (the steps).")
     max_gap = max_gap or max(2, 4 * num_steps // num_anchors)
-    segments = _Segments(grams.double().mean((0, 1)), sigmas, rule)
+    segments = _Segments(grams.double().mean((0, 1)), sigmas, rule, max_gap)
     beam = [_Path(0.0, (0,), torch.zeros(num_steps, dtype=torch.float64))]
     for placed in range(1, num_anchors):
         last = num_steps - (num_anchors - placed)  # leave a step for each anchor to come
@@ -72,24 +72,30 @@ def beam_search(
                 grown.append((costs[step - newest], (*path.anchors, step)))
         kept = _diverse(grown, width)
         beam = [_Path(c, a, segments.error(parents[a[:-1]], a[-1])) for c, a in kept]
+    segments.reach = num_steps
     finished = [(segments.costs(path)[-1], path.anchors) for path in beam]
     return [anchors for _, anchors in sorted(finished)[:width]]
 
 
 class _Segments:
-    """Error from an anchor to any later step, kept for every window of anchors met."""
+    """Error from an anchor to the steps within reach, kept for every window of anchors met."""
 
     def __init__(
-        self, gram: Float[Tensor, "S S"], sigmas: Sequence[float], rule: LinearPredictor
+        self,
+        gram: Float[Tensor, "S S"],
+        sigmas: Sequence[float],
+        rule: LinearPredictor,
+        reach: int,
     ) -> None:
         self.gram = gram
         self.sigmas = list(sigmas)
         self.euler_steps = torch.tensor([*sigmas, 0.0], dtype=torch.float64).diff()
         self.rule = rule
+        self.reach = reach  # steps
         self.found: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     def costs(self, path: _Path) -> list[float]:
-        """Cost of the path extended by 0, 1, ... steps, up to the end of the run."""
+        """Cost of the path extended by 0, 1, ... steps, up to the reach or the end of the run."""
         _, pulls, squares = self._segment(path.anchors)
         held = torch.arange(len(squares), dtype=torch.float64)
         own = path.error @ self.gram @ path.error
@@ -103,20 +109,25 @@ class _Segments:
     def _segment(self, anchors: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """After m steps from the newest anchor: its error u_m, sum G u and sum u^T G u so far."""
         window = anchors[-self.rule.window :] if self.rule.window else anchors
-        if window not in self.found:
-            newest, num_steps = window[-1], len(self.sigmas)
-            history = History(None, list(window), [self.sigmas[a] for a in window])
-            c = torch.zeros(num_steps - newest + 1, num_steps, dtype=torch.float64)
-            for m, t in enumerate(range(newest + 1, num_steps), start=2):
-                step = Step(t, self.sigmas[t], num_steps)
-                c[m, list(window)] = self.rule.coefficients(history, step).double().flatten()
-                c[m, t] -= 1.0
-            c[1:] *= self.euler_steps[newest:, None]
-            errors = c.cumsum(0)
+        end = min(window[-1] + self.reach, len(self.sigmas))
+        if (*window, end) not in self.found:
+            errors = self._errors(window, end)
             pulls = errors @ self.gram
             squares = (pulls * errors).sum(-1)
-            self.found[window] = (errors, pulls.cumsum(0), squares.cumsum(0))
-        return self.found[window]
+            self.found[*window, end] = (errors, pulls.cumsum(0), squares.cumsum(0))
+        return self.found[*window, end]
+
+    def _errors(self, window: tuple[int, ...], end: int) -> Float[Tensor, "T S"]:
+        """Weights of sum_t h_t (F_hat_t - F_t) after no step, the anchor's own, and each later."""
+        newest, num_steps = window[-1], len(self.sigmas)
+        history = History(None, list(window), [self.sigmas[a] for a in window])
+        c = torch.zeros(end - newest + 1, num_steps, dtype=torch.float64)
+        if end > newest + 1:
+            steps = [Step(t, self.sigmas[t], num_steps) for t in range(newest + 1, end)]
+            weights = torch.stack([self.rule.coefficients(history, s).flatten() for s in steps])
+            c[2:, list(window)] = weights.double() * self.euler_steps[newest + 1 : end, None]
+            c[2:, newest + 1 : end] -= self.euler_steps[newest + 1 : end].diag()
+        return c.cumsum(0)
 
 
 def _diverse(

@@ -191,7 +191,7 @@ def bench(
 
 
 def inspect(recording: str, out: str | None = None, budgets: Sequence[int] = (11, 8, 6)) -> None:
-    """Print and draw what a recording's Grams say: how features move, which rule and anchors fit.
+    """Show how a recording's features move, and estimate offline which rule and anchors suit it.
 
     Needs neither the network nor features. Formulas and a least-squares fit are compared by the
     error they pile up on recorded features, on anchors searched for each and on uniform ones; the
@@ -200,7 +200,8 @@ def inspect(recording: str, out: str | None = None, budgets: Sequence[int] = (11
     Args:
         recording: folder of the recording.
         out: folder for the plots and `offline.json`; None takes `plots` in the recording's folder.
-        budgets: list of network evaluations per trajectory to compare at.
+        budgets: list of network evaluations per trajectory to compare the rules at; from Grams
+            alone, so an estimate: `foreseer bench` measures.
     """
     from .training.inspect_command import inspect_command
 
