@@ -148,6 +148,16 @@ def test_every_rule_is_measured_on_its_own_list_and_on_the_uniform_one():
     assert {row.anchors for row in rows if row.anchors_name == "uniform"} == {(0, 2, 5, 8)}
 
 
+def test_no_searched_list_is_worse_on_the_fitted_half_than_the_uniform_one():
+    grams = TapGrams("output", gram(smooth(6)), SIGMAS)
+    rows = offline_rows(grams, RULES, 4)
+    for searched, even in zip(rows[::2], rows[1::2], strict=True):
+        lists = [even.anchors, searched.anchors]
+        assert grams.best(searched.method, lists) == searched.anchors or (
+            searched.anchors == even.anchors
+        )
+
+
 def test_a_remembered_rule_is_the_rule():
     for rule in RULES.values():
         remembered = Remembered(rule)

@@ -4,7 +4,7 @@ No network, no features. Shapes: n trajectories, S sampling steps.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,12 +94,22 @@ class TapGrams:
         self.can_learn = len(grams) > 1
         self.fit = grams[::2].double()
         self.held = grams[1::2].double() if self.can_learn else self.fit
+        self.mean = self.fit.mean(0)  # (branches, S, S): enough for a mean squared error
 
     def rows(self, method: str, anchors: Anchors) -> Float[Tensor, "branches S S"]:
         """The weights of a formula, or the least-squares fit on the even trajectories."""
         if method == LEARNED:
             return least_squares_rows(self.fit, anchors)
         return tabulate(RULES[method], anchors, self.sigmas)[None]
+
+    def best(self, method: str, lists: Iterable[Anchors]) -> Anchors:
+        """The list of least accumulated error on the even trajectories."""
+
+        def error(anchors: Anchors) -> float:
+            rows = self.rows(method, anchors)
+            return float(accumulated_error(self.mean, rows, self.sigmas).square().mean())
+
+        return min(dict.fromkeys(lists), key=error)
 
     def measure(self, method: str, name: str, anchors: Anchors) -> OfflineRow:
         """The errors of a method on the odd trajectories."""
@@ -119,11 +129,6 @@ class TapGrams:
             float(drift.mean().sqrt()) / scale,
         )
 
-    def fitted_error(self, anchors: Anchors) -> float:
-        """Accumulated error of the learned rows on the trajectories they were fitted on."""
-        rows = least_squares_rows(self.fit, anchors)
-        return float(accumulated_error(self.fit, rows, self.sigmas).square().mean())
-
 
 def offline_rows(
     grams: TapGrams,
@@ -133,9 +138,8 @@ def offline_rows(
 ) -> list[OfflineRow]:
     """Every rule and the learned rows on their own best list and on the uniform one.
 
-    A rule's list comes from `beam_search` on the even trajectories. The learned rows take the best
-    of all lists found for the rules, the warped ones and the published one, by their error on the
-    trajectories they are fitted on.
+    A rule takes the best of its `beam_search` on the even trajectories, the warped lists and the
+    published one; the learned rows take the best of all lists tried for the rules.
 
     Args:
         grams: Grams of one tap.
@@ -145,13 +149,14 @@ def offline_rows(
     """
     num_steps = len(grams.sigmas)
     longest = max(2, round(MEAN_GAPS * num_steps / num_anchors))
+    common = common_lists(num_anchors, num_steps)
     best: dict[str, Anchors] = {}
     for name, rule in rules.items():
-        best[name] = beam_search(grams.fit, grams.sigmas, num_anchors, rule, WIDTH, longest)[0]
+        lists = beam_search(grams.fit, grams.sigmas, num_anchors, rule, WIDTH, longest)
+        best[name] = grams.best(name, [lists[0], *common])
         advance()
     if grams.can_learn:
-        lists = dict.fromkeys([*best.values(), *common_lists(num_anchors, num_steps)])
-        best[LEARNED] = min(lists, key=grams.fitted_error)
+        best[LEARNED] = grams.best(LEARNED, [*best.values(), *common])
     even = uniform(num_anchors, num_steps)
     return [
         grams.measure(method, name, anchors)
