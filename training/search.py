@@ -65,13 +65,18 @@ def beam_search(
     for placed in range(1, num_anchors):
         last = num_steps - (num_anchors - placed)  # leave a step for each anchor to come
         parents = {path.anchors: path for path in beam}
+        cost_of: dict[tuple[int, ...], float] = {}
         grown: list[tuple[float, tuple[int, ...]]] = []
         for path in beam:
             newest, costs = path.anchors[-1], segments.costs(path)
             for step in range(newest + 1, min(newest + max_gap, last) + 1):
-                grown.append((costs[step - newest], (*path.anchors, step)))
-        kept = _diverse(grown, width)
-        beam = [_Path(c, a, segments.error(parents[a[:-1]], a[-1])) for c, a in kept]
+                cost, before = costs[step - newest], costs[step - newest - 1]
+                anchors = (*path.anchors, step)
+                cost_of[anchors] = cost
+                # The error at `step` stays to the end of the run if no other is made.
+                grown.append((cost + (num_steps - step) * (cost - before), anchors))
+        kept = [anchors for _, anchors in _diverse(grown, width)]
+        beam = [_Path(cost_of[a], a, segments.error(parents[a[:-1]], a[-1])) for a in kept]
     segments.reach = num_steps
     finished = [(segments.costs(path)[-1], path.anchors) for path in beam]
     return [anchors for _, anchors in sorted(finished)[:width]]
