@@ -5,6 +5,7 @@ Shapes: S steps, L layers, T forecast steps, K columns of weights (anchors or ea
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -38,6 +39,51 @@ def plot_step_errors(curves: Mapping[str, Sequence[tuple[int, float]]], path: Pa
     tidy(axes, "Error per step", "step (0 is pure noise)", "relative error")
     if curves:
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save_figure(figure, path)
+
+
+def plot_rule_errors(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+    strong: Sequence[str],
+    path: Path,
+) -> Path:
+    """Error per step of many rules, one panel per tap, the legend beside the last.
+
+    Args:
+        panels: title to curves: label to (step, error) pairs; an error of 0 breaks the line.
+        strong: labels drawn thick and in colour before the others.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(panels) + 2.0, 4.6), layout="constrained")
+    drawn = figure.subplots(1, max(1, len(panels)), squeeze=False, sharey=True)[0]
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    weak = [label for label in labels if label not in strong]
+    looks: dict[str, dict[str, Any]] = {
+        label: {"color": (WARM[0], COLD[0], COLD[1])[i % 3], "linewidth": 2.4, "zorder": 4}
+        for i, label in enumerate(strong)
+    }
+    shades = (*GREYS, COLD[2], *WARM[1:], COLD[3])
+    for i, label in enumerate(weak):
+        style = ("-", "--", ":", "-.")[i // len(shades) % 4]
+        looks[label] = {"color": shades[i % len(shades)], "linewidth": 1.0, "linestyle": style}
+    for axes, (title, curves) in zip(drawn, panels.items(), strict=False):
+        for label, points in curves.items():
+            values = [error if error > 0 else float("nan") for _, error in points]
+            axes.plot([step for step, _ in points], values, label=label, **looks[label])
+        axes.set_yscale("log")
+        tidy(axes, title, "step (0 is pure noise)", "")
+    drawn[0].set_ylabel("relative error of the feature")
+    lines = {line.get_label(): line for axes in drawn for line in axes.get_lines()}
+    order = [label for label in [*strong, *weak] if label in lines]
+    figure.legend(
+        [lines[label] for label in order],
+        order,
+        frameon=False,
+        fontsize=8,
+        loc="outside right center",
+    )
     return save_figure(figure, path)
 
 

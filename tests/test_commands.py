@@ -136,7 +136,7 @@ def test_inspect_prints_the_facts_and_draws_the_layers(pipeline, tmp_path, capsy
 
 
 def test_inspect_measures_a_feature_that_grows_by_a_tenth_each_step(tmp_path):
-    from foreseer.trajectories.inspect_command import motion
+    from foreseer.trajectories.motion import motion
 
     feature = torch.randn(6, dtype=torch.float64)
     steps = torch.stack([1.1**t * feature for t in range(5)])

@@ -23,6 +23,14 @@ class Found(NamedTuple):
     error_db: float
 
 
+class _Path(NamedTuple):
+    """A prefix of a list: its cost, its anchors, and the weights of the error it has piled up."""
+
+    cost: float
+    anchors: tuple[int, ...]
+    error: Float[Tensor, " S"]
+
+
 def beam_search(
     grams: Float[Tensor, "n branches S S"],
     sigmas: Sequence[float],
@@ -31,10 +39,11 @@ def beam_search(
     width: int = 24,
     max_gap: int | None = None,
 ) -> list[tuple[int, ...]]:
-    """Anchor lists of least open-loop drift under a rule, best first; no network, no features.
+    """Anchor lists of least accumulated error under a rule, best first; no network, no features.
 
-    The drift of a segment is sum_s |h_s| sqrt(c_s^T G c_s) over its forecast steps, G the mean Gram
-    and h_s the Euler step: how far forecast errors push the sample if they all point one way.
+    The accumulated error sums ||sum_{s<=t} h_s (F_hat_s - F_s)||^2 over the steps t, on the mean
+    Gram: how far the sample is off during the run, were the network not to react to it. It orders
+    methods and lists as the samples do much better than sums of per-step errors (docs/inspect.md).
 
     Args:
         grams: Gram matrices of the tap the rule forecasts.
@@ -51,52 +60,79 @@ def beam_search(
     if not 1 <= num_anchors <= num_steps:
         raise ValueError(f"num_anchors is {num_anchors}, expected 1 to {num_steps} (the steps).")
     max_gap = max_gap or max(2, 4 * num_steps // num_anchors)
-    mean = grams.double().mean((0, 1))
-    segments = _Segments(mean, sigmas, rule)
-    beam: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))]
+    segments = _Segments(grams.double().mean((0, 1)), sigmas, rule, max_gap)
+    beam = [_Path(0.0, (0,), torch.zeros(num_steps, dtype=torch.float64))]
     for placed in range(1, num_anchors):
         last = num_steps - (num_anchors - placed)  # leave a step for each anchor to come
+        parents = {path.anchors: path for path in beam}
+        cost_of: dict[tuple[int, ...], float] = {}
         grown: list[tuple[float, tuple[int, ...]]] = []
-        for drift, anchors in beam:
-            for step in range(anchors[-1] + 1, min(anchors[-1] + max_gap, last) + 1):
-                grown.append((drift + segments.drift(anchors, step), (*anchors, step)))
-        beam = _diverse(grown, width)
-    finished = [(d + segments.drift(anchors, num_steps), anchors) for d, anchors in beam]
+        for path in beam:
+            newest, costs = path.anchors[-1], segments.costs(path)
+            for step in range(newest + 1, min(newest + max_gap, last) + 1):
+                cost, before = costs[step - newest], costs[step - newest - 1]
+                anchors = (*path.anchors, step)
+                cost_of[anchors] = cost
+                # The error at `step` stays to the end of the run if no other is made.
+                grown.append((cost + (num_steps - step) * (cost - before), anchors))
+        kept = [anchors for _, anchors in _diverse(grown, width)]
+        beam = [_Path(cost_of[a], a, segments.error(parents[a[:-1]], a[-1])) for a in kept]
+    segments.reach = num_steps
+    finished = [(segments.costs(path)[-1], path.anchors) for path in beam]
     return [anchors for _, anchors in sorted(finished)[:width]]
 
 
 class _Segments:
-    """Drift from an anchor to any later step, kept for every window of anchors met."""
+    """Error from an anchor to the steps within reach, kept for every window of anchors met."""
 
     def __init__(
-        self, gram: Float[Tensor, "S S"], sigmas: Sequence[float], rule: LinearPredictor
+        self,
+        gram: Float[Tensor, "S S"],
+        sigmas: Sequence[float],
+        rule: LinearPredictor,
+        reach: int,
     ) -> None:
         self.gram = gram
         self.sigmas = list(sigmas)
-        self.grid = [*sigmas, 0.0]
+        self.euler_steps = torch.tensor([*sigmas, 0.0], dtype=torch.float64).diff()
         self.rule = rule
-        self.found: dict[tuple[int, ...], list[float]] = {}
+        self.reach = reach  # steps
+        self.found: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def drift(self, anchors: tuple[int, ...], end: int) -> float:
-        """Accumulated drift of forecasting from the last anchor up to the step before `end`."""
+    def costs(self, path: _Path) -> list[float]:
+        """Cost of the path extended by 0, 1, ... steps, up to the reach or the end of the run."""
+        _, pulls, squares = self._segment(path.anchors)
+        held = torch.arange(len(squares), dtype=torch.float64)
+        own = path.error @ self.gram @ path.error
+        return (path.cost + held * own + 2 * (pulls @ path.error) + squares).tolist()
+
+    def error(self, path: _Path, end: int) -> Float[Tensor, " S"]:
+        """Weights of the error piled up when the step before `end` is done."""
+        errors, _, _ = self._segment(path.anchors)
+        return path.error + errors[end - path.anchors[-1]]
+
+    def _segment(self, anchors: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """After m steps from the newest anchor: its error u_m, sum G u and sum u^T G u so far."""
         window = anchors[-self.rule.window :] if self.rule.window else anchors
-        if window not in self.found:
-            self.found[window] = self._accumulate(window)
-        return self.found[window][end - window[-1]]
+        end = min(window[-1] + self.reach, len(self.sigmas))
+        if (*window, end) not in self.found:
+            errors = self._errors(window, end)
+            pulls = errors @ self.gram
+            squares = (pulls * errors).sum(-1)
+            self.found[*window, end] = (errors, pulls.cumsum(0), squares.cumsum(0))
+        return self.found[*window, end]
 
-    def _accumulate(self, window: tuple[int, ...]) -> list[float]:
-        num_steps = len(self.sigmas)
+    def _errors(self, window: tuple[int, ...], end: int) -> Float[Tensor, "T S"]:
+        """Weights of sum_t h_t (F_hat_t - F_t) after no step, the anchor's own, and each later."""
+        newest, num_steps = window[-1], len(self.sigmas)
         history = History(None, list(window), [self.sigmas[a] for a in window])
-        drift = [0.0, 0.0]
-        for t in range(window[-1] + 1, num_steps):
-            c = self.rule.coefficients(history, Step(t, self.sigmas[t], num_steps)).double()
-            steps = [*window, t]
-            weights = torch.cat([-c.flatten(), torch.ones(1, dtype=torch.float64)])
-            squared = float(weights @ self.gram[steps][:, steps] @ weights)
-            drift.append(
-                drift[-1] + abs(self.grid[t + 1] - self.grid[t]) * max(squared, 0.0) ** 0.5
-            )
-        return drift
+        c = torch.zeros(end - newest + 1, num_steps, dtype=torch.float64)
+        if end > newest + 1:
+            steps = [Step(t, self.sigmas[t], num_steps) for t in range(newest + 1, end)]
+            weights = torch.stack([self.rule.coefficients(history, s).flatten() for s in steps])
+            c[2:, list(window)] = weights.double() * self.euler_steps[newest + 1 : end, None]
+            c[2:, newest + 1 : end] -= self.euler_steps[newest + 1 : end].diag()
+        return c.cumsum(0)
 
 
 def _diverse(

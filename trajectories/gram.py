@@ -110,3 +110,51 @@ def open_loop_error(
     c[..., t] += 1
     squared = torch.einsum("...s,...st,...t->...", c, grams, c)
     return (squared.clamp_min(0) / grams[..., t, t]).sqrt()
+
+
+def step_errors(
+    grams: Float[Tensor, "*lead S S"], rows: Float[Tensor, "*lead2 S S"]
+) -> Float[Tensor, "*lead S"]:
+    """`open_loop_error` of every step at once; 0 at an anchor.
+
+    Args:
+        grams: Gram matrices.
+        rows: weights of every step (of an anchor its unit row), broadcast against leading axes.
+    """
+    c = rows.double() - torch.eye(rows.shape[-1], dtype=torch.float64)
+    return norms(grams, c) / grams.diagonal(dim1=-2, dim2=-1).sqrt()
+
+
+def accumulated_error(
+    grams: Float[Tensor, "*lead S S"], rows: Float[Tensor, "*lead2 S S"], sigmas: Sequence[float]
+) -> Float[Tensor, "*lead S"]:
+    """||sum_{t<=s} h_t (F_hat_t - F_t)|| after every step s, with h_t = sigma_{t+1} - sigma_t.
+
+    How far an Euler run is off after step s, w^T G w with w = sum_t h_t (c_t - e_t). Exact for
+    recorded `output` features of a run without guidance whose network does not react to the error.
+    The last entry is the error of the final sample.
+
+    Args:
+        grams: Gram matrices.
+        rows: weights of every step (of an anchor its unit row), broadcast against leading axes.
+        sigmas: flow time of every step; the run ends at 0.
+    """
+    c = rows.double() - torch.eye(rows.shape[-1], dtype=torch.float64)
+    euler_steps = torch.tensor([*sigmas, 0.0], dtype=torch.float64).diff()
+    return norms(grams, (euler_steps[:, None] * c).cumsum(-2))
+
+
+def spread(grams: Float[Tensor, "*lead S S"]) -> Float[Tensor, " *lead"]:
+    """RMS distance over the steps of a trajectory's feature from its own mean over the steps.
+
+    The scale of what has to be forecast: the part of a feature that never changes costs nothing.
+    """
+    squared = grams.diagonal(dim1=-2, dim2=-1).mean(-1) - grams.mean((-2, -1))
+    return squared.clamp_min(0).sqrt()
+
+
+def norms(
+    grams: Float[Tensor, "*lead S S"], weights: Float[Tensor, "*lead2 T S"]
+) -> Float[Tensor, "*lead T"]:
+    """||sum_s w_s F_s|| for every row w."""
+    return ((weights @ grams) * weights).sum(-1).clamp_min(0).sqrt()

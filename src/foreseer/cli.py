@@ -75,7 +75,8 @@ def run_function(function: Callable[..., None], words: list[str]) -> None:
     """Parse `words` against the function's signature and call it.
 
     Required parameters are options, since `--config` cannot be combined with an override of a
-    positional one; `inspect` and `verify` take nothing but a recording and need no name for it.
+    positional one; `inspect` and `verify` read a recording, the one thing they require, and need
+    no name for it.
     """
     from jsonargparse import auto_cli
 

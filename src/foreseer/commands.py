@@ -190,16 +190,22 @@ def bench(
     )
 
 
-def inspect(recording: str, out: str | None = None) -> None:
-    """Print what a recording holds, and draw how its features move from step to step.
+def inspect(recording: str, out: str | None = None, budgets: Sequence[int] = (11, 8, 6)) -> None:
+    """Show how a recording's features move, and estimate offline which rule and anchors suit it.
+
+    Needs neither the network nor features. Formulas and a least-squares fit are compared by the
+    error they pile up on recorded features, on anchors searched for each and on uniform ones; the
+    last line is a verdict. It is an estimate: only `foreseer bench` sees the network react.
 
     Args:
         recording: folder of the recording.
-        out: folder for the plots; None takes `plots` inside the recording's folder.
+        out: folder for the plots and `offline.json`; None takes `plots` in the recording's folder.
+        budgets: list of network evaluations per trajectory to compare the rules at; from Grams
+            alone, so an estimate: `foreseer bench` measures.
     """
-    from .trajectories.inspect_command import inspect_command
+    from .training.inspect_command import inspect_command
 
-    inspect_command(recording=recording, out=out)
+    inspect_command(recording=recording, out=out, budgets=budgets)
 
 
 def verify(recording: str) -> None:
@@ -208,7 +214,7 @@ def verify(recording: str) -> None:
     Args:
         recording: folder of the recording.
     """
-    from .trajectories.inspect_command import verify_command
+    from .trajectories.verify_command import verify_command
 
     verify_command(recording=recording)
 

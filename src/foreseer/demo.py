@@ -34,9 +34,9 @@ from .training.benchmark import bench_command
 from .training.closed_loop import L2PClosedLoop
 from .training.export import export_command
 from .training.fit_report import FitReport
+from .training.inspect_command import inspect_command
 from .training.l2p import L2PAdam, L2PLeastSquares, L2PModule
 from .trajectories.datamodule import GramDataModule, RecordingDataModule
-from .trajectories.inspect_command import inspect_command
 from .trajectories.record_command import record_command
 from .trajectories.recording import Recording
 

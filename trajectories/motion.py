@@ -1,4 +1,4 @@
-"""`foreseer inspect` and `verify`: what a recording holds, how it moves, whether it is intact.
+"""What a recording holds and how its features move from step to step.
 
 Shapes: S sampling steps, L layers.
 """
@@ -16,7 +16,6 @@ from .gram import cosine_to_previous, projection_fidelity, relative_change
 from .record_command import megabytes
 from .recording import Recording
 
-MAX_TRAJECTORIES = 64  # averages over more look the same and take longer
 EXPLAINED = 0.95  # the fidelity above which L2P (arXiv 2604.26365) calls a step explained
 
 
@@ -33,53 +32,6 @@ class Motion:
     change: Float[Tensor, " S"]
     cosine: Float[Tensor, " S"]
     fidelity: Float[Tensor, " S"]
-
-
-def inspect_command(recording: str, out: str | None = None) -> list[Path]:
-    """Print what a recording holds and draw how its features move.
-
-    Args:
-        recording: folder of the recording.
-        out: folder for the plots; None takes `plots` beside the shards.
-
-    Returns:
-        The plots.
-
-    Raises:
-        RecordingError: the folder is no recording, or has no finished trajectory.
-    """
-    opened = Recording(recording)
-    print(facts(opened))
-    if not len(opened):
-        return []
-    every = -(-len(opened) // MAX_TRAJECTORIES)
-    motions = {
-        tap: motion(opened.stack(f"gram/{tap}", opened.items[::every]))
-        for tap in sorted(opened.header.taps, key=tap_order)
-    }
-    print(table(motions))
-    folder = opened.folder / "plots" if out is None else Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = draw(motions, folder)
-    for plot in plots:
-        print(f"wrote {plot}")
-    return plots
-
-
-def verify_command(recording: str) -> None:
-    """Compare every shard with its hash and print what is damaged.
-
-    Raises:
-        SystemExit: with code 1 when something is damaged.
-    """
-    opened = Recording(recording)
-    problems = opened.verify()
-    for problem in problems:
-        print(problem)
-    total = sum(entry.bytes for entry in opened.entries.values())
-    print(f"{len(problems)} of {len(opened)} trajectories damaged, {megabytes(total)} read")
-    if problems:
-        raise SystemExit(1)
 
 
 def facts(recording: Recording) -> str:

@@ -1,0 +1,177 @@
+"""`foreseer inspect`: what a recording holds, how it moves, and which rule it speaks for.
+
+Everything follows from Grams: no network, no features. Shapes: S sampling steps.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..integration.report_analysis import plot_rule_errors
+from ..integration.report_plots import plot_timeline
+from ..trajectories.gram import step_errors
+from ..trajectories.motion import draw, facts, motion, table, tap_order
+from ..trajectories.recording import Recording
+from .offline import LEARNED, OfflineRow, Remembered, TapGrams, best_row, offline_rows, verdict
+from .rows import RULES
+
+MAX_TRAJECTORIES = 64  # averages over more look the same and take longer
+FORECAST_TAPS = ("output", "hidden", "residual")  # what a predictor can put back into a run
+QUIET_SECONDS = 2  # before the progress bar shows
+UNITS = {
+    "open_loop_error": "||F_hat_t - F_t|| / ||F_t||, mean over forecast steps, trajectories and "
+    "branches",
+    "integrated_error": "||sum_t h_t (F_hat_t - F_t)|| over the run, h_t in flow time, RMS over "
+    "trajectories and branches, in units of the feature's RMS distance from its mean over the run",
+    "accumulated_error": "the integrated error up to each step, RMS over the steps too; its "
+    "-20 log10 is the offline estimate in dB",
+}
+
+
+def inspect_command(
+    recording: str, out: str | None = None, budgets: Sequence[int] = (11, 8, 6)
+) -> list[Path]:
+    """Print what a recording holds and what its Grams say about every rule; draw both.
+
+    Args:
+        recording: folder of the recording.
+        out: folder for the plots and `offline.json`; None takes `plots` beside the shards.
+        budgets: network evaluations to compare at; those the run has no steps for are left out.
+
+    Returns:
+        The plots.
+
+    Raises:
+        RecordingError: the folder is no recording.
+        ValueError: a budget is below 1.
+    """
+    if not budgets or min(budgets) < 1:
+        raise ValueError(f"budgets are {list(budgets)}, expected numbers of evaluations >= 1.")
+    opened = Recording(recording)
+    print(facts(opened))
+    if not len(opened):
+        print("no trajectory is finished, so there is nothing to measure yet")
+        return []
+    items = opened.items[:: -(-len(opened) // MAX_TRAJECTORIES)]
+    grams = {tap: opened.stack(f"gram/{tap}", items) for tap in opened.header.taps}
+    motions = {tap: motion(grams[tap]) for tap in sorted(grams, key=tap_order)}
+    print(table(motions))
+    folder = opened.folder / "plots" if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = draw(motions, folder)
+    num_steps = opened.header.num_steps
+    usable = sorted({n for n in budgets if n < num_steps}, reverse=True)
+    taps = [
+        TapGrams(tap, grams[tap], opened.header.sigmas) for tap in FORECAST_TAPS if tap in grams
+    ]
+    if usable and taps:
+        plots += answer(taps, usable, folder)
+    else:
+        print(
+            f"no rule was compared: found the taps {' '.join(sorted(grams))}, {num_steps} steps "
+            f"and budgets {' '.join(map(str, budgets))}; expected one of the taps "
+            f"{' '.join(FORECAST_TAPS)} and a budget below the number of steps"
+        )
+    for plot in plots:
+        print(f"wrote {plot}")
+    return plots
+
+
+def answer(taps: Sequence[TapGrams], budgets: Sequence[int], folder: Path) -> list[Path]:
+    """Compare the rules, print the tables and the verdict, write `offline.json` and the plots."""
+    rows: list[OfflineRow] = []
+    rules = {name: Remembered(rule) for name, rule in RULES.items()}
+    total = len(taps) * len(budgets) * len(rules)
+    with tqdm(total=total, desc="anchors", unit="rule", delay=QUIET_SECONDS, leave=False) as bar:
+        for grams in taps:
+            for num_anchors in budgets:
+                rows += offline_rows(grams, rules, num_anchors, bar.update)
+    num_held_out = len(taps[0].held) if taps[0].can_learn else 0
+    line = verdict(rows, num_held_out)
+    for grams in taps:
+        print(f"\n{offline_table(rows, grams.tap, budgets)}")
+    print(
+        "(estimate in dB of the error piled up during the run, from recorded features; higher is "
+        "better)"
+    )
+    lists = chosen_lists(rows, budgets)
+    print("\n" + "\n".join(f"{label:<34}{' '.join(map(str, a))}" for label, a in lists.items()))
+    print(f"\n{line}\n")
+    write_json(rows, line, num_held_out, folder / "offline.json")
+    middle = budgets[len(budgets) // 2]
+    return [
+        draw_errors(taps, [row for row in rows if row.num_anchors == middle], folder),
+        plot_timeline(lists, len(taps[0].sigmas), folder / "anchors.png"),
+    ]
+
+
+def offline_table(rows: Sequence[OfflineRow], tap: str, budgets: Sequence[int]) -> str:
+    """A line per method, best first at the middle budget: its estimate per budget and list."""
+    here = {
+        (row.method, row.num_anchors, row.anchors_name): row.estimate_db
+        for row in rows
+        if row.tap == tap
+    }
+    middle = budgets[len(budgets) // 2]
+    methods = sorted(
+        dict.fromkeys(method for method, _, _ in here),
+        key=lambda method: -here[method, middle, "searched"],
+    )
+    head = "".join(f"{n:>9} searched  uniform" for n in budgets)
+    lines = [f"{'tap ' + tap:<20}{head}"]
+    for method in methods:
+        cells = (
+            f"{here[method, n, 'searched']:>18.1f}{here[method, n, 'uniform']:>9.1f}"
+            for n in budgets
+        )
+        lines.append(f"{method:<20}{''.join(cells)}")
+    return "\n".join(lines)
+
+
+def chosen_lists(rows: Sequence[OfflineRow], budgets: Sequence[int]) -> dict[str, Sequence[int]]:
+    """The searched lists of the best formula and the learned rows on every tap, and uniform."""
+    lists: dict[str, Sequence[int]] = {}
+    for n in budgets:
+        here = [row for row in rows if row.num_anchors == n]
+        for tap in dict.fromkeys(row.tap for row in here):
+            found = [row for row in here if row.tap == tap and row.anchors_name == "searched"]
+            best = [best_row(found, learned=False)]
+            best += [row for row in found if row.method == LEARNED]
+            lists |= {f"{n} evaluations: {row.method}, {tap}": row.anchors for row in best}
+        even = next(row for row in here if row.anchors_name == "uniform")
+        lists[f"{n} evaluations: uniform"] = even.anchors
+    return lists
+
+
+def draw_errors(taps: Sequence[TapGrams], rows: Sequence[OfflineRow], folder: Path) -> Path:
+    """Relative error per step of every method, on the list of the tap's best formula."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    best: dict[str, OfflineRow] = {}
+    for grams in taps:
+        here = [row for row in rows if row.tap == grams.tap]
+        best[grams.tap] = row = best_row(here, learned=False)
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for method in dict.fromkeys(found.method for found in here):
+            errors = step_errors(grams.held, grams.rows(method, row.anchors)).mean((0, 1))
+            curves[method] = list(enumerate(errors.tolist()))
+        title = f"{grams.tap}, anchors {' '.join(map(str, row.anchors))}"
+        panels[title] = curves
+    strong = [LEARNED, *(row.method for row in best.values())]
+    present = {method for curves in panels.values() for method in curves}
+    strong = [method for method in dict.fromkeys(strong) if method in present]
+    return plot_rule_errors(panels, strong, folder / "rule_errors.png")
+
+
+def write_json(rows: Sequence[OfflineRow], line: str, num_held_out: int, path: Path) -> None:
+    """The table as JSON, with its units; an exact method has errors of 0."""
+    content: Mapping[str, object] = {
+        "verdict": line,
+        "num_held_out": num_held_out,
+        "units": UNITS,
+        "rows": [dataclasses.asdict(row) for row in rows if math.isfinite(row.accumulated_error)],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
