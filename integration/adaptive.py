@@ -118,9 +118,9 @@ class SpeCa:
 
     The last block runs on its forecast input; a sample is accepted while
     ||F_hat - F|| / ||F|| <= max(threshold * decay^(s / S), floor), F_hat the forecast of what
-    enters the head and F what the block makes of its input (arXiv 2509.11628, eq. 7 and 8). F is
-    what goes on. A refused sample is computed at the same step: the released code keeps it and
-    computes the next one.
+    enters the head and F what the block makes of its input (arXiv 2509.11628, eq. 7 and 8). A
+    refused sample is computed at the same step: the released code keeps it and computes the next
+    one.
 
     Args:
         threshold: tolerance at step 0, >= 0.
