@@ -33,10 +33,10 @@ Text tokens are all computed.
 
 TOLERANCE = 1e-3  # relative, float32: matrix products of fewer rows add in another order
 
-Pick = Callable[[Float[Tensor, "B T+N D"]], Float[Tensor, "B T+n D"]]
+Pick = Callable[[Float[Tensor, "B joined D"]], Float[Tensor, "B rows D"]]
 """The text rows and the selected stream rows of a full attention output, text first."""
 
-Given = Callable[[str, Pick], Float[Tensor, "B T+n D"]]
+Given = Callable[[str, Pick], Float[Tensor, "B rows D"]]
 """Attention outputs: `given(block, pick)` are the picked rows of that block's attention."""
 
 
@@ -84,7 +84,7 @@ class Picker:
         self.num_tokens = stream.shape[1]
         return take(stream, self.selected)
 
-    def __call__(self, joined: Float[Tensor, "B T+N D"]) -> Float[Tensor, "B T+n D"]:
+    def __call__(self, joined: Float[Tensor, "B joined D"]) -> Float[Tensor, "B rows D"]:
         """The text rows and the selected stream rows of an attention output."""
         num_text = joined.shape[1] - self.num_tokens
         if not num_text:

@@ -5,6 +5,7 @@ Shapes: B samples, M = branches * B rows of a call, N tokens, D channels, n sele
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -97,6 +98,7 @@ class PartialForecaster(Controller):
         return self.base.state_bytes() + attention + self.policy.state_bytes()
 
 
+@dataclass
 class PartialReport(Report):
     """A report that tells partial steps from pure forecasts; `forecasts` holds both.
 
@@ -105,11 +107,13 @@ class PartialReport(Report):
         partial_seconds: wall-clock seconds of their calls; `seconds` holds the others.
     """
 
+    partials: list[int] = field(default_factory=list)
+    partial_seconds: list[float] = field(default_factory=list)
+
     def open(self, sigmas: list[float]) -> None:
         """Start over for a new run."""
         super().open(sigmas)
-        self.partials: list[int] = []
-        self.partial_seconds: list[float] = []
+        self.partials, self.partial_seconds = [], []
 
     def count(self, step_index: int, kind: str, seconds: float) -> None:
         """Add one call, to `partial_seconds` where tokens were computed."""
