@@ -89,7 +89,7 @@ class Picker:
         num_text = joined.shape[1] - self.num_tokens
         if not num_text:
             return take(joined, self.selected)
-        return torch.cat([joined[:, :num_text], take(joined[:, num_text:], self.selected)], 1)
+        return torch.cat([joined[:, :num_text], take(joined, self.selected + num_text)], 1)
 
 
 class PartialTrunk:
