@@ -156,7 +156,7 @@ class VerifiedForecaster(Forecaster):
     def check(self, key: str, step: Step, computed: Tensor) -> Tensor:
         """Accept or refuse every sample; the forecast enters the head, as the release has it.
 
-        What the block makes of its forecast input lost by 1 dB to the forecast on the bundled model.
+        On the bundled model what the block makes of its forecast input is 1 dB worse.
         """
         forecast = self._forecast(key, "hidden", step)
         if step.index not in self.refused:

@@ -11,7 +11,7 @@ from .adaptive_forecasting import ProbedForecaster, VerifiedForecaster
 from .forecaster import Forecaster
 from .host import host_fingerprint, transformer_of
 from .report import Report
-from .session import Controller, Session
+from .session import Session
 
 
 class Run:
@@ -54,10 +54,33 @@ def attach(
         PredictorMismatch: a learned predictor was fitted on another model.
         ValueError: no anchors are known, or the host has a cache enabled.
     """
+    controller = checked_forecaster(pipe, predictor, anchors, tap, schedule)
+    return Run(Session(transformer_of(pipe), pipe.scheduler, controller))
+
+
+def checked_forecaster(
+    pipe: Any,
+    predictor: Predictor,
+    anchors: Sequence[int] | None = None,
+    tap: str | None = None,
+    schedule: Schedule | None = None,
+) -> Forecaster:
+    """What `attach` attaches, once everything it is given has been checked against the pipeline.
+
+    Args:
+        pipe: see `attach`.
+        predictor: see `attach`.
+        anchors: see `attach`.
+        tap: see `attach`.
+        schedule: see `attach`.
+
+    Raises:
+        PredictorMismatch: a learned predictor was fitted on another model.
+        ValueError: no anchors are known, or tap and schedule do not go together.
+    """
     spec: PredictorSpec | None = getattr(predictor, "spec", None)
-    transformer = transformer_of(pipe)
     if spec is not None:
-        check_host(spec, host_fingerprint(transformer), pipe.scheduler)
+        check_host(spec, host_fingerprint(transformer_of(pipe)), pipe.scheduler)
         if tap is not None and tap != spec.tap:
             raise PredictorMismatch(
                 f"the predictor was fitted on the tap {spec.tap!r}, not {tap!r}; leave `tap` out."
@@ -79,18 +102,6 @@ def attach(
     tap = tap or ("hidden" if isinstance(schedule, SpeCa) else "output")
     if tap not in ("output", "hidden", "residual"):
         raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden' or 'residual'.")
-    controller = _controller(schedule, predictor, tap, anchors, spec, pipe)
-    return Run(Session(transformer, pipe.scheduler, controller))
-
-
-def _controller(
-    schedule: Schedule | None,
-    predictor: Predictor,
-    tap: str,
-    anchors: tuple[int, ...],
-    spec: PredictorSpec | None,
-    pipe: Any,
-) -> Controller:
     if isinstance(schedule, ProbeSchedule):
         return ProbedForecaster(schedule, predictor, tap, anchors, spec, pipe)
     if isinstance(schedule, SpeCa):

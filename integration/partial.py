@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..predictors.token_clusters import take
-from .hook import _replacing, block_list, capturing, own
+from .hook import block_list, capturing, own, replacing
 from .host import Trunk, UnsupportedHost
 
 SELF_ATTENTION = {
@@ -150,7 +150,7 @@ class PartialTrunk:
         """
         check_arguments(kwargs)
         pick = Picker(selected)
-        entering, leaving = _replacing(pick.enter), _replacing(merge)
+        entering, leaving = replacing(pick.enter), replacing(merge)
         handles: list[Any] = []
         originals = {name: site.attention for name, site in self.sites.items()}
         try:
@@ -279,7 +279,7 @@ def _entering(block: nn.Module) -> Iterator[list[Tensor]]:
         streams.append(stream)
         return stream
 
-    handle = block.register_forward_pre_hook(_replacing(look), with_kwargs=True)
+    handle = block.register_forward_pre_hook(replacing(look), with_kwargs=True)
     try:
         yield streams
     finally:

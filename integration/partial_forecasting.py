@@ -17,7 +17,9 @@ from ..checkpoints.spec import PredictorMismatch, PredictorSpec
 from ..predictors.base import History, LinearPredictor, Predictor, Step
 from ..predictors.polynomial import Reuse
 from ..predictors.tokens import TokenPolicy
-from .forecasting import Forecaster, Run, attach
+from .forecaster import Forecaster
+from .forecasting import Run, checked_forecaster
+from .host import transformer_of
 from .partial import PartialTrunk, Pick
 from .report import Report
 from .session import Controller, Session
@@ -158,9 +160,7 @@ class PartialSession(Session):
         self._proven = True
 
     def _run(self, forward: Callable, args: tuple, kwargs: dict, key: str, x_t: Any) -> Any:
-        if not self._proven:
-            self._prove(forward, args, kwargs)
-        assert self.partial is not None  # proven
+        assert self.partial is not None  # proven before the first call is run
         step = self._step(self.clock.index, self._calls, x_t)
         with self.partial.capturing() as attention:
             output = super()._run(forward, args, kwargs, key, x_t)
@@ -216,12 +216,9 @@ def attach_partially(
             f"the attention rule {type(rule).__name__} is learned, but nothing was recorded of the "
             "attention outputs; use Reuse() or Taylor(1)."
         )
-    checked = attach(pipe, predictor, anchors, None if spec is not None else "hidden")
-    checked.detach()  # its checks and defaults are wanted, not its session
-    base = checked.session.controller
-    assert isinstance(base, Forecaster)  # what `attach` makes
+    base = checked_forecaster(pipe, predictor, anchors, None if spec is not None else "hidden")
     controller = PartialForecaster(base, policy, rule)
-    return Run(PartialSession(checked.session.transformer, pipe.scheduler, controller))
+    return Run(PartialSession(transformer_of(pipe), pipe.scheduler, controller))
 
 
 @contextlib.contextmanager
