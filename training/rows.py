@@ -11,8 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..predictors.base import LinearPredictor
-from ..predictors.hermite import HiCache
+from ..predictors.damped import Damped
+from ..predictors.foca import Foca2Point, FocaRecursive
+from ..predictors.hermite import HiCache, ScaledTaylor
 from ..predictors.linear import tabulate
+from ..predictors.multistep import BDF2, AdamsMoulton, RungeKutta2
 from ..predictors.polynomial import Newton, Reuse, Taylor
 
 RULES: dict[str, LinearPredictor] = {
@@ -22,7 +25,16 @@ RULES: dict[str, LinearPredictor] = {
     "taylor_3": Taylor(3),
     "newton_1": Newton(1),
     "newton_2": Newton(2),
+    "newton_3": Newton(3),
     "hicache_2": HiCache(2),
+    "hicache_2_s71": HiCache(2, 0.71),
+    "scaled_taylor_2": ScaledTaylor(2),
+    "rk2": RungeKutta2(),
+    "bdf2": BDF2(),
+    "adams_moulton": AdamsMoulton(),
+    "foca_2pt": Foca2Point(),
+    "foca_recursive": FocaRecursive(),
+    "damped_half": Damped(0.5),
 }
 """The formulas every learned predictor is measured against, by the name used in tables."""
 
