@@ -7,7 +7,6 @@ Source: the rows are L2P's (arXiv 2604.26365); a row per part is ours.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
