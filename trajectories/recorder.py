@@ -5,7 +5,7 @@ Shapes: B batch, S sampling steps, N tokens, D channels.
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..integration.host import host_fingerprint, transformer_of
 from ..integration.session import Controller, Session
 from ..predictors.base import Step
-from .gram import gram
+from ..predictors.partition import Partition
+from .gram import gram, part_grams
 from .header import HEADER_FILE, Header, RecordingError
 from .prompts import Item, digest, generate_batch
 from .recording import Recording
@@ -28,10 +29,14 @@ class Recorder(Controller):
 
     Args:
         taps: taps to keep; `blocks.*` stands for the residual stream after every block.
+        partitions: partitions by `<tap>/<name>`, whose Grams are stored beside the tap's.
     """
 
-    def __init__(self, taps: Sequence[str]) -> None:
+    def __init__(
+        self, taps: Sequence[str], partitions: Mapping[str, Partition] | None = None
+    ) -> None:
         self.taps = frozenset(taps)
+        self.partitions = dict(partitions or {})
         self.open([])
 
     def open(self, sigmas: list[float]) -> None:
@@ -83,6 +88,9 @@ class Recorder(Controller):
         for tap in sorted(self.features):
             trajectory = self.trajectory(sample, tap)
             stored[f"gram/{tap}"] = gram(trajectory.flatten(2))
+            for name, partition in self.partitions.items():
+                if name.partition("/")[0] == tap:
+                    stored[f"gram/{name}"] = part_grams(trajectory, partition)
             if features == "full":
                 stored[f"feature/{tap}"] = trajectory
             elif features == "tokens" and trajectory.ndim == 4:  # (branches, S, N, D)
@@ -105,6 +113,7 @@ def record(
     batch_size: int = 8,
     rank: int = 0,
     world: int = 1,
+    partitions: Mapping[str, Partition] | None = None,
     **settings: Any,
 ) -> Path:
     """Run a pipeline over items and write a recording; run it again to resume after a break.
@@ -123,6 +132,8 @@ def record(
         batch_size: items per pipeline call.
         rank: number of this process among `world`; it records every `world`-th item.
         world: processes that record at the same time.
+        partitions: partitions by `<tap>/<name>`; their Grams, `(branches, parts, S, S)`, are stored
+            as `gram/<tap>/<name>`.
         settings: keyword arguments of every call, such as `guidance_scale`, `num_inference_steps`.
 
     Returns:
@@ -146,7 +157,11 @@ def record(
         "settings_digest": digest([], settings),
     }
     transformer = transformer_of(pipe)
-    recorder = Recorder(expand_taps(transformer, taps))
+    recorder = Recorder(expand_taps(transformer, taps), partitions)
+    if recorder.partitions:
+        check_partitions(recorder)
+        told = {name: partition.describe() for name, partition in recorder.partitions.items()}
+        recipe["partitions"] = dict(sorted(told.items()))
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     session = Session(transformer, pipe.scheduler, recorder)
     try:
@@ -226,6 +241,21 @@ def expand_taps(transformer: nn.Module, taps: Sequence[str]) -> list[str]:
     if unknown or not expanded:
         raise ValueError(f"unknown taps {unknown}; this host has {', '.join(known)} and blocks.*")
     return expanded
+
+
+def check_partitions(recorder: Recorder) -> None:
+    """Raise unless every partition is named after a tap that is recorded.
+
+    Raises:
+        ValueError: a name is not `<tap>/<name>`.
+    """
+    for name in recorder.partitions:
+        tap, _, own = name.partition("/")
+        if tap not in recorder.taps or not own or "/" in own:
+            raise ValueError(
+                f"found a partition called {name!r}, expected <tap>/<name> with a tap of "
+                f"{sorted(recorder.taps)}, as in 'hidden/bands'."
+            )
 
 
 def describe(
