@@ -17,10 +17,10 @@ class GapBounded(LinearPredictor):
 
     While r = j / g_1 <= max_ratio (horizon over last gap, in steps) the weights are the rule's.
     Above it the rule is given the newest anchor alone, which makes every fixed rule repeat it. All
-    orders go at once, because a lower one still holds the term r: after the anchors 0, 1, 2 Taylor
-    gives the anchors of order 1 the weights (6, -5) at step 7. No published method bounds it: a
-    bounded rule is a deviation from its original. The forecast jumps back at the step where the
-    bound is passed.
+    orders go at once, because a lower one still holds the term r: after the anchors 0, 1, 2 even
+    `Taylor(1)` has the weights (6, -5) at step 7. The originals have no such bound: a bounded rule
+    deviates from them, and its forecast jumps back to the anchor at the step where the bound is
+    passed.
 
     Args:
         rule: a fixed rule.

@@ -37,7 +37,8 @@ class Damped(LinearPredictor):
 
     def coefficients(self, history: History, step: Step) -> Float[Tensor, " K"]:
         """(1 + rho r, -rho r) with r = j / g_1."""
-        return slope_weights(history.steps, self.rho * (step.index - history.steps[-1]))
+        horizon = float(step.index - history.steps[-1])
+        return slope_weights(history.steps, self.rho * horizon)
 
 
 def slope_weights(
@@ -48,12 +49,11 @@ def slope_weights(
     Args:
         steps: anchors, oldest first; the slope of a missing anchor is left out.
         newest: steps moved along the newest slope.
-        previous: steps moved along the one before it; 0 when there are fewer than three anchors.
+        previous: steps moved along the one before it.
     """
     weights = torch.zeros(len(steps), dtype=torch.float64)
     weights[-1] = 1.0
-    moves = [newest] if previous == 0.0 else [newest, previous]
-    for back, move in enumerate(moves[: len(steps) - 1], start=1):
+    for back, move in enumerate((newest, previous)[: len(steps) - 1], start=1):
         share = move / (steps[-back] - steps[-back - 1])
         weights[-back] += share
         weights[-back - 1] -= share

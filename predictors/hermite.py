@@ -74,11 +74,12 @@ class ScaledTaylor(LinearPredictor):
 
     def coefficients(self, history: History, step: Step) -> Float[Tensor, " K"]:
         """Contracted powers folded onto the features."""
-        horizon = self.contraction**2 * (step.index - history.steps[-1])
+        nodes, at = clock_positions(history, step, "step")
+        horizon = self.contraction**2 * (at - nodes[-1])
         factors = [1.0]
         for i in range(1, self.order + 1):
             factors.append(factors[-1] * horizon / i)
-        return ladder_weights(history.steps, factors)
+        return ladder_weights(nodes, factors)
 
 
 def check_contraction(contraction: float) -> None:

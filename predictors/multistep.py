@@ -26,7 +26,7 @@ class RungeKutta2(LinearPredictor):
     def coefficients(self, history: History, step: Step) -> Float[Tensor, " K"]:
         """Weights of the mean slope."""
         steps = history.steps
-        horizon = step.index - steps[-1]
+        horizon = float(step.index - steps[-1])
         if len(steps) < 3:
             return slope_weights(steps, horizon)
         share = horizon / (steps[-1] - steps[-3])
@@ -46,7 +46,7 @@ class AdamsBashforth2(LinearPredictor):
     def coefficients(self, history: History, step: Step) -> Float[Tensor, " K"]:
         """Weights of the two slopes."""
         steps = history.steps
-        horizon = step.index - steps[-1]
+        horizon = float(step.index - steps[-1])
         if len(steps) < 3:
             return slope_weights(steps, horizon)
         half = horizon / (steps[-1] - steps[-2]) / 2
@@ -78,7 +78,7 @@ class AdamsMoulton(LinearPredictor):
     def coefficients(self, history: History, step: Step) -> Float[Tensor, " K"]:
         """Weights of the two slopes."""
         steps = history.steps
-        horizon = step.index - steps[-1]
+        horizon = float(step.index - steps[-1])
         if len(steps) < 3:
             return slope_weights(steps, horizon)
         gap = steps[-1] - steps[-2]
