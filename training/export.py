@@ -123,9 +123,7 @@ def validation_errors(state: dict[str, Tensor], where: str) -> dict[str, float]:
     return {"val_error_db": best, "val_error_db_start": start}
 
 
-def summed_grams(
-    recording: Recording, tap: str, partition: str | None = None
-) -> dict[str, Tensor]:
+def summed_grams(recording: Recording, tap: str, partition: str | None = None) -> dict[str, Tensor]:
     """`gram/<tap>`, float64 (branches, S, S), summed over trajectories; `count` is their number.
 
     With the name of a recorded partition, also `gram/<tap>/<partition>`.
