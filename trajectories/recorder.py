@@ -207,12 +207,11 @@ def finished_items(out: str | Path, recipe: dict[str, Any], items: Sequence[Item
         return set()
     found = Recording(out)
     if found.header.recipe != recipe:
-        names = [n for n in recipe if recipe[n] != found.header.recipe.get(n)]
+        told = found.header.recipe
+        names = sorted(n for n in recipe | told if recipe.get(n) != told.get(n))
         raise RecordingError(
             f"{out} holds a recording with another recipe: "
-            + ", ".join(
-                f"{n} is {found.header.recipe.get(n)}, asked for {recipe[n]}" for n in names
-            )
+            + ", ".join(f"{n} is {told.get(n)}, asked for {recipe.get(n)}" for n in names)
             + ". Use the same settings to resume it, or another folder."
         )
     for item in items:
