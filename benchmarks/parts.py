@@ -48,7 +48,7 @@ Row = tuple[str, Predictor, Partition, torch.Tensor, int]
 
 def parts(
     work: str = "runs/parts",
-    num_trajectories: int = 32,
+    num_trajectories: int = 64,
     num_samples: int = 24,
     batch_size: int = 16,
     out: str = "benchmarks/results/parts.json",

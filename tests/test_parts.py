@@ -8,6 +8,7 @@ import torch
 from checkpoint_cases import random_predictor, spec_for, tiny_pipe
 from tiny_hosts import seeded
 
+from foreseer.checkpoints.card import model_card
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host import host_fingerprint
@@ -264,3 +265,12 @@ def test_a_parted_predictor_runs_on_a_pipeline(kind):
 def run_sigmas(pipe) -> tuple[float, ...]:
     pipe.scheduler.set_timesteps(STEPS)
     return tuple(pipe.scheduler.sigmas[:-1].tolist())
+
+
+def test_the_card_tells_the_parts():
+    cases = saved_cases()
+    cards = {name: model_card(predictor, spec_of(predictor)) for name, predictor in cases.items()}
+    assert "non-zero weights over 3 frequency bands" in cards["dct"]
+    assert "non-zero weights over 3 channel groups" in cards["groups"]
+    assert "2 channels: reuse; 3 channels: taylor_1; 1 channels: bdf2" in cards["hyca"]
+    assert "- hyca\n" in cards["hyca"] and "- l2p\n" in cards["dct"]
