@@ -156,18 +156,11 @@ def record(
         "settings": {name: _plain_or_name(value) for name, value in sorted(settings.items())},
         "settings_digest": digest([], settings),
     }
-    transformer = transformer_of(pipe)
-    recorder = Recorder(expand_taps(transformer, taps), partitions)
+    recorder = Recorder(expand_taps(transformer_of(pipe), taps), partitions)
     if recorder.partitions:
-        check_partitions(recorder)
-        told = {name: partition.describe() for name, partition in recorder.partitions.items()}
-        recipe["partitions"] = dict(sorted(told.items()))
+        recipe["partitions"] = describe_partitions(recorder)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    session = Session(transformer, pipe.scheduler, recorder)
-    try:
-        _record_batches(pipe, batches, recorder, Path(out), recipe, rank, settings)
-    finally:
-        session.detach()
+    _record_batches(pipe, batches, recorder, Path(out), recipe, rank, settings)
     return Path(out)
 
 
@@ -185,6 +178,7 @@ def _record_batches(
     pending = [batch for batch in batches if any(item.index not in done for item in batch)]
     stored_as = (recipe["features"], recipe["num_tokens"], recipe["states"])
     with contextlib.ExitStack() as stack:
+        stack.callback(Session(transformer_of(pipe), pipe.scheduler, recorder).detach)
         writer: RecordingWriter | None = None
         for batch in tqdm(pending, desc=f"record {out.name}", unit="batch"):
             generate_batch(pipe, batch, output_type="latent", **settings)
@@ -242,8 +236,8 @@ def expand_taps(transformer: nn.Module, taps: Sequence[str]) -> list[str]:
     return expanded
 
 
-def check_partitions(recorder: Recorder) -> None:
-    """Raise unless every partition is named after a tap that is recorded.
+def describe_partitions(recorder: Recorder) -> dict[str, Any]:
+    """What a recipe tells of the partitions, which must be named after taps that are recorded.
 
     Raises:
         ValueError: a name is not `<tap>/<name>`.
@@ -255,6 +249,7 @@ def check_partitions(recorder: Recorder) -> None:
                 f"found a partition called {name!r}, expected <tap>/<name> with a tap of "
                 f"{sorted(recorder.taps)}, as in 'hidden/bands'."
             )
+    return {name: partition.describe() for name, partition in sorted(recorder.partitions.items())}
 
 
 def describe(
