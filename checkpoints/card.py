@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..predictors.base import Predictor
+from ..predictors.hybrid import HyCa
+from ..predictors.parted import L2PBands, PartedL2P
 from .spec import PredictorSpec
 
 MEASURES = {
@@ -26,14 +28,14 @@ library_name: foreseer
 tags:
 - feature-caching
 - diffusion
-- l2p
+- {tag}
 {base_model}---
 
 # {title} for {host_class}
 
 A learned feature-caching predictor: of the {num_steps} steps of a sampling run the network runs at
 {num_anchors}, and the other {num_forecasts} are forecast as weighted sums of what it computed
-before (tap `{tap}`, {num_branches} guidance branch(es), {num_weights} non-zero weights). The
+before (tap `{tap}`, {num_branches} guidance branch(es), {size}). The
 model itself stays as it is.
 
 **Verdict.** {verdict}
@@ -81,18 +83,18 @@ def model_card(
     Returns:
         Markdown with a YAML head.
     """
-    num_weights = sum(_num_weights(rows_) for rows_ in predictor.state_dict().values())
     base_model = spec.host.get("base_model")
     return CARD.format(
         base_model="" if base_model is None else f"base_model: {json.dumps(base_model)}\n",
         title=type(predictor).__name__,
+        tag="hyca" if isinstance(predictor, HyCa) else "l2p",
         host_class=spec.host.get("class", "an unnamed model"),
         num_steps=len(spec.sigmas),
         num_anchors=len(spec.anchors),
         num_forecasts=len(spec.sigmas) - len(spec.anchors),
         tap=spec.tap,
         num_branches=spec.num_branches,
-        num_weights=num_weights,
+        size=_size(predictor),
         verdict=verdict(spec.metrics),
         guidance_scale=spec.guidance_scale,
         facts=_facts(spec),
@@ -172,5 +174,13 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _num_weights(rows: Any) -> int:
-    return int((rows != 0).sum())
+def _size(predictor: Predictor) -> str:
+    """What was fitted: weights, over parts where there are any, or the choice of solvers."""
+    if isinstance(predictor, HyCa):
+        solvers = enumerate(predictor.solvers)
+        return "; ".join(f"{predictor.labels.count(i)} channels: {name}" for i, name in solvers)
+    num_weights = sum(int((rows != 0).sum()) for rows in predictor.state_dict().values())
+    if not isinstance(predictor, PartedL2P):
+        return f"{num_weights} non-zero weights"
+    kind = "frequency bands" if isinstance(predictor, L2PBands) else "channel groups"
+    return f"{num_weights} non-zero weights over {predictor.partition.num_parts} {kind}"

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from .. import __version__
 from ..predictors.base import Predictor
+from ..predictors.hybrid import HyCa
 from ..predictors.linear import L2P
+from ..predictors.parted import L2PBands, L2PGroups
 from .card import model_card
 from .config import CONFIG_FILE as CONFIG_FILE
 from .config import CheckpointError as CheckpointError
@@ -29,7 +31,12 @@ from .hub import locate, upload
 from .spec import PredictorSpec
 from .strict import DTYPE_CODES, MalformedFile, read_header
 
-CLASSES: dict[str, type[Predictor]] = {"L2P": L2P}
+CLASSES: dict[str, type[Predictor]] = {
+    "L2P": L2P,
+    "L2PBands": L2PBands,
+    "L2PGroups": L2PGroups,
+    "HyCa": HyCa,
+}
 """The predictors a checkpoint may hold."""
 
 MODEL_FILE = "model.safetensors"

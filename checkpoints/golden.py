@@ -21,7 +21,9 @@ def golden_pair(
 ) -> tuple[Float[Tensor, "K B N D"], Float[Tensor, "F B N D"]]:
     """Random features and the forecasts of every forecast step, float32."""
     generator = torch.Generator().manual_seed(GOLDEN_SEED)
-    shape = (len(spec.anchors), spec.num_branches, NUM_TOKENS, NUM_CHANNELS)
+    partition = getattr(predictor, "partition", None)
+    token_shape = partition.smallest if partition is not None else (NUM_TOKENS, NUM_CHANNELS)
+    shape = (len(spec.anchors), spec.num_branches, *token_shape)
     features = torch.randn(shape, generator=generator)
     return features, replay(predictor, spec, features)
 
@@ -33,7 +35,8 @@ def replay(
     history = History(predictor.window)
     branches = tuple(range(spec.num_branches))
     anchors = dict(zip(spec.anchors, features, strict=True))
-    device = next(iter(predictor.state_dict().values())).device
+    state = iter(predictor.state_dict().values())
+    device = next((tensor.device for tensor in state), torch.device("cpu"))
     forecasts = [features[:0]]
     for index, sigma in enumerate(spec.sigmas):
         step = Step(index, sigma, len(spec.sigmas), branches)
@@ -57,7 +60,7 @@ def check_golden(
         where: what to call the file in an error.
 
     Raises:
-        CheckpointError: another shape, or another forecast.
+        CheckpointError: another shape, or another forecast, or none at all.
     """
     lead = (len(spec.anchors), spec.num_branches)
     if features.ndim != 4 or features.shape[:2] != lead:
@@ -65,7 +68,10 @@ def check_golden(
             f"{where}: golden.features has shape {tuple(features.shape)}, expected {lead} and two "
             "more axes; export the predictor again."
         )
-    found = replay(predictor, spec, features)
+    try:
+        found = replay(predictor, spec, features)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: the golden pair cannot be replayed: {error}") from error
     if found.shape != forecasts.shape:
         raise CheckpointError(
             f"{where}: golden.forecasts has shape {tuple(forecasts.shape)}, expected "

@@ -194,7 +194,7 @@ CONFIG_FAULTS = {
     "schema true": (set_in("schema_version", value=True), "schema_version is True, expected 1"),
     "unknown class": (
         set_in("predictor_class", value="os.system"),
-        r"predictor_class is 'os.system', expected one of \['L2P'\]; upgrade foreseer",
+        r"predictor_class is 'os.system', expected one of \[.*'L2P'.*\]; upgrade foreseer",
     ),
     "unknown key": (set_in("extra", value=1), r"unknown keys \['extra'\]"),
     "missing key": (lambda c: c.pop("versions"), r"lacks \['versions'\]"),

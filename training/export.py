@@ -17,9 +17,12 @@ from torch import Tensor
 from ..checkpoints.format import save_predictor
 from ..checkpoints.spec import PredictorSpec
 from ..predictors.linear import L2P
+from ..predictors.parted import PartedL2P, parted_l2p
+from ..trajectories.header import Header
 from ..trajectories.recording import Recording
 from ..trajectories.shards import write_shard
 from .l2p import L2PModule, spec_of
+from .parts import L2PPartsLeastSquares, recorded_partition
 
 GRAMS_FILE = "grams.safetensors"
 HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
@@ -47,7 +50,7 @@ def export_command(checkpoint: str, out: str) -> None:
         )
     recording = Recording(folder)
     header = recording.header
-    predictor = L2P(len(header.sigmas), settings["anchors"], header.num_branches)
+    predictor = _unfitted(header, settings)
     weight = state["predictor.weight"]
     if weight.shape != predictor.weight.shape:
         raise ValueError(
@@ -56,11 +59,14 @@ def export_command(checkpoint: str, out: str) -> None:
         )
     predictor.weight.copy_(weight)
     spec = spec_of(header, settings["tap"], predictor.anchors, int(state["num_trajectories"]))
-    _save(predictor, spec, recording, out, validation_errors(state, checkpoint))
+    errors = validation_errors(state, checkpoint)
+    _save(predictor, spec, recording, out, errors, settings.get("partition"))
     print(f"{out}: {settings['fit']} fit on {len(recording)} trajectories of {folder}")
 
 
-def export_predictor(module: L2PModule, out: str | Path, metrics: dict[str, float]) -> Path:
+def export_predictor(
+    module: L2PModule | L2PPartsLeastSquares, out: str | Path, metrics: dict[str, float]
+) -> Path:
     """Write a predictor checkpoint straight from a fitted module.
 
     Args:
@@ -71,7 +77,8 @@ def export_predictor(module: L2PModule, out: str | Path, metrics: dict[str, floa
     Returns:
         The folder.
     """
-    return _save(module.predictor, module.spec(), module.recording, out, metrics)
+    partition = module.hparams.get("partition")
+    return _save(module.predictor, module.spec(), module.recording, out, metrics, partition)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -116,26 +123,38 @@ def validation_errors(state: dict[str, Tensor], where: str) -> dict[str, float]:
     return {"val_error_db": best, "val_error_db_start": start}
 
 
-def summed_grams(recording: Recording, tap: str) -> dict[str, Tensor]:
-    """`gram/<tap>`, float64 (branches, S, S), summed over trajectories; `count` is their number."""
-    name = f"gram/{tap}"
-    total: Tensor | None = None
+def summed_grams(recording: Recording, tap: str, partition: str | None = None) -> dict[str, Tensor]:
+    """`gram/<tap>`, float64 (branches, S, S), summed over trajectories; `count` is their number.
+
+    With the name of a recorded partition, also `gram/<tap>/<partition>`.
+    """
+    names = [f"gram/{tap}", *([f"gram/{tap}/{partition}"] if partition else [])]
+    total: dict[str, Tensor] = {}
     for item in recording.items:
-        gram = recording.load(item, [name])[name].double()
-        total = gram if total is None else total + gram
-    if total is None:
+        for name, gram in recording.load(item, names).items():
+            total[name] = total[name] + gram.double() if name in total else gram.double()
+    if not total:
         raise ValueError(f"{recording.folder} holds no trajectories; record some.")
-    return {name: total, "count": torch.tensor(len(recording))}
+    return {**total, "count": torch.tensor(len(recording))}
+
+
+def _unfitted(header: Header, settings: dict[str, Any]) -> L2P | PartedL2P:
+    """The predictor of a fit at its start; `settings` are the fit's hyper-parameters."""
+    sizes = (len(header.sigmas), settings["anchors"], header.num_branches)
+    if settings.get("partition") is None:
+        return L2P(*sizes)
+    return parted_l2p(*sizes, recorded_partition(header, settings["tap"], settings["partition"]))
 
 
 def _save(
-    predictor: L2P,
+    predictor: L2P | PartedL2P,
     spec: PredictorSpec,
     recording: Recording,
     out: str | Path,
     metrics: dict[str, float],
+    partition: str | None,
 ) -> Path:
     folder = save_predictor(predictor, dataclasses.replace(spec, metrics=metrics), out)
-    grams = summed_grams(recording, spec.tap)
+    grams = summed_grams(recording, spec.tap, partition)
     write_shard(folder / GRAMS_FILE, grams, {"recording_digest": spec.recording_digest})
     return folder

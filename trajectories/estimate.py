@@ -3,14 +3,15 @@
 Shapes: S sampling steps.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from ..integration.host import transformer_of
 from ..integration.session import Session
+from ..predictors.partition import Partition
 from .prompts import Item, generate_batch
 from .recorder import Recorder, expand_taps
 
@@ -25,10 +26,12 @@ class Estimate:
     Args:
         trajectory_bytes: tensors that will be stored, without the few KB of a file's head.
         full_bytes: the features of all taps, branches, steps and tokens, in the model's dtype.
+        gram_bytes: the Grams of one tap, or of one part of it.
     """
 
     trajectory_bytes: int
     full_bytes: int
+    gram_bytes: int
 
 
 class _Enough(Exception):
@@ -50,9 +53,27 @@ def estimate(
     features: str,
     num_tokens: int,
     states: bool,
+    partitions: Mapping[str, Partition] | None = None,
     **settings: Any,
 ) -> Estimate:
     """Bytes of one trajectory of a recording; the arguments are those of `recorder.record`.
+
+    Raises:
+        ValueError: a tap is unknown, or the pipeline never stepped its scheduler.
+    """
+    size = _count(first_step(pipe, item, taps, **settings), features, num_tokens, states)
+    parts = sum(partition.num_parts for partition in (partitions or {}).values())
+    return replace(size, trajectory_bytes=size.trajectory_bytes + parts * size.gram_bytes)
+
+
+def first_step(pipe: Any, item: Item, taps: Sequence[str], **settings: Any) -> Recorder:
+    """What the first step of one trajectory leaves in a recorder.
+
+    Args:
+        pipe: a diffusers pipeline.
+        item: what to generate.
+        taps: see `recorder.record`.
+        settings: keyword arguments of the call.
 
     Raises:
         ValueError: a tap is unknown, or the pipeline never stepped its scheduler.
@@ -63,7 +84,7 @@ def estimate(
     try:
         generate_batch(pipe, [item], output_type="latent", **settings)
     except _Enough:
-        return _count(recorder, features, num_tokens, states)
+        return recorder
     finally:
         session.detach()
     raise ValueError("the pipeline never called scheduler.step, so there is nothing to record.")
@@ -73,15 +94,16 @@ def _count(recorder: Recorder, features: str, num_tokens: int, states: bool) -> 
     num_steps = len(recorder.sigmas)
     assert recorder.final is not None  # the first step is over
     total = STATE_BYTES * recorder.final.numel() * (1 + (num_steps + 1) * states)
-    full = 0
+    full = each = 0
     for steps in recorder.features.values():
         branches = len(steps[0])
         feature = next(iter(steps[0].values()))[0]
         tap = branches * num_steps * feature.numel() * feature.element_size()
-        total += GRAM_BYTES * branches * num_steps**2
+        each = GRAM_BYTES * branches * num_steps**2
+        total += each
         full += tap
         if features == "full":
             total += tap
         elif features == "tokens" and feature.ndim == 2:  # (N, D)
             total += tap * num_tokens // feature.shape[0] + 8 * num_tokens
-    return Estimate(total, full)
+    return Estimate(total, full, each)

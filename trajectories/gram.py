@@ -1,8 +1,8 @@
 """Gram matrices of a trajectory's features, and what follows from them.
 
 They are all that a linear forecaster can know.
-Shapes: S sampling steps, K anchors. A Gram G has G[s, t] = <F_s, F_t>, float64; leading axes
-(trajectories, branches) are kept by every function.
+Shapes: S sampling steps, K anchors, P parts. A Gram G has G[s, t] = <F_s, F_t>, float64; leading
+axes (trajectories, branches) are kept by every function.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..predictors.partition import Partition
+
 
 def gram(features: Float[Tensor, "*lead S M"]) -> Float[Tensor, "*lead S S"]:
     """<F_s, F_t> in float64 (float32 sums double the residual of a fit on smooth trajectories)."""
     wide = features.double()
     return wide @ wide.mT
+
+
+def part_grams(
+    trajectory: Float[Tensor, "branches S *shape"], partition: Partition
+) -> Float[Tensor, "branches P S S"]:
+    """The Gram of every part of one trajectory's features; over the parts they sum to `gram`."""
+    return torch.stack([partition.grams(features) for features in trajectory])
 
 
 def relative_change(grams: Float[Tensor, "*lead S S"]) -> Float[Tensor, "*lead S-1"]:

@@ -11,6 +11,7 @@ from ..integration.host import transformer_of
 from ..integration.pipelines import load_pipeline
 from .estimate import Estimate, estimate
 from .header import HEADER_FILE
+from .partitions import asked_partitions
 from .prompts import Item, class_items
 from .recorder import record
 from .recording import Recording
@@ -33,6 +34,8 @@ def record_command(
     states: bool,
     rank: int | None = None,
     world: int | None = None,
+    bands: int | None = None,
+    groups: str | None = None,
 ) -> Path:
     """Record this process's share of the items; see `foreseer.commands.record` for the arguments.
 
@@ -49,7 +52,8 @@ def record_command(
     settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
     if not items:
         raise ValueError(f"num_trajectories is {num_trajectories}, expected at least 1.")
-    size = estimate(pipe, items[0], taps, features, num_tokens, states, **settings)
+    partitions = asked_partitions(pipe, items[0], taps, bands, groups, **settings)
+    size = estimate(pipe, items[0], taps, features, num_tokens, states, partitions, **settings)
     check_room(out, items[rank::world], size)
     record(
         pipe,
@@ -62,6 +66,7 @@ def record_command(
         batch_size=batch_size,
         rank=rank,
         world=world,
+        partitions=partitions,
         **settings,
     )
     print(summary(Recording(out), size))

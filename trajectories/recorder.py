@@ -5,7 +5,7 @@ Shapes: B batch, S sampling steps, N tokens, D channels.
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..integration.host import host_fingerprint, transformer_of
 from ..integration.session import Controller, Session
 from ..predictors.base import Step
-from .gram import gram
+from ..predictors.partition import Partition
+from .gram import gram, part_grams
 from .header import HEADER_FILE, Header, RecordingError
 from .prompts import Item, digest, generate_batch
 from .recording import Recording
@@ -28,10 +29,14 @@ class Recorder(Controller):
 
     Args:
         taps: taps to keep; `blocks.*` stands for the residual stream after every block.
+        partitions: partitions by `<tap>/<name>`, whose Grams are stored beside the tap's.
     """
 
-    def __init__(self, taps: Sequence[str]) -> None:
+    def __init__(
+        self, taps: Sequence[str], partitions: Mapping[str, Partition] | None = None
+    ) -> None:
         self.taps = frozenset(taps)
+        self.partitions = dict(partitions or {})
         self.open([])
 
     def open(self, sigmas: list[float]) -> None:
@@ -83,6 +88,9 @@ class Recorder(Controller):
         for tap in sorted(self.features):
             trajectory = self.trajectory(sample, tap)
             stored[f"gram/{tap}"] = gram(trajectory.flatten(2))
+            for name, partition in self.partitions.items():
+                if name.partition("/")[0] == tap:
+                    stored[f"gram/{name}"] = part_grams(trajectory, partition)
             if features == "full":
                 stored[f"feature/{tap}"] = trajectory
             elif features == "tokens" and trajectory.ndim == 4:  # (branches, S, N, D)
@@ -105,6 +113,7 @@ def record(
     batch_size: int = 8,
     rank: int = 0,
     world: int = 1,
+    partitions: Mapping[str, Partition] | None = None,
     **settings: Any,
 ) -> Path:
     """Run a pipeline over items and write a recording; run it again to resume after a break.
@@ -123,6 +132,8 @@ def record(
         batch_size: items per pipeline call.
         rank: number of this process among `world`; it records every `world`-th item.
         world: processes that record at the same time.
+        partitions: partitions by `<tap>/<name>`; their Grams, `(branches, parts, S, S)`, are stored
+            as `gram/<tap>/<name>`.
         settings: keyword arguments of every call, such as `guidance_scale`, `num_inference_steps`.
 
     Returns:
@@ -145,14 +156,11 @@ def record(
         "settings": {name: _plain_or_name(value) for name, value in sorted(settings.items())},
         "settings_digest": digest([], settings),
     }
-    transformer = transformer_of(pipe)
-    recorder = Recorder(expand_taps(transformer, taps))
+    recorder = Recorder(expand_taps(transformer_of(pipe), taps), partitions)
+    if recorder.partitions:
+        recipe["partitions"] = describe_partitions(recorder)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    session = Session(transformer, pipe.scheduler, recorder)
-    try:
-        _record_batches(pipe, batches, recorder, Path(out), recipe, rank, settings)
-    finally:
-        session.detach()
+    _record_batches(pipe, batches, recorder, Path(out), recipe, rank, settings)
     return Path(out)
 
 
@@ -170,6 +178,7 @@ def _record_batches(
     pending = [batch for batch in batches if any(item.index not in done for item in batch)]
     stored_as = (recipe["features"], recipe["num_tokens"], recipe["states"])
     with contextlib.ExitStack() as stack:
+        stack.callback(Session(transformer_of(pipe), pipe.scheduler, recorder).detach)
         writer: RecordingWriter | None = None
         for batch in tqdm(pending, desc=f"record {out.name}", unit="batch"):
             generate_batch(pipe, batch, output_type="latent", **settings)
@@ -192,12 +201,11 @@ def finished_items(out: str | Path, recipe: dict[str, Any], items: Sequence[Item
         return set()
     found = Recording(out)
     if found.header.recipe != recipe:
-        names = [n for n in recipe if recipe[n] != found.header.recipe.get(n)]
+        told = found.header.recipe
+        names = sorted(n for n in recipe | told if recipe.get(n) != told.get(n))
         raise RecordingError(
             f"{out} holds a recording with another recipe: "
-            + ", ".join(
-                f"{n} is {found.header.recipe.get(n)}, asked for {recipe[n]}" for n in names
-            )
+            + ", ".join(f"{n} is {told.get(n)}, asked for {recipe.get(n)}" for n in names)
             + ". Use the same settings to resume it, or another folder."
         )
     for item in items:
@@ -226,6 +234,22 @@ def expand_taps(transformer: nn.Module, taps: Sequence[str]) -> list[str]:
     if unknown or not expanded:
         raise ValueError(f"unknown taps {unknown}; this host has {', '.join(known)} and blocks.*")
     return expanded
+
+
+def describe_partitions(recorder: Recorder) -> dict[str, Any]:
+    """What a recipe tells of the partitions, which must be named after taps that are recorded.
+
+    Raises:
+        ValueError: a name is not `<tap>/<name>`.
+    """
+    for name in recorder.partitions:
+        tap, _, own = name.partition("/")
+        if tap not in recorder.taps or not own or "/" in own:
+            raise ValueError(
+                f"found a partition called {name!r}, expected <tap>/<name> with a tap of "
+                f"{sorted(recorder.taps)}, as in 'hidden/bands'."
+            )
+    return {name: partition.describe() for name, partition in sorted(recorder.partitions.items())}
 
 
 def describe(

@@ -90,7 +90,8 @@ class RecordingWriter:
 
         Args:
             item: number of the trajectory, >= 0, not recorded before.
-            tensors: by name; `gram/<tap>` and `feature/<tap>` name a tap of the header.
+            tensors: by name; `gram/<tap>` and `feature/<tap>` name a tap of the header, and
+                `gram/<tap>/<name>` a partition of its recipe.
             meta: small facts (seed, prompt, ...) for the index.
 
         Raises:
@@ -176,9 +177,10 @@ class RecordingWriter:
                 "'/' between parts."
             )
         kind, _, tap = name.partition("/")
-        if kind in TAP_PREFIXES and tap not in self.header.taps:
+        known = [*self.header.taps, *self.header.recipe.get("partitions", {})]
+        if kind in TAP_PREFIXES and tap not in known:
             raise ValueError(
-                f"item {item}: tensor {name!r} names no recorded tap; they are {self.header.taps}."
+                f"item {item}: tensor {name!r} names no recorded tap; they are {known}."
             )
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(

@@ -22,6 +22,8 @@ def record(
     states: bool = True,
     rank: int | None = None,
     world: int | None = None,
+    bands: int | None = None,
+    groups: str | None = None,
 ) -> None:
     """Run a pipeline at every step and record its trajectories.
 
@@ -42,6 +44,10 @@ def record(
         states: keep the sampler's state x_t at every step, which closed-loop fits need.
         rank: this writer's index in `[0, world)`; None reads what torchrun or SLURM set.
         world: number of writers; None reads what torchrun or SLURM set.
+        bands: also store the Grams of this many equal frequency bands of every tap, as
+            `gram/<tap>/bands`; None stores none.
+        groups: JSON file with the group of every channel, a list per tap, as in
+            {"hidden": [0, 1, 0]}; their Grams are stored as `gram/<tap>/groups`.
     """
     from .trajectories.record_command import record_command
 
@@ -59,6 +65,8 @@ def record(
         states=states,
         rank=rank,
         world=world,
+        bands=bands,
+        groups=groups,
     )
 
 

@@ -1,0 +1,178 @@
+"""L2P with a row per part, in closed form from the Grams of the parts.
+
+The parts are orthogonal, so that the squared error of a forecast is the sum of theirs and every
+part is fitted on its own Grams by `least_squares_rows`.
+Shapes: n trajectories, P parts, S sampling steps.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..checkpoints.spec import PredictorSpec
+from ..predictors.parted import parted_l2p, partition_from
+from ..predictors.partition import Partition
+from ..trajectories.gram import part_grams
+from ..trajectories.header import Header
+from ..trajectories.recording import Recording
+from .l2p import spec_of
+from .rows import least_squares_rows
+
+
+def least_squares_parts(
+    grams: Float[Tensor, "n branches P S S"], anchors: Sequence[int], ridge: float = 1e-4
+) -> Float[Tensor, "branches P S S"]:
+    """Rows on anchors that minimise the summed squared error of every part, shrunk toward reuse.
+
+    Args:
+        grams: Grams of the parts, per trajectory and branch.
+        anchors: steps at which the network runs, starting with 0.
+        ridge: strength relative to the squared norm of each feature's part, >= 0.
+
+    Raises:
+        ValueError: a part is zero at an anchor, there is no trajectory, or the ridge is negative.
+    """
+    norms = grams.diagonal(dim1=-2, dim2=-1)[..., list(anchors)].sum((0, 1))  # (P, anchors)
+    if empty := (norms <= 0).any(-1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the parts {empty} are zero at an anchor in every trajectory; merge them with others."
+        )
+    parts = grams.unbind(2)
+    return torch.stack([least_squares_rows(part, anchors, ridge) for part in parts], 1)
+
+
+def part_errors(
+    grams: Float[Tensor, "n branches P S S"], rows: Float[Tensor, "#branches P S S"]
+) -> Float[Tensor, "n branches S"]:
+    """||F_t - sum_p P_p sum_s rows[p, t, s] F_s|| / ||F_t|| of every step; 0 at anchors."""
+    norms = grams.diagonal(dim1=-2, dim2=-1).sum(2)
+    return (part_squares(grams, rows).sum(2) / norms).sqrt()
+
+
+def part_squares(
+    grams: Float[Tensor, "n branches P S S"], rows: Float[Tensor, "#branches P S S"]
+) -> Float[Tensor, "n branches P S"]:
+    """The squared error of every part and step: c^T G c with c = e_t - row t."""
+    c = torch.eye(rows.shape[-1], dtype=rows.dtype) - rows
+    c = c.expand(grams.shape[1], -1, -1, -1)
+    squared = torch.einsum("bpts,nbpsu,bptu->nbpt", c, grams.to(rows.dtype), c)
+    return squared.clamp_min(0)
+
+
+def recorded_partition(header: Header, tap: str, name: str) -> Partition:
+    """A partition whose Grams were recorded.
+
+    Raises:
+        ValueError: there is none of this name at this tap.
+    """
+    told = header.recipe.get("partitions", {})
+    if f"{tap}/{name}" not in told:
+        raise ValueError(
+            f"the recording has the partitions {sorted(told)}, not '{tap}/{name}'; record with "
+            "--bands or --groups."
+        )
+    return partition_from(told[f"{tap}/{name}"])
+
+
+def stack_part_grams(
+    recording: Recording, tap: str, partition: Partition, items: Sequence[int] | None = None
+) -> Float[Tensor, "n branches P S S"]:
+    """Grams of the parts, as recorded where they were, else from the stored features.
+
+    Args:
+        recording: the recording.
+        tap: recorded tap.
+        partition: the parts.
+        items: which trajectories; None takes all.
+
+    Raises:
+        ValueError: the recording has neither these Grams nor all features.
+    """
+    told = recording.header.recipe.get("partitions", {})
+    for name, description in told.items():
+        if name.partition("/")[0] == tap and description == partition.describe():
+            return recording.stack(f"gram/{name}", items)
+    if recording.header.features != "full":
+        raise ValueError(
+            f"{recording.folder} has the partitions {sorted(told)} and features: "
+            f"{recording.header.features}; record with this partition or with features: full."
+        )
+    name = f"feature/{tap}"
+    chosen = recording.items if items is None else items
+    grams = [part_grams(recording.load(item, [name])[name], partition) for item in chosen]
+    return torch.stack(grams)
+
+
+class L2PPartsLeastSquares(lightning.LightningModule):
+    """The rows of least summed squared error per part, in closed form (set `max_epochs: 1`).
+
+    Its data are a `GramDataModule` with the tap `<tap>/<partition>`.
+
+    Args:
+        recording: folder of the recording.
+        anchors: steps at which the network runs, starting with 0.
+        tap: recorded tap to forecast.
+        partition: name of a partition recorded at this tap: `bands` or `groups`.
+        ridge: shrinkage toward reuse, relative to the squared norm of each feature's part.
+
+    Raises:
+        ValueError: the recording lacks the partition, or the anchors do not fit its steps.
+    """
+
+    fit_name = "parts_lstsq"
+
+    def __init__(
+        self,
+        recording: str,
+        anchors: Sequence[int],
+        tap: str = "hidden",
+        partition: str = "bands",
+        ridge: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recording = Recording(recording)
+        header = self.recording.header
+        parts = recorded_partition(header, tap, partition)
+        self.save_hyperparameters(
+            {
+                "recording": recording,
+                "anchors": list(anchors),
+                "tap": tap,
+                "partition": partition,
+                "fit": self.fit_name,
+            }
+        )
+        self.tap = tap
+        self.ridge = ridge
+        self.predictor = parted_l2p(len(header.sigmas), anchors, header.num_branches, parts)
+        self.num_trajectories: Tensor
+        self.register_buffer("num_trajectories", torch.tensor(0))
+
+    def spec(self) -> PredictorSpec:
+        """What the predictor was fitted on."""
+        num_trajectories = int(self.num_trajectories)
+        return spec_of(self.recording.header, self.tap, self.predictor.anchors, num_trajectories)
+
+    def on_fit_start(self) -> None:
+        """Count the trajectories fitted on."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.num_trajectories.fill_(len(data.train_items))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Solve for the rows of every part."""
+        rows = least_squares_parts(batch["gram"], self.predictor.anchors, self.ridge)
+        self.predictor.weight.copy_(rows)
+        self.log("train/open_loop_error", part_errors(batch["gram"], rows).mean())
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Held-out error."""
+        errors = part_errors(batch["gram"], self.predictor.weight)
+        self.log("val/open_loop_error", errors.mean())
+
+    def configure_optimizers(self) -> None:
+        """Nothing to optimise step by step."""
