@@ -59,24 +59,45 @@ class L2P(LinearPredictor):
         Raises:
             ValueError: a branch or step the rows do not have, or another history than theirs.
         """
-        if max(step.branches) >= self.num_branches or step.index >= self.num_steps:
-            raise ValueError(
-                f"found branch {max(step.branches)} at step {step.index}, but the rows are for "
-                f"{self.num_branches} branch(es) and {self.num_steps} steps."
-            )
-        expected = [anchor for anchor in self.anchors if anchor < step.index]
-        if not expected or not set(expected) <= set(history.steps):
-            raise ValueError(
-                f"the history holds the steps {history.steps}, but the row of step {step.index} "
-                f"is for {expected}; a run must start at step 0 and evaluate every anchor."
-            )
-        rows = self.weight[list(step.branches)]  # (branches, S, S)
-        weights = rows[:, step.index]
-        newest = history.steps[-1]
-        if newest > expected[-1]:
-            weights = weights - rows[:, newest]
-            weights[:, newest] += 1.0
-        return weights[:, history.steps].mT
+        return rows_at(self.weight, self.anchors, history, step).mT
+
+
+def rows_at(
+    weight: Float[Tensor, "branches *parts S S"],
+    anchors: Sequence[int],
+    history: History,
+    step: Step,
+) -> Float[Tensor, "branches *parts K"]:
+    """The weights of the features in `history` that learned rows give at a step.
+
+    Args:
+        weight: rows of each branch, and of each part where there are several.
+        anchors: steps the rows are for.
+        history: holds all of `anchors` before the step, and maybe further steps.
+        step: the step to forecast.
+
+    Raises:
+        ValueError: a branch or step the rows do not have, or an anchor is missing.
+    """
+    num_branches, num_steps = weight.shape[0], weight.shape[-1]
+    if max(step.branches) >= num_branches or step.index >= num_steps:
+        raise ValueError(
+            f"found branch {max(step.branches)} at step {step.index}, but the rows are for "
+            f"{num_branches} branch(es) and {num_steps} steps."
+        )
+    expected = [anchor for anchor in anchors if anchor < step.index]
+    if not expected or not set(expected) <= set(history.steps):
+        raise ValueError(
+            f"the history holds the steps {history.steps}, but the row of step {step.index} is for "
+            f"{expected}; a run must start at step 0 and evaluate every anchor."
+        )
+    rows = weight[list(step.branches)]  # (branches, *parts, S, S)
+    weights = rows[..., step.index, :]
+    newest = history.steps[-1]
+    if newest > expected[-1]:
+        weights = weights - rows[..., newest, :]
+        weights[..., newest] += 1.0
+    return weights[..., history.steps]
 
 
 def tabulate(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .base import History, Step
-from .linear import L2P
+from .linear import L2P, rows_at
 from .partition import ChannelGroups, PartedPredictor, Partition
 from .spectrum import Bands
 
@@ -51,19 +51,7 @@ class PartedL2P(PartedPredictor):
         Raises:
             ValueError: a branch or step the rows do not have, or another history than theirs.
         """
-        if max(step.branches) >= self.num_branches or step.index >= self.num_steps:
-            raise ValueError(
-                f"found branch {max(step.branches)} at step {step.index}, but the rows are for "
-                f"{self.num_branches} branch(es) and {self.num_steps} steps."
-            )
-        expected = [anchor for anchor in self.anchors if anchor < step.index]
-        if history.steps != expected:
-            raise ValueError(
-                f"the history holds the steps {history.steps}, but the row of step {step.index} "
-                f"is for {expected}; a run must start at step 0 and evaluate every anchor."
-            )
-        rows = self.weight[list(step.branches), :, step.index]  # (branches, P, S)
-        return rows[:, :, history.steps].permute(1, 2, 0)
+        return rows_at(self.weight, self.anchors, history, step).permute(1, 2, 0)
 
 
 class L2PBands(PartedL2P):

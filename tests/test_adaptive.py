@@ -10,6 +10,7 @@ from tiny_hosts import HOSTS, STEPS, adding_pipeline, items, pipeline, run, seed
 from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache, relative_errors, take_rows
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host import UnsupportedHost
+from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Reuse, Taylor
 
@@ -278,3 +279,24 @@ def test_rows_are_taken_from_tensors_of_the_batch_only():
     assert taken["x"].tolist() == [1, 3]
     assert taken["ids"] is other
     assert taken["pair"][0].tolist() == [1, 3] and taken["pair"][1] == 1.5
+
+
+def test_after_an_added_step_rows_are_moved_by_what_they_were_wrong_there():
+    predictor = L2P(STEPS, ANCHORS)
+    noise = torch.randn(STEPS, len(ANCHORS), dtype=torch.float64, generator=seeded(1))
+    predictor.weight[0, :, list(ANCHORS)] += 0.1 * noise
+    features = torch.randn(STEPS, 1, 3, dtype=torch.float64, generator=seeded(2))
+
+    def forecast(steps: list[int], at: int) -> torch.Tensor:
+        history = History()
+        for s in steps:
+            history.push(Step(s, 1 - s / STEPS, STEPS), features[s])
+        return predictor(history, Step(at, 1 - at / STEPS, STEPS))
+
+    wrong = features[5] - forecast([0, 1, 4], 5)
+    moved = forecast([0, 1, 4], 6) + wrong
+    torch.testing.assert_close(forecast([0, 1, 4, 5], 6), moved, atol=1e-12, rtol=0)
+    # an added step before the newest anchor of the rows no longer counts
+    assert torch.equal(forecast([0, 1, 3, 4], 6), forecast([0, 1, 4], 6))
+    with pytest.raises(ValueError, match="must start at step 0 and evaluate every anchor"):
+        forecast([0, 4, 5], 6)

@@ -46,9 +46,16 @@ class Entry:
         if self.predictor is not None:
             spec = getattr(self.predictor, "spec", None)
             digest.update(json.dumps(asdict(spec) if spec else None, sort_keys=True).encode())
+            digest.update(json.dumps(settings_of(self.predictor), sort_keys=True).encode())
             for name, tensor in sorted(self.predictor.state_dict().items()):
                 digest.update(name.encode() + tensor.double().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def settings_of(predictor: Predictor) -> dict[str, str]:
+    """The plain values a predictor was built from, which its tensors do not tell."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return {name: repr(v) for name, v in vars(predictor).items() if isinstance(v, plain)}
 
 
 def plan(
