@@ -18,7 +18,9 @@ from safetensors.torch import save as lay_out_tensors
 from torch import Tensor
 
 from .. import __version__
+from ..predictors.any_anchors import L2PGram
 from ..predictors.base import Predictor
+from ..predictors.continuous import L2PContinuous
 from ..predictors.linear import L2P
 from .card import model_card
 from .config import CONFIG_FILE as CONFIG_FILE
@@ -29,7 +31,11 @@ from .hub import locate, upload
 from .spec import PredictorSpec
 from .strict import DTYPE_CODES, MalformedFile, read_header
 
-CLASSES: dict[str, type[Predictor]] = {"L2P": L2P}
+CLASSES: dict[str, type[Predictor]] = {
+    "L2P": L2P,
+    "L2PGram": L2PGram,
+    "L2PContinuous": L2PContinuous,
+}
 """The predictors a checkpoint may hold."""
 
 MODEL_FILE = "model.safetensors"

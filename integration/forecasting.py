@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_grid, check_host
+from ..checkpoints.spec import (
+    PredictorMismatch,
+    PredictorSpec,
+    check_host,
+    check_run,
+    choose_anchors,
+)
 from ..predictors.base import History, Predictor, Step
 from .host import host_fingerprint, transformer_of
 from .report import Report
@@ -50,7 +56,7 @@ class Forecaster(Controller):
         self.num_branches = 0
         self.guidance_checked = False
         if self.spec is not None:
-            check_grid(self.spec, sigmas)
+            check_run(self.spec, self.predictor, sigmas)
         check_anchors(self.anchors, len(sigmas))
 
     def is_anchor(self, step: Step) -> bool:
@@ -151,12 +157,7 @@ def attach(
             raise PredictorMismatch(
                 f"the predictor was fitted on the tap {spec.tap!r}, not {tap!r}; leave `tap` out."
             )
-        if anchors is not None and tuple(anchors) != spec.anchors:
-            raise PredictorMismatch(
-                f"the predictor was fitted for the anchors {list(spec.anchors)}, found "
-                f"{list(anchors)}; fit one for these anchors or leave `anchors` out."
-            )
-        anchors, tap = spec.anchors, spec.tap
+        anchors, tap = choose_anchors(spec, predictor, anchors), spec.tap
     if predictor.learned and spec is None:
         raise ValueError(
             "a learned predictor without its spec cannot be checked against this host; load it "

@@ -147,7 +147,7 @@ def test_loading_imports_neither_lightning_nor_diffusers(tmp_path):
 
 
 def test_an_analytic_predictor_needs_no_checkpoint_and_gets_none(tmp_path):
-    with pytest.raises(CheckpointError, match=r"cannot save a Taylor; expected one of \['L2P'\]"):
+    with pytest.raises(CheckpointError, match=r"cannot save a Taylor; expected one of \['L2P', "):
         save_predictor(Taylor(1), spec_for(random_predictor()), tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

@@ -8,6 +8,7 @@ Shapes: S sampling steps.
 import dataclasses
 import math
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,21 @@ from torch import Tensor
 
 from ..checkpoints.format import save_predictor
 from ..checkpoints.spec import PredictorSpec
+from ..predictors.any_anchors import L2PGram
+from ..predictors.base import Predictor
+from ..predictors.continuous import L2PContinuous
 from ..predictors.linear import L2P
+from ..trajectories.header import Header
 from ..trajectories.recording import Recording
 from ..trajectories.shards import write_shard
+from .any_anchors import L2PGramModule
+from .continuous import L2PContinuousModule
 from .l2p import L2PModule, spec_of
 
 GRAMS_FILE = "grams.safetensors"
 HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
+STATE = {"gram": "gram", "continuous": "theta"}
+"""The tensor a fit learns; `weight` for the fits that are not named here."""
 
 
 def export_command(checkpoint: str, out: str) -> None:
@@ -38,29 +47,68 @@ def export_command(checkpoint: str, out: str) -> None:
     """
     content = read_checkpoint(Path(checkpoint))
     settings, state = content["hyper_parameters"], content["state_dict"]
-    folder = Path(settings["recording"])
-    if not folder.is_dir():
+    recordings = [open_recorded(checkpoint, name) for name in recording_names(settings)]
+    headers = [recording.header for recording in recordings]
+    predictor = predictor_of(settings, headers)
+    name = STATE.get(settings["fit"], "weight")
+    fitted, mine = state[f"predictor.{name}"], getattr(predictor, name)
+    if fitted.shape != mine.shape:
+        raise ValueError(
+            f"{checkpoint} has rows of shape {tuple(fitted.shape)}, but its recording "
+            f"{recordings[0].folder} asks for {tuple(mine.shape)}; the recording was replaced. Fit "
+            "again."
+        )
+    mine.copy_(fitted)
+    digest = "+".join(header.recipe_hash for header in headers)
+    count = int(state["num_trajectories"])
+    spec = spec_of(headers[0], settings["tap"], settings["anchors"], count, digest)
+    _save(predictor, spec, recordings, out, validation_errors(state, checkpoint))
+    total = sum(len(recording) for recording in recordings)
+    folders = ", ".join(str(recording.folder) for recording in recordings)
+    print(f"{out}: {settings['fit']} fit on {total} trajectories of {folders}")
+
+
+def recording_names(settings: dict[str, Any]) -> list[str]:
+    """Folders of the recordings of a fit, from its hyper-parameters."""
+    return list(settings.get("recordings", [settings["recording"]]))
+
+
+def open_recorded(checkpoint: str, folder: str) -> Recording:
+    """A recording that a checkpoint was fitted on.
+
+    Raises:
+        ValueError: it is gone.
+    """
+    if not Path(folder).is_dir():
         raise ValueError(
             f"{checkpoint} was fitted on the recording {folder}, which is not there; its header "
             "holds what a predictor must know. Restore it, or run export where `foreseer fit` ran "
             "if the path is relative."
         )
-    recording = Recording(folder)
-    header = recording.header
-    predictor = L2P(len(header.sigmas), settings["anchors"], header.num_branches)
-    weight = state["predictor.weight"]
-    if weight.shape != predictor.weight.shape:
-        raise ValueError(
-            f"{checkpoint} has rows of shape {tuple(weight.shape)}, but its recording {folder} "
-            f"asks for {tuple(predictor.weight.shape)}; the recording was replaced. Fit again."
-        )
-    predictor.weight.copy_(weight)
-    spec = spec_of(header, settings["tap"], predictor.anchors, int(state["num_trajectories"]))
-    _save(predictor, spec, recording, out, validation_errors(state, checkpoint))
-    print(f"{out}: {settings['fit']} fit on {len(recording)} trajectories of {folder}")
+    return Recording(folder)
 
 
-def export_predictor(module: L2PModule, out: str | Path, metrics: dict[str, float]) -> Path:
+def predictor_of(settings: dict[str, Any], headers: Sequence[Header]) -> Predictor:
+    """The predictor of a fit before anything was learned.
+
+    Args:
+        settings: hyper-parameters of the fit.
+        headers: of its recordings.
+    """
+    num_steps, num_branches = len(headers[0].sigmas), headers[0].num_branches
+    if settings["fit"] == "gram":
+        return L2PGram(num_steps, num_branches, settings["ridge"], settings["window"])
+    if settings["fit"] == "continuous":
+        grids = [header.sigmas for header in headers]
+        return L2PContinuous(grids, num_branches, **settings["arguments"])
+    return L2P(num_steps, settings["anchors"], num_branches)
+
+
+def export_predictor(
+    module: L2PModule | L2PGramModule | L2PContinuousModule,
+    out: str | Path,
+    metrics: dict[str, float],
+) -> Path:
     """Write a predictor checkpoint straight from a fitted module.
 
     Args:
@@ -71,7 +119,10 @@ def export_predictor(module: L2PModule, out: str | Path, metrics: dict[str, floa
     Returns:
         The folder.
     """
-    return _save(module.predictor, module.spec(), module.recording, out, metrics)
+    recordings = [module.recording]
+    if isinstance(module, L2PContinuousModule):
+        recordings = module.recordings
+    return _save(module.predictor, module.spec(), recordings, out, metrics)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -92,9 +143,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     values = content if isinstance(content, dict) else {}
     missing = [n for n in HYPER_PARAMETERS if n not in values.get("hyper_parameters", {})]
-    if missing or "predictor.weight" not in values.get("state_dict", {}):
+    fit = values.get("hyper_parameters", {}).get("fit", "")
+    learned = f"predictor.{STATE.get(fit, 'weight')}"
+    if missing or learned not in values.get("state_dict", {}):
         raise ValueError(
-            f"{path} lacks the hyper-parameters {missing} or the tensor predictor.weight; expected "
+            f"{path} lacks the hyper-parameters {missing} or the tensor {learned}; expected "
             "a checkpoint of an L2P fit."
         )
     return values
@@ -129,13 +182,16 @@ def summed_grams(recording: Recording, tap: str) -> dict[str, Tensor]:
 
 
 def _save(
-    predictor: L2P,
+    predictor: Predictor,
     spec: PredictorSpec,
-    recording: Recording,
+    recordings: Sequence[Recording],
     out: str | Path,
     metrics: dict[str, float],
 ) -> Path:
     folder = save_predictor(predictor, dataclasses.replace(spec, metrics=metrics), out)
-    grams = summed_grams(recording, spec.tap)
+    grams = summed_grams(recordings[0], spec.tap)
+    for place, recording in enumerate(recordings[1:], start=1):
+        more = summed_grams(recording, spec.tap)
+        grams |= {f"{name}/{place}": tensor for name, tensor in more.items()}
     write_shard(folder / GRAMS_FILE, grams, {"recording_digest": spec.recording_digest})
     return folder
