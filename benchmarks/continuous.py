@@ -47,7 +47,7 @@ LEFT_OUT = {
 TAPS = ("output", "hidden")
 FORMULAS = ("taylor_1", "taylor_2", "ab2")
 GAMMA = 1.2
-CHOICES = ((1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 2))
+CHOICES = ((1, 0), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 2))
 RIDGE, NUM_LISTS, SEED = 1e-3, 100, 0
 Rows = Float[Tensor, "branches S S"]
 
@@ -77,28 +77,31 @@ def record(num_trajectories: int = 64, num_held_out: int = 32, num_threads: int 
 
 
 def choose(num_samples: int = 16, num_threads: int = 1) -> None:
-    """Measure order and degree on calibration trajectories of each left-out grid, 8 anchors.
+    """Measure orders and degrees on calibration trajectories of each left-out grid, 8 anchors.
 
     Args:
         num_samples: calibration trajectories generated again.
         num_threads: torch threads.
     """
     torch.set_num_threads(num_threads)
-    found = {}
+    path = ROOT / "choice.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
     for tap in TAPS:
         for grid in ("20", "28", "50"):
             anchors = warped(8, GRIDS[grid][0], GAMMA)
             for order, degree in CHOICES:
-                rows = continuous_rows(grid, tap, anchors, order, degree)
                 key = f"{tap}|{grid}|order {order}, degree {degree}"
+                if key in found:
+                    continue
+                rows = continuous_rows(grid, tap, anchors, order, degree)
                 found[key] = error_db(grid, f"steps_{grid}", tap, anchors, rows, num_samples)
                 print(key, f"{found[key]:.2f}", flush=True)
-    write(ROOT / "choice.json", found)
+                write(path, found)
 
 
 def bench(
     order: int = 1,
-    degree: int = 2,
+    degree: int = 1,
     budgets: Sequence[int] = (8, 11, 6),
     grids: Sequence[str] = tuple(GRIDS),
     num_samples: int = 32,

@@ -56,7 +56,7 @@ class L2PContinuousModule(lightning.LightningModule):
         anchors: Sequence[int],
         tap: str = "output",
         order: int = 1,
-        degree: int = 2,
+        degree: int = 1,
         ridge: float = 1e-3,
         num_lists: int = 100,
         min_steps: int | None = None,
@@ -85,7 +85,11 @@ class L2PContinuousModule(lightning.LightningModule):
             "max_steps": max(lengths) if max_steps is None else max_steps,
             "sigma_margin": sigma_margin,
         }
-        told: dict[str, Any] = {"recording": recordings[0], "recordings": list(recordings), "tap": tap}
+        told: dict[str, Any] = {
+            "recording": recordings[0],
+            "recordings": list(recordings),
+            "tap": tap,
+        }
         told |= {"anchors": list(anchors), "fit": self.fit_name, "arguments": arguments}
         self.save_hyperparameters(told)
         self.predictor = L2PContinuous(grids, self.headers[0].num_branches, **arguments)
@@ -108,8 +112,12 @@ class L2PContinuousModule(lightning.LightningModule):
         """Held-out error, on anchor lists that were not fitted on."""
         self.log("val/open_loop_error", self.open_loop_error(batch["grams"]))
 
-    def open_loop_error(self, grams: Sequence[Float[Tensor, "n branches S S"]]) -> Tensor:
-        """Mean relative error over recordings and a few drawn anchor lists."""
+    def open_loop_error(self, grams: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """Mean relative error over recordings and a few drawn anchor lists.
+
+        Args:
+            grams: (n, branches, S, S) of each recording.
+        """
         errors = []
         for each, header in zip(grams, self.headers, strict=True):
             for anchors in anchor_lists(len(header.sigmas), VALIDATION_LISTS, self.seed + 1):
@@ -165,7 +173,7 @@ class SeveralGrams(lightning.LightningDataModule):
 
 def fit_continuous(
     predictor: L2PContinuous,
-    mean_grams: Sequence[Float[Tensor, "branches S S"]],
+    mean_grams: Sequence[Tensor],
     num_lists: int,
     ridge: float,
     seed: int,
@@ -177,7 +185,7 @@ def fit_continuous(
 
     Args:
         predictor: its `grids` are those of the Grams.
-        mean_grams: one mean Gram per grid.
+        mean_grams: one mean Gram per grid, (branches, S, S).
         num_lists: anchor lists drawn per grid.
         ridge: shrinkage toward the analytic start, relative to each column's squared norm, >= 0.
         seed: of the anchor lists.
