@@ -16,6 +16,7 @@ from .base import History, LinearPredictor, Step
 from .polynomial import lagrange_weights
 
 FLOOR = 1e-12  # keeps the system solvable without a ridge, relative to each feature's norm
+MAX_SOLVED = 10_000  # weights kept; an adaptive schedule meets ever new lists of anchors
 
 
 class L2PGram(LinearPredictor):
@@ -80,6 +81,8 @@ class L2PGram(LinearPredictor):
             )
         key = (tuple(history.steps), step.index)
         if key not in self.solved:
+            if len(self.solved) >= MAX_SOLVED:
+                self.solved.clear()
             self.solved[key] = solve_weights(self.gram, history.steps, step.index, self.ridge)
         return self.solved[key][list(step.branches)].mT
 

@@ -88,6 +88,14 @@ def test_weights_are_solved_once_and_again_after_a_new_gram():
     assert torch.equal(predictor.coefficients(history, step), first)
 
 
+def test_the_weights_kept_are_bounded(monkeypatch):
+    monkeypatch.setattr("foreseer.predictors.any_anchors.MAX_SOLVED", 3)
+    predictor = fitted()
+    for index in range(1, STEPS):
+        predictor.coefficients(history_at((0,)), Step(index, SIGMAS[index], STEPS))
+    assert 1 <= len(predictor.solved) <= 3
+
+
 def test_another_number_of_steps_or_branch_is_refused():
     with pytest.raises(ValueError, match="a run of 9 steps, but the Gram is of 2 branch"):
         fitted().coefficients(history_at((0,)), Step(1, 0.9, 9))
