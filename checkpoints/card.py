@@ -62,11 +62,19 @@ with forecasting(pipe, load_predictor("...")):  # this folder or repository
 
 ## Limits
 
-It is bound to this model, grid and guidance: running it on other weights (a LoRA fused in, too),
-under another scheduler class, on another number or spacing of steps, at another guidance scale, or
+{bound}: running it on other weights (a LoRA fused in, too),
+under another scheduler class, on {other_grid}, at another guidance scale, or
 in another dtype than {dtype} is an error, not a worse picture. Samples are close to those of the
-full run, not equal to them. What was not measured above is not known.
+full run, not equal to them. What was not measured above is not known.{any_anchors}
 """
+
+BOUND = "It is bound to this model, grid and guidance"
+BOUND_ANY_GRID = "It is bound to this model and guidance"
+OTHER_GRID = "another number or spacing of steps"
+OTHER_GRID_ANY = "a number or spacing of steps outside of its range (`grids`, `min_steps`,\n\
+`max_steps` and `sigma_margin` in `config.json`)"
+ANY_ANCHORS = """ It serves any list of anchors; the
+one above is what it takes when none is given."""
 
 
 def model_card(
@@ -102,6 +110,9 @@ def model_card(
             [_metrics_table(spec.metrics), *([_rows_table(rows)] if rows else [])]
         ),
         dtype=spec.dtype,
+        bound=BOUND_ANY_GRID if predictor.any_grid else BOUND,
+        other_grid=OTHER_GRID_ANY if predictor.any_grid else OTHER_GRID,
+        any_anchors=ANY_ANCHORS if predictor.any_anchors else "",
     )
 
 

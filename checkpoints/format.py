@@ -18,7 +18,9 @@ from safetensors.torch import save as lay_out_tensors
 from torch import Tensor
 
 from .. import __version__
+from ..predictors.any_anchors import L2PGram
 from ..predictors.base import Predictor
+from ..predictors.continuous import L2PContinuous
 from ..predictors.hybrid import HyCa
 from ..predictors.linear import L2P
 from ..predictors.parted import L2PBands, L2PGroups
@@ -36,6 +38,8 @@ CLASSES: dict[str, type[Predictor]] = {
     "L2PBands": L2PBands,
     "L2PGroups": L2PGroups,
     "HyCa": HyCa,
+    "L2PGram": L2PGram,
+    "L2PContinuous": L2PContinuous,
 }
 """The predictors a checkpoint may hold."""
 

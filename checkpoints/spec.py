@@ -1,7 +1,10 @@
 """What a learned predictor was fitted on, and the checks that keep it off anything else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..predictors.base import Predictor
 
 SIGMA_TOLERANCE = 1e-5  # float32 grids of one recipe agree to about 1e-7
 
@@ -16,8 +19,10 @@ class PredictorSpec:
 
     Args:
         tap: `output`, `hidden` or `residual`.
-        anchors: steps at which the network runs.
-        sigmas: flow time of every step of the run.
+        anchors: steps at which the network runs; where the predictor serves `any_anchors`, the
+            list it takes when none is given.
+        sigmas: flow time of every step of the run; where the predictor serves `any_grid`, of the
+            first one it was fitted on.
         host: `host_fingerprint` of the transformer.
         scheduler: class name of the scheduler.
         num_branches: guidance branches per step.
@@ -119,3 +124,41 @@ def check_grid(spec: PredictorSpec, sigmas: list[float]) -> None:
             f"expected {spec.sigmas[index]:.6f} (another shift or schedule?); record and fit "
             "on this grid."
         )
+
+
+def check_run(spec: PredictorSpec, predictor: Predictor, sigmas: list[float]) -> None:
+    """Raise unless a run's sigmas are those of the fit, or the predictor serves them too.
+
+    Raises:
+        PredictorMismatch: a grid it does not serve.
+    """
+    if not predictor.any_grid:
+        check_grid(spec, sigmas)
+        return
+    try:
+        predictor.check_grid(sigmas)
+    except ValueError as error:
+        raise PredictorMismatch(str(error)) from error
+
+
+def choose_anchors(
+    spec: PredictorSpec, predictor: Predictor, anchors: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The anchors to run with: those given, where the predictor serves them, else the fit's.
+
+    Args:
+        spec: what the predictor was fitted on.
+        predictor: the predictor.
+        anchors: as given by the caller; None asks for the fit's own.
+
+    Raises:
+        PredictorMismatch: the predictor was fitted for other anchors.
+    """
+    if anchors is None:
+        return spec.anchors
+    if tuple(anchors) != spec.anchors and not predictor.any_anchors:
+        raise PredictorMismatch(
+            f"the predictor was fitted for the anchors {list(spec.anchors)}, found "
+            f"{list(anchors)}; fit one for these anchors or leave `anchors` out."
+        )
+    return tuple(anchors)

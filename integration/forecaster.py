@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.spec import PredictorSpec, check_grid
+from ..checkpoints.spec import PredictorSpec, check_run
 from ..predictors.base import History, Predictor, Step
 from .schedule import check_anchors
 from .session import Controller
@@ -47,7 +47,7 @@ class Forecaster(Controller):
         self.num_branches = 0
         self.guidance_checked = False
         if self.spec is not None:
-            check_grid(self.spec, sigmas)
+            check_run(self.spec, self.predictor, sigmas)
         check_anchors(self.anchors, len(sigmas))
 
     def is_anchor(self, step: Step) -> bool:

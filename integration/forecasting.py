@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host
+from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, choose_anchors
 from ..predictors.base import Predictor
 from .adaptive import ProbeSchedule, Schedule, SpeCa
 from .adaptive_forecasting import ProbedForecaster, VerifiedForecaster
@@ -85,12 +85,7 @@ def checked_forecaster(
             raise PredictorMismatch(
                 f"the predictor was fitted on the tap {spec.tap!r}, not {tap!r}; leave `tap` out."
             )
-        if anchors is not None and tuple(anchors) != spec.anchors:
-            raise PredictorMismatch(
-                f"the predictor was fitted for the anchors {list(spec.anchors)}, found "
-                f"{list(anchors)}; fit one for these anchors or leave `anchors` out."
-            )
-        anchors, tap = spec.anchors, spec.tap
+        anchors, tap = choose_anchors(spec, predictor, anchors), spec.tap
     if predictor.learned and spec is None:
         raise ValueError(
             "a learned predictor without its spec cannot be checked against this host; load it "

@@ -4,6 +4,7 @@ Shapes: K history length, B batch, N tokens, D channels. Features keep whatever 
 batch first; (B, N, D) stands for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,11 +83,24 @@ class Predictor(nn.Module):
         window: anchors the forecaster looks at; None means all.
         needs: names of the `Step` fields it asks for beyond the clock (`x_t`).
         learned: whether it was fitted on a recording of one host.
+        any_anchors: whether a learned predictor serves anchors other than those in its spec, which
+            are then only the list it takes when none is given.
+        any_grid: whether a learned predictor serves other grids than the one in its spec;
+            `check_grid` says which.
     """
 
     window: int | None = None
     needs: frozenset[str] = frozenset()
     learned: bool = False
+    any_anchors: bool = False
+    any_grid: bool = False
+
+    def check_grid(self, sigmas: Sequence[float]) -> None:
+        """Raise if the predictor serves any grid but this one; asked only where `any_grid` holds.
+
+        Args:
+            sigmas: flow time of every step of the run.
+        """
 
     def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
         """The forecast, in the dtype of the history.

@@ -8,6 +8,7 @@ Shapes: S sampling steps.
 import dataclasses
 import math
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,23 @@ from torch import Tensor
 
 from ..checkpoints.format import save_predictor
 from ..checkpoints.spec import PredictorSpec
+from ..predictors.any_anchors import L2PGram
+from ..predictors.base import Predictor
+from ..predictors.continuous import L2PContinuous
 from ..predictors.linear import L2P
-from ..predictors.parted import PartedL2P, parted_l2p
+from ..predictors.parted import parted_l2p
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
 from ..trajectories.shards import write_shard
+from .any_anchors import L2PGramModule
+from .continuous import L2PContinuousModule
 from .l2p import L2PModule, spec_of
 from .parts import L2PPartsLeastSquares, recorded_partition
 
 GRAMS_FILE = "grams.safetensors"
 HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
+STATE = {"gram": "gram", "continuous": "theta"}
+"""The tensor a fit learns; `weight` for the fits that are not named here."""
 
 
 def export_command(checkpoint: str, out: str) -> None:
@@ -41,31 +49,72 @@ def export_command(checkpoint: str, out: str) -> None:
     """
     content = read_checkpoint(Path(checkpoint))
     settings, state = content["hyper_parameters"], content["state_dict"]
-    folder = Path(settings["recording"])
-    if not folder.is_dir():
+    recordings = [open_recorded(checkpoint, name) for name in recording_names(settings)]
+    headers = [recording.header for recording in recordings]
+    predictor = predictor_of(settings, headers)
+    name = STATE.get(settings["fit"], "weight")
+    fitted, mine = state[f"predictor.{name}"], getattr(predictor, name)
+    if fitted.shape != mine.shape:
+        raise ValueError(
+            f"{checkpoint} has rows of shape {tuple(fitted.shape)}, but its recording "
+            f"{recordings[0].folder} asks for {tuple(mine.shape)}; the recording was replaced. Fit "
+            "again."
+        )
+    mine.copy_(fitted)
+    digest = "+".join(header.recipe_hash for header in headers)
+    count = int(state["num_trajectories"])
+    spec = spec_of(headers[0], settings["tap"], settings["anchors"], count, digest)
+    errors = validation_errors(state, checkpoint)
+    _save(predictor, spec, recordings, out, errors, settings.get("partition"))
+    total = sum(len(recording) for recording in recordings)
+    folders = ", ".join(str(recording.folder) for recording in recordings)
+    print(f"{out}: {settings['fit']} fit on {total} trajectories of {folders}")
+
+
+def recording_names(settings: dict[str, Any]) -> list[str]:
+    """Folders of the recordings of a fit, from its hyper-parameters."""
+    return list(settings.get("recordings", [settings["recording"]]))
+
+
+def open_recorded(checkpoint: str, folder: str) -> Recording:
+    """A recording that a checkpoint was fitted on.
+
+    Raises:
+        ValueError: it is gone.
+    """
+    if not Path(folder).is_dir():
         raise ValueError(
             f"{checkpoint} was fitted on the recording {folder}, which is not there; its header "
             "holds what a predictor must know. Restore it, or run export where `foreseer fit` ran "
             "if the path is relative."
         )
-    recording = Recording(folder)
-    header = recording.header
-    predictor = _unfitted(header, settings)
-    weight = state["predictor.weight"]
-    if weight.shape != predictor.weight.shape:
-        raise ValueError(
-            f"{checkpoint} has rows of shape {tuple(weight.shape)}, but its recording {folder} "
-            f"asks for {tuple(predictor.weight.shape)}; the recording was replaced. Fit again."
-        )
-    predictor.weight.copy_(weight)
-    spec = spec_of(header, settings["tap"], predictor.anchors, int(state["num_trajectories"]))
-    errors = validation_errors(state, checkpoint)
-    _save(predictor, spec, recording, out, errors, settings.get("partition"))
-    print(f"{out}: {settings['fit']} fit on {len(recording)} trajectories of {folder}")
+    return Recording(folder)
+
+
+def predictor_of(settings: dict[str, Any], headers: Sequence[Header]) -> Predictor:
+    """The predictor of a fit before anything was learned.
+
+    Args:
+        settings: hyper-parameters of the fit.
+        headers: of its recordings.
+    """
+    header = headers[0]
+    num_steps, num_branches = len(header.sigmas), header.num_branches
+    if settings["fit"] == "gram":
+        return L2PGram(num_steps, num_branches, settings["ridge"], settings["window"])
+    if settings["fit"] == "continuous":
+        grids = [header.sigmas for header in headers]
+        return L2PContinuous(grids, num_branches, **settings["arguments"])
+    if (name := settings.get("partition")) is not None:
+        partition = recorded_partition(header, settings["tap"], name)
+        return parted_l2p(num_steps, settings["anchors"], num_branches, partition)
+    return L2P(num_steps, settings["anchors"], num_branches)
 
 
 def export_predictor(
-    module: L2PModule | L2PPartsLeastSquares, out: str | Path, metrics: dict[str, float]
+    module: L2PModule | L2PPartsLeastSquares | L2PGramModule | L2PContinuousModule,
+    out: str | Path,
+    metrics: dict[str, float],
 ) -> Path:
     """Write a predictor checkpoint straight from a fitted module.
 
@@ -77,8 +126,11 @@ def export_predictor(
     Returns:
         The folder.
     """
+    recordings = [module.recording]
+    if isinstance(module, L2PContinuousModule):
+        recordings = module.recordings
     partition = module.hparams.get("partition")
-    return _save(module.predictor, module.spec(), module.recording, out, metrics, partition)
+    return _save(module.predictor, module.spec(), recordings, out, metrics, partition)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -99,9 +151,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     values = content if isinstance(content, dict) else {}
     missing = [n for n in HYPER_PARAMETERS if n not in values.get("hyper_parameters", {})]
-    if missing or "predictor.weight" not in values.get("state_dict", {}):
+    fit = values.get("hyper_parameters", {}).get("fit", "")
+    learned = f"predictor.{STATE.get(fit, 'weight')}"
+    if missing or learned not in values.get("state_dict", {}):
         raise ValueError(
-            f"{path} lacks the hyper-parameters {missing} or the tensor predictor.weight; expected "
+            f"{path} lacks the hyper-parameters {missing} or the tensor {learned}; expected "
             "a checkpoint of an L2P fit."
         )
     return values
@@ -138,23 +192,18 @@ def summed_grams(recording: Recording, tap: str, partition: str | None = None) -
     return {**total, "count": torch.tensor(len(recording))}
 
 
-def _unfitted(header: Header, settings: dict[str, Any]) -> L2P | PartedL2P:
-    """The predictor of a fit at its start; `settings` are the fit's hyper-parameters."""
-    sizes = (len(header.sigmas), settings["anchors"], header.num_branches)
-    if settings.get("partition") is None:
-        return L2P(*sizes)
-    return parted_l2p(*sizes, recorded_partition(header, settings["tap"], settings["partition"]))
-
-
 def _save(
-    predictor: L2P | PartedL2P,
+    predictor: Predictor,
     spec: PredictorSpec,
-    recording: Recording,
+    recordings: Sequence[Recording],
     out: str | Path,
     metrics: dict[str, float],
     partition: str | None,
 ) -> Path:
     folder = save_predictor(predictor, dataclasses.replace(spec, metrics=metrics), out)
-    grams = summed_grams(recording, spec.tap, partition)
+    grams = summed_grams(recordings[0], spec.tap, partition)
+    for place, recording in enumerate(recordings[1:], start=1):
+        more = summed_grams(recording, spec.tap)
+        grams |= {f"{name}/{place}": tensor for name, tensor in more.items()}
     write_shard(folder / GRAMS_FILE, grams, {"recording_digest": spec.recording_digest})
     return folder

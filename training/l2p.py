@@ -83,9 +83,21 @@ class L2PModule(lightning.LightningModule):
 
 
 def spec_of(
-    header: Header, tap: str, anchors: Sequence[int], num_trajectories: int
+    header: Header,
+    tap: str,
+    anchors: Sequence[int],
+    num_trajectories: int,
+    digest: str | None = None,
 ) -> PredictorSpec:
-    """The circumstances of a fit on a recording with this header."""
+    """The circumstances of a fit on a recording with this header.
+
+    Args:
+        header: of the recording.
+        tap: forecast tap.
+        anchors: steps at which the network runs.
+        num_trajectories: trajectories fitted on.
+        digest: of all recordings, where there were several; None takes this one's.
+    """
     return PredictorSpec(
         tap=tap,
         anchors=tuple(anchors),
@@ -95,7 +107,7 @@ def spec_of(
         num_branches=header.num_branches,
         guidance_scale=header.scheduler["guidance_scale"],
         dtype=header.dtype,
-        recording_digest=header.recipe_hash,
+        recording_digest=header.recipe_hash if digest is None else digest,
         num_trajectories=num_trajectories,
     )
 

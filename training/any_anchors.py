@@ -1,0 +1,126 @@
+"""The fit of `L2PGram`: the mean Gram, which is all its closed form needs.
+
+Shapes: n trajectories, S sampling steps.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..checkpoints.spec import PredictorSpec
+from ..integration.schedule import check_anchors
+from ..predictors.any_anchors import L2PGram
+from ..predictors.base import History, LinearPredictor, Step
+from ..trajectories.recording import Recording
+from .l2p import open_loop_errors, spec_of
+
+
+class L2PGramModule(lightning.LightningModule):
+    """Average the Grams of the calibration trajectories (set `max_epochs: 1`).
+
+    Args:
+        recording: folder of the recording; must be that of the data module.
+        anchors: the list the predictor takes when a run gives none, and is validated on.
+        tap: recorded tap to forecast: `output` or `hidden`.
+        ridge: shrinkage toward reuse, relative to each feature's squared norm.
+        window: newest anchors to use; None uses all.
+
+    Raises:
+        ValueError: the recording lacks the tap, or the anchors do not fit its steps.
+    """
+
+    fit_name = "gram"
+
+    def __init__(
+        self,
+        recording: str,
+        anchors: Sequence[int],
+        tap: str = "output",
+        ridge: float = 1e-4,
+        window: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recording = open_recording(recording, tap)
+        header = self.recording.header
+        self.anchors = check_anchors(anchors, len(header.sigmas))
+        self.save_hyperparameters(
+            {
+                "recording": recording,
+                "anchors": list(anchors),
+                "tap": tap,
+                "fit": self.fit_name,
+                "ridge": ridge,
+                "window": window,
+            }
+        )
+        self.tap = tap
+        self.predictor = L2PGram(len(header.sigmas), header.num_branches, ridge, window)
+        self.num_trajectories: Tensor
+        self.register_buffer("num_trajectories", torch.tensor(0))
+
+    def spec(self) -> PredictorSpec:
+        """What the predictor was fitted on."""
+        header = self.recording.header
+        return spec_of(header, self.tap, self.anchors, int(self.num_trajectories))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Average the Grams of the batch, which holds all of them (`GramDataModule`)."""
+        grams = batch["gram"]
+        self.num_trajectories.fill_(len(grams))
+        self.predictor.set_gram(grams.double().mean(0))
+        self.log("train/open_loop_error", self.open_loop_error(grams))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Held-out error on the module's anchors."""
+        self.log("val/open_loop_error", self.open_loop_error(batch["gram"]))
+
+    def open_loop_error(self, grams: Float[Tensor, "n branches S S"]) -> Float[Tensor, ""]:
+        """Mean relative error of the forecasts on the module's anchors."""
+        rows = rows_of(self.predictor, self.anchors, self.recording.header.sigmas)
+        return open_loop_errors(grams.double(), rows).mean()
+
+    def configure_optimizers(self) -> None:
+        """Nothing to optimise step by step."""
+
+
+def open_recording(folder: str, tap: str) -> Recording:
+    """A recording that has a tap.
+
+    Raises:
+        ValueError: it lacks the tap.
+    """
+    recording = Recording(folder)
+    if tap not in recording.header.taps:
+        raise ValueError(f"{folder} has the taps {recording.header.taps}, not {tap!r}; record it.")
+    return recording
+
+
+def rows_of(
+    predictor: LinearPredictor, anchors: Sequence[int], sigmas: Sequence[float]
+) -> Float[Tensor, "branches S S"]:
+    """The weights of every branch of a learned predictor on given anchors, as rows over all steps.
+
+    The row of an anchor is its unit row.
+
+    Args:
+        predictor: the predictor; it has `num_branches`.
+        anchors: steps at which the network runs.
+        sigmas: flow time of every step.
+    """
+    branches = tuple(range(predictor.num_branches))  # type: ignore[arg-type]
+    num_steps = len(sigmas)
+    rows = torch.zeros(len(branches), num_steps, num_steps, dtype=torch.float64)
+    history = History(predictor.window)
+    for t in range(num_steps):
+        step = Step(t, sigmas[t], num_steps, branches)
+        if t in anchors:
+            history.push(step, torch.empty(0))
+            rows[:, t, t] = 1.0
+        else:
+            rows[:, t, history.steps] = predictor.coefficients(history, step).double().mT
+    return rows

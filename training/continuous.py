@@ -1,0 +1,261 @@
+"""The fit of `L2PContinuous`: least squares over several recordings and many anchor lists.
+
+Shapes: n trajectories, S sampling steps, K history length, M corrections.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..checkpoints.spec import PredictorSpec
+from ..integration.schedule import check_anchors
+from ..predictors.continuous import L2PContinuous
+from ..trajectories.datamodule import GramDataModule
+from .any_anchors import open_recording, rows_of
+from .l2p import open_loop_errors, spec_of
+
+FEWEST, MOST = 5, 12  # anchors of the lists fitted on
+VALIDATION_LISTS = 4
+
+Equations = dict[int, tuple[Tensor, Tensor]]
+"""Normal matrix (branches, M, M) and right side (branches, M), by the number of differences."""
+
+
+class L2PContinuousModule(lightning.LightningModule):
+    """Fit the corrections on all recordings together, in closed form (set `max_epochs: 1`).
+
+    Args:
+        recordings: folders, one per grid; must be those of the data module.
+        anchors: the list the predictor takes when a run gives none, for the first recording's grid.
+        tap: recorded tap to forecast: `output` or `hidden`.
+        order: highest difference used.
+        degree: of the basis.
+        ridge: shrinkage toward the analytic start, relative to each column's squared norm.
+        num_lists: anchor lists drawn per recording.
+        min_steps: fewest steps of a run to serve; None takes the shortest recorded one.
+        max_steps: most steps of a run to serve; None takes the longest recorded one.
+        sigma_margin: how far off the recorded grids a run's sigmas may be.
+        seed: of the anchor lists.
+
+    Raises:
+        ValueError: a recording lacks the tap or differs in host or guidance, or the anchors do not
+            fit the first one.
+    """
+
+    fit_name = "continuous"
+
+    def __init__(
+        self,
+        recordings: Sequence[str],
+        anchors: Sequence[int],
+        tap: str = "output",
+        order: int = 1,
+        degree: int = 1,
+        ridge: float = 1e-3,
+        num_lists: int = 100,
+        min_steps: int | None = None,
+        max_steps: int | None = None,
+        sigma_margin: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recordings = [open_recording(folder, tap) for folder in recordings]
+        self.recording = self.recordings[0]
+        self.headers = [recording.header for recording in self.recordings]
+        self.anchors = check_anchors(anchors, len(self.headers[0].sigmas))
+        self.tap = tap
+        self.ridge = ridge
+        self.num_lists = num_lists
+        self.seed = seed
+        for header in self.headers:
+            check_alike(spec_of(self.headers[0], tap, anchors, 0), spec_of(header, tap, anchors, 0))
+        grids = [header.sigmas for header in self.headers]
+        lengths = [len(grid) for grid in grids]
+        arguments: dict[str, Any] = {
+            "order": order,
+            "degree": degree,
+            "min_steps": min(lengths) if min_steps is None else min_steps,
+            "max_steps": max(lengths) if max_steps is None else max_steps,
+            "sigma_margin": sigma_margin,
+        }
+        told: dict[str, Any] = {
+            "recording": recordings[0],
+            "recordings": list(recordings),
+            "tap": tap,
+        }
+        told |= {"anchors": list(anchors), "fit": self.fit_name, "arguments": arguments}
+        self.save_hyperparameters(told)
+        self.predictor = L2PContinuous(grids, self.headers[0].num_branches, **arguments)
+        self.num_trajectories: Tensor
+        self.register_buffer("num_trajectories", torch.tensor(0))
+
+    def spec(self) -> PredictorSpec:
+        """What the predictor was fitted on; anchors and sigmas are the first recording's."""
+        digest = "+".join(header.recipe_hash for header in self.headers)
+        return spec_of(self.headers[0], self.tap, self.anchors, int(self.num_trajectories), digest)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Solve for the corrections."""
+        self.num_trajectories.fill_(sum(len(grams) for grams in batch["grams"]))
+        means = [grams.double().mean(0) for grams in batch["grams"]]
+        fit_continuous(self.predictor, means, self.num_lists, self.ridge, self.seed)
+        self.log("train/open_loop_error", self.open_loop_error(batch["grams"]))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Held-out error, on anchor lists that were not fitted on."""
+        self.log("val/open_loop_error", self.open_loop_error(batch["grams"]))
+
+    def open_loop_error(self, grams: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """Mean relative error over recordings and a few drawn anchor lists.
+
+        Args:
+            grams: (n, branches, S, S) of each recording.
+        """
+        errors = []
+        for each, header in zip(grams, self.headers, strict=True):
+            for anchors in anchor_lists(len(header.sigmas), VALIDATION_LISTS, self.seed + 1):
+                rows = rows_of(self.predictor, anchors, header.sigmas)
+                errors.append(open_loop_errors(each.double(), rows).mean())
+        return torch.stack(errors).mean()
+
+    def configure_optimizers(self) -> None:
+        """Nothing to optimise step by step."""
+
+
+class SeveralGrams(lightning.LightningDataModule):
+    """All Grams of one tap of several recordings in one batch.
+
+    Args:
+        folders: recording folders.
+        tap: recorded tap.
+        validation_fraction: share of trajectories held out of each, in [0, 1).
+        seed: seed of the splits.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[str],
+        tap: str = "output",
+        validation_fraction: float = 0.25,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.parts = [GramDataModule(f, tap, validation_fraction, seed) for f in folders]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the items of each recording and read their Grams.
+
+        Raises:
+            ValueError: see `GramDataModule.setup`.
+        """
+        for part in self.parts:
+            part.setup(stage)
+
+    def train_dataloader(self) -> DataLoader:
+        """One batch: `grams`, a list of (n, branches, S, S)."""
+        grams = [part.train[0]["gram"] for part in self.parts]
+        return DataLoader([{"grams": grams}], batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """One batch of the held-out trajectories, if any."""
+        if not all(part.val for part in self.parts):
+            return []
+        grams = [part.val[0]["gram"] for part in self.parts]
+        return DataLoader([{"grams": grams}], batch_size=None)  # type: ignore[arg-type]
+
+
+def fit_continuous(
+    predictor: L2PContinuous,
+    mean_grams: Sequence[Tensor],
+    num_lists: int,
+    ridge: float,
+    seed: int,
+) -> None:
+    """Set the corrections that minimise sum_t h_t^2 ||F_t - F_hat_t||^2 over all grids and lists.
+
+    h_t is the step's length in sigma, times the root of the number of steps so that every grid
+    counts alike: an error matters as much as it moves the sample.
+
+    Args:
+        predictor: its `grids` are those of the Grams.
+        mean_grams: one mean Gram per grid, (branches, S, S).
+        num_lists: anchor lists drawn per grid.
+        ridge: shrinkage toward the analytic start, relative to each column's squared norm, >= 0.
+        seed: of the anchor lists.
+    """
+    equations: Equations = {}
+    for gram, sigmas in zip(mean_grams, predictor.grids, strict=True):
+        for anchors in anchor_lists(len(sigmas), num_lists, seed):
+            add_equations(equations, predictor, gram, sigmas, anchors)
+    for order, (normal, right) in equations.items():
+        scale = normal.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
+        scaled = normal * scale[:, :, None] * scale[:, None, :]
+        scaled = scaled + (ridge + 1e-12) * torch.eye(scaled.shape[-1], dtype=torch.float64)
+        predictor.set_correction(order, torch.linalg.solve(scaled, right * scale) * scale)
+
+
+def add_equations(
+    equations: Equations,
+    predictor: L2PContinuous,
+    gram: Float[Tensor, "branches S S"],
+    sigmas: Sequence[float],
+    anchors: Sequence[int],
+) -> None:
+    """Add the normal equations of every forecast step on one anchor list."""
+    ends = [*sigmas[1:], 0.0]
+    for t, sigma in enumerate(sigmas):
+        known = [a for a in anchors if a < t][-(predictor.order + 1) :]
+        if t in anchors or len(known) < 2:
+            continue
+        start, columns = predictor.design([sigmas[a] for a in known], sigma)
+        weight = len(sigmas) * (sigma - ends[t]) ** 2
+        inner = gram[:, known][:, :, known]
+        normal = weight * (columns @ inner @ columns.mT)
+        right = weight * ((gram[:, known, t] - inner @ start) @ columns.mT)
+        before = equations.get(len(known) - 1, (0.0, 0.0))
+        equations[len(known) - 1] = (before[0] + normal, before[1] + right)
+
+
+def anchor_lists(num_steps: int, num_lists: int, seed: int) -> list[list[int]]:
+    """Schedules to fit on: two of three warped with some jitter, the others drawn freely.
+
+    Args:
+        num_steps: steps of the run.
+        num_lists: how many.
+        seed: the same seed draws the same lists.
+    """
+    draw = random.Random(seed)
+    lists = []
+    most = max(2, min(MOST, num_steps // 2))
+    for index in range(num_lists):
+        count = draw.randint(min(FEWEST, most), most)
+        if index % 3 == 2:
+            steps = draw.sample(range(1, num_steps), count - 1)
+        else:
+            gamma = draw.uniform(0.9, 1.7)
+            exact = [num_steps * (i / count) ** gamma for i in range(1, count)]
+            steps = [round(step) + draw.choice((-1, 0, 0, 1)) for step in exact]
+        lists.append(sorted({0, *(min(max(step, 0), num_steps - 1) for step in steps)}))
+    return lists
+
+
+def check_alike(first: PredictorSpec, other: PredictorSpec) -> None:
+    """Raise unless two recordings differ in nothing but their grid.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    for name in ("host", "scheduler", "num_branches", "guidance_scale", "dtype"):
+        here, there = getattr(first, name), getattr(other, name)
+        if here != there:
+            raise ValueError(
+                f"the recordings differ in {name}: {here} and {there}, expected only other steps "
+                "or shifts; record them with the same model and guidance."
+            )
