@@ -64,7 +64,7 @@ def plan(
     learned: Mapping[str, Predictor],
     searched: Mapping[str, Sequence[int]],
     methods: Sequence[str] | None = None,
-    rules: Mapping[str, Predictor] = RULES,
+    rules: Mapping[str, Predictor | Mapping[str, Predictor]] = RULES,
     common: Sequence[str] = COMMON_LISTS,
 ) -> list[Entry]:
     """Every entry of a benchmark, largest budget first.
@@ -79,7 +79,8 @@ def plan(
         learned: predictors with a spec, by the name they get in the tables.
         searched: `<method>|<tap>|<num_anchors>` to anchors; the tap of a solver is `none`.
         methods: solvers and formulas to run; None runs all.
-        rules: the formulas, by table name.
+        rules: the formulas by table name; one that differs between taps, or does not fit all, is
+            given by tap.
         common: names of the common lists to run.
 
     Raises:
@@ -98,7 +99,8 @@ def plan(
         lists += [(entry.anchors_name, entry.anchors) for entry in fitted]
         entries += fitted
         for method in chosen:
-            for tap in FORMULA_TAPS if method in rules else ("none",):
+            by_tap = _by_tap(rules[method]) if method in rules else {"none": None}
+            for tap, rule in by_tap.items():
                 found = searched.get(f"{method}|{tap}|{budget}")
                 mine = [("searched", check_anchors(found, num_steps))] if found else []
                 unique: dict[tuple[int, ...], str] = {}
@@ -106,8 +108,14 @@ def plan(
                     unique.setdefault(anchors, name)
                 kind = "formula" if method in rules else "solver"
                 for anchors, name in unique.items():
-                    entries.append(Entry(method, kind, tap, name, anchors, rules.get(method)))
+                    entries.append(Entry(method, kind, tap, name, anchors, rule))
     return entries
+
+
+def _by_tap(rule: Predictor | Mapping[str, Predictor]) -> dict[str, Predictor | None]:
+    if isinstance(rule, Mapping):
+        return dict(rule)
+    return dict.fromkeys(FORMULA_TAPS, rule)
 
 
 def _common_lists(budget: int, num_steps: int) -> list[tuple[str, tuple[int, ...]]]:

@@ -45,7 +45,7 @@ def bench(
     methods: Sequence[str] | None = None,
     batch_size: int = 16,
     command: str = "foreseer.training.benchmark.bench",
-    rules: Mapping[str, Predictor] = RULES,
+    rules: Mapping[str, Predictor | Mapping[str, Predictor]] = RULES,
     common: Sequence[str] = COMMON_LISTS,
     **settings: Any,
 ) -> Path:
@@ -64,7 +64,7 @@ def bench(
         methods: solvers and formulas to run; None runs all.
         batch_size: samples per pipeline call.
         command: how this was called, for the report.
-        rules: the formulas, by table name.
+        rules: the formulas, see `plan`.
         common: names of the common lists to run.
         settings: keyword arguments of every pipeline call: `guidance_scale`, `num_inference_steps`.
 
