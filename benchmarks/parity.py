@@ -18,6 +18,7 @@ import parity_cache_dit as cache_dit_rows
 import parity_defects as defects
 import parity_diffusers as diffusers_rows
 import torch
+from parity_adaptive import adaptive_rows
 from parity_rows import Row
 from parity_states import diffusers_rows as state_rows
 
@@ -28,7 +29,7 @@ float32 over 20 sampler steps."""
 
 
 def rows() -> list[Row]:
-    """All comparisons; adaptive schedules get their rows at the end of this list."""
+    """All comparisons."""
     return [
         *state_rows(),
         *diffusers_rows.lite_rows(),
@@ -41,8 +42,8 @@ def rows() -> list[Row]:
         *cache_dit_rows.pipeline_rows(),
         *defects.our_rows(),
         *defects.diffusers_rows(),
-        *defects.branch_rows(),
         *defects.cache_dit_rows(),
+        *adaptive_rows(),
     ]
 
 

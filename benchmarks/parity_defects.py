@@ -113,21 +113,6 @@ def our_rows() -> list[Row]:
     return [Row(n, original, "tiny Flux", largest(a, b), True, note) for n, a, b in cases]
 
 
-def branch_rows() -> list[Row]:
-    """With true guidance, FirstBlockCache decides for each branch by itself."""
-    pipe = cached(flux, FirstBlockCacheConfig(threshold=0.25))
-    block = pipe.transformer.transformer_blocks[1]
-    counts = calls_per_step(pipe, [block], lambda: run(pipe, true_cfg_scale=2.0))
-    alone = [s for s, count in enumerate(counts) if count == 1]
-    note = (
-        f"At steps {alone} one guidance branch was computed and the other reused; guidance scales "
-        "their mismatch. Ours takes one decision per step."
-    )
-    host = "tiny Flux, true guidance 2"
-    original = f"{NAME} FirstBlockCache schedule"
-    return [Row("one decision per step", original, host, float(bool(alone)), not alone, note)]
-
-
 def run_length_row() -> Row:
     """cache-dit's limit on cached steps in a row, with a threshold that always caches."""
     limits = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": 2}

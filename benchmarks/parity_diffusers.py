@@ -17,11 +17,12 @@ from diffusers.hooks import (
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from parity_hosts import NUM_STEPS, dit, flux, give_context, has_hooks, run
 from parity_rows import Row, largest
-from parity_steps import calls_per_step, diffusers_interval, magcache_steps, ran
+from parity_steps import calls_per_step, ran
 from parity_taps import module_forecasts, tail_forecasts
 from torch import Tensor, nn
 
 from foreseer.integration.forecasting import forecasting
+from foreseer.integration.schedule import diffusers_interval, magcache
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.polynomial import Reuse, Taylor
 
@@ -160,16 +161,16 @@ def schedule_rows() -> list[Row]:
                 block = blocks_of(pipe)[1]
                 theirs = ran(calls_per_step(pipe, [block], lambda p=pipe, n=steps: run(p, n)))
                 note = f"Steps that ran at T = {steps}: {' '.join(map(str, theirs))}."
-                method = f"diffusers_interval({steps}, disable_after={after})"
-                same = theirs == diffusers_interval(steps, disable_after=after)
+                method = f"diffusers_interval({steps}, last_forecast={after})"
+                same = theirs == diffusers_interval(steps, last_forecast=after)
                 original = f"{NAME} TaylorSeerCache schedule"
                 rows.append(Row(method, original, name, 0.0 if same else 1.0, same, note))
         pipe = cached(make, mag_config())
         theirs = ran(calls_per_step(pipe, [blocks_of(pipe)[1]], lambda p=pipe: run(p)))
-        same = theirs == magcache_steps(mag_config().mag_ratios.tolist(), 0.3)
+        same = theirs == magcache(mag_config().mag_ratios.tolist(), 0.3)
         note = f"Decided by the ratios alone. Steps that ran: {' '.join(map(str, theirs))}."
         original = f"{NAME} MagCache schedule"
-        rows.append(Row("magcache_steps", original, name, 0.0 if same else 1.0, same, note))
+        rows.append(Row("magcache", original, name, 0.0 if same else 1.0, same, note))
     return rows
 
 
@@ -183,7 +184,7 @@ def residual_rows() -> list[Row]:
     rows = []
     for name, make in HOSTS.items():
         theirs = run(cached(make, mag_config()))
-        anchors = magcache_steps(mag_config().mag_ratios.tolist(), 0.3)
+        anchors = magcache(mag_config().mag_ratios.tolist(), 0.3)
         mine = ours(make, Reuse(), anchors, "residual")
         note = "Both add the trunk's last residual to the current input, on the same anchors."
         original = f"{NAME} MagCache"

@@ -7,9 +7,9 @@ import diffusers
 import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
 from parity_rows import Row, largest
-from parity_steps import diffusers_interval
 from torch import Tensor
 
+from foreseer.integration.schedule import diffusers_interval
 from foreseer.predictors.base import History, Predictor, Step
 from foreseer.predictors.polynomial import Taylor
 

@@ -92,7 +92,7 @@ def magcache(
             f"from {min(ratios, default=0)}; expected threshold >= 0, max_run >= 1, retention in "
             "(0, 1] and positive ratios."
         )
-    first = max(1, int(retention * len(ratios)))
+    first = max(1, int(retention * len(ratios) + 0.5))
     anchors, product, error, run = list(range(first)), 1.0, 0.0, 0
     for step in range(first, len(ratios)):
         product *= ratios[step]
