@@ -89,9 +89,7 @@ def test_no_partition_is_better_than_the_one_found(num_stages, seed):
         return sum(float(table[end, start]) for table, end, start in parts)
 
     found = cost(tuple(best_stages(tables)))
-    others = [
-        cost((0, *cuts)) for cuts in itertools.combinations(range(1, STEPS), num_stages - 1)
-    ]
+    others = [cost((0, *cuts)) for cuts in itertools.combinations(range(1, STEPS), num_stages - 1)]
     assert found == pytest.approx(min(others), rel=1e-12)
 
 
@@ -115,6 +113,15 @@ def test_more_stages_than_steps_to_forecast_and_empty_stages_are_refused():
         from_grams(gram(features()), 2, (1,))
 
 
+def test_relative_errors_are_shares_of_reuse():
+    quadratic = from_grams(gram(features()), 3, (0, 4))
+    filters = torch.randn(2, STEPS, 3, dtype=torch.float64)
+    counted = quadratic.constant > 0
+    expected = quadratic.error(filters)[counted] / quadratic.constant[counted]
+    torch.testing.assert_close(quadratic.relative().error(filters)[counted], expected)
+    assert not quadratic.relative().constant[~counted].any()
+
+
 # --------------------------------------------------------------------------- linear equivalent
 
 
@@ -128,13 +135,13 @@ def test_the_loss_of_alternating_least_squares_never_rises(seed):
 
 def test_a_table_that_made_the_features_is_found_again():
     x = torch.randn(1, 2, STEPS, 60, dtype=torch.float64)
-    alpha = torch.rand(2, STEPS, dtype=torch.float64) + 0.5
-    taps = torch.randn(2, 2, 2, dtype=torch.float64) / 2
+    alpha = torch.rand(2, STEPS, dtype=torch.float64) / 2 + 0.75
+    taps = torch.tensor([[[-0.4, 0.1], [0.5, -0.3]], [[0.3, -0.5], [-0.6, 0.2]]]).double()
     stages = stage_of([0, 5], STEPS)
     for t in range(2, STEPS):
         change = torch.einsum("bk,nbkm->nbm", taps[:, stages[t]], x[:, :, t - 2 : t])
         x[:, :, t] = x[:, :, t - 1] + alpha[:, t, None] * change
-    fitted = fit_linear_equivalent(from_grams(gram(x), 2, (0, 1)), [0, 5], num_rounds=200)
+    fitted = fit_linear_equivalent(from_grams(gram(x), 2, (0, 1)), [0, 5], num_rounds=400)
     expected = (alpha[..., None] * taps[:, stages])[:, 2:]
     torch.testing.assert_close(fitted.filters()[:, 2:], expected, atol=1e-6, rtol=1e-6)
 

@@ -72,6 +72,9 @@ def find_stages(
 ) -> list[float]:
     """Boundaries of the best stages in flow time, falling; one fewer than stages.
 
+    The error of a step is taken relative to that of reuse: else the last steps, where features move
+    most, would be the only ones to matter.
+
     Args:
         grams: one Gram per trajectory and branch.
         sigmas: flow time of every step.
@@ -81,7 +84,10 @@ def find_stages(
     Returns:
         Boundaries halfway between the steps they divide: a stage holds the sigmas above its own.
     """
-    tables = {window: stage_costs(from_grams(grams, window, anchors)) for window in set(windows)}
+    tables = {
+        window: stage_costs(from_grams(grams, window, anchors).relative())
+        for window in set(windows)
+    }
     starts = best_stages([tables[window] for window in windows])
     return [(sigmas[start - 1] + sigmas[start]) / 2 for start in starts[1:]]
 

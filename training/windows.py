@@ -39,6 +39,16 @@ class Quadratic:
         bent = torch.einsum("bsk,bskl,bsl->bs", filters, self.normal, filters)
         return self.constant - 2 * (filters * self.right).sum(-1) + bent
 
+    def relative(self) -> "Quadratic":
+        """The same with every step divided by its error of reuse, so that all steps count alike."""
+        some = self.constant > 0
+        scale = torch.where(some, self.constant.where(some, 1.0).reciprocal(), 0.0)
+        return Quadratic(
+            self.normal * scale[..., None, None],
+            self.right * scale[..., None],
+            self.constant * scale,
+        )
+
     def __add__(self, other: "Quadratic") -> "Quadratic":
         return Quadratic(
             self.normal + other.normal, self.right + other.right, self.constant + other.constant
