@@ -1,7 +1,8 @@
-"""LESA without its networks: a number per step and a filter per stage, by alternating least squares.
+"""LESA without its networks, by alternating least squares.
 
-F_hat_t = F_{t-1} + alpha[t] sum_j w[stage(t), j] F_{t-K+j}, per branch, which is what the published
-gate comes to on a fixed grid (its input is a function of the step alone), without the bias.
+F_hat_t = F_{t-1} + alpha[t] sum_j w[stage(t), j] F_{t-K+j}, per branch: a number per step and a
+filter per stage, to which the published gate comes on a fixed grid (its input is a function of the
+step alone). The constant is left out.
 Shapes: S sampling steps, K taps.
 """
 
@@ -59,8 +60,8 @@ def fit_linear_equivalent(
     """Solve for gates and filters in turns; the loss never rises.
 
     With the filters fixed, alpha[t] = (w . right_t) / (w^T normal_t w); with the gates fixed, the
-    filter of a stage solves (sum_t alpha[t]^2 normal_t) w = sum_t alpha[t] right_t. The start is the
-    best filter per stage with all gates 1.
+    filter of a stage solves (sum_t alpha[t]^2 normal_t) w = sum_t alpha[t] right_t. The start is
+    the best filter per stage with all gates 1.
 
     Args:
         quadratic: from a recording, or from the windows of runs that forecast.

@@ -1,0 +1,296 @@
+"""LESA in two phases: guided by recorded features, then in closed loop with the network.
+
+Source: LESA, arXiv 2602.20497. Both phases minimise the mean absolute error of single forecasts;
+they differ in what the forecasts are made from (lesa_samples.py). Weights and updates are float32
+and the learning rate starts anew with the second phase; neither holds in the release.
+Shapes: B batch, S sampling steps.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import lightning
+import torch
+from jaxtyping import Float
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from ..checkpoints.format import argument_names
+from ..checkpoints.spec import PredictorSpec
+from ..integration.pipelines import load_pipeline
+from ..integration.schedule import check_anchors
+from ..predictors.kan import with_pykan, without_pykan
+from ..predictors.lesa import LesaPredictor
+from ..trajectories.recording import Recording
+from .any_anchors import open_recording
+from .l2p import spec_of
+from .lesa_figures import gate_figure
+from .lesa_samples import (
+    Sample,
+    collect,
+    mean_absolute_error,
+    recorded_samples,
+    stage_errors,
+)
+from .measure import References, item_of, log_error
+from .stages import find_stages
+
+HALVING = 500  # optimiser steps between halvings, of the release
+FLOOR = 0.01  # final rate of the cosine, relative to the first
+
+LesaFactory = Callable[[Sequence[float], int], LesaPredictor]
+"""Makes the untrained predictor from the sigmas of a run and the number of branches."""
+
+
+class LesaModule(lightning.LightningModule):
+    """Train a `LesaPredictor` for one anchor list; set `max_epochs` to the epochs of both phases.
+
+    An epoch of the second phase runs the pipeline once per trajectory, forecasting with the weights
+    it has at the start of the batch; forecasts enter later windows without a gradient, and nothing
+    is differentiated through the network. The released code updates within the run instead.
+
+    Args:
+        recording: folder of the recording, with features of the tap; must be that of the data
+            module, whose `names` must hold `feature/<tap>` and `final` (and `tokens/<tap>` where
+            only some tokens were recorded).
+        pipeline: folder of the pipeline, or `zoo:<name>`.
+        anchors: steps at which the network runs, starting with 0.
+        predictor: class and arguments of the predictor but `sigmas` and `num_branches`.
+        tap: `hidden` or `output`.
+        find_boundaries: put the stages' boundaries where the recording says (stages.py).
+        open_loop_epochs: epochs of the first phase.
+        closed_loop_epochs: epochs of the second phase.
+        tap_rate: first learning rate of the filters.
+        gate_rate: first learning rate of the gates.
+        decay: `cosine` to a hundredth over each phase, or `halving` every 500 updates.
+        steps_per_update: forecast steps behind one update; 1 as published.
+        weight_decay: of AdamW.
+        gradient_clip: largest norm of the gradient.
+        pykan_seed: train pykan's layers from its initialisation with this seed; None trains ours.
+
+    Raises:
+        ValueError: the recording lacks features of the tap, or an argument is out of range.
+    """
+
+    fit_name = "lesa"
+
+    def __init__(
+        self,
+        recording: str,
+        pipeline: str,
+        anchors: Sequence[int],
+        predictor: LesaFactory,
+        tap: str = "hidden",
+        find_boundaries: bool = False,
+        open_loop_epochs: int = 1,
+        closed_loop_epochs: int = 2,
+        tap_rate: float = 1e-3,
+        gate_rate: float = 1e-4,
+        decay: Literal["cosine", "halving"] = "cosine",
+        steps_per_update: int = 1,
+        weight_decay: float = 1e-4,
+        gradient_clip: float = 1.0,
+        pykan_seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recording = open_features(recording, tap)
+        header = self.recording.header
+        self.anchors = check_anchors(anchors, header.num_steps)
+        self.pipeline, self.tap = pipeline, tap
+        self.open_loop_epochs, self.closed_loop_epochs = open_loop_epochs, closed_loop_epochs
+        self.tap_rate, self.gate_rate, self.decay = tap_rate, gate_rate, decay
+        self.steps_per_update = steps_per_update
+        self.weight_decay, self.gradient_clip = weight_decay, gradient_clip
+        if min(open_loop_epochs, closed_loop_epochs) < 0 or steps_per_update < 1:
+            raise ValueError(
+                f"found {open_loop_epochs} and {closed_loop_epochs} epochs and steps_per_update "
+                f"{steps_per_update}, expected none below 0 and at least 1."
+            )
+        plain = predictor(header.sigmas, header.num_branches)
+        if find_boundaries:
+            grams = self.recording.stack(f"gram/{tap}")
+            found = find_stages(grams, header.sigmas, plain.taps, self.anchors)
+            plain = predictor(header.sigmas, header.num_branches, boundaries=found)  # type: ignore[call-arg]
+        told = {"recording": recording, "anchors": list(anchors), "tap": tap, "fit": self.fit_name}
+        names = argument_names(type(plain).__name__)
+        arguments = {name: _plain(getattr(plain, name)) for name in names}
+        told |= {"arguments": arguments, "pykan": pykan_seed is not None}
+        self.save_hyperparameters(told)
+        self.predictor = plain if pykan_seed is None else with_pykan(plain, pykan_seed)
+        self.pipe: Any = None
+        self.num_trajectories: Tensor
+        self.fit_seconds: Tensor
+        self.start_error: Tensor
+        self.val_error: Tensor
+        self.register_buffer("num_trajectories", torch.tensor(0))
+        for name in ("fit_seconds", "start_error", "val_error"):
+            start = 0.0 if name == "fit_seconds" else math.inf
+            self.register_buffer(name, torch.tensor(start, dtype=torch.float64))
+        self.closed_errors: list[Tensor] = []
+
+    def deployed(self) -> LesaPredictor:
+        """The predictor without pykan, as it is exported."""
+        return without_pykan(self.predictor) if self.hparams["pykan"] else self.predictor
+
+    def spec(self) -> PredictorSpec:
+        """What the predictor was fitted on."""
+        count = int(self.num_trajectories)
+        return spec_of(self.recording.header, self.tap, self.anchors, count)
+
+    @property
+    def closed_loop(self) -> bool:
+        """Whether this epoch is of the second phase."""
+        return self.current_epoch >= self.open_loop_epochs
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, with a rate for the filters and one for the gates."""
+        gates: list[nn.Parameter] = []
+        filters: list[nn.Parameter] = []
+        for name, parameter in self.predictor.named_parameters():
+            (filters if name in ("weight", "offset") else gates).append(parameter)
+        groups = [
+            {"params": params, "lr": rate, "first_rate": rate}
+            for params, rate in ((filters, self.tap_rate), (gates, self.gate_rate))
+            if params
+        ]
+        return torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+
+    def on_fit_start(self) -> None:
+        """Load the pipeline, and measure reuse on the validation split."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.num_trajectories.fill_(len(data.train_items))
+        if self.pipe is None:
+            self.pipe = load_pipeline(self.pipeline)
+            self.pipe.set_progress_bar_config(disable=True)
+        if not math.isfinite(float(self.start_error)) and data.val_items:
+            errors = []
+            for batch in data.val_dataloader():
+                errors.append(self.run(batch)[1])
+            self.start_error.fill_(torch.cat(errors).mean())
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Update on every forecast step of a batch, a few at a time."""
+        if self.closed_loop:
+            samples, _ = self.run(batch)
+        else:
+            samples = recorded_samples(batch[f"feature/{self.tap}"], self.anchors, self.predictor)
+        groups = list(self.groups(samples))
+        optimizer: Any = self.optimizers()
+        losses = []
+        for index, group in enumerate(groups):
+            self.set_rates(optimizer, batch_idx, index, len(groups))
+            loss = mean_absolute_error(self.predictor, group)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            nn.utils.clip_grad_norm_(self.predictor.parameters(), self.gradient_clip)
+            optimizer.step()
+            losses.append(loss.detach())
+        phase = "closed_loop" if self.closed_loop else "open_loop"
+        self.log(f"train/{phase}_l1", torch.stack(losses).mean(), prog_bar=True, batch_size=1)
+        self.log("train/tap_rate", optimizer.param_groups[0]["lr"], batch_size=1)
+
+    def groups(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+        """The samples behind each update."""
+        for start in range(0, len(samples), self.steps_per_update):
+            yield samples[start : start + self.steps_per_update]
+
+    def set_rates(self, optimizer: Any, batch_idx: int, index: int, num_updates: int) -> None:
+        """Set the learning rates of an update from its place in the phase.
+
+        Args:
+            optimizer: of the trainer.
+            batch_idx: batch of the epoch.
+            index: update of the batch.
+            num_updates: updates per batch.
+        """
+        epochs = self.closed_loop_epochs if self.closed_loop else self.open_loop_epochs
+        done = self.current_epoch - (self.open_loop_epochs if self.closed_loop else 0)
+        num_batches = int(self.trainer.num_training_batches)
+        batches = done * num_batches + batch_idx
+        progress = (batches + index / num_updates) / (max(epochs, 1) * num_batches)
+        factor = rate_factor(self.decay, progress, batches * num_updates + index)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["first_rate"]
+
+    def on_train_epoch_end(self) -> None:
+        """Add the epoch's time."""
+        self.fit_seconds.add_(time.perf_counter() - self._started)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Held-out errors per stage, guided and in closed loop, and that of the final latents."""
+        guided = recorded_samples(batch[f"feature/{self.tap}"], self.anchors, self.predictor)
+        closed, errors = self.run(batch)
+        for name, samples in (("guided", guided), ("closed_loop", closed)):
+            for stage, error in stage_errors(self.predictor, samples).items():
+                self.log(f"val/{name}_error_stage_{stage}", error, batch_size=len(errors))
+        self.closed_errors.append(errors)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the closed-loop error, and draw the gates."""
+        error = torch.cat(self.closed_errors).mean()
+        self.closed_errors = []
+        self.log("val/error_db", error, prog_bar=True)
+        self.log("val/gain_over_reuse_db", self.start_error.to(error) - error)
+        if self.trainer.sanity_checking:
+            return
+        self.val_error.fill_(error)
+        if isinstance(self.logger, TensorBoardLogger):
+            sigmas, boundaries = self.predictor.sigmas, self.predictor.boundaries
+            with torch.no_grad():
+                figure = gate_figure(self.predictor.alpha(), sigmas, boundaries, self.anchors)
+            self.logger.experiment.add_figure("gates", figure, self.current_epoch)
+
+    def run(self, batch: dict[str, Any]) -> tuple[list[Sample], Float[Tensor, " B"]]:
+        """Generate a batch while forecasting: the samples, and the error of its latents in dB."""
+        items = [item_of(self.recording, int(item)) for item in batch["item"]]
+        tokens = batch.get(f"tokens/{self.tap}")
+        collector = collect(
+            self.pipe,
+            self.predictor,
+            self.tap,
+            self.anchors,
+            items,
+            None if tokens is None else tokens[0],
+            **References(self.recording, []).settings,
+        )
+        assert collector.final is not None  # a run has steps
+        errors = log_error(collector.final, batch["final"])
+        return collector.samples(batch[f"feature/{self.tap}"]), errors
+
+
+def open_features(folder: str, tap: str) -> Recording:
+    """A recording that holds features of a tap.
+
+    Raises:
+        ValueError: it does not.
+    """
+    recording = open_recording(folder, tap)
+    if recording.header.features == "none":
+        raise ValueError(
+            f"{folder} holds Grams only; record it again with features: full (or tokens)."
+        )
+    return recording
+
+
+def rate_factor(decay: str, progress: float, updates: int) -> float:
+    """Learning rate relative to the phase's first: 1 at its start, whatever came before.
+
+    Args:
+        decay: `cosine` or `halving`.
+        progress: share of the phase that is done, in [0, 1].
+        updates: updates of the phase so far.
+    """
+    if decay == "halving":
+        return 0.5 ** (updates // HALVING)
+    return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
