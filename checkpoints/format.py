@@ -22,6 +22,8 @@ from ..predictors.any_anchors import L2PGram
 from ..predictors.base import Predictor
 from ..predictors.continuous import L2PContinuous
 from ..predictors.hybrid import HyCa
+from ..predictors.lesa import LesaPredictor
+from ..predictors.lesa_values import LesaValues
 from ..predictors.linear import L2P
 from ..predictors.parted import L2PBands, L2PGroups
 from .card import model_card
@@ -40,6 +42,8 @@ CLASSES: dict[str, type[Predictor]] = {
     "HyCa": HyCa,
     "L2PGram": L2PGram,
     "L2PContinuous": L2PContinuous,
+    "LesaPredictor": LesaPredictor,
+    "LesaValues": LesaValues,
 }
 """The predictors a checkpoint may hold."""
 

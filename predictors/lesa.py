@@ -1,19 +1,25 @@
 """LESA: a gate over time times a filter over the last features, one expert per noise stage.
 
-Shapes: K taps, S sampling steps, B batch.
+Shapes: K taps or history length, S sampling steps, B batch.
 Source: LESA, arXiv 2602.20497: h_hat = h_-1 + alpha_k(t) (w_k . [h_-K ... h_-1] + b_k) with
 alpha_k = KAN_k(t - t_0, ..., t - t_S). The start at reuse, the padding and the folding onto anchors
 are ours.
 """
 
+import copy
+import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .base import History, Predictor, Step, combine
-from .gates import build_gate
+from .gates import GATES, build_gate, time_differences
+from .linear import L2P
+
+MAX_FOLDED = 1000  # lists of anchors whose rows are kept; an adaptive schedule meets ever new ones
 
 
 class LesaPredictor(Predictor):
@@ -27,14 +33,14 @@ class LesaPredictor(Predictor):
     Args:
         sigmas: flow time of every step of the run.
         num_branches: guidance branches; each has its own experts.
-        boundaries: falling flow times between the stages; empty for one stage. Stage 0 is above
-            the first.
+        boundaries: falling flow times between the stages, empty for one stage; stage 0 lies above
+            the first, and a boundary belongs to the stage below it.
         taps: K of every stage, one more than boundaries.
         gate: `kan`; `mlp` for a perceptron with as many weights; `table` for a free number per
             step, which every trained gate reduces to.
-        hidden: widths of the gate's hidden layers (of the KAN; the perceptron's are scaled up).
-        grid_size: intervals of the spline grid.
-        grid_range: the spline grid covers -grid_range to grid_range.
+        hidden: widths of the hidden layers of the KAN; a perceptron's are scaled up.
+        grid_size: intervals of the gate's spline grid.
+        grid_range: the gate's spline grid covers -grid_range to grid_range.
         feedback: whether forecasts enter the history.
         bias: whether there is a b_k.
 
@@ -58,6 +64,12 @@ class LesaPredictor(Predictor):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        check_stages(boundaries, taps)
+        if not sigmas or num_branches < 1 or gate not in GATES:
+            raise ValueError(
+                f"found {len(sigmas)} sigmas, {num_branches} branches and the gate {gate!r}; "
+                f"expected at least one of each and a gate of {GATES}."
+            )
         self.sigmas = tuple(float(sigma) for sigma in sigmas)
         self.num_branches = num_branches
         self.boundaries = tuple(float(sigma) for sigma in boundaries)
@@ -69,19 +81,47 @@ class LesaPredictor(Predictor):
         self.feedback = feedback
         self.bias = bias
         self.window = None if feedback else max(taps)
-        stages = len(self.taps)
-        self.weight: Float[Tensor, "branches stages K"]
-        self.weight = nn.Parameter(torch.zeros(num_branches, stages, max(taps)))  # newest last
+        self.stages = [self.stage(sigma) for sigma in self.sigmas]
+        self.weight: Float[Tensor, "branches stages K"]  # newest last; stages of less leave some 0
+        self.weight = nn.Parameter(torch.zeros(num_branches, len(taps), max(taps)))
         self.offset: Float[Tensor, "branches stages"] | None
-        self.offset = nn.Parameter(torch.zeros(num_branches, stages)) if bias else None
+        self.offset = nn.Parameter(torch.zeros(num_branches, len(taps))) if bias else None
+        if gate == "table":
+            self.table = nn.Parameter(torch.ones(num_branches, len(self.sigmas)))
+        else:
+            self.gates = self._build_gates()
+        self.folded: dict[tuple, dict[int, Tensor]] = {}
+
+    def _build_gates(self) -> nn.ModuleList:
+        """A gate per branch and stage, drawn without touching the run's random numbers."""
+        settings = (len(self.sigmas) + 1, self.hidden, self.grid_size, self.grid_range)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return nn.ModuleList(
+                nn.ModuleList(build_gate(self.gate, *settings) for _ in self.taps)
+                for _ in range(self.num_branches)
+            )
 
     def stage(self, sigma: float) -> int:
         """Number of the expert in charge at a flow time."""
-        raise NotImplementedError
+        return sum(sigma <= boundary for boundary in self.boundaries)
 
-    def alpha(self) -> Float[Tensor, "branches S"]:
-        """The gate of every step, differentiable."""
-        raise NotImplementedError
+    def alpha(self, steps: Sequence[int] | None = None) -> Float[Tensor, "branches S"]:
+        """The gate at some steps, all of them when None; differentiable in the parameters."""
+        steps = range(len(self.sigmas)) if steps is None else steps
+        if self.gate == "table":
+            return self.table[:, list(steps)]
+        rows = time_differences(self.sigmas)[list(steps)].to(self.weight)
+        stages = torch.tensor([self.stages[step] for step in steps], device=rows.device)
+        values = []
+        for experts in cast(list[nn.ModuleList], list(self.gates)):
+            row = rows.new_zeros(len(rows))
+            for number, expert in enumerate(experts):
+                inside = (stages == number).nonzero().flatten()
+                if len(inside):
+                    row = row.index_put((inside,), expert(rows[inside])[:, 0])
+            values.append(row)
+        return torch.stack(values)
 
     def correct(
         self, queue: Sequence[Float[Tensor, " B *shape"]], step: Step
@@ -94,15 +134,178 @@ class LesaPredictor(Predictor):
             queue: features of the steps before (with `feedback`) or of the anchors so far, oldest
                 first; only the newest K count, the oldest is repeated where there are fewer.
             step: the step to forecast.
+
+        Raises:
+            ValueError: the queue is empty, or a branch or run of steps without experts.
         """
-        raise NotImplementedError
+        self.check(step)
+        queue = list(queue)[-max(self.taps) :]
+        if not queue:
+            raise ValueError("the queue is empty: a forecast needs at least one feature.")
+        row = self._row(_units(len(queue), self.weight), step.index, self.alpha([step.index])[:, 0])
+        return _mix(row[list(step.branches)], queue)
 
     def affine(
         self, history: History, step: Step
     ) -> tuple[Float[Tensor, "K branches"], Float[Tensor, " branches"]]:
-        """Weights of the features in `history` and the constant added: the folded form."""
-        raise NotImplementedError
+        """Weights of the features in `history`, oldest first, and the constant added, per branch.
+
+        Raises:
+            ValueError: a branch or run of steps without experts, a step that is not after the
+                history, or a history without step 0 although forecasts are fed back.
+        """
+        row = self._row_at(history, step)
+        return row[:, 1:].mT, row[:, 0]
 
     def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
-        """The forecast from the anchors in `history`."""
-        raise NotImplementedError
+        """The forecast, see the base class.
+
+        Raises:
+            ValueError: the history is empty, or see `affine`.
+        """
+        return _mix(self._row_at(history, step), history.features)
+
+    def train(self, mode: bool = True) -> "LesaPredictor":
+        """Switch the mode and forget the rows kept, see `torch.nn.Module.train`."""
+        self.folded.clear()
+        return super().train(mode)
+
+    def tabulated(self) -> "LesaPredictor":
+        """A copy with the gate's values in a table instead of nets; it forecasts the same."""
+        other = copy.deepcopy(self)
+        if self.gate != "table":
+            del other.gates
+            other.gate = "table"
+            other.table = nn.Parameter(self.alpha().detach().clone())
+        return other
+
+    def check(self, step: Step) -> None:
+        """Raise unless there are experts for a step.
+
+        Raises:
+            ValueError: a branch or run of steps without experts.
+        """
+        if max(step.branches) >= self.num_branches or step.num_steps != len(self.sigmas):
+            raise ValueError(
+                f"found branch {max(step.branches)} in a run of {step.num_steps} steps, but the "
+                f"experts are for {self.num_branches} branch(es) and {len(self.sigmas)} steps."
+            )
+
+    def _row_at(self, history: History, step: Step) -> Float[Tensor, "branches K+1"]:
+        """Constant and weights of each branch, differentiable where gradients are on."""
+        self.check(step)
+        steps = tuple(history.steps)
+        if not steps or step.index <= steps[-1] or (self.feedback and steps[0] != 0):
+            raise ValueError(
+                f"the history holds the steps {list(steps)}, expected earlier ones than "
+                f"{step.index}" + (" from step 0 on." if self.feedback else ".")
+            )
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            row = self._rows(steps, step.index + 1)[step.index]
+        else:
+            row = self._kept_rows(steps)[step.index]
+        return row[list(step.branches)]
+
+    def _kept_rows(self, steps: tuple[int, ...]) -> dict[int, Float[Tensor, "branches K+1"]]:
+        """The rows after some anchors, computed once for given parameters."""
+        state = tuple(self.parameters())
+        if any(tensor.is_inference() for tensor in state):  # their changes cannot be seen
+            return self._rows(steps, len(self.sigmas))
+        key = (steps, *((tensor.data_ptr(), tensor._version) for tensor in state))
+        if key not in self.folded:
+            if len(self.folded) >= MAX_FOLDED:
+                self.folded.clear()
+            with torch.no_grad():
+                rows = self._rows(steps, len(self.sigmas))
+            self.folded[key] = {t: row.cpu() for t, row in rows.items()}
+        return self.folded[key]
+
+    def _rows(self, steps: tuple[int, ...], stop: int) -> dict[int, Float[Tensor, "branches K+1"]]:
+        """Rows of the steps before `stop` over the anchors at `steps`.
+
+        With feedback the row of a forecast is the expert's combination of the rows before it, and
+        that of an anchor its unit row: B[a] = e_a, B[t] = B[t-1] + alpha (w . B[t-K ... t-1] + b).
+        """
+        units = _units(len(steps), self.weight)
+        alpha = self.alpha()
+        if not self.feedback:
+            return {t: self._row(units, t, alpha[:, t]) for t in range(steps[-1] + 1, stop)}
+        place = {step: number for number, step in enumerate(steps)}
+        rows: list[Tensor] = []
+        for t in range(stop):
+            rows.append(units[place[t]] if t in place else self._row(rows, t, alpha[:, t]))
+        return dict(enumerate(rows))
+
+    def _row(
+        self, queue: list[Tensor], index: int, alpha: Float[Tensor, " branches"]
+    ) -> Float[Tensor, "branches K+1"]:
+        """What the expert of a step makes of rows, oldest first; the oldest stands in for more."""
+        stage = self.stages[index]
+        taps = self.taps[stage]
+        filled = [queue[0]] * (taps - len(queue)) + queue[-taps:]
+        weight = self.weight[:, stage, -taps:].double()
+        z = torch.einsum("bk,kbi->bi", weight, torch.stack(filled))
+        if self.offset is not None:
+            constant = torch.zeros_like(z[0])
+            constant[0] = 1.0
+            z = z + self.offset[:, stage, None].double() * constant
+        return queue[-1] + alpha[:, None].double() * z
+
+
+def as_l2p(predictor: LesaPredictor, anchors: Sequence[int]) -> L2P:
+    """The linear rule that a predictor is on given anchors, as rows.
+
+    Args:
+        predictor: one without constants.
+        anchors: steps at which the network runs, starting with 0.
+
+    Raises:
+        ValueError: a constant b_k is not 0, or the predictor is not linear.
+    """
+    if type(predictor) is not LesaPredictor:
+        raise ValueError(f"a {type(predictor).__name__} is no linear rule; expected LesaPredictor.")
+    if predictor.offset is not None and bool((predictor.offset != 0).any()):
+        raise ValueError(
+            "the predictor adds a constant, which rows of weights cannot; fit it with bias=False."
+        )
+    linear = L2P(len(predictor.sigmas), anchors, predictor.num_branches)
+    branches = tuple(range(predictor.num_branches))
+    history = History(predictor.window)
+    for index, sigma in enumerate(predictor.sigmas):
+        step = Step(index, sigma, len(predictor.sigmas), branches)
+        if index in linear.anchors:
+            history.push(step, torch.empty(0))
+        else:
+            with torch.no_grad():
+                weights = predictor.affine(history, step)[0]
+            linear.weight[:, index] = 0.0
+            linear.weight[:, index, history.steps] = weights.mT
+    return linear
+
+
+def check_stages(boundaries: Sequence[float], taps: Sequence[int]) -> None:
+    """Raise unless there is a number of taps for every stage.
+
+    Raises:
+        ValueError: the boundaries do not fall, or another number of taps, or none.
+    """
+    falling = all(a > b for a, b in itertools.pairwise(boundaries))
+    if not falling or len(taps) != len(boundaries) + 1 or min(taps) < 1:
+        raise ValueError(
+            f"found boundaries {list(boundaries)} and taps {list(taps)}, expected falling "
+            "boundaries and one number of taps >= 1 more than there are boundaries."
+        )
+
+
+def _units(count: int, weight: Tensor) -> list[Float[Tensor, "branches K+1"]]:
+    """Unit rows of so many features, after the constant's 0."""
+    eye = torch.eye(count + 1, dtype=torch.float64, device=weight.device)[1:, None]
+    return list(eye.expand(-1, len(weight), -1))
+
+
+def _mix(
+    rows: Float[Tensor, "branches K+1"], features: Sequence[Tensor]
+) -> Float[Tensor, " B *shape"]:
+    """Constant plus weighted features, per equal part of the batch axis."""
+    ones = features[-1].new_ones(()).expand_as(features[-1])
+    return combine(rows.mT, [ones, *features])

@@ -15,7 +15,7 @@ LIGHTNING = {"lightning", "pytorch_lightning"}
 HUGGING_FACE = {"diffusers", "transformers"}
 RECIPE = {"training/teacher.py", "training/callbacks.py"}  # the bundled model's own training
 # Import names that differ from the package's name.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit_learn"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit_learn", "kan": "pykan"}
 
 
 def imported(source: str, path: str) -> set[str]:
