@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.format import save_predictor
+from ..checkpoints.format import CLASSES, save_predictor
 from ..checkpoints.spec import PredictorSpec
 from ..predictors.any_anchors import L2PGram
 from ..predictors.base import Predictor
 from ..predictors.continuous import L2PContinuous
+from ..predictors.kan import with_pykan, without_pykan
 from ..predictors.linear import L2P
 from ..predictors.parted import parted_l2p
 from ..trajectories.header import Header
@@ -28,6 +29,7 @@ from ..trajectories.shards import write_shard
 from .any_anchors import L2PGramModule
 from .continuous import L2PContinuousModule
 from .l2p import L2PModule, spec_of
+from .lesa import LesaModule
 from .parts import L2PPartsLeastSquares, recorded_partition
 
 GRAMS_FILE = "grams.safetensors"
@@ -37,7 +39,7 @@ STATE = {"gram": "gram", "continuous": "theta"}
 
 
 def export_command(checkpoint: str, out: str) -> None:
-    """Write a predictor checkpoint from the Lightning checkpoint of any L2P fit.
+    """Write a predictor checkpoint from the Lightning checkpoint of any L2P or LESA fit.
 
     Args:
         checkpoint: the `.ckpt` file that `foreseer fit` wrote; it is read without running code.
@@ -45,22 +47,16 @@ def export_command(checkpoint: str, out: str) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of an L2P fit, or its recording is gone.
+        ValueError: it is no checkpoint of such a fit, or its recording is gone.
     """
     content = read_checkpoint(Path(checkpoint))
     settings, state = content["hyper_parameters"], content["state_dict"]
     recordings = [open_recorded(checkpoint, name) for name in recording_names(settings)]
     headers = [recording.header for recording in recordings]
-    predictor = predictor_of(settings, headers)
-    name = STATE.get(settings["fit"], "weight")
-    fitted, mine = state[f"predictor.{name}"], getattr(predictor, name)
-    if fitted.shape != mine.shape:
-        raise ValueError(
-            f"{checkpoint} has rows of shape {tuple(fitted.shape)}, but its recording "
-            f"{recordings[0].folder} asks for {tuple(mine.shape)}; the recording was replaced. Fit "
-            "again."
-        )
-    mine.copy_(fitted)
+    if settings["fit"] == LesaModule.fit_name:
+        predictor: Predictor = trained_lesa(settings, state, checkpoint)
+    else:
+        predictor = fitted_l2p(settings, headers, state, checkpoint)
     digest = "+".join(header.recipe_hash for header in headers)
     count = int(state["num_trajectories"])
     spec = spec_of(headers[0], settings["tap"], settings["anchors"], count, digest)
@@ -69,6 +65,57 @@ def export_command(checkpoint: str, out: str) -> None:
     total = sum(len(recording) for recording in recordings)
     folders = ", ".join(str(recording.folder) for recording in recordings)
     print(f"{out}: {settings['fit']} fit on {total} trajectories of {folders}")
+
+
+def trained_lesa(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> Predictor:
+    """The predictor of a LESA fit, without pykan.
+
+    Args:
+        settings: hyper-parameters of the fit.
+        state: of its module.
+        where: what to call the checkpoint in an error.
+
+    Raises:
+        ValueError: the state is not that of the predictor.
+    """
+    plain: Any = CLASSES[settings["class"]](**settings["arguments"])
+    trained = with_pykan(plain, 0) if settings["pykan"] else plain
+    prefix = "predictor."
+    mine = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    try:
+        trained.load_state_dict(mine, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{where} does not hold the predictor it describes ({error}); fit again."
+        ) from error
+    return without_pykan(trained) if settings["pykan"] else trained
+
+
+def fitted_l2p(
+    settings: dict[str, Any], headers: Sequence[Header], state: dict[str, Tensor], where: str
+) -> Predictor:
+    """The predictor of an L2P fit with what it learned.
+
+    Args:
+        settings: hyper-parameters of the fit.
+        headers: of its recordings.
+        state: of its module.
+        where: what to call the checkpoint in an error.
+
+    Raises:
+        ValueError: the recording was replaced by another one.
+    """
+    predictor = predictor_of(settings, headers)
+    name = STATE.get(settings["fit"], "weight")
+    fitted, mine = state[f"predictor.{name}"], getattr(predictor, name)
+    if fitted.shape != mine.shape:
+        raise ValueError(
+            f"{where} has rows of shape {tuple(fitted.shape)}, but its recording "
+            f"{settings['recording']} asks for {tuple(mine.shape)}; the recording was replaced. "
+            "Fit again."
+        )
+    mine.copy_(fitted)
+    return predictor
 
 
 def recording_names(settings: dict[str, Any]) -> list[str]:
@@ -112,7 +159,7 @@ def predictor_of(settings: dict[str, Any], headers: Sequence[Header]) -> Predict
 
 
 def export_predictor(
-    module: L2PModule | L2PPartsLeastSquares | L2PGramModule | L2PContinuousModule,
+    module: L2PModule | L2PPartsLeastSquares | L2PGramModule | L2PContinuousModule | LesaModule,
     out: str | Path,
     metrics: dict[str, float],
 ) -> Path:
@@ -130,11 +177,12 @@ def export_predictor(
     if isinstance(module, L2PContinuousModule):
         recordings = module.recordings
     partition = module.hparams.get("partition")
-    return _save(module.predictor, module.spec(), recordings, out, metrics, partition)
+    predictor = module.deployed() if isinstance(module, LesaModule) else module.predictor
+    return _save(predictor, module.spec(), recordings, out, metrics, partition)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint of an L2P fit, read with `weights_only`.
+    """A Lightning checkpoint of an L2P or LESA fit, read with `weights_only`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -156,7 +204,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if missing or learned not in values.get("state_dict", {}):
         raise ValueError(
             f"{path} lacks the hyper-parameters {missing} or the tensor {learned}; expected "
-            "a checkpoint of an L2P fit."
+            "a checkpoint of an L2P or LESA fit."
         )
     return values
 
@@ -164,12 +212,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def validation_errors(state: dict[str, Tensor], where: str) -> dict[str, float]:
     """The validation errors of a closed-loop fit and its start, in dB; none for the other fits.
 
+    The start of L2P is its best formula, that of LESA is reuse.
+
     Raises:
         ValueError: the fit stopped before it measured anything.
     """
-    if "best_error" not in state:
+    name = next((name for name in ("best_error", "val_error") if name in state), None)
+    if name is None:
         return {}
-    best, start = float(state["best_error"]), float(state["start_error"])
+    best, start = float(state[name]), float(state["start_error"])
     if not math.isfinite(best) or not math.isfinite(start):
         raise ValueError(
             f"{where} was written before the fit measured its start; let `foreseer fit` run on."

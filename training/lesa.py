@@ -23,14 +23,15 @@ from ..integration.pipelines import load_pipeline
 from ..integration.schedule import check_anchors
 from ..predictors.kan import with_pykan, without_pykan
 from ..predictors.lesa import LesaPredictor
-from ..trajectories.recording import Recording
-from .any_anchors import open_recording
+from ..predictors.lesa_values import LesaValues
 from .l2p import spec_of
 from .lesa_figures import gate_figure
 from .lesa_samples import (
     Sample,
     collect,
+    largest_values,
     mean_absolute_error,
+    open_features,
     recorded_samples,
     stage_errors,
 )
@@ -114,10 +115,10 @@ class LesaModule(lightning.LightningModule):
             grams = self.recording.stack(f"gram/{tap}")
             found = find_stages(grams, header.sigmas, plain.taps, self.anchors)
             plain = predictor(header.sigmas, header.num_branches, boundaries=found)  # type: ignore[call-arg]
-        told = {"recording": recording, "anchors": list(anchors), "tap": tap, "fit": self.fit_name}
-        names = argument_names(type(plain).__name__)
-        arguments = {name: _plain(getattr(plain, name)) for name in names}
-        told |= {"arguments": arguments, "pykan": pykan_seed is not None}
+        kind = type(plain).__name__
+        arguments = {name: _plain(getattr(plain, name)) for name in argument_names(kind)}
+        told: dict[str, Any] = {"recording": recording, "anchors": list(anchors), "tap": tap, "fit": self.fit_name}
+        told |= {"class": kind, "arguments": arguments, "pykan": pykan_seed is not None}
         self.save_hyperparameters(told)
         self.predictor = plain if pykan_seed is None else with_pykan(plain, pykan_seed)
         self.pipe: Any = None
@@ -161,6 +162,9 @@ class LesaModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Load the pipeline, and measure reuse on the validation split."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(self.predictor, LesaValues) and not int(self.num_trajectories):
+            largest = largest_values(self.recording, self.tap, data.train_items)
+            self.predictor.set_value_range(largest)
         self.num_trajectories.fill_(len(data.train_items))
         if self.pipe is None:
             self.pipe = load_pipeline(self.pipeline)
@@ -263,20 +267,6 @@ class LesaModule(lightning.LightningModule):
         assert collector.final is not None  # a run has steps
         errors = log_error(collector.final, batch["final"])
         return collector.samples(batch[f"feature/{self.tap}"]), errors
-
-
-def open_features(folder: str, tap: str) -> Recording:
-    """A recording that holds features of a tap.
-
-    Raises:
-        ValueError: it does not.
-    """
-    recording = open_recording(folder, tap)
-    if recording.header.features == "none":
-        raise ValueError(
-            f"{folder} holds Grams only; record it again with features: full (or tokens)."
-        )
-    return recording
 
 
 def rate_factor(decay: str, progress: float, updates: int) -> float:

@@ -19,6 +19,33 @@ from ..integration.session import Session
 from ..predictors.base import Step
 from ..predictors.lesa import LesaPredictor
 from ..trajectories.prompts import Item, generate_batch
+from ..trajectories.recording import Recording
+from .any_anchors import open_recording
+
+
+def open_features(folder: str, tap: str) -> Recording:
+    """A recording that holds features of a tap.
+
+    Raises:
+        ValueError: it does not.
+    """
+    recording = open_recording(folder, tap)
+    if recording.header.features == "none":
+        raise ValueError(
+            f"{folder} holds Grams only; record it again with features: full (or tokens)."
+        )
+    return recording
+
+
+def largest_values(
+    recording: Recording, tap: str, items: Sequence[int]
+) -> Float[Tensor, " branches"]:
+    """Largest absolute value of the features of each branch."""
+    largest = torch.zeros(recording.header.num_branches)
+    for item in items:
+        features = recording.load(item, [f"feature/{tap}"])[f"feature/{tap}"]
+        largest = torch.maximum(largest, features.float().abs().flatten(1).amax(1))
+    return largest
 
 
 @dataclass(frozen=True)
