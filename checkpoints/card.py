@@ -6,6 +6,8 @@ from typing import Any
 
 from ..predictors.base import Predictor
 from ..predictors.hybrid import HyCa
+from ..predictors.lesa import LesaPredictor
+from ..predictors.lesa_values import LesaValues
 from ..predictors.parted import L2PBands, PartedL2P
 from .spec import PredictorSpec
 
@@ -34,7 +36,7 @@ tags:
 # {title} for {host_class}
 
 A learned feature-caching predictor: of the {num_steps} steps of a sampling run the network runs at
-{num_anchors}, and the other {num_forecasts} are forecast as weighted sums of what it computed
+{num_anchors}, and the other {num_forecasts} are forecast as {form} of what it computed
 before (tap `{tap}`, {num_branches} guidance branch(es), {size}). The
 model itself stays as it is.
 
@@ -95,7 +97,8 @@ def model_card(
     return CARD.format(
         base_model="" if base_model is None else f"base_model: {json.dumps(base_model)}\n",
         title=type(predictor).__name__,
-        tag="hyca" if isinstance(predictor, HyCa) else "l2p",
+        tag=_tag(predictor),
+        form="curves" if isinstance(predictor, LesaValues) else "weighted sums",
         host_class=spec.host.get("class", "an unnamed model"),
         num_steps=len(spec.sigmas),
         num_anchors=len(spec.anchors),
@@ -183,6 +186,12 @@ def _number(value: Any) -> str:
     if value is None:
         return NOT_MEASURED
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _tag(predictor: Predictor) -> str:
+    if isinstance(predictor, LesaPredictor):
+        return "lesa"
+    return "hyca" if isinstance(predictor, HyCa) else "l2p"
 
 
 def _size(predictor: Predictor) -> str:

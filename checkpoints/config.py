@@ -120,6 +120,7 @@ def _check_agreement(config: Config, where: str) -> None:
         "num_steps": len(config.spec.sigmas),
         "anchors": list(config.spec.anchors),
         "num_branches": config.spec.num_branches,
+        "sigmas": list(config.spec.sigmas),
     }
     for name, value in expected.items():
         found = config.arguments.get(name, value)

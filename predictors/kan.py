@@ -130,7 +130,7 @@ def splines_of(net: PykanNet) -> SplineNet:
 
 @contextlib.contextmanager
 def same_random_state() -> Iterator[None]:
-    """Put Python's and torch's random numbers back: pykan's layers draw, and its import does too."""
+    """Put Python's and torch's random numbers back: pykan draws, and importing it does too."""
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):

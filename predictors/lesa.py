@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .base import History, Predictor, Step, combine
 from .gates import GATES, build_gate, time_differences
-from .linear import L2P
 
 MAX_FOLDED = 1000  # lists of anchors whose rows are kept; an adaptive schedule meets ever new ones
 
@@ -250,37 +249,6 @@ class LesaPredictor(Predictor):
             constant[0] = 1.0
             z = z + self.offset[:, stage, None].double() * constant
         return queue[-1] + alpha[:, None].double() * z
-
-
-def as_l2p(predictor: LesaPredictor, anchors: Sequence[int]) -> L2P:
-    """The linear rule that a predictor is on given anchors, as rows.
-
-    Args:
-        predictor: one without constants.
-        anchors: steps at which the network runs, starting with 0.
-
-    Raises:
-        ValueError: a constant b_k is not 0, or the predictor is not linear.
-    """
-    if type(predictor) is not LesaPredictor:
-        raise ValueError(f"a {type(predictor).__name__} is no linear rule; expected LesaPredictor.")
-    if predictor.offset is not None and bool((predictor.offset != 0).any()):
-        raise ValueError(
-            "the predictor adds a constant, which rows of weights cannot; fit it with bias=False."
-        )
-    linear = L2P(len(predictor.sigmas), anchors, predictor.num_branches)
-    branches = tuple(range(predictor.num_branches))
-    history = History(predictor.window)
-    for index, sigma in enumerate(predictor.sigmas):
-        step = Step(index, sigma, len(predictor.sigmas), branches)
-        if index in linear.anchors:
-            history.push(step, torch.empty(0))
-        else:
-            with torch.no_grad():
-                weights = predictor.affine(history, step)[0]
-            linear.weight[:, index] = 0.0
-            linear.weight[:, index, history.steps] = weights.mT
-    return linear
 
 
 def check_stages(boundaries: Sequence[float], taps: Sequence[int]) -> None:
