@@ -117,7 +117,12 @@ class LesaModule(lightning.LightningModule):
             plain = predictor(header.sigmas, header.num_branches, boundaries=found)  # type: ignore[call-arg]
         kind = type(plain).__name__
         arguments = {name: _plain(getattr(plain, name)) for name in argument_names(kind)}
-        told: dict[str, Any] = {"recording": recording, "anchors": list(anchors), "tap": tap, "fit": self.fit_name}
+        told: dict[str, Any] = {
+            "recording": recording,
+            "anchors": list(anchors),
+            "tap": tap,
+            "fit": self.fit_name,
+        }
         told |= {"class": kind, "arguments": arguments, "pykan": pykan_seed is not None}
         self.save_hyperparameters(told)
         self.predictor = plain if pykan_seed is None else with_pykan(plain, pykan_seed)
