@@ -13,18 +13,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_hosts import items, pipeline, settings
 
+from foreseer.checkpoints.format import load_predictor
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host import transformer_of
 from foreseer.integration.session import Session
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.training.lesa import LesaModule, rate_factor
+from foreseer.predictors.lesa_values import LesaValues
+from foreseer.training.export import export_command, export_predictor
+from foreseer.training.lesa import LesaModule
+from foreseer.training.lesa_rates import rate_factor
 from foreseer.training.lesa_samples import (
     collect,
     mean_absolute_error,
     recorded_samples,
     stage_errors,
 )
-from foreseer.training.measure import References, item_of
+from foreseer.training.linear_refit import add_samples, refit
+from foreseer.training.measure import References, item_of, log_error
+from foreseer.training.windows import from_grams
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.prompts import generate_batch
 from foreseer.trajectories.recorder import record
@@ -323,3 +329,89 @@ def test_grams_alone_are_refused(tmp_path):
     record(pipeline("dit_guided"), items("dit_guided", 2), out, taps=["hidden"], **call)
     with pytest.raises(ValueError, match="holds Grams only"):
         module_for(out)
+
+
+def test_shuffled_steps_are_all_the_steps_in_an_order_of_their_own(recording):
+    module = module_for(recording, shuffle_steps=True, steps_per_update=3)
+    samples = list(range(8))
+    first, again, other = (list(module.groups(samples, batch)) for batch in (0, 0, 1))
+    assert [len(group) for group in first] == [3, 3, 2]
+    assert first == again != other
+    assert sorted(sum(first, [])) == samples != sum(first, [])
+    module.shuffle_steps = False
+    assert sum(module.groups(samples, 0), []) == samples
+
+
+# ------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("pykan_seed", [None, 0])
+def test_an_exported_fit_forecasts_as_it_was_trained(recording, tmp_path, pykan_seed):
+    pytest.importorskip("kan") if pykan_seed is not None else None
+    module = module_for(recording, open_loop_epochs=1, closed_loop_epochs=0, pykan_seed=pykan_seed)
+    trainer = trainer_for(1)
+    trainer.fit(module, datamodule=data_for(recording))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    export_command(str(tmp_path / "last.ckpt"), str(tmp_path / "lesa"))
+    loaded = load_predictor(tmp_path / "lesa")
+    assert not any("Pykan" in type(part).__name__ for part in loaded.modules())
+    assert loaded.spec.anchors == ANCHORS and loaded.spec.metrics["val_error_db"] < 100
+    source = Recording(recording)
+    features = source.stack("feature/hidden", source.items[:2])
+    for sample in recorded_samples(features, ANCHORS, module.predictor):
+        trained = module.predictor.correct(sample.queue, sample.step)
+        found = loaded.correct(sample.queue, sample.step)
+        torch.testing.assert_close(found, trained, atol=1e-5, rtol=1e-5)
+    export_predictor(module, tmp_path / "module", {})
+    state = load_predictor(tmp_path / "module").state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_checkpoint_with_another_predictor_is_refused(recording, tmp_path):
+    module = module_for(recording, open_loop_epochs=1, closed_loop_epochs=0)
+    trainer = trainer_for(1)
+    trainer.fit(module, datamodule=data_for(recording))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    content["hyper_parameters"]["arguments"]["hidden"] = [5]
+    torch.save(content, tmp_path / "changed.ckpt")
+    with pytest.raises(ValueError, match="does not hold the predictor it describes"):
+        export_command(str(tmp_path / "changed.ckpt"), str(tmp_path / "lesa"))
+
+
+def test_the_range_of_the_values_is_that_of_the_training_features(recording):
+    values = functools.partial(LesaValues, boundaries=(0.6,), taps=(2, 2), value_hidden=(2,))
+    module = module_for(recording, predictor=values, open_loop_epochs=1, closed_loop_epochs=0)
+    trainer_for(1).fit(module, datamodule=data_for(recording))
+    features = Recording(recording).stack("feature/hidden", data_items(recording)[0])
+    expected = features.abs().transpose(0, 1).flatten(1).amax(1)
+    assert torch.equal(module.predictor.value_range, expected)
+
+
+# --------------------------------------------------------------------------- linear equivalent
+
+
+def test_the_linear_equivalent_improves_on_the_windows_of_its_own_runs(recording):
+    source = Recording(recording)
+    pipe = pipeline("dit_guided")
+    options: dict[str, Any] = {"window": 3, "num_stages": 2, "num_runs": 2, "batch_size": 4}
+    found = refit(pipe, source, ANCHORS, source.items[:6], source.items[6:], **options)
+    assert len(found) == 3
+    references = References(source, source.items[6:])
+    batch = references.batches[0]
+    for predictor, error in found:
+        run = collect(pipe, predictor, "hidden", ANCHORS, batch, **references.settings)
+        measured = log_error(run.final, references.finals).mean()
+        assert float(measured) == pytest.approx(error, abs=1e-4)
+    assert min(error for _, error in found[1:]) < found[0][1]
+
+
+def test_windows_of_a_run_without_forecasts_before_are_those_of_the_grams(recording):
+    source = Recording(recording)
+    features = source.stack("feature/hidden")
+    predictor = factory()(source.header.sigmas, 2)
+    expected = from_grams(source.stack("gram/hidden"), 3, ANCHORS)
+    found = from_grams(torch.zeros_like(source.stack("gram/hidden")), 3, ANCHORS)
+    add_samples(found, recorded_samples(features, ANCHORS, predictor))
+    for name, part in vars(expected).items():
+        torch.testing.assert_close(getattr(found, name), part, rtol=1e-6, atol=1e-6)

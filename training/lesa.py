@@ -7,6 +7,7 @@ Shapes: B batch, S sampling steps.
 """
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from ..predictors.lesa import LesaPredictor
 from ..predictors.lesa_values import LesaValues
 from .l2p import spec_of
 from .lesa_figures import gate_figure
+from .lesa_rates import rate_factor
 from .lesa_samples import (
     Sample,
     collect,
@@ -37,9 +39,6 @@ from .lesa_samples import (
 )
 from .measure import References, item_of, log_error
 from .stages import find_stages
-
-HALVING = 500  # optimiser steps between halvings, of the release
-FLOOR = 0.01  # final rate of the cosine, relative to the first
 
 LesaFactory = Callable[[Sequence[float], int], LesaPredictor]
 """Makes the untrained predictor from the sigmas of a run and the number of branches."""
@@ -67,6 +66,9 @@ class LesaModule(lightning.LightningModule):
         gate_rate: first learning rate of the gates.
         decay: `cosine` to a hundredth over each phase, or `halving` every 500 updates.
         steps_per_update: forecast steps behind one update; 1 as published.
+        shuffle_steps: take a batch's steps in random order; the published order is the sampler's,
+            in which the shared filters follow the latest step.
+        closed_loop_rate: rates of the second phase relative to the first.
         weight_decay: of AdamW.
         gradient_clip: largest norm of the gradient.
         pykan_seed: train pykan's layers from its initialisation with this seed; None trains ours.
@@ -91,6 +93,8 @@ class LesaModule(lightning.LightningModule):
         gate_rate: float = 1e-4,
         decay: Literal["cosine", "halving"] = "cosine",
         steps_per_update: int = 1,
+        shuffle_steps: bool = False,
+        closed_loop_rate: float = 1.0,
         weight_decay: float = 1e-4,
         gradient_clip: float = 1.0,
         pykan_seed: int | None = None,
@@ -103,7 +107,8 @@ class LesaModule(lightning.LightningModule):
         self.pipeline, self.tap = pipeline, tap
         self.open_loop_epochs, self.closed_loop_epochs = open_loop_epochs, closed_loop_epochs
         self.tap_rate, self.gate_rate, self.decay = tap_rate, gate_rate, decay
-        self.steps_per_update = steps_per_update
+        self.steps_per_update, self.shuffle_steps = steps_per_update, shuffle_steps
+        self.closed_loop_rate = closed_loop_rate
         self.weight_decay, self.gradient_clip = weight_decay, gradient_clip
         if min(open_loop_epochs, closed_loop_epochs) < 0 or steps_per_update < 1:
             raise ValueError(
@@ -190,7 +195,7 @@ class LesaModule(lightning.LightningModule):
             samples, _ = self.run(batch)
         else:
             samples = recorded_samples(batch[f"feature/{self.tap}"], self.anchors, self.predictor)
-        groups = list(self.groups(samples))
+        groups = list(self.groups(samples, batch_idx))
         optimizer: Any = self.optimizers()
         losses = []
         for index, group in enumerate(groups):
@@ -205,10 +210,13 @@ class LesaModule(lightning.LightningModule):
         self.log(f"train/{phase}_l1", torch.stack(losses).mean(), prog_bar=True, batch_size=1)
         self.log("train/tap_rate", optimizer.param_groups[0]["lr"], batch_size=1)
 
-    def groups(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-        """The samples behind each update."""
-        for start in range(0, len(samples), self.steps_per_update):
-            yield samples[start : start + self.steps_per_update]
+    def groups(self, samples: Sequence[Sample], batch_idx: int) -> Iterator[Sequence[Sample]]:
+        """The samples behind each update; their order depends on epoch and batch alone."""
+        order = list(range(len(samples)))
+        if self.shuffle_steps:
+            random.Random(f"{self.current_epoch} {batch_idx}").shuffle(order)
+        for start in range(0, len(order), self.steps_per_update):
+            yield [samples[place] for place in order[start : start + self.steps_per_update]]
 
     def set_rates(self, optimizer: Any, batch_idx: int, index: int, num_updates: int) -> None:
         """Set the learning rates of an update from its place in the phase.
@@ -225,6 +233,8 @@ class LesaModule(lightning.LightningModule):
         batches = done * num_batches + batch_idx
         progress = (batches + index / num_updates) / (max(epochs, 1) * num_batches)
         factor = rate_factor(self.decay, progress, batches * num_updates + index)
+        if self.closed_loop:
+            factor *= self.closed_loop_rate
         for group in optimizer.param_groups:
             group["lr"] = factor * group["first_rate"]
 
@@ -272,19 +282,6 @@ class LesaModule(lightning.LightningModule):
         assert collector.final is not None  # a run has steps
         errors = log_error(collector.final, batch["final"])
         return collector.samples(batch[f"feature/{self.tap}"]), errors
-
-
-def rate_factor(decay: str, progress: float, updates: int) -> float:
-    """Learning rate relative to the phase's first: 1 at its start, whatever came before.
-
-    Args:
-        decay: `cosine` or `halving`.
-        progress: share of the phase that is done, in [0, 1].
-        updates: updates of the phase so far.
-    """
-    if decay == "halving":
-        return 0.5 ** (updates // HALVING)
-    return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 def _plain(value: Any) -> Any:

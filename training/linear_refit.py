@@ -1,7 +1,7 @@
 """The linear equivalent of LESA in two phases: solved on recorded windows, then on those of runs.
 
-The second phase runs the sampler with the filters so far, adds up what their forecasts were made
-from (lesa_samples.py), and solves again: the closed form's counterpart of closed-loop training.
+The second phase runs the sampler with the filters so far, adds what their forecasts were made from
+(lesa_samples.py) to all windows before, and solves again: the counterpart of closed-loop training.
 """
 
 from collections.abc import Sequence
@@ -61,6 +61,7 @@ def refit(
     window: int = 8,
     num_stages: int = 3,
     num_runs: int = 3,
+    ridge: float = 1e-2,
     batch_size: int = 16,
 ) -> list[tuple[LesaPredictor, float]]:
     """Predictors of both phases, each with its closed-loop error on `val_items` in dB.
@@ -75,6 +76,8 @@ def refit(
         window: taps of every stage.
         num_stages: stages; their boundaries are found on the recording.
         num_runs: runs over `train_items` in the second phase, each followed by a solve.
+        ridge: draws the filters to reuse, relative to the squared norm of each feature. Windows of
+            a run hold combinations of few features, so that without it the filters explode.
         batch_size: trajectories per pipeline call.
 
     Returns:
@@ -89,7 +92,7 @@ def refit(
     training = References(recording, train_items, batch_size)
     validation = References(recording, val_items, batch_size)
     for number in range(num_runs + 1):
-        equivalent = fit_linear_equivalent(quadratic.relative(), starts)
+        equivalent = fit_linear_equivalent(quadratic.relative().damped(ridge), starts)
         predictor = table_predictor(equivalent, sigmas, boundaries)
         finals = []
         for batch in validation.batches:
@@ -98,7 +101,6 @@ def refit(
         found.append((predictor, error))
         if number == num_runs:
             break
-        quadratic = Quadratic(*(torch.zeros_like(part) for part in vars(quadratic).values()))
         for batch in training.batches:
             add_samples(quadratic, _run(pipe, predictor, recording, anchors, tap, batch)[0])
     return found

@@ -49,6 +49,11 @@ class Quadratic:
             self.constant * scale,
         )
 
+    def damped(self, ridge: float) -> "Quadratic":
+        """The same plus ridge * sum_j diag(normal_t)_j v_j^2, which draws the filters to reuse."""
+        diagonal = torch.diag_embed(self.normal.diagonal(dim1=-2, dim2=-1))
+        return Quadratic(self.normal + ridge * diagonal, self.right, self.constant)
+
     def __add__(self, other: "Quadratic") -> "Quadratic":
         return Quadratic(
             self.normal + other.normal, self.right + other.right, self.constant + other.constant
