@@ -117,10 +117,12 @@ class LesaValues(LesaPredictor):
         taps = self.taps[stage]
         filled = torch.stack([wide[0]] * (taps - len(wide)) + wide[-taps:])  # (K, B, ...)
         alpha = self.alpha([step.index])[:, 0]
+        if straight.device != self.curves[0][0].layers[0].coef.device:  # type: ignore[index]
+            self.curves.to(straight.device)  # the rest only makes weights and may stay where it is
         parts = []
         for branch, values in zip(step.branches, filled.chunk(len(step.branches), 1), strict=True):
             r = self.value_range[branch]
-            rows = (values.flatten(1).mT / r).clamp(-1, 1)  # (elements, K)
+            rows = (values.flatten(1).mT / r).clamp(-1, 1).to(alpha.dtype)  # (elements, K)
             bend = self.curves[branch][stage](rows)[:, 0]  # type: ignore[index]
             parts.append((alpha[branch] * r * bend).view(values.shape[1:]))
         return straight + torch.cat(parts).to(straight.dtype)
