@@ -106,9 +106,9 @@ def six_cubic_splines(
     """
     place = x * (grid_size / (2 * grid_range))
     centres = torch.arange(-1, grid_size + 2, device=x.device, dtype=x.dtype) - grid_size / 2
-    outer = (place[:, None] - centres[:, None]).abs_().neg_().add_(2).clamp_(min=0)
+    outer = torch.rsub((place[:, None] - centres[:, None]).abs_(), 2).clamp_(min=0)
     inner = (outer - 1).clamp_(min=0)
-    return (outer * outer).mul_(outer).sub_((inner * inner).mul_(inner), alpha=4)
+    return (outer * outer).mul_(outer).addcmul_(inner * inner, inner, value=-4)
 
 
 def in_chunks(

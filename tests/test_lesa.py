@@ -1,5 +1,7 @@
 """LESA starts at reuse, folds its fed-back forecasts onto anchors, and knows steps and stages."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -226,6 +228,31 @@ def test_a_changed_parameter_changes_the_next_forecast():
         assert not torch.equal(predictor(history, step_at(9)), before)
         predictor.load_state_dict(lesa(None).state_dict())
         assert torch.equal(predictor(history, step_at(9)), history.features[-1])
+
+
+def test_curves_are_computed_once_per_anchor_and_stage_and_never_stale(monkeypatch):
+    predictor = lesa_values().eval()
+    calls = []
+    whole = LesaValues._bend
+    monkeypatch.setattr(
+        LesaValues, "_bend", lambda self, *rest: calls.append(rest) or whole(self, *rest)
+    )
+    history = history_on((0, 1, 2), predictor.window)
+    expected = [predictor(history, step_at(i)) for i in range(3, STEPS)]  # gradients are on
+    calls.clear()
+    with torch.no_grad():
+        found = [predictor(history, step_at(i)) for i in range(3, STEPS)]
+        assert len(calls) == 2  # stages 1 and 2
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        other = History(4, [0, 1, 2], [], [feature + 1 for feature in history.features])
+        assert not torch.equal(predictor(other, step_at(9)), found[6])
+        assert len(calls) == 3
+        predictor.curves[1][2].layers[0].base += 1.0
+        assert not torch.equal(predictor(other, step_at(9)), predictor(history, step_at(9)))
+        assert len(calls) == 5
+    copied = pickle.loads(pickle.dumps(predictor))
+    assert torch.equal(copied(history, step_at(9)), predictor(history, step_at(9)))
 
 
 def test_an_anchor_more_takes_the_place_of_a_forecast():
