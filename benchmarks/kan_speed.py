@@ -92,9 +92,9 @@ def forecast_row(kind: type[LesaPredictor], shape: tuple[int, ...], rounds: int)
     for index in ANCHORS:
         history.push(Step(index, sigmas[index], STEPS), torch.randn(shape))
     step = Step(STEPS - 15, sigmas[STEPS - 15], STEPS)
-    predictors = {"pykan": with_pykan(exported), "exported": exported}
-    predictors["table"] = exported.tabulated()
-    forms = {name: lambda p=p.eval(): fresh(p)(history, step) for name, p in predictors.items()}
+    predictors = {"pykan": with_pykan(exported).eval(), "exported": exported}
+    predictors["table"] = exported.tabulated().eval()
+    forms = {name: lambda p=p: fresh(p)(history, step) for name, p in predictors.items()}
     forms["table_again"] = lambda: predictors["table"](history, step)
     found = timed(forms, rounds)
     row = {"what": f"forecast of {kind.__name__}", "shape": list(shape)}
