@@ -1,6 +1,6 @@
 """The gate of an expert: one number from the differences between a step's flow time and all others.
 
-Shapes: S sampling steps.
+Shapes: S sampling steps, T = S + 1 times: those of the steps and the end.
 """
 
 import itertools
@@ -55,7 +55,7 @@ def perceptron_widths(widths: Sequence[int], size: int) -> tuple[int, ...]:
     return scaled
 
 
-def time_differences(sigmas: Sequence[float]) -> Float[Tensor, "S S+1"]:
+def time_differences(sigmas: Sequence[float]) -> Float[Tensor, "S T"]:
     """Flow time of every step minus that of every step and of the end of the run, 0; float64."""
     times = torch.tensor([*sigmas, 0.0], dtype=torch.float64, device="cpu")
     return times[:-1, None] - times

@@ -1,6 +1,6 @@
 """LESA: a gate over time times a filter over the last features, one expert per noise stage.
 
-Shapes: K taps or history length, S sampling steps, B batch.
+Shapes: K taps or history length, R = 1 + K a constant and weights, S sampling steps, B batch.
 Source: LESA, arXiv 2602.20497: h_hat = h_-1 + alpha_k(t) (w_k . [h_-K ... h_-1] + b_k) with
 alpha_k = KAN_k(t - t_0, ..., t - t_S). The start at reuse, the padding and the folding onto anchors
 are ours.
@@ -190,7 +190,7 @@ class LesaPredictor(Predictor):
                 f"experts are for {self.num_branches} branch(es) and {len(self.sigmas)} steps."
             )
 
-    def _row_at(self, history: History, step: Step) -> Float[Tensor, "branches K+1"]:
+    def _row_at(self, history: History, step: Step) -> Float[Tensor, "branches R"]:
         """Constant and weights of each branch, differentiable where gradients are on."""
         self.check(step)
         steps = tuple(history.steps)
@@ -205,7 +205,7 @@ class LesaPredictor(Predictor):
             row = self._kept_rows(steps)[step.index]
         return row[list(step.branches)]
 
-    def _kept_rows(self, steps: tuple[int, ...]) -> dict[int, Float[Tensor, "branches K+1"]]:
+    def _kept_rows(self, steps: tuple[int, ...]) -> dict[int, Float[Tensor, "branches R"]]:
         """The rows after some anchors, computed once for given parameters."""
         state = tuple(self.parameters())
         if any(tensor.is_inference() for tensor in state):  # their changes cannot be seen
@@ -219,7 +219,7 @@ class LesaPredictor(Predictor):
             self.folded[key] = {t: row.cpu() for t, row in rows.items()}
         return self.folded[key]
 
-    def _rows(self, steps: tuple[int, ...], stop: int) -> dict[int, Float[Tensor, "branches K+1"]]:
+    def _rows(self, steps: tuple[int, ...], stop: int) -> dict[int, Float[Tensor, "branches R"]]:
         """Rows of the steps before `stop` over the anchors at `steps`.
 
         With feedback the row of a forecast is the expert's combination of the rows before it, and
@@ -237,7 +237,7 @@ class LesaPredictor(Predictor):
 
     def _row(
         self, queue: list[Tensor], index: int, alpha: Float[Tensor, " branches"]
-    ) -> Float[Tensor, "branches K+1"]:
+    ) -> Float[Tensor, "branches R"]:
         """What the expert of a step makes of rows, oldest first; the oldest stands in for more."""
         stage = self.stages[index]
         taps = self.taps[stage]
@@ -265,14 +265,14 @@ def check_stages(boundaries: Sequence[float], taps: Sequence[int]) -> None:
         )
 
 
-def _units(count: int, weight: Tensor) -> list[Float[Tensor, "branches K+1"]]:
+def _units(count: int, weight: Tensor) -> list[Float[Tensor, "branches R"]]:
     """Unit rows of so many features, after the constant's 0."""
     eye = torch.eye(count + 1, dtype=torch.float64, device=weight.device)[1:, None]
     return list(eye.expand(-1, len(weight), -1))
 
 
 def _mix(
-    rows: Float[Tensor, "branches K+1"], features: Sequence[Tensor]
+    rows: Float[Tensor, "branches R"], features: Sequence[Tensor]
 ) -> Float[Tensor, " B *shape"]:
     """Constant plus weighted features, per equal part of the batch axis."""
     ones = features[-1].new_ones(()).expand_as(features[-1])

@@ -4,7 +4,9 @@ Shapes: K taps, B batch.
 Source: ours; the published KAN (arXiv 2602.20497) sees only the time and so reduces to a table.
 """
 
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,6 +69,7 @@ class LesaValues(LesaPredictor):
             bias=bias,
         )
         self.value_hidden = tuple(value_hidden)
+        self.bends: dict[tuple, tuple[tuple, list[weakref.ref], Tensor]] = {}
         self.value_range: Float[Tensor, " branches"]
         self.register_buffer("value_range", torch.ones(num_branches))
         with torch.random.fork_rng(devices=[]):
@@ -96,7 +99,7 @@ class LesaValues(LesaPredictor):
         dtype = wide_dtype(queue[-1]) if len(queue) else torch.float32
         wide = [feature.to(dtype) for feature in queue]
         straight = super().correct(wide, step)
-        return self._bent(straight, wide, step).to(queue[-1].dtype)
+        return self._added(straight, self._bend(wide, step), step).to(queue[-1].dtype)
 
     def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
         """The forecast, see the base class.
@@ -104,23 +107,57 @@ class LesaValues(LesaPredictor):
         Raises:
             ValueError: the history is empty, or see `affine`.
         """
-        dtype = wide_dtype(history.features[-1]) if len(history) else torch.float32
-        wide = [feature.to(dtype) for feature in history.features]
-        straight = super().forward(
-            History(None, list(history.steps), list(history.sigmas), wide), step
-        )
-        return self._bent(straight, wide, step).to(history.features[-1].dtype)
+        features = history.features
+        dtype = wide_dtype(features[-1]) if features else torch.float32
+        wide = [feature.to(dtype) for feature in features]
+        seen = History(None, list(history.steps), list(history.sigmas), wide)
+        straight = super().forward(seen, step)
+        if torch.is_grad_enabled():
+            bend = self._bend(wide, step)
+        else:
+            bend = self._kept_bend(features, wide, step)
+        return self._added(straight, bend, step).to(features[-1].dtype)
 
-    def _bent(self, straight: Tensor, wide: list[Tensor], step: Step) -> Float[Tensor, " B *shape"]:
-        """What the curves of each branch add to the forecast of the filter."""
+    def train(self, mode: bool = True) -> "LesaValues":
+        """Switch the mode and forget what is kept, see `torch.nn.Module.train`."""
+        self.bends.clear()
+        super().train(mode)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "bends": {}}  # references to features are nothing to copy
+
+    def _added(self, straight: Tensor, bend: Tensor, step: Step) -> Float[Tensor, " B *shape"]:
+        """The forecast of the filter plus alpha of each branch times its curves."""
+        alpha = self.alpha([step.index])[list(step.branches), 0].to(straight)
+        parts = straight.unflatten(0, (len(alpha), -1))
+        bends = bend.to(straight.dtype).view_as(parts)
+        scale = alpha.view(-1, *(1 for _ in parts.shape[1:]))
+        return torch.addcmul(parts, scale, bends).flatten(0, 1)
+
+    def _kept_bend(self, features: list[Tensor], wide: list[Tensor], step: Step) -> Tensor:
+        """What the curves made of these very features, computed once per anchor and stage."""
+        key = (step.branches, self.stages[step.index])
+        state = tuple((p.data_ptr(), p._version) for p in (*self.parameters(), *self.buffers()))
+        known = self.bends.get(key)
+        if known is not None and known[0] == state and len(known[1]) == len(features):
+            if all(ref() is feature for ref, feature in zip(known[1], features, strict=True)):
+                return known[2]
+        bend = self._bend(wide, step)
+        self.bends[key] = (state, [weakref.ref(feature) for feature in features], bend)
+        return bend
+
+    def _bend(self, wide: list[Tensor], step: Step) -> Float[Tensor, " B *shape"]:
+        """What the curves of each branch make of its values: r KAN(h / r)."""
         stage = self.stages[step.index]
         taps = self.taps[stage]
+        if wide[-1].device != self.curves[0][0].layers[0].coef.device:  # type: ignore[index]
+            self.curves.to(wide[-1].device)  # the rest only makes weights and may stay where it is
         filled = torch.stack([wide[0]] * (taps - len(wide)) + wide[-taps:])  # (K, B, ...)
-        alpha = self.alpha([step.index])[:, 0]
         parts = []
         for branch, values in zip(step.branches, filled.chunk(len(step.branches), 1), strict=True):
             r = self.value_range[branch]
-            rows = (values.flatten(1).mT / r).clamp(-1, 1)  # (elements, K)
-            bend = self.curves[branch][stage](rows)[:, 0]  # type: ignore[index]
-            parts.append((alpha[branch] * r * bend).view(values.shape[1:]))
-        return straight + torch.cat(parts).to(straight.dtype)
+            rows = (values.flatten(1).mT / r).clamp(-1, 1).to(self.weight.dtype)  # (elements, K)
+            bend = r * self.curves[branch][stage](rows)[:, 0]  # type: ignore[index]
+            parts.append(bend.view(values.shape[1:]))
+        return torch.cat(parts)

@@ -101,14 +101,14 @@ def six_cubic_splines(
 ) -> Float[Tensor, "I P n"]:
     """Six times every cubic B-spline of a uniform grid at x.
 
-    6 B_j(x) = relu(2 - |u - j|)^3 - 4 relu(1 - |u - j|)^3 with u the coordinate in which the grid's
-    knots are 0 to G, and j from -1 to G + 1.
+    6 B_j(x) = relu(2 - |u - j|)^3 - 4 relu(1 - |u - j|)^3 with u = x in grid intervals, so that the
+    grid's knots are -G/2 to G/2, and j from -G/2 - 1 to G/2 + 1.
     """
-    place = (x + grid_range) * (grid_size / (2 * grid_range))
-    centres = torch.arange(-1, grid_size + 2, device=x.device, dtype=x.dtype)
-    outer = (place[:, None] - centres[:, None]).abs_().neg_().add_(2).clamp_(min=0)
+    place = x * (grid_size / (2 * grid_range))
+    centres = torch.arange(-1, grid_size + 2, device=x.device, dtype=x.dtype) - grid_size / 2
+    outer = torch.rsub((place[:, None] - centres[:, None]).abs_(), 2).clamp_(min=0)
     inner = (outer - 1).clamp_(min=0)
-    return (outer * outer).mul_(outer).sub_((inner * inner).mul_(inner), alpha=4)
+    return (outer * outer).mul_(outer).addcmul_(inner * inner, inner, value=-4)
 
 
 def in_chunks(
