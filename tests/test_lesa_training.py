@@ -333,13 +333,18 @@ def test_grams_alone_are_refused(tmp_path):
 
 def test_shuffled_steps_are_all_the_steps_in_an_order_of_their_own(recording):
     module = module_for(recording, shuffle_steps=True, steps_per_update=3)
-    samples = list(range(8))
-    first, again, other = (list(module.groups(samples, batch)) for batch in (0, 0, 1))
-    assert [len(group) for group in first] == [3, 3, 2]
-    assert first == again != other
-    assert sorted(sum(first, [])) == samples != sum(first, [])
+    features = Recording(recording).stack("feature/hidden")
+    samples = recorded_samples(features, ANCHORS, module.predictor)
+
+    def steps(batch_idx: int) -> list[list[int]]:
+        return [[s.step.index for s in group] for group in module.groups(samples, batch_idx)]
+
+    assert [len(group) for group in steps(0)] == [3, 3, 2]
+    assert steps(0) == steps(0) != steps(1)
+    everything = [sample.step.index for sample in samples]
+    assert sorted(sum(steps(0), [])) == everything != sum(steps(0), [])
     module.shuffle_steps = False
-    assert sum(module.groups(samples, 0), []) == samples
+    assert sum(steps(0), []) == everything
 
 
 # ------------------------------------------------------------------------------------- export
