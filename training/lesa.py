@@ -9,7 +9,7 @@ Shapes: B batch, S sampling steps.
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning
@@ -18,7 +18,6 @@ from jaxtyping import Float
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from ..checkpoints.format import argument_names
 from ..checkpoints.spec import PredictorSpec
 from ..integration.pipelines import load_pipeline
 from ..integration.schedule import check_anchors
@@ -37,11 +36,8 @@ from .lesa_samples import (
     recorded_samples,
     stage_errors,
 )
+from .lesa_start import LesaFactory, description, untrained
 from .measure import References, item_of, log_error
-from .stages import find_stages
-
-LesaFactory = Callable[[Sequence[float], int], LesaPredictor]
-"""Makes the untrained predictor from the sigmas of a run and the number of branches."""
 
 
 class LesaModule(lightning.LightningModule):
@@ -115,23 +111,17 @@ class LesaModule(lightning.LightningModule):
                 f"found {open_loop_epochs} and {closed_loop_epochs} epochs and steps_per_update "
                 f"{steps_per_update}, expected none below 0 and at least 1."
             )
-        plain = predictor(header.sigmas, header.num_branches)
-        if find_boundaries:
-            grams = self.recording.stack(f"gram/{tap}")
-            found = find_stages(grams, header.sigmas, plain.taps, self.anchors)
-            plain = predictor(header.sigmas, header.num_branches, boundaries=found)  # type: ignore[call-arg]
-        kind = type(plain).__name__
-        arguments = {name: _plain(getattr(plain, name)) for name in argument_names(kind)}
-        told: dict[str, Any] = {
-            "recording": recording,
-            "anchors": list(anchors),
-            "tap": tap,
-            "fit": self.fit_name,
-        }
-        told |= {"class": kind, "arguments": arguments, "pykan": pykan_seed is not None}
+        plain = untrained(self.recording, predictor, tap, self.anchors, find_boundaries)
+        told = {"recording": recording, "anchors": list(anchors), "tap": tap, "fit": self.fit_name}
+        told |= description(plain) | {"pykan": pykan_seed is not None}
         self.save_hyperparameters(told)
         self.predictor = plain if pykan_seed is None else with_pykan(plain, pykan_seed)
         self.pipe: Any = None
+        self._add_measures()
+        self.closed_errors: list[Tensor] = []
+
+    def _add_measures(self) -> None:
+        """Buffers of what is measured, which the checkpoint keeps."""
         self.num_trajectories: Tensor
         self.fit_seconds: Tensor
         self.start_error: Tensor
@@ -140,7 +130,6 @@ class LesaModule(lightning.LightningModule):
         for name in ("fit_seconds", "start_error", "val_error"):
             start = 0.0 if name == "fit_seconds" else math.inf
             self.register_buffer(name, torch.tensor(start, dtype=torch.float64))
-        self.closed_errors: list[Tensor] = []
 
     def deployed(self) -> LesaPredictor:
         """The predictor without pykan, as it is exported."""
@@ -282,7 +271,3 @@ class LesaModule(lightning.LightningModule):
         assert collector.final is not None  # a run has steps
         errors = log_error(collector.final, batch["final"])
         return collector.samples(batch[f"feature/{self.tap}"]), errors
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
