@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoints.spec import PredictorSpec
 from ..predictors.base import History, Predictor, Step
 from .adaptive import ProbeSchedule, SpeCa, relative_errors
-from .forecaster import Forecaster
+from .forecaster import Forecaster, check_shape
 from .hook import LAST_BLOCK
 from .report import Report
 
@@ -142,7 +142,9 @@ class VerifiedForecaster(Forecaster):
                 (key, tap), [History(self.predictor.window) for _ in self.runs]
             )
             for place, i in enumerate(samples):
-                histories[i].push(step, rows[place :: len(samples)])
+                mine = rows[place :: len(samples)]
+                check_shape(histories[i], mine, tap, step)
+                histories[i].push(step, mine)
 
     def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
         """The forecast of what enters the head."""
