@@ -30,7 +30,7 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.integration.metrics import psnr
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.polynomial import Taylor
 from foreseer.training.benchmark import FIRST_ITEM
 from foreseer.trajectories.prompts import Item, class_items, generate_batch
 
@@ -49,7 +49,6 @@ ADAPTIVE: dict[int, dict[str, tuple[str, ...]]] = {
     8: {
         "learned": ("speca", "speca_falling"),
         "taylor_1": ("speca", "speca_falling", "teacache", "first_block"),
-        "reuse": ("teacache", "first_block"),
         "l2p_any": ("speca", "teacache", "first_block"),
     },
     11: {"learned": ("speca",), "taylor_1": ("speca",), "l2p_any": ("speca",)},
@@ -109,7 +108,7 @@ def cases(
         8: load_predictor("zoo:fashion_dit_l2p_8"),
         11: load_predictor(learned_11),
     }
-    rules = {"taylor_1": Taylor(1), "reuse": Reuse(), "l2p_any": load_predictor(any_anchors)}
+    rules = {"l2p_any": load_predictor(any_anchors), "taylor_1": Taylor(1)}
     found: list[tuple[str, Predictor, tuple[int, ...] | None, str, int]] = []
     for target, start in ((8, 6), (11, 8)):
         found.append((f"l2p_{target}", learned[target], None, "fixed", target))
@@ -221,7 +220,6 @@ def plot(out: str = "docs/images/adaptive.png", target: int = 8) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in json.loads(RESULT.read_text()) if row["target"] == target]
-    rows = [row for row in rows if row["predictor"] != "reuse"]
     figure = Figure(figsize=(9, 0.36 * len(rows) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     labels = [f"{row['predictor']}, {row['schedule']}" for row in rows]
