@@ -40,8 +40,8 @@ SETTINGS = {"guidance_scale": 3.0, "num_inference_steps": 50, "output_type": "pt
 HALVINGS = 9
 BATCH_SIZE = 16
 SCHEDULES: dict[str, Callable[[float], Schedule]] = {
-    "speca": lambda threshold: SpeCa(threshold),
-    "speca_falling": lambda threshold: SpeCa(threshold, decay=0.1),
+    "speca": lambda threshold: SpeCa(threshold, max_run=8),
+    "speca_falling": lambda threshold: SpeCa(threshold, decay=0.1, max_run=8),
     "teacache": lambda threshold: TeaCache(threshold),
     "first_block": lambda threshold: FirstBlock(threshold),
 }

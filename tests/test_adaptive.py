@@ -17,6 +17,17 @@ from foreseer.predictors.polynomial import Reuse, Taylor
 ANCHORS = (0, 1, 4)
 PROBES = {"teacache": TeaCache, "first_block": FirstBlock}
 every_host = pytest.mark.parametrize("host", HOSTS)
+every_tap_somewhere = pytest.mark.parametrize(
+    ("host", "tap"),
+    [
+        *((host, "hidden") for host in HOSTS),
+        *(
+            (host, tap)
+            for host in ("dit_guided", "flux_two_calls")
+            for tap in ("output", "residual")
+        ),
+    ],
+)
 every_probe = pytest.mark.parametrize("probe", PROBES)
 
 
@@ -41,9 +52,8 @@ def quietly(host: str, pipe: Any, **changes: Any) -> torch.Tensor:
 # ----------------------------------------------------------------------------------- first looks
 
 
-@every_host
+@every_tap_somewhere
 @every_probe
-@pytest.mark.parametrize("tap", ["output", "hidden", "residual"])
 def test_a_tiny_threshold_computes_every_step_and_changes_no_bit(host, probe, tap):
     pipe = pipeline(host)
     plain = run(host, pipe)
@@ -52,9 +62,8 @@ def test_a_tiny_threshold_computes_every_step_and_changes_no_bit(host, probe, ta
     assert attached.report().anchors == list(range(STEPS))
 
 
-@every_host
+@every_tap_somewhere
 @every_probe
-@pytest.mark.parametrize("tap", ["output", "hidden", "residual"])
 def test_a_huge_threshold_leaves_the_planned_anchors_and_their_image(host, probe, tap):
     planned = (0, 1, 4, STEPS - 1)  # TeaCache computes the last step
     pipe = pipeline(host)
