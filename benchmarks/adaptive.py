@@ -42,12 +42,14 @@ BATCH_SIZE = 16
 SCHEDULES: dict[str, Callable[[float], Schedule]] = {
     "speca": lambda threshold: SpeCa(threshold, max_run=8),
     "speca_falling": lambda threshold: SpeCa(threshold, decay=0.1, max_run=8),
+    "speca_free": lambda threshold: SpeCa(threshold),
+    "speca_free_falling": lambda threshold: SpeCa(threshold, decay=0.1),
     "teacache": lambda threshold: TeaCache(threshold),
     "first_block": lambda threshold: FirstBlock(threshold),
 }
 ADAPTIVE: dict[int, dict[str, tuple[str, ...]]] = {
     8: {
-        "learned": ("speca", "speca_falling"),
+        "learned": ("speca_free", "speca_free_falling"),
         "taylor_1": ("speca", "speca_falling", "teacache", "first_block"),
         "l2p_any": ("speca", "teacache", "first_block"),
     },
