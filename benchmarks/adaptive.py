@@ -222,14 +222,15 @@ def plot(out: str = "docs/images/adaptive.png", target: int = 8) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in json.loads(RESULT.read_text()) if row["target"] == target]
+    rows.sort(key=lambda row: -row["psnr_db"])
     figure = Figure(figsize=(9, 0.36 * len(rows) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     labels = [f"{row['predictor']}, {row['schedule']}" for row in rows]
     left.boxplot([row["samples"]["psnr_db"] for row in rows], orientation="horizontal")
-    left.set_yticks(range(1, len(rows) + 1), labels)
     left.set_xlabel("PSNR of each sample (dB)")
     right.boxplot([row["samples"]["evaluations"] for row in rows], orientation="horizontal")
     right.set_xlabel("network evaluations of each sample")
+    left.set_yticks(range(1, len(rows) + 1), labels)
     left.invert_yaxis()
     figure.savefig(out, dpi=120)
     print(f"wrote {out}")
