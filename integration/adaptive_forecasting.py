@@ -108,8 +108,10 @@ class VerifiedForecaster(Forecaster):
     def is_anchor(self, step: Step) -> bool:
         """Whether the network runs for all samples, unasked."""
         limit = self.schedule.max_run
-        spent = limit is not None and self.runs and min(self.runs) >= limit
-        return step.index in self.anchors or step.index < self.schedule.warmup or bool(spent)
+        if not self.runs:  # the first step that is run, which img2img does not start at 0
+            return True
+        spent = limit is not None and min(self.runs) >= limit
+        return step.index in self.anchors or step.index < self.schedule.warmup or spent
 
     def action(self, step: Step) -> str:
         """Compute, forecast, or forecast and check."""

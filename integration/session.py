@@ -20,7 +20,7 @@ from .clock import Clock
 from .gate import FirstLook, LastBlock
 from .hook import LAST_BLOCK, TrunkSkipper, capturing, install, own, remove
 from .host import Trunk, UnsupportedHost
-from .proof import Call, output_tensor, prove
+from .proof import Call, check_rows, output_tensor, prove
 from .report import Report
 
 
@@ -101,6 +101,7 @@ class Session:
         self.first_look: FirstLook | None = None
         self.last_block: LastBlock | None = None
         self._proven = not (controller.taps - {"output"}) and controller.probe is None
+        self._rows_proven = LAST_BLOCK not in controller.taps  # else checked on the first batch
         self._templates: dict[str, type] = {}
         self._reset_run()
         install(transformer, self._route)
@@ -178,6 +179,10 @@ class Session:
         with self._capturing() as found:
             output = forward(*args, **kwargs)
         self._keep(key, found, output, x_t)
+        sample = output_tensor(output)
+        if not self._rows_proven and len(sample) > 1:
+            check_rows(Call(self.transformer, forward, args, kwargs), sample)
+            self._rows_proven = True
         return output
 
     def _capturing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
@@ -244,8 +249,7 @@ class Session:
                 forward, args, kwargs, lambda seen: self.controller.judge(step, seen), entering
             )
         if ran:
-            x_t = args[0] if args else kwargs.get("hidden_states")
-            self._keep(key, found, output, x_t)
+            self._keep(key, found, output, step.x_t)
         elif forecasts[0][0] == "output":
             output = self._wrap(key, forecasts[0][1])
         return output, ran
