@@ -15,7 +15,6 @@ from ..checkpoints.spec import PredictorSpec
 from ..integration.schedule import check_anchors
 from ..predictors.any_anchors import L2PGram
 from ..predictors.base import History, LinearPredictor, Step
-from ..trajectories.recording import Recording
 from .l2p import open_loop_errors, open_recording, spec_of
 
 
