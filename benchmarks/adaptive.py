@@ -6,13 +6,15 @@
 The threshold of every adaptive schedule is set on calibration samples, by bisection, so that their
 mean number of evaluations is the target; held-out samples then tell what it is worth. A check by
 SpeCa runs one of the network's blocks: `cost` counts it, `evaluations` does not. The first looks of
-TeaCache and FirstBlock are counted as one block as well. Samples are drawn one per call, so that a
-decision is a sample's own. Finished rows are kept, the same command goes on.
+TeaCache and FirstBlock are counted as one block as well. Under those two, samples are drawn one per
+call, so that a decision is a sample's own; SpeCa decides for every sample of a call alone. Finished
+rows are kept, the same command goes on.
 """
 
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,25 +30,27 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.integration.metrics import psnr
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.polynomial import Taylor
 from foreseer.training.benchmark import FIRST_ITEM
 from foreseer.trajectories.prompts import Item, class_items, generate_batch
 
 RESULT = Path("benchmarks/results/adaptive.json")
 SEARCHED = Path("benchmarks/results/fashion_dit_searched.json")
 SETTINGS = {"guidance_scale": 3.0, "num_inference_steps": 50, "output_type": "pt"}
-HALVINGS = 8
+HALVINGS = 9
+BATCH_SIZE = 16
 SCHEDULES: dict[str, Callable[[float], Schedule]] = {
-    "speca": lambda threshold: SpeCa(threshold),
-    "speca_falling": lambda threshold: SpeCa(threshold, decay=0.1),
+    "speca": lambda threshold: SpeCa(threshold, max_run=8),
+    "speca_falling": lambda threshold: SpeCa(threshold, decay=0.1, max_run=8),
+    "speca_free": lambda threshold: SpeCa(threshold),
+    "speca_free_falling": lambda threshold: SpeCa(threshold, decay=0.1),
     "teacache": lambda threshold: TeaCache(threshold),
     "first_block": lambda threshold: FirstBlock(threshold),
 }
 ADAPTIVE: dict[int, dict[str, tuple[str, ...]]] = {
     8: {
-        "learned": ("speca", "speca_falling"),
+        "learned": ("speca_free", "speca_free_falling"),
         "taylor_1": ("speca", "speca_falling", "teacache", "first_block"),
-        "reuse": ("teacache", "first_block"),
         "l2p_any": ("speca", "teacache", "first_block"),
     },
     11: {"learned": ("speca",), "taylor_1": ("speca",), "l2p_any": ("speca",)},
@@ -77,20 +81,20 @@ def run(
     num_classes: int = pipe.transformer.config.num_embeds_ada_norm
     calibration = class_items(num_calibration, num_classes)
     held_out = class_items(num_samples, num_classes, first_item=FIRST_ITEM)
-    full = torch.cat([images_of(pipe, item) for item in tqdm(held_out, desc="full run")])
+    full = torch.cat([images_of(pipe, batch) for batch in tqdm(cut(held_out, BATCH_SIZE))])
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
     done = {(row["predictor"], row["schedule"], row["target"]) for row in rows}
     for name, predictor, anchors, schedule, target in cases(learned_11, any_anchors):
         if (name, schedule, target) in done:
             continue
-        run_one = Runner(pipe, predictor, anchors)
+        runner = Runner(pipe, predictor, anchors)
         threshold = None
         if schedule != "fixed":
-            threshold = find_threshold(run_one, SCHEDULES[schedule], target, calibration)
+            threshold = find_threshold(runner, SCHEDULES[schedule], target, calibration)
         made = SCHEDULES[schedule](threshold) if threshold is not None else None
         rows.append(
             {"predictor": name, "schedule": schedule, "target": target, "threshold": threshold}
-            | measure(run_one, made, held_out, full, name)
+            | measure(runner, made, held_out, full)
         )
         RESULT.write_text(json.dumps(rows, indent=1) + "\n")
         print({key: value for key, value in rows[-1].items() if key != "samples"}, flush=True)
@@ -106,7 +110,7 @@ def cases(
         8: load_predictor("zoo:fashion_dit_l2p_8"),
         11: load_predictor(learned_11),
     }
-    rules = {"taylor_1": Taylor(1), "reuse": Reuse(), "l2p_any": load_predictor(any_anchors)}
+    rules = {"l2p_any": load_predictor(any_anchors), "taylor_1": Taylor(1)}
     found: list[tuple[str, Predictor, tuple[int, ...] | None, str, int]] = []
     for target, start in ((8, 6), (11, 8)):
         found.append((f"l2p_{target}", learned[target], None, "fixed", target))
@@ -120,66 +124,91 @@ def cases(
     return found
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Samples drawn under a schedule.
+
+    Args:
+        images: in [0, 1], `(B, C, H, W)`.
+        evaluations: network evaluations of each.
+        cost: their mean, with checks and first looks, each of which runs one block.
+    """
+
+    images: Tensor
+    evaluations: list[int]
+    cost: float
+
+
 class Runner:
-    """Draw one item with a predictor under a schedule."""
+    """Draw items with a predictor under a schedule."""
 
     def __init__(self, pipe: Any, predictor: Predictor, anchors: Sequence[int] | None) -> None:
         self.pipe = pipe
         self.predictor = predictor
         self.anchors = anchors
 
-    def __call__(self, item: Item, schedule: Schedule | None) -> tuple[Tensor, int, float]:
-        """The image, the evaluations, and the cost in evaluations with checks and first looks."""
-        num_blocks = len(self.pipe.transformer.transformer_blocks)
+    def __call__(self, items: Sequence[Item], schedule: Schedule | None) -> Drawn:
+        """The samples of all items."""
+        alone = isinstance(schedule, TeaCache | FirstBlock)
+        images: list[Tensor] = []
+        evaluations: list[int] = []
+        blocks = 0
         with forecasting(self.pipe, self.predictor, self.anchors, "hidden", schedule) as attached:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # one sample may well have all accepted
-                images = images_of(self.pipe, item)
-        report = attached.report()
-        evaluations = len(report.anchors)
-        looks = len(report.forecasts) if isinstance(schedule, TeaCache | FirstBlock) else 0
-        return images, evaluations, evaluations + (report.checked + looks) / num_blocks
+            for batch in cut(items, 1 if alone else BATCH_SIZE):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a few samples may well have all accepted
+                    images.append(images_of(self.pipe, batch))
+                report = attached.report()
+                evaluations += report.evaluations or [len(report.anchors)] * len(batch)
+                blocks += len(report.forecasts) if alone else report.checked
+        num_blocks = len(self.pipe.transformer.transformer_blocks)
+        cost = mean(evaluations) + blocks / num_blocks / len(items)
+        return Drawn(torch.cat(images), evaluations, cost)
 
 
-def images_of(pipe: Any, item: Item) -> Tensor:
-    """The image of one item, in [0, 1]."""
-    images: Tensor = generate_batch(pipe, [item], **SETTINGS).images
+def cut(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """The items in batches."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def images_of(pipe: Any, items: Sequence[Item]) -> Tensor:
+    """The images of a batch, in [0, 1]."""
+    images: Tensor = generate_batch(pipe, items, **SETTINGS).images
     return images.float().clamp(0, 1)
 
 
 def find_threshold(
-    run_one: Runner,
+    runner: Runner,
     family: Callable[[float], Schedule],
     target: int,
     items: Sequence[Item],
 ) -> float:
     """The threshold at which calibration samples take `target` evaluations in the mean."""
-    low, high = 1e-4, 10.0  # small thresholds compute more
-    for _ in range(HALVINGS + 4):
+    low, high = 1e-3, 3.0  # small thresholds compute more
+    for _ in range(HALVINGS):
         middle = (low * high) ** 0.5
-        spent = mean(run_one(item, family(middle))[1] for item in items)
+        spent = mean(runner(items, family(middle)).evaluations)
         if abs(spent - target) < 0.1:
-            return middle
+            break
         low, high = (middle, high) if spent > target else (low, middle)
     return middle
 
 
 def measure(
-    run_one: Runner, schedule: Schedule | None, items: Sequence[Item], full: Tensor, name: str
+    runner: Runner, schedule: Schedule | None, items: Sequence[Item], full: Tensor
 ) -> dict[str, Any]:
     """Mean, quantiles and every sample's own PSNR and evaluations."""
-    runs = [run_one(item, schedule) for item in tqdm(items, desc=name)]
-    errors = psnr(torch.cat([image for image, _, _ in runs]), full).double()
+    drawn = runner(items, schedule)
+    errors = psnr(drawn.images, full).double()
     q10, median = errors.quantile(torch.tensor([0.1, 0.5], dtype=torch.float64)).tolist()
-    evaluations = [spent for _, spent, _ in runs]
     return {
-        "evaluations": mean(evaluations),
-        "cost": mean(cost for _, _, cost in runs),
+        "evaluations": mean(drawn.evaluations),
+        "cost": drawn.cost,
         "psnr_db": float(errors.mean()),
         "psnr_median": median,
         "psnr_q10": q10,
         "psnr_min": float(errors.min()),
-        "samples": {"psnr_db": errors.tolist(), "evaluations": evaluations},
+        "samples": {"psnr_db": errors.tolist(), "evaluations": drawn.evaluations},
     }
 
 
@@ -193,15 +222,15 @@ def plot(out: str = "docs/images/adaptive.png", target: int = 8) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in json.loads(RESULT.read_text()) if row["target"] == target]
-    rows = [row for row in rows if row["predictor"] != "reuse"]
+    rows.sort(key=lambda row: -row["psnr_db"])
     figure = Figure(figsize=(9, 0.36 * len(rows) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     labels = [f"{row['predictor']}, {row['schedule']}" for row in rows]
     left.boxplot([row["samples"]["psnr_db"] for row in rows], orientation="horizontal")
-    left.set_yticks(range(1, len(rows) + 1), labels)
     left.set_xlabel("PSNR of each sample (dB)")
     right.boxplot([row["samples"]["evaluations"] for row in rows], orientation="horizontal")
     right.set_xlabel("network evaluations of each sample")
+    left.set_yticks(range(1, len(rows) + 1), labels)
     left.invert_yaxis()
     figure.savefig(out, dpi=120)
     print(f"wrote {out}")

@@ -69,6 +69,7 @@ class TeaCache(ProbeSchedule):
 
     def judge(self, index: int, statistic: Tensor, planned: bool) -> bool:
         """Add this step's change; see the base class."""
+        first = self.before is None
         if self.before is not None:
             change = relative_l1(statistic, self.before)
             mapped = 0.0
@@ -76,7 +77,7 @@ class TeaCache(ProbeSchedule):
                 mapped = mapped * change + coefficient
             self.total += mapped
         self.before = statistic
-        if planned or index in (0, self.last) or self.total >= self.threshold:
+        if planned or first or index == self.last or self.total >= self.threshold:
             self.total = 0.0
             return True
         return False

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoints.spec import PredictorSpec
 from ..predictors.base import History, Predictor, Step
 from .adaptive import ProbeSchedule, SpeCa, relative_errors
-from .forecaster import Forecaster
+from .forecaster import Forecaster, check_shape
 from .hook import LAST_BLOCK
 from .report import Report
 
@@ -108,8 +108,10 @@ class VerifiedForecaster(Forecaster):
     def is_anchor(self, step: Step) -> bool:
         """Whether the network runs for all samples, unasked."""
         limit = self.schedule.max_run
-        spent = limit is not None and self.runs and min(self.runs) >= limit
-        return step.index in self.anchors or step.index < self.schedule.warmup or bool(spent)
+        if not self.runs:  # the first step that is run, which img2img does not start at 0
+            return True
+        spent = limit is not None and min(self.runs) >= limit
+        return step.index in self.anchors or step.index < self.schedule.warmup or spent
 
     def action(self, step: Step) -> str:
         """Compute, forecast, or forecast and check."""
@@ -142,7 +144,9 @@ class VerifiedForecaster(Forecaster):
                 (key, tap), [History(self.predictor.window) for _ in self.runs]
             )
             for place, i in enumerate(samples):
-                histories[i].push(step, rows[place :: len(samples)])
+                mine = rows[place :: len(samples)]
+                check_shape(histories[i], mine, tap, step)
+                histories[i].push(step, mine)
 
     def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
         """The forecast of what enters the head."""

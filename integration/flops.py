@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .hook import TrunkSkipper, capturing
 from .host import TrunkTracer
-from .session import output_tensor
+from .proof import output_tensor
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 

@@ -64,11 +64,7 @@ class Forecaster(Controller):
         feature = taps[self.tap]
         self.check_feature(feature, step)
         history = self.histories.setdefault(key, History(self.predictor.window))
-        if len(history) and history.features[-1].shape != feature.shape:
-            raise ValueError(
-                f"the {self.tap} changed shape from {tuple(history.features[-1].shape)} to "
-                f"{tuple(feature.shape)} at step {step.index}; a run must keep one shape."
-            )
+        check_shape(history, feature, self.tap, step)
         history.push(step, feature)
 
     def check_feature(self, feature: Tensor, step: Step) -> None:
@@ -111,3 +107,16 @@ class Forecaster(Controller):
     def state_bytes(self) -> int:
         """Bytes of all histories."""
         return sum(history.state_bytes() for history in self.histories.values())
+
+
+def check_shape(history: History, feature: Tensor, tap: str, step: Step) -> None:
+    """Raise unless an anchor's feature has the shape of the one before it.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if len(history) and history.features[-1].shape != feature.shape:
+        raise ValueError(
+            f"the {tap} changed shape from {tuple(history.features[-1].shape)} to "
+            f"{tuple(feature.shape)} at step {step.index}; a run must keep one shape."
+        )

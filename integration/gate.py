@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .hook import block_list, replacing
+from .hook import block_list, exchanged
 from .host import SkippedBlocks, Trunk, UnsupportedHost, first_tensor, stream_of
 
 Enter = Callable[[Tensor], Tensor]  # what enters the head, given what would have
@@ -56,14 +56,12 @@ class FirstLook:
         """
         self.judge = judge
         self.stopped = False
-        self.transformer._modules.update(self.gated)
-        hook = replacing(lambda tensor: entering(tensor) if self.stopped else tensor)
-        handle = self.head.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+
+        def enter(tensor: Tensor) -> Tensor:
+            return entering(tensor) if self.stopped else tensor
+
+        with exchanged(self.transformer, self.blocks, self.gated, self.head, enter):
             return forward(*args, **kwargs), not self.stopped
-        finally:
-            handle.remove()
-            self.transformer._modules.update(self.blocks)
 
     def open_with(self, *args: Any, **kwargs: Any) -> Any:
         """Called in the first block's place."""
@@ -194,13 +192,10 @@ class LastBlock:
             entering: what enters the head, given what the block made.
         """
         self.inputs = inputs
-        self.transformer._modules.update(self.swapped)
-        handle = self.head.register_forward_pre_hook(replacing(entering), with_kwargs=True)
         try:
-            return forward(*args, **kwargs)
+            with exchanged(self.transformer, self.blocks, self.swapped, self.head, entering):
+                return forward(*args, **kwargs)
         finally:
-            handle.remove()
-            self.transformer._modules.update(self.blocks)
             self.inputs = []
 
     def run_last(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ Nothing here decides anything: `Session` (session.py) says what each call does.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,13 +75,34 @@ class TrunkSkipper:
         entering: Callable[[Tensor], Tensor],
     ) -> Any:
         """The output of `forward` with the head's first tensor t replaced by `entering(t)`."""
-        self.transformer._modules.update(self.empty)
-        handle = self.head.register_forward_pre_hook(replacing(entering), with_kwargs=True)
-        try:
+        with exchanged(self.transformer, self.blocks, self.empty, self.head, entering):
             return forward(*args, **kwargs)
-        finally:
-            handle.remove()
-            self.transformer._modules.update(self.blocks)
+
+
+@contextlib.contextmanager
+def exchanged(
+    transformer: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    others: Mapping[str, nn.Module],
+    head: nn.Module,
+    entering: Callable[[Tensor], Tensor],
+) -> Iterator[None]:
+    """Let the forward inside run on other block lists, with another tensor entering the head.
+
+    Args:
+        transformer: the host.
+        blocks: its own block lists, put back come what may.
+        others: what stands in their place.
+        head: its head.
+        entering: what enters the head, given what would have.
+    """
+    transformer._modules.update(others)
+    handle = head.register_forward_pre_hook(replacing(entering), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        transformer._modules.update(blocks)
 
 
 def replacing(entering: Callable[[Tensor], Tensor]) -> Callable:

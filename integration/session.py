@@ -19,10 +19,9 @@ from .adaptive import take_rows
 from .clock import Clock
 from .gate import FirstLook, LastBlock
 from .hook import LAST_BLOCK, TrunkSkipper, capturing, install, own, remove
-from .host import Trunk, TrunkTracer, UnsupportedHost
+from .host import Trunk, UnsupportedHost
+from .proof import Call, check_rows, output_tensor, prove
 from .report import Report
-
-ROWS_TOLERANCE = 1e-2  # products of another batch size round differently, in bfloat16 by 4e-3
 
 
 class Controller:
@@ -102,6 +101,7 @@ class Session:
         self.first_look: FirstLook | None = None
         self.last_block: LastBlock | None = None
         self._proven = not (controller.taps - {"output"}) and controller.probe is None
+        self._rows_proven = LAST_BLOCK not in controller.taps  # else checked on the first batch
         self._templates: dict[str, type] = {}
         self._reset_run()
         install(transformer, self._route)
@@ -179,6 +179,10 @@ class Session:
         with self._capturing() as found:
             output = forward(*args, **kwargs)
         self._keep(key, found, output, x_t)
+        sample = output_tensor(output)
+        if not self._rows_proven and len(sample) > 1:
+            check_rows(Call(self.transformer, forward, args, kwargs), sample)
+            self._rows_proven = True
         return output
 
     def _capturing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
@@ -245,8 +249,7 @@ class Session:
                 forward, args, kwargs, lambda seen: self.controller.judge(step, seen), entering
             )
         if ran:
-            x_t = args[0] if args else kwargs.get("hidden_states")
-            self._keep(key, found, output, x_t)
+            self._keep(key, found, output, step.x_t)
         elif forecasts[0][0] == "output":
             output = self._wrap(key, forecasts[0][1])
         return output, ran
@@ -277,79 +280,14 @@ class Session:
         return self._wrap(key, merged), True
 
     def _prove(self, forward: Callable, args: tuple, kwargs: dict) -> None:
-        """Find the trunk on this call's inputs and check that replaying its tap is exact.
-
-        Raises:
-            UnsupportedHost: it is not, so nothing may be forecast on this tap.
-        """
-        with TrunkTracer(self.transformer) as tracer:
-            forward(*args, **kwargs)
-        trunk = tracer.trunk()
-        checks = LAST_BLOCK in self.controller.taps
-        last_block = LastBlock(self.transformer, trunk) if checks else None
-        with capturing(self.transformer, trunk, {"hidden"} | self.controller.taps) as found:
-            expected = output_tensor(forward(*args, **kwargs))
-        skipper = TrunkSkipper(self.transformer, trunk)
-        replayed = skipper(forward, args, kwargs, lambda entering: found["hidden"])
-        self._same(expected, replayed, f"replaying the head input ({trunk.head})")
-        if last_block is not None:
-            inputs = [found[f"{LAST_BLOCK}.{i}"] for i in range(len(trunk.streams))]
-            replayed = last_block(forward, args, kwargs, inputs, lambda entering: entering)
-            self._same(expected, replayed, "running the last block on its own input")
-            self._prove_rows(forward, args, kwargs, expected)
-        if self.controller.probe is not None:
-            self.first_look = FirstLook(self.transformer, trunk, self.controller.probe)
-            for judge in (lambda seen: True, lambda seen: False):
-                replayed, _ = self.first_look(
-                    forward, args, kwargs, judge, lambda entering: found["hidden"]
-                )
-                self._same(expected, replayed, "looking at the first block")
-        self.trunk, self.skipper, self.last_block = trunk, skipper, last_block
+        """Find the trunk on this call's inputs and check everything the controller relies on."""
+        call = Call(self.transformer, forward, args, kwargs)
+        proven = prove(call, set(self.controller.taps), self.controller.probe)
+        self.trunk, self.skipper = proven.trunk, proven.skipper
+        self.first_look, self.last_block = proven.first_look, proven.last_block
         self._proven = True
-
-    def _same(self, expected: Tensor, output: Any, what: str) -> None:
-        """Raise unless an output is bit for bit the expected one."""
-        found = output_tensor(output)
-        if not torch.equal(expected.nan_to_num(), found.nan_to_num()):
-            worst = float((expected - found).abs().max())
-            raise UnsupportedHost(
-                f"{what} of {type(self.transformer).__name__} changes its output by up to "
-                f"{worst:.2e}, expected bitwise equality; use the `output` tap."
-            )
-
-    def _prove_rows(self, forward: Callable, args: tuple, kwargs: dict, expected: Tensor) -> None:
-        """Raise unless a sample computed alone is what it was in its batch, up to rounding."""
-        if len(expected) == 1:
-            return
-        rows = [len(expected) - 1]
-        args, kwargs = take_rows((args, kwargs), rows, len(expected))
-        alone = output_tensor(forward(*args, **kwargs))
-        if alone.shape != expected[rows].shape or not torch.allclose(
-            alone.float(), expected[rows].float(), rtol=ROWS_TOLERANCE, atol=ROWS_TOLERANCE
-        ):
-            raise UnsupportedHost(
-                f"a row of a batch of {type(self.transformer).__name__} computed alone differs "
-                "from what it was in the batch, so refused samples cannot be computed on their "
-                "own; draw one sample per call."
-            )
 
 
 def _entering(tap: str, feature: Tensor) -> Callable[[Tensor], Tensor]:
     """What enters the head given what came through the empty trunk."""
     return lambda came: came + feature if tap == "residual" else feature
-
-
-def output_tensor(output: Any) -> Tensor:
-    """The prediction in a transformer's return value.
-
-    Raises:
-        UnsupportedHost: the return value is neither a 1-tuple nor has a tensor `sample`.
-    """
-    sample = output[0] if isinstance(output, tuple) and len(output) == 1 else output
-    sample = getattr(sample, "sample", sample)
-    if not isinstance(sample, Tensor):
-        raise UnsupportedHost(
-            f"the transformer returned {type(output).__name__}, expected a tuple of one tensor or "
-            "an output with a `sample` tensor."
-        )
-    return sample

@@ -63,7 +63,7 @@ class L2P(LinearPredictor):
 
 
 def rows_at(
-    weight: Float[Tensor, "branches *parts S S"],
+    weight: Float[Tensor, "all *parts S S"],
     anchors: Sequence[int],
     history: History,
     step: Step,
@@ -71,7 +71,7 @@ def rows_at(
     """The weights of the features in `history` that learned rows give at a step.
 
     Args:
-        weight: rows of each branch, and of each part where there are several.
+        weight: rows of all branches, and of each part where there are several.
         anchors: steps the rows are for.
         history: holds all of `anchors` before the step, and maybe further steps.
         step: the step to forecast.

@@ -5,7 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_hosts import HOSTS, STEPS, adding_pipeline, items, pipeline, run, seeded, spec_for
+from diffusers import DiTTransformer2DModel
+from tiny_hosts import (
+    HOSTS,
+    STEPS,
+    adding_pipeline,
+    items,
+    pipeline,
+    run,
+    seeded,
+    spec_for,
+    tiny_dit,
+)
 
 from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache, relative_errors, take_rows
 from foreseer.integration.forecasting import forecasting
@@ -17,6 +28,17 @@ from foreseer.predictors.polynomial import Reuse, Taylor
 ANCHORS = (0, 1, 4)
 PROBES = {"teacache": TeaCache, "first_block": FirstBlock}
 every_host = pytest.mark.parametrize("host", HOSTS)
+every_tap_somewhere = pytest.mark.parametrize(
+    ("host", "tap"),
+    [
+        *((host, "hidden") for host in HOSTS),
+        *(
+            (host, tap)
+            for host in ("dit_guided", "flux_two_calls")
+            for tap in ("output", "residual")
+        ),
+    ],
+)
 every_probe = pytest.mark.parametrize("probe", PROBES)
 
 
@@ -41,9 +63,8 @@ def quietly(host: str, pipe: Any, **changes: Any) -> torch.Tensor:
 # ----------------------------------------------------------------------------------- first looks
 
 
-@every_host
+@every_tap_somewhere
 @every_probe
-@pytest.mark.parametrize("tap", ["output", "hidden", "residual"])
 def test_a_tiny_threshold_computes_every_step_and_changes_no_bit(host, probe, tap):
     pipe = pipeline(host)
     plain = run(host, pipe)
@@ -52,9 +73,8 @@ def test_a_tiny_threshold_computes_every_step_and_changes_no_bit(host, probe, ta
     assert attached.report().anchors == list(range(STEPS))
 
 
-@every_host
+@every_tap_somewhere
 @every_probe
-@pytest.mark.parametrize("tap", ["output", "hidden", "residual"])
 def test_a_huge_threshold_leaves_the_planned_anchors_and_their_image(host, probe, tap):
     planned = (0, 1, 4, STEPS - 1)  # TeaCache computes the last step
     pipe = pipeline(host)
@@ -97,8 +117,6 @@ def test_first_block_compares_with_the_last_anchor_not_the_last_step():
 
 
 def test_teacache_says_when_a_host_has_no_attention_to_look_at():
-    with forecasting(adding_pipeline(), Reuse(), tap="hidden", schedule=TeaCache(0.1)):
-        pass
     pipe = adding_pipeline()
     with forecasting(pipe, Reuse(), tap="hidden", schedule=TeaCache(0.1)):
         with pytest.raises(UnsupportedHost, match="no attention module"):
@@ -172,6 +190,23 @@ def only(host: str, sample: int) -> dict[str, Any]:
     if not host.startswith("dit"):
         inputs = items(host, 2)[sample].inputs
     return {**inputs, "generator": [seeded(sample)]}
+
+
+class MixesRows(DiTTransformer2DModel):
+    """Every row also sees the mean of its batch."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states + hidden_states.mean(0, keepdim=True), **kwargs)
+
+
+def test_a_host_that_mixes_rows_is_refused_at_its_first_batch():
+    """One sample alone proves nothing about rows; the first call with two does."""
+    pipe = pipeline("dit")
+    pipe.transformer = tiny_dit(MixesRows)
+    with forecasting(pipe, Reuse(), schedule=SpeCa(0.1)):
+        quietly("dit", pipe, **only("dit", 0))
+        with pytest.raises(UnsupportedHost, match="a row of a batch .* computed alone differs"):
+            quietly("dit", pipe)
 
 
 def test_no_sample_is_forecast_longer_than_allowed():

@@ -15,8 +15,7 @@ from ..checkpoints.spec import PredictorSpec
 from ..integration.schedule import check_anchors
 from ..predictors.any_anchors import L2PGram
 from ..predictors.base import History, LinearPredictor, Step
-from ..trajectories.recording import Recording
-from .l2p import open_loop_errors, spec_of
+from .l2p import open_loop_errors, open_recording, spec_of
 
 
 class L2PGramModule(lightning.LightningModule):
@@ -86,18 +85,6 @@ class L2PGramModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> None:
         """Nothing to optimise step by step."""
-
-
-def open_recording(folder: str, tap: str) -> Recording:
-    """A recording that has a tap.
-
-    Raises:
-        ValueError: it lacks the tap.
-    """
-    recording = Recording(folder)
-    if tap not in recording.header.taps:
-        raise ValueError(f"{folder} has the taps {recording.header.taps}, not {tap!r}; record it.")
-    return recording
 
 
 def rows_of(

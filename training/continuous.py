@@ -17,8 +17,8 @@ from ..checkpoints.spec import PredictorSpec
 from ..integration.schedule import check_anchors
 from ..predictors.continuous import L2PContinuous
 from ..trajectories.datamodule import GramDataModule
-from .any_anchors import open_recording, rows_of
-from .l2p import open_loop_errors, spec_of
+from .any_anchors import rows_of
+from .l2p import open_loop_errors, open_recording, spec_of
 
 FEWEST, MOST = 5, 12  # anchors of the lists fitted on
 VALIDATION_LISTS = 4

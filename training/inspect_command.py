@@ -99,7 +99,10 @@ def answer(taps: Sequence[TapGrams], budgets: Sequence[int], folder: Path) -> li
         "better)"
     )
     lists = chosen_lists(rows, budgets)
-    print("\n" + "\n".join(f"{label:<34}{' '.join(map(str, a))}" for label, a in lists.items()))
+    width = max(map(len, lists)) + 2
+    print(
+        "\n" + "\n".join(f"{label:<{width}}{' '.join(map(str, a))}" for label, a in lists.items())
+    )
     print(f"\n{line}\n")
     write_json(rows, line, num_held_out, folder / "offline.json")
     middle = budgets[len(budgets) // 2]

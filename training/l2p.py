@@ -36,10 +36,8 @@ class L2PModule(lightning.LightningModule):
 
     def __init__(self, recording: str, anchors: Sequence[int], tap: str = "output") -> None:
         super().__init__()
-        self.recording = Recording(recording)
+        self.recording = open_recording(recording, tap)
         header = self.recording.header
-        if tap not in header.taps:
-            raise ValueError(f"{recording} has the taps {header.taps}, not {tap!r}; record it.")
         self.save_hyperparameters(
             {"recording": recording, "anchors": list(anchors), "tap": tap, "fit": self.fit_name}
         )
@@ -80,6 +78,18 @@ class L2PModule(lightning.LightningModule):
         for step, error in enumerate(errors.mean((0, 1)).tolist()):
             if step not in self.predictor.anchors:
                 self.logger.experiment.add_scalar("val/error_by_step", error, step)
+
+
+def open_recording(folder: str, tap: str) -> Recording:
+    """A recording that has a tap.
+
+    Raises:
+        ValueError: it lacks the tap.
+    """
+    recording = Recording(folder)
+    if tap not in recording.header.taps:
+        raise ValueError(f"{folder} has the taps {recording.header.taps}, not {tap!r}; record it.")
+    return recording
 
 
 def spec_of(
