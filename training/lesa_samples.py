@@ -20,7 +20,7 @@ from ..predictors.base import Step
 from ..predictors.lesa import LesaPredictor
 from ..trajectories.prompts import Item, generate_batch
 from ..trajectories.recording import Recording
-from .any_anchors import open_recording
+from .l2p import open_recording
 
 
 def open_features(folder: str, tap: str) -> Recording:
