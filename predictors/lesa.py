@@ -6,9 +6,10 @@ alpha_k = KAN_k(t - t_0, ..., t - t_S). The start at reuse, the padding and the 
 are ours.
 """
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -90,6 +91,7 @@ class LesaPredictor(Predictor):
         else:
             self.gates = self._build_gates()
         self.folded: dict[tuple, dict[int, Tensor]] = {}
+        self.shared: dict[tuple[int, ...], dict[int, Tensor]] | None = None
 
     def _build_gates(self) -> nn.ModuleList:
         """A gate per branch and stage, drawn without touching the run's random numbers."""
@@ -169,6 +171,15 @@ class LesaPredictor(Predictor):
         self.folded.clear()
         return super().train(mode)
 
+    @contextlib.contextmanager
+    def shared_rows(self) -> Iterator[None]:
+        """Inside, differentiable rows are kept per list of anchors; parameters must not change."""
+        self.shared = {}
+        try:
+            yield
+        finally:
+            self.shared = None
+
     def tabulated(self) -> "LesaPredictor":
         """A copy with the gate's values in a table instead of nets; it forecasts the same."""
         other = copy.deepcopy(self)
@@ -200,10 +211,18 @@ class LesaPredictor(Predictor):
                 f"{step.index}" + (" from step 0 on." if self.feedback else ".")
             )
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            row = self._rows(steps, step.index + 1)[step.index]
+            row = self._graph_rows(steps, step.index)[step.index]
         else:
             row = self._kept_rows(steps)[step.index]
         return row[list(step.branches)]
+
+    def _graph_rows(self, steps: tuple[int, ...], index: int) -> dict[int, Tensor]:
+        """Differentiable rows up to a step, or of all steps where they are shared."""
+        if self.shared is None:
+            return self._rows(steps, index + 1)
+        if steps not in self.shared:
+            self.shared[steps] = self._rows(steps, len(self.sigmas))
+        return self.shared[steps]
 
     def _kept_rows(self, steps: tuple[int, ...]) -> dict[int, Float[Tensor, "branches R"]]:
         """The rows after some anchors, computed once for given parameters."""

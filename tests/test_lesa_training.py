@@ -234,6 +234,29 @@ def test_both_phases_train_the_predictor_and_leave_the_network_alone(recording):
     assert int(module.num_trajectories) == len(data_items(recording)[0])
 
 
+def test_a_second_phase_on_samples_goes_below_the_first(recording):
+    errors = {}
+    for target, epochs in (("none", 0), ("sample", 12)):
+        changes = {"closed_loop_target": "sample"} if target == "sample" else {}
+        module = module_for(recording, tap_rate=5e-2, closed_loop_epochs=epochs, **changes)
+        before = copy.deepcopy(module.pipe.transformer.state_dict())
+        trainer_for(2 + epochs).fit(module, datamodule=data_for(recording))
+        errors[target] = training_error(module, recording)
+        state = module.pipe.transformer.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in before.items())
+    assert errors["sample"] < errors["none"] - 0.5
+
+
+def training_error(module: LesaModule, recording: Path) -> float:
+    """Mean error of the final latents over the training split, in dB."""
+    source = Recording(recording)
+    references = References(source, data_items(recording)[0])
+    (batch,) = references.batches
+    call = references.settings
+    run = collect(module.pipe, module.predictor, "hidden", ANCHORS, batch, **call)
+    return float(log_error(run.final, references.finals).mean())
+
+
 def data_items(recording: Path) -> tuple[list[int], list[int]]:
     data = data_for(recording)
     data.setup()
@@ -268,10 +291,11 @@ def test_the_rate_halves_every_500_updates_or_follows_a_cosine():
     assert cosine == pytest.approx([1.0, 0.505, 0.01])
 
 
-def test_a_fit_broken_off_between_epochs_goes_on_bit_for_bit(recording, tmp_path):
+@pytest.mark.parametrize("target", ["feature", "sample"])
+def test_a_fit_broken_off_between_epochs_goes_on_bit_for_bit(recording, tmp_path, target):
     def fit(folder: str, epochs: int, resume: bool = False) -> LesaModule:
         torch.manual_seed(0)
-        module = module_for(recording)
+        module = module_for(recording, closed_loop_target=target)
         keep = ModelCheckpoint(tmp_path / folder, save_last=True, enable_version_counter=False)
         trainer = trainer_for(epochs, callbacks=[keep], enable_checkpointing=True)
         path = str(tmp_path / folder / "last.ckpt") if resume else None

@@ -1,8 +1,10 @@
 """LESA in two phases: guided by recorded features, then in closed loop with the network.
 
-Source: LESA, arXiv 2602.20497. Both phases minimise the mean absolute error of single forecasts;
-they differ in what the forecasts are made from (lesa_samples.py). Weights and updates are float32
-and the learning rate starts anew with the second phase; neither holds in the release.
+Source: LESA, arXiv 2602.20497. As published, both phases minimise the mean absolute error of single
+forecasts and differ in what the forecasts are made from (lesa_samples.py). The second phase may
+instead minimise the error of the finished sample, which is ours (frozen_runs.py). Weights and
+updates are float32 and the learning rate starts anew with the second phase; neither holds in the
+release.
 Shapes: B batch, S sampling steps.
 """
 
@@ -24,6 +26,7 @@ from ..integration.schedule import check_anchors
 from ..predictors.kan import with_pykan, without_pykan
 from ..predictors.lesa import LesaPredictor
 from ..predictors.lesa_values import LesaValues
+from .frozen_runs import final_latents
 from .l2p import spec_of
 from .lesa_figures import gate_figure
 from .lesa_rates import rate_factor
@@ -44,8 +47,10 @@ class LesaModule(lightning.LightningModule):
     """Train a `LesaPredictor` for one anchor list; set `max_epochs` to the epochs of both phases.
 
     An epoch of the second phase runs the pipeline once per trajectory, forecasting with the weights
-    it has at the start of the batch; forecasts enter later windows without a gradient, and nothing
-    is differentiated through the network. The released code updates within the run instead.
+    it has at the start of the batch; nothing is differentiated through the network. The released
+    code updates within the run instead. With the target `feature`, forecasts enter later windows
+    without a gradient; with `sample`, a batch is one update on 10 log10 of the mean squared error
+    of its final latents, which PSNR averages, through all forecasts of the run.
 
     Args:
         recording: folder of the recording, with features of the tap; must be that of the data
@@ -58,6 +63,8 @@ class LesaModule(lightning.LightningModule):
         find_boundaries: put the stages' boundaries where the recording says (stages.py).
         open_loop_epochs: epochs of the first phase.
         closed_loop_epochs: epochs of the second phase.
+        closed_loop_target: `feature`, the full run's feature at every step, as published; `sample`,
+            the full run's final latents.
         tap_rate: first learning rate of the filters.
         gate_rate: first learning rate of the gates.
         decay: `cosine` to a hundredth over each phase, or `halving` every 500 updates.
@@ -85,6 +92,7 @@ class LesaModule(lightning.LightningModule):
         find_boundaries: bool = False,
         open_loop_epochs: int = 1,
         closed_loop_epochs: int = 2,
+        closed_loop_target: Literal["feature", "sample"] = "feature",
         tap_rate: float = 1e-3,
         gate_rate: float = 1e-4,
         decay: Literal["cosine", "halving"] = "cosine",
@@ -102,6 +110,7 @@ class LesaModule(lightning.LightningModule):
         self.anchors = check_anchors(anchors, header.num_steps)
         self.pipeline, self.tap = pipeline, tap
         self.open_loop_epochs, self.closed_loop_epochs = open_loop_epochs, closed_loop_epochs
+        self.closed_loop_target = closed_loop_target
         self.tap_rate, self.gate_rate, self.decay = tap_rate, gate_rate, decay
         self.steps_per_update, self.shuffle_steps = steps_per_update, shuffle_steps
         self.closed_loop_rate = closed_loop_rate
@@ -179,25 +188,44 @@ class LesaModule(lightning.LightningModule):
         self._started = time.perf_counter()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Update on every forecast step of a batch, a few at a time."""
+        """Update on every forecast step of a batch, a few at a time, or once on its samples."""
+        if self.closed_loop and self.closed_loop_target == "sample":
+            self.set_rates(batch_idx, 0, 1)
+            error = self.sample_error(batch)
+            self.update(error)
+            self.log("train/closed_loop_db", error.detach(), prog_bar=True, batch_size=1)
+            return
         if self.closed_loop:
             samples, _ = self.run(batch)
         else:
             samples = recorded_samples(batch[f"feature/{self.tap}"], self.anchors, self.predictor)
         groups = list(self.groups(samples, batch_idx))
-        optimizer: Any = self.optimizers()
         losses = []
         for index, group in enumerate(groups):
-            self.set_rates(optimizer, batch_idx, index, len(groups))
+            self.set_rates(batch_idx, index, len(groups))
             loss = mean_absolute_error(self.predictor, group)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            nn.utils.clip_grad_norm_(self.predictor.parameters(), self.gradient_clip)
-            optimizer.step()
+            self.update(loss)
             losses.append(loss.detach())
         phase = "closed_loop" if self.closed_loop else "open_loop"
         self.log(f"train/{phase}_l1", torch.stack(losses).mean(), prog_bar=True, batch_size=1)
-        self.log("train/tap_rate", optimizer.param_groups[0]["lr"], batch_size=1)
+
+    def update(self, loss: Float[Tensor, ""]) -> None:
+        """One step of the optimiser."""
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        nn.utils.clip_grad_norm_(self.predictor.parameters(), self.gradient_clip)
+        optimizer.step()
+
+    def sample_error(self, batch: dict[str, Any]) -> Float[Tensor, ""]:
+        """Mean error of a batch's final latents in dB, differentiable in the predictor."""
+        items = [item_of(self.recording, int(item)) for item in batch["item"]]
+        settings = References(self.recording, []).settings
+        with self.predictor.shared_rows():
+            latents = final_latents(
+                self.pipe, self.predictor, self.tap, self.anchors, items, **settings
+            )
+        return log_error(latents, batch["final"]).mean()
 
     def groups(self, samples: Sequence[Sample], batch_idx: int) -> Iterator[Sequence[Sample]]:
         """The samples behind each update; their order depends on epoch and batch alone."""
@@ -207,15 +235,8 @@ class LesaModule(lightning.LightningModule):
         for start in range(0, len(order), self.steps_per_update):
             yield [samples[place] for place in order[start : start + self.steps_per_update]]
 
-    def set_rates(self, optimizer: Any, batch_idx: int, index: int, num_updates: int) -> None:
-        """Set the learning rates of an update from its place in the phase.
-
-        Args:
-            optimizer: of the trainer.
-            batch_idx: batch of the epoch.
-            index: update of the batch.
-            num_updates: updates per batch.
-        """
+    def set_rates(self, batch_idx: int, index: int, num_updates: int) -> None:
+        """Set the learning rates of an update, one of so many of its batch."""
         epochs = self.closed_loop_epochs if self.closed_loop else self.open_loop_epochs
         done = self.current_epoch - (self.open_loop_epochs if self.closed_loop else 0)
         num_batches = int(self.trainer.num_training_batches)
@@ -224,8 +245,10 @@ class LesaModule(lightning.LightningModule):
         factor = rate_factor(self.decay, progress, batches * num_updates + index)
         if self.closed_loop:
             factor *= self.closed_loop_rate
+        optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = factor * group["first_rate"]
+        self.log("train/tap_rate", optimizer.param_groups[0]["lr"], batch_size=1)
 
     def on_train_epoch_end(self) -> None:
         """Add the epoch's time."""

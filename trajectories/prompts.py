@@ -1,6 +1,7 @@
 """What is generated: numbered items with a seed and pipeline inputs, and how a batch is called."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,10 +48,19 @@ def generate_batch(pipe: Any, items: Sequence[Item], **settings: Any) -> Any:
     Returns:
         The pipeline's output.
     """
-    generators = [torch.Generator().manual_seed(item.seed) for item in items]
+    return pipe(**_arguments(items), **settings)
+
+
+def generate_with_gradients(pipe: Any, items: Sequence[Item], **settings: Any) -> Any:
+    """The same without the `torch.no_grad` around a diffusers pipeline's call."""
+    return inspect.unwrap(type(pipe).__call__)(pipe, **_arguments(items), **settings)
+
+
+def _arguments(items: Sequence[Item]) -> dict[str, Any]:
+    """The items' inputs, joined, and a generator for each."""
     names = items[0].inputs
     inputs = {name: _join([item.inputs[name] for item in items]) for name in names}
-    return pipe(**inputs, **settings, generator=generators)
+    return inputs | {"generator": [torch.Generator().manual_seed(item.seed) for item in items]}
 
 
 def _join(values: list[Any]) -> Any:
