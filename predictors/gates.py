@@ -19,7 +19,7 @@ PER_EDGE = 5  # pykan trains grid_size + 3 coefficients and two scales per edge
 def build_gate(
     kind: str, num_in: int, hidden: Sequence[int], grid_size: int, grid_range: float
 ) -> nn.Module:
-    """A net from `num_in` numbers to one.
+    """A net from `num_in` numbers to one, near 1 at the start: filters see a gradient at once.
 
     Args:
         kind: `kan` or `mlp`.
@@ -34,7 +34,10 @@ def build_gate(
     """
     widths = (num_in, *hidden, 1)
     if kind == "kan":
-        return SplineNet(widths, grid_size, grid_range)
+        net = SplineNet(widths, grid_size, grid_range)
+        with torch.no_grad():  # the splines of an input sum to 1 within the grid
+            net.layers[-1].coef.add_(1 / widths[-2])  # type: ignore[operator]
+        return net
     if not hidden:
         raise ValueError("found no hidden widths, expected at least one for the gate 'mlp'.")
     size = (grid_size + PER_EDGE) * sum(a * b for a, b in itertools.pairwise(widths))
@@ -42,6 +45,7 @@ def build_gate(
     layers: list[nn.Module] = []
     for num_in, num_out in itertools.pairwise(widths):
         layers += [nn.Linear(num_in, num_out), nn.SiLU()]
+    nn.init.ones_(layers[-2].bias)  # type: ignore[arg-type]
     return nn.Sequential(*layers[:-1])
 
 

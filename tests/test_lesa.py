@@ -198,6 +198,14 @@ def test_the_gate_sees_the_differences_to_all_steps_and_the_end():
     torch.testing.assert_close(predictor.alpha([5, 2])[0, 0], expected)
 
 
+@pytest.mark.parametrize("hidden, grid_range", [((16,), 1.0), ((256, 256), 3.0)])
+@pytest.mark.parametrize("gate", ["kan", "mlp"])
+def test_gates_start_near_one(gate, hidden, grid_range):
+    options = {"hidden": hidden, "grid_range": grid_range}
+    alpha = LesaPredictor(SIGMAS, 2, gate=gate, **options).alpha().detach()
+    assert float((alpha - 1).abs().max()) < 0.2
+
+
 def test_the_perceptron_is_as_large_as_the_published_kan():
     kan = with_pykan(LesaPredictor(SIGMAS, boundaries=(), taps=(4,), hidden=(16, 16)), 0)
     size = sum(p.numel() for p in kan.gates.parameters() if p.requires_grad)
