@@ -55,14 +55,15 @@ VARIANTS: dict[str, Changes] = {
     "lesa_mlp": ("lesa", {"gate": "mlp"}, {}),
     "lesa_no_stages": ("lesa", {"boundaries": [], "taps": [8]}, {}),
     "lesa_table": ("lesa", {"gate": "table"}, {}),
-    "lesa_anchors_only": ("lesa", {"feedback": False}, {}),
-    "lesa_values": ("lesa", {"taps": [4, 4, 4], "class": LesaValues}, {}),
     "lesa_published": ("lesa_published", {}, {}),
     "lesa_published_phase1": ("lesa_published", {}, {"phases": 1}),
-    "lesa_published_mlp": ("lesa_published", {"gate": "mlp"}, {}),
-    "lesa_published_no_stages": ("lesa_published", {"boundaries": [], "taps": [8]}, {}),
+    "lesa_feedback": ("lesa", {"feedback": True}, {}),
+    "lesa_feature_target": ("lesa", {}, {"closed_loop_target": "feature"}),
+    "lesa_values": ("lesa", {"taps": [4, 4, 4], "class": LesaValues}, {"epochs": (1, 3)}),
 }
 """Config, changes of the predictor, changes of the training, by the method's name in the table."""
+AT_EIGHT = ("lesa_published_phase1", "lesa_feedback", "lesa_feature_target", "lesa_values")
+"""Variants that are trained at 8 evaluations only."""
 LINEAR = ("lesa_linear_equivalent", "lesa_linear_equivalent_phase1")
 L2P = ("l2p_closed_loop", "l2p_lstsq", "l2p_adam")
 
@@ -109,6 +110,8 @@ def fit(
             folder = Path(out) / "predictors" / method / str(budget)
             if (folder / "config.json").exists():
                 continue
+            if budget != 8 and method in AT_EIGHT:
+                continue
             if method in VARIANTS:
                 fit_lesa(method, anchors, Path(out), folder, epochs, limit_batches)
             elif method in LINEAR:
@@ -136,18 +139,23 @@ def fit_lesa(
     told: dict[str, Any] = config["model"]["init_args"]
     arguments = told.pop("predictor")["init_args"] | predictor_changes
     kind = arguments.pop("class", LesaPredictor)
+    if kind is LesaValues:  # never feeds forecasts back
+        arguments.pop("feedback")
     told |= {"recording": str(root / "features"), "anchors": list(anchors)}
-    phases = epochs or (told["open_loop_epochs"], told["closed_loop_epochs"])
-    if changes.get("phases") == 1:
+    changes = dict(changes)
+    phases = changes.pop("epochs", (told["open_loop_epochs"], told["closed_loop_epochs"]))
+    phases = epochs or phases
+    if changes.pop("phases", 2) == 1:
         phases = (sum(phases), 0)
-    told |= {"open_loop_epochs": phases[0], "closed_loop_epochs": phases[1]}
+    told |= {"open_loop_epochs": phases[0], "closed_loop_epochs": phases[1], **changes}
     lightning.seed_everything(config["seed_everything"], verbose=False)
     module = LesaModule(predictor=functools.partial(kind, **arguments), **told)
     data = config["data"]["init_args"] | {"folder": str(root / "features")}
     work = folder.parent / f"{folder.name}_work"
-    keep = ModelCheckpoint(
-        work, "best", "val/error_db", save_last=True, enable_version_counter=False
-    )
+    keep = [
+        ModelCheckpoint(work, "best", "val/error_db", enable_version_counter=False),
+        ModelCheckpoint(work, "last", enable_version_counter=False),
+    ]
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=sum(phases),
@@ -155,7 +163,7 @@ def fit_lesa(
         limit_val_batches=limit_batches,
         num_sanity_val_steps=0,
         logger=False,
-        callbacks=[keep],
+        callbacks=keep,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
