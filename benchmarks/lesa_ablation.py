@@ -68,7 +68,7 @@ LINEAR = ("lesa_linear_equivalent", "lesa_linear_equivalent_phase1")
 L2P = ("l2p_closed_loop", "l2p_lstsq", "l2p_adam")
 
 
-def record(num_trajectories: int = 64, num_threads: int = 1, out: str = str(ROOT)) -> None:
+def record(num_trajectories: int = 128, num_threads: int = 1, out: str = str(ROOT)) -> None:
     """Record what is trained on: all features of the hidden tap; Grams and states for L2P.
 
     Args:
