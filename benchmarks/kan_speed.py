@@ -3,7 +3,8 @@
     python benchmarks/kan_speed.py
 
 One torch thread, CPU time, all forms of a row in turns within one process, medians. `pykan_whole`
-hands pykan all rows at once, as its own examples do; `pykan_chunks` is our adapter.
+hands pykan all rows at once, as its own examples do; `pykan_chunks` is our adapter. The last rows
+set a forecast step in the bundled pipeline, exported and with pykan, against a full step.
 """
 
 import argparse
@@ -18,16 +19,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.schedule import warped
+from foreseer.integration.timing import forecast_step_ratio
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.kan import PykanNet, splines_of, with_pykan
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
+from foreseer.trajectories.prompts import class_items, generate_batch
 
 RESULT = Path(__file__).parent / "results" / "kan_speed.json"
 SHAPES = ((2, 64, 192), (1, 4096, 256))
 CURVES = ((4, 1), (4, 8, 1), (8, 8, 1))
 GRID_SIZE = 5
 STEPS = 50
+SHORT_RUN = 24
 ANCHORS = (0, 1, 2, 3, 9, 16, 23, 30)
 GATES = {"published": (256, 256), "small": (16,)}
 
@@ -101,6 +107,34 @@ def forecast_row(kind: type[LesaPredictor], shape: tuple[int, ...], rounds: int)
     return row | {f"{name}_ms": value for name, value in found.items()}
 
 
+def step_rows(kind: type[LesaPredictor], batch_size: int, rounds: int) -> list[dict]:
+    """Forecast steps of a predictor in the bundled pipeline, hidden tap, relative to full steps."""
+    pipe = load_pipeline("zoo:fashion_dit")
+    pipe.set_progress_bar_config(disable=True)
+    items = class_items(batch_size, 10)
+    anchors = warped(8, SHORT_RUN)
+    settings = {"guidance_scale": 3.0, "output_type": "latent", "num_inference_steps": SHORT_RUN}
+    sigmas = [1 - index / SHORT_RUN for index in range(SHORT_RUN)]
+    exported = kind(sigmas, 2, boundaries=(0.9, 0.5), taps=(4, 4, 4), hidden=(16,)).eval()
+    for parameter in exported.parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+    rows = []
+    for form, predictor in (("exported", exported), ("pykan", with_pykan(exported).eval())):
+        cost = forecast_step_ratio(
+            pipe,
+            predictor,
+            "hidden",
+            anchors,
+            lambda: generate_batch(pipe, items, **settings),
+            rounds,
+        )
+        row = {"what": f"step of {kind.__name__}", "form": form, "batch_size": batch_size}
+        row |= {"full_step_ms": round(1e3 * cost.full_seconds, 2)}
+        row |= {"forecast_step_ms": round(1e3 * cost.forecast_seconds, 3)}
+        rows.append(row | {"ratio": round(cost.ratio, 4)})
+    return rows
+
+
 def fresh(predictor: LesaPredictor) -> LesaPredictor:
     """The predictor, as it is at the first forecast after an anchor."""
     if isinstance(predictor, LesaValues):
@@ -121,6 +155,9 @@ def main() -> None:
         rows += [curves_row(s, w, options.rounds) for s in SHAPES for w in CURVES]
         kinds: tuple[type[LesaPredictor], ...] = (LesaPredictor, LesaValues)
         rows += [forecast_row(k, s, options.rounds) for k in kinds for s in SHAPES]
+        for kind in kinds:
+            for batch_size in (1, 8):
+                rows += step_rows(kind, batch_size, options.rounds)
     for row in rows:
         print(row, flush=True)
     packages = ("torch", "pykan")
