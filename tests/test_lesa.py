@@ -166,15 +166,6 @@ def test_curves_are_computed_once_per_anchor_and_stage_and_never_stale(monkeypat
     assert torch.equal(copied(history, step_at(9)), predictor(history, step_at(9)))
 
 
-def test_an_anchor_more_takes_the_place_of_a_forecast():
-    predictor = lesa().double()
-    expected = stepped(predictor, (0, 1, 4, 6), 8)
-    with torch.no_grad():
-        predictor(history_on((0, 1, 4), dtype=torch.float64), step_at(5))
-        found = predictor(history_on((0, 1, 4, 6), dtype=torch.float64), step_at(8))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-
-
 def test_what_it_cannot_forecast_is_refused():
     predictor = lesa()
     history = history_on((0, 2))

@@ -104,3 +104,12 @@ def test_what_is_not_linear_is_no_rule():
         as_l2p(lesa(), ANCHORS)
     with pytest.raises(ValueError, match="no linear rule"):
         as_l2p(lesa_values(), ANCHORS)
+
+
+def test_an_anchor_more_takes_the_place_of_a_forecast():
+    predictor = lesa().double()
+    expected = stepped(predictor, (0, 1, 4, 6), 8)
+    with torch.no_grad():
+        predictor(history_on((0, 1, 4), dtype=torch.float64), step_at(5))
+        found = predictor(history_on((0, 1, 4, 6), dtype=torch.float64), step_at(8))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
