@@ -1,4 +1,4 @@
-"""Write the tables of docs/reference.md from the results beside this file.
+"""Write the tables of docs/reference.md and docs/lesa.md from the results beside this file.
 
 python benchmarks/reference_page.py
 """
@@ -10,27 +10,38 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
+DOCS = Path(__file__).parent.parent / "docs"
 LISTS = ("uniform", "published", "searched")
 Row = dict[str, Any]
 
 
 def main() -> None:
-    """Replace what stands between each pair of markers."""
-    text = PAGE.read_text()
+    """Write both pages."""
     rows = [row for row in load("reference_table.json") if row["kind"] != "full"]
     tables: dict[str, str] = {
         f"evaluations {budget}": by_list([row for row in rows if row["num_anchors"] == budget])
         for budget in (11, 8, 6)
     }
     tables["adaptive"] = adaptive(load("adaptive.json"))
+    write(DOCS / "reference.md", tables)
+    rows = [row for row in load("lesa.json") if row["kind"] != "full" and row["tap"] != "output"]
+    write(DOCS / "lesa.md", {"evaluations": by_budget(rows)})
+
+
+def write(page: Path, tables: dict[str, str]) -> None:
+    """Replace what stands between each pair of markers of a page.
+
+    Raises:
+        ValueError: a table has no markers.
+    """
+    text = page.read_text()
     for name, table in tables.items():
         marked = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         if not re.search(marked, text, flags=re.S):
-            raise ValueError(f"{PAGE} has no markers for the table {name!r}.")
+            raise ValueError(f"{page} has no markers for the table {name!r}.")
         made = table
         text = re.sub(marked, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
-    PAGE.write_text(text)
+    page.write_text(text)
 
 
 def load(name: str) -> list[Row]:
@@ -58,6 +69,30 @@ def cell(value: float | None, best: float) -> str:
     if value is None:
         return ""
     return f"**{value:.2f}**" if value == best else f"{value:.2f}"
+
+
+def by_budget(rows: Sequence[Row]) -> str:
+    """A line per method with mean PSNR and its interval at each budget, and its training time."""
+    found: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["kind"]), {})[row["num_anchors"]] = row
+    budgets = sorted({row["num_anchors"] for row in rows}, reverse=True)
+    lines = [f"| method | {' | '.join(map(str, budgets))} | training, s |"]
+    lines.append(f"|---|{'---|' * len(budgets)}---|")
+    order = sorted(found.items(), key=lambda item: -max(r["psnr_db"] for r in item[1].values()))
+    for (method, kind), by_num in order:
+        cells = [with_interval(by_num.get(budget)) for budget in budgets]
+        seconds = [f"{by_num[b]['fit_seconds']:.0f}" for b in budgets if b in by_num]
+        told = " / ".join(seconds) if kind == "learned" else ""
+        lines.append(f"| `{method}` | {' | '.join(cells)} | {told} |")
+    return "\n".join(lines)
+
+
+def with_interval(row: Row | None) -> str:
+    """Mean and 95 % interval of a row."""
+    if row is None:
+        return ""
+    return f"{row['psnr_db']:.2f} ({row['psnr_ci_low']:.1f} to {row['psnr_ci_high']:.1f})"
 
 
 def adaptive(rows: Sequence[Row]) -> str:
