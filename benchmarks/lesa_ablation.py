@@ -59,7 +59,7 @@ VARIANTS: dict[str, Changes] = {
     "lesa_published_phase1": ("lesa_published", {}, {"phases": 1}),
     "lesa_feedback": ("lesa", {"feedback": True}, {}),
     "lesa_feature_target": ("lesa", {}, {"closed_loop_target": "feature"}),
-    "lesa_values": ("lesa", {"taps": [4, 4, 4], "class": LesaValues}, {"epochs": (1, 3)}),
+    "lesa_values": ("lesa", {"taps": [4, 4, 4], "class": LesaValues}, {"epochs": (1, 2)}),
 }
 """Config, changes of the predictor, changes of the training, by the method's name in the table."""
 AT_EIGHT = ("lesa_published_phase1", "lesa_feedback", "lesa_feature_target", "lesa_values")
