@@ -48,21 +48,21 @@ LIST_OF = "taylor_1|hidden"
 CONFIGS = Path("configs/fit")
 SETTINGS: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 50}
 
+ANCHORS_ALONE = {"gate_rate": 2e-3, "closed_loop_rate": 0.5}
 Changes = tuple[str, dict[str, Any], dict[str, Any]]
 VARIANTS: dict[str, Changes] = {
     "lesa": ("lesa", {}, {}),
     "lesa_phase1": ("lesa", {}, {"phases": 1}),
     "lesa_mlp": ("lesa", {"gate": "mlp"}, {}),
     "lesa_no_stages": ("lesa", {"boundaries": [], "taps": [8]}, {}),
-    "lesa_table": ("lesa", {"gate": "table"}, {}),
     "lesa_published": ("lesa_published", {}, {}),
-    "lesa_published_phase1": ("lesa_published", {}, {"phases": 1}),
-    "lesa_feedback": ("lesa", {"feedback": True}, {}),
+    "lesa_anchors_kan": ("lesa", {"feedback": False}, ANCHORS_ALONE),
+    "lesa_anchors_table": ("lesa", {"feedback": False, "gate": "table"}, ANCHORS_ALONE),
     "lesa_feature_target": ("lesa", {}, {"closed_loop_target": "feature"}),
-    "lesa_values": ("lesa", {"taps": [4, 4, 4], "class": LesaValues}, {"epochs": (1, 2)}),
+    "lesa_values": ("lesa", {"taps": [4, 4, 4], "class": LesaValues}, {"epochs": (1, 0)}),
 }
 """Config, changes of the predictor, changes of the training, by the method's name in the table."""
-AT_EIGHT = ("lesa_published_phase1", "lesa_feedback", "lesa_feature_target", "lesa_values")
+AT_EIGHT = ("lesa_anchors_kan", "lesa_anchors_table", "lesa_feature_target", "lesa_values")
 """Variants that are trained at 8 evaluations only."""
 LINEAR = ("lesa_linear_equivalent", "lesa_linear_equivalent_phase1")
 L2P = ("l2p_closed_loop", "l2p_lstsq", "l2p_adam")
@@ -139,8 +139,6 @@ def fit_lesa(
     told: dict[str, Any] = config["model"]["init_args"]
     arguments = told.pop("predictor")["init_args"] | predictor_changes
     kind = arguments.pop("class", LesaPredictor)
-    if kind is LesaValues:  # never feeds forecasts back
-        arguments.pop("feedback")
     told |= {"recording": str(root / "features"), "anchors": list(anchors)}
     changes = dict(changes)
     phases = changes.pop("epochs", (told["open_loop_epochs"], told["closed_loop_epochs"]))

@@ -56,7 +56,7 @@ def test_without_anchors_after_forecasts_the_gradient_is_the_whole_one(feedback)
         for sign in (1, -1):
             with torch.no_grad():
                 weight[place] += sign * 1e-2
-            sides.append(float(error()))
+            sides.append(float(error().detach()))
             with torch.no_grad():
                 weight[place] -= sign * 1e-2
         assert slope == pytest.approx((sides[0] - sides[1]) / 2e-2, rel=2e-2, abs=1e-4)
