@@ -4,7 +4,7 @@
 
 One torch thread, CPU time, all forms of a row in turns within one process, medians. `pykan_whole`
 hands pykan all rows at once, as its own examples do; `pykan_chunks` is our adapter. The last rows
-set a forecast step in the bundled pipeline, exported and with pykan, against a full step.
+set a forecast step in the bundled pipeline against a full step.
 """
 
 import argparse
@@ -107,8 +107,8 @@ def forecast_row(kind: type[LesaPredictor], shape: tuple[int, ...], rounds: int)
     return row | {f"{name}_ms": value for name, value in found.items()}
 
 
-def step_rows(kind: type[LesaPredictor], batch_size: int, rounds: int) -> list[dict]:
-    """Forecast steps of a predictor in the bundled pipeline, hidden tap, relative to full steps."""
+def step_row(kind: type[LesaPredictor], batch_size: int, rounds: int) -> dict:
+    """A forecast step of an exported predictor in the bundled pipeline, relative to a full step."""
     pipe = load_pipeline("zoo:fashion_dit")
     pipe.set_progress_bar_config(disable=True)
     items = class_items(batch_size, 10)
@@ -118,21 +118,18 @@ def step_rows(kind: type[LesaPredictor], batch_size: int, rounds: int) -> list[d
     exported = kind(sigmas, 2, boundaries=(0.9, 0.5), taps=(4, 4, 4), hidden=(16,)).eval()
     for parameter in exported.parameters():
         torch.nn.init.normal_(parameter, std=0.01)
-    rows = []
-    for form, predictor in (("exported", exported), ("pykan", with_pykan(exported).eval())):
-        cost = forecast_step_ratio(
-            pipe,
-            predictor,
-            "hidden",
-            anchors,
-            lambda: generate_batch(pipe, items, **settings),
-            rounds,
-        )
-        row = {"what": f"step of {kind.__name__}", "form": form, "batch_size": batch_size}
-        row |= {"full_step_ms": round(1e3 * cost.full_seconds, 2)}
-        row |= {"forecast_step_ms": round(1e3 * cost.forecast_seconds, 3)}
-        rows.append(row | {"ratio": round(cost.ratio, 4)})
-    return rows
+    cost = forecast_step_ratio(
+        pipe,
+        exported,
+        "hidden",
+        anchors,
+        lambda: generate_batch(pipe, items, **settings),
+        rounds,
+    )
+    row = {"what": f"step of {kind.__name__}, exported", "batch_size": batch_size}
+    row |= {"full_step_ms": round(1e3 * cost.full_seconds, 2)}
+    row |= {"forecast_step_ms": round(1e3 * cost.forecast_seconds, 3)}
+    return row | {"ratio": round(cost.ratio, 4)}
 
 
 def fresh(predictor: LesaPredictor) -> LesaPredictor:
@@ -155,9 +152,7 @@ def main() -> None:
         rows += [curves_row(s, w, options.rounds) for s in SHAPES for w in CURVES]
         kinds: tuple[type[LesaPredictor], ...] = (LesaPredictor, LesaValues)
         rows += [forecast_row(k, s, options.rounds) for k in kinds for s in SHAPES]
-        for kind in kinds:
-            for batch_size in (1, 8):
-                rows += step_rows(kind, batch_size, options.rounds)
+        rows += [step_row(kind, size, options.rounds) for kind in kinds for size in (1, 8)]
     for row in rows:
         print(row, flush=True)
     packages = ("torch", "pykan")
