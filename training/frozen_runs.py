@@ -1,7 +1,7 @@
 """Runs that forecast, differentiated in the predictor while the network stands still.
 
-The network's features at the anchors count as constants, so that the gradient of the finished
-sample costs no more memory than the forecasts: a forecast moves the latents through the head, the
+The network's features at the anchors count as constants, so no graph of the network is
+kept: a forecast moves the latents through the head, the
 guidance and the sampler, and what the network would answer to moved latents is left out.
 Shapes: B batch.
 """
