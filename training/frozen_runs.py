@@ -1,8 +1,8 @@
 """Runs that forecast, differentiated in the predictor while the network stands still.
 
-The network's features at the anchors count as constants, so no graph of the network is
-kept: a forecast moves the latents through the head, the
-guidance and the sampler, and what the network would answer to moved latents is left out.
+The network's features at the anchors count as constants, so no graph of the network is kept: a
+forecast moves the latents through the head, the guidance and the sampler, and what the network
+would answer to moved latents is left out.
 Shapes: B batch.
 """
 
