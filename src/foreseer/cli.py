@@ -10,6 +10,7 @@ from . import __version__, commands
 TRAINER_WORDS = {
     "fit": "Train a predictor from a YAML file (LightningCLI).",
     "validate": "Run a trained predictor over the validation split (LightningCLI).",
+    "distill": "Distil a guided model into a few-step student, stage by stage (LightningCLI).",
     "teacher": "Train the bundled model by its own recipe: foreseer teacher fit (LightningCLI).",
 }
 FUNCTIONS: dict[str, Callable[..., None]] = {
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         run_function(FUNCTIONS[word], rest)
     elif word == "teacher":
         run_trainer(rest, "foreseer teacher")
+    elif word == "distill":
+        run_trainer(["fit", *rest], "foreseer distill")
     elif word in TRAINER_WORDS:
         run_trainer(words, "foreseer")
     else:

@@ -1,0 +1,219 @@
+"""Distil a teacher into a student that predicts average velocities under an embedded guidance.
+
+One module for every stage, since they differ in the law of times and in the target alone:
+guidance distillation is `EqualTimes` with `VelocityTarget`, Restricted MeanFlow `RestrictedTimes`
+with `MeanFlowTarget`.
+
+Shapes: B batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..integration.average_velocity import Conditioning, conditioner_for
+from ..integration.pipelines import load_pipeline
+from .guidance import class_conditions, guided_velocity, velocity
+from .meanflow import AverageVelocity, MeanFlowTarget, Target, expand
+from .points import Points, Runs
+from .sampling import few_steps, psnr_db
+from .start import load_student_state
+from .times import RestrictedTimes, Times
+
+WEIGHT_FLOOR = 1e-3  # c of the adaptive weight 1 / (error + c)^p
+
+
+class DistillModule(lightning.LightningModule):
+    """Train a student u(x_t, r, t, c, g), which starts at the conditional teacher,
+    exactly so without a `band_limit`.
+
+    Loss: mean (u - y)^2 with the target y detached. Batches are recorded runs (`TeacherRuns`), or
+    image-label pairs (`FashionMNIST`), for which the teacher is asked for its guided velocity.
+
+    Args:
+        pipeline: the teacher's pipeline, a folder or `zoo:<name>`.
+        start: checkpoint of an earlier stage to start from; None starts at the teacher.
+        target: what the student is regressed to.
+        times: law of the intervals.
+        max_interval: longest interval R the student answers for; samplers with longer steps are
+            refused.
+        min_guidance: smallest guidance scale; None for a teacher without an unconditional branch.
+        max_guidance: largest one.
+        band_limit: highest frequency of time the student keeps of the teacher's embedding, in
+            radians per unit of flow time; None keeps all, and the derivative's noise with them.
+        learning_rate: AdamW's rate before the schedule.
+        adaptive_power: p of the weight 1 / (error + c)^p of every sample; 0 weighs all alike, 1 is
+            MeanFlow's.
+        tangent_warmup: optimiser steps over which the derivative's weight rises to 1.
+        interval_warmup: optimiser steps over which the longest interval rises to R.
+        num_validation_steps: sampler steps of the validation samples.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        times: Times,
+        pipeline: str = "zoo:fashion_dit",
+        start: str | None = None,
+        max_interval: float = 0.2,
+        min_guidance: float | None = 1.0,
+        max_guidance: float | None = 4.0,
+        band_limit: float | None = 100.0,
+        learning_rate: float = 3e-4,
+        adaptive_power: float = 0.0,
+        tangent_warmup: int = 0,
+        interval_warmup: int = 0,
+        num_validation_steps: int = 10,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["target", "times"])
+        self.target = target
+        self.times = times
+        self.learning_rate = learning_rate
+        self.adaptive_power = adaptive_power
+        self.tangent_warmup = tangent_warmup
+        self.interval_warmup = interval_warmup
+        self.num_validation_steps = num_validation_steps
+        self.min_guidance = min_guidance
+        self.max_guidance = max_guidance
+        self._teacher = [load_pipeline(pipeline).transformer.eval().requires_grad_(False)]
+        self.transformer = load_pipeline(pipeline).transformer
+        self.conditioner = conditioner_for(
+            self.transformer, max_interval, min_guidance, max_guidance, band_limit
+        )
+        self.conditioning = Conditioning(self.transformer, self.conditioner)
+        if start is not None:
+            load_student_state(self, start)
+
+    @property
+    def teacher(self) -> Any:
+        """The frozen teacher; it is no part of the module's state."""
+        return self._teacher[0].to(self.device)
+
+    def average_velocity(
+        self, condition: Mapping[str, Tensor], guidance_scale: Float[Tensor, " B"] | None
+    ) -> AverageVelocity:
+        """The student u(x, r, t) under given conditions."""
+
+        def u(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+            with self.conditioning.at(t - r, guidance_scale):
+                return velocity(self.transformer, x, t, condition)
+
+        return u
+
+    def on_fit_start(self) -> None:
+        """Keep dropout off: both passes of a target must see the same network."""
+        self.transformer.eval()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Float[Tensor, ""]:
+        """The loss at random points of the batch.
+
+        Args:
+            batch: recorded runs, or `[x_0, labels]`.
+            batch_idx: not used.
+        """
+        self.transformer.eval()
+        points = self.points(batch, _ramp(self.global_step, self.interval_warmup))
+        loss, error = self.loss(points, _ramp(self.global_step, self.tangent_warmup))
+        self.log("train/error", error, prog_bar=True)
+        return loss
+
+    def loss(
+        self, points: Points, tangent_weight: float = 1.0
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """The weighted loss, and the mean squared error without weights.
+
+        Args:
+            points: where.
+            tangent_weight: weight of the target's derivative.
+        """
+        u = self.average_velocity(points.condition, points.guidance_scale)
+        with torch.no_grad():
+            y = self.target(u, points, tangent_weight)
+        errors = (u(points.x_t, points.r, points.t) - y).square().flatten(1).mean(1)  # (B,)
+        weights = (errors.detach() + WEIGHT_FLOOR) ** -self.adaptive_power
+        return (weights * errors).mean(), errors.detach().mean()
+
+    def points(
+        self, batch: Any, share: float = 1.0, generator: torch.Generator | None = None
+    ) -> Points:
+        """Points to train at.
+
+        Args:
+            batch: recorded runs, or `[x_0, labels]`.
+            share: longest interval over R.
+            generator: source of randomness; None takes torch's own.
+        """
+        if isinstance(batch, Mapping):
+            return self._on_runs(batch, share, generator)
+        return self._on_pairs(*batch, share, generator)
+
+    def _on_runs(
+        self, batch: Mapping[str, Tensor], share: float, generator: torch.Generator | None
+    ) -> Points:
+        runs = runs_of(batch)
+        r, t = (time.to(runs.eps) for time in self.times.draw(len(runs.eps), generator, share))
+        chord = runs.chord(r, t) if self.target.needs_runs else None
+        condition, scale = condition_of(batch)
+        return Points(runs.at(t), r, t, runs.velocity(t), condition, scale, chord)
+
+    def _on_pairs(
+        self, x_0: Tensor, labels: Tensor, share: float, generator: torch.Generator | None
+    ) -> Points:
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        r, t = (time.to(x_0) for time in self.times.draw(len(x_0), generator, share))
+        low, high = float(self.min_guidance or 1), float(self.max_guidance or 1)
+        scale = low + (high - low) * torch.rand(len(x_0), generator=generator).to(x_0)
+        x_t = x_0 + expand(t, x_0) * (eps - x_0)
+        conditions = class_conditions(labels, self.transformer.config.num_embeds_ada_norm)
+        v = guided_velocity(self.teacher, x_t, t, conditions, scale)
+        embedded = scale if self.conditioner.takes_guidance else None
+        return Points(x_t, r, t, v, conditions.own, embedded)
+
+    @torch.no_grad()
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log the PSNR of few-step samples against the recorded runs' ends, and the loss.
+
+        Args:
+            batch: recorded runs.
+            batch_idx: seed of the times.
+        """
+        runs = runs_of(batch)
+        condition, scale = condition_of(batch)
+        u = self.average_velocity(condition, scale)
+        sample = few_steps(u, runs.eps, self.num_validation_steps)
+        end = runs.at(torch.zeros(len(runs.eps), device=runs.eps.device))
+        self.log("val/psnr_db", psnr_db(sample, end).mean(), prog_bar=True)
+        points = self.points(batch, generator=torch.Generator().manual_seed(batch_idx))
+        self.log("val/error", self.loss(points)[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW without weight decay; the rate follows `ClockCosine`."""
+        return torch.optim.AdamW(
+            self.parameters(), self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+
+
+def runs_of(batch: Mapping[str, Tensor]) -> Runs:
+    """The runs of a batch."""
+    return Runs(batch["eps"], batch["v"], batch["sigmas"][0].to(batch["eps"].dtype))
+
+
+def condition_of(
+    batch: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], Float[Tensor, " B"] | None]:
+    """Keyword arguments of the transformer, and the guidance scale of every run."""
+    own = {n.removeprefix("own."): v for n, v in batch.items() if n.startswith("own.")}
+    shared = {n.removeprefix("shared."): v[0] for n, v in batch.items() if n.startswith("shared.")}
+    return {**own, **shared}, batch.get("guidance_scale")
+
+
+def _ramp(step: int, length: int) -> float:
+    return 1.0 if length <= 0 else min(1.0, (step + 1) / length)

@@ -1,0 +1,293 @@
+"""Tell an unmodified diffusers transformer where its step ends and which guidance it stands for.
+
+The transformer keeps its class, its arguments and its parameters. A small second module adds a
+vector to every modulation vector the transformer makes, through forward hooks; its last layer
+starts at zero, so a student starts exactly at its teacher.
+
+Shapes: B batch, M places where a host makes a modulation vector, W width of that vector.
+Convention: x_t = (1 - t) x_0 + t eps; a step goes from t down to r, 0 <= r <= t <= 1, and the
+network predicts the average velocity u with x_r = x_t - (t - r) u (MeanFlow, arXiv 2505.13447).
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .host import UnsupportedHost
+
+NUM_FREQUENCIES = 32
+HIGHEST_FREQUENCY = 30.0  # radians over the unit interval: smooth enough to be differentiated
+
+
+@dataclass(frozen=True)
+class TimeFacts:
+    """How a transformer class takes its time.
+
+    Args:
+        places: pattern of the names of the modules that return modulation vectors.
+        waves: pattern of the names of the modules that turn the time into sines and cosines.
+        time_scale: what the flow time is multiplied by before it is passed as `timestep`.
+    """
+
+    places: str
+    waves: str
+    time_scale: float
+
+
+TIME_FACTS = {
+    "DiTTransformer2DModel": TimeFacts(
+        r"transformer_blocks\.\d+\.norm1\.emb", r"transformer_blocks\.\d+\.norm1\.emb\.time_proj", 1000
+    ),
+    "FluxTransformer2DModel": TimeFacts(r"time_text_embed", r"time_text_embed\.time_proj", 1),
+}
+"""Known hosts by class name; another one is a row here."""
+
+
+def time_facts(transformer: nn.Module) -> TimeFacts:
+    """The row of a transformer's class.
+
+    Raises:
+        UnsupportedHost: there is none.
+    """
+    name = type(transformer).__name__
+    if name not in TIME_FACTS:
+        raise UnsupportedHost(
+            f"it is not known where {name} makes its modulation vector; known are "
+            f"{sorted(TIME_FACTS)}. Add a row to TIME_FACTS in integration/average_velocity.py."
+        )
+    return TIME_FACTS[name]
+
+
+def modulation_places(transformer: nn.Module) -> list[nn.Module]:
+    """The modules of a transformer that return modulation vectors, in the order of their names.
+
+    Raises:
+        UnsupportedHost: its class is not known.
+    """
+    return _matching(transformer, time_facts(transformer).places)
+
+
+def _matching(transformer: nn.Module, pattern: str) -> list[nn.Module]:
+    found = re.compile(pattern)
+    return [module for name, module in transformer.named_modules() if found.fullmatch(name)]
+
+
+class IntervalConditioner(ModelMixin, ConfigMixin):
+    """What is added to a host's modulation vectors for an interval t - r and a guidance scale.
+
+    k_m += W_m silu(W [phi(t - r), phi((g - g_0) / (g_1 - g_0))] + b) + b_m, with phi sines and
+    cosines of modest frequencies and W_m, b_m zero at the start. The interval enters, not r itself:
+    at t = r the student is then the same for every t (docs/decisions.md).
+
+    Args:
+        width: width of the host's modulation vector.
+        num_places: places where the host makes one.
+        max_interval: longest interval t - r trained on, in (0, 1].
+        min_guidance: smallest guidance scale trained on; None for a student without a scale.
+        max_guidance: largest one.
+        band_limit: frequency, in radians per unit of flow time, at which the host's own waves of
+            time are halved (by 1 / (1 + (f / band_limit)^4)); None leaves them alone.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        width: int,
+        num_places: int,
+        max_interval: float = 0.2,
+        min_guidance: float | None = None,
+        max_guidance: float | None = None,
+        band_limit: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < max_interval <= 1 or (min_guidance is None) != (max_guidance is None):
+            raise ValueError(
+                f"found max_interval {max_interval} and guidance from {min_guidance} to "
+                f"{max_guidance}; expected an interval in (0, 1], and both ends or none."
+            )
+        if min_guidance is not None and not min_guidance < float(max_guidance or 0):
+            raise ValueError(f"guidance runs from {min_guidance} to {max_guidance}, expected up.")
+        if band_limit is not None and not band_limit > 0:
+            raise ValueError(f"band_limit is {band_limit}, expected a positive frequency or None.")
+        num_inputs = 1 if min_guidance is None else 2
+        self.inner = nn.Linear(2 * NUM_FREQUENCIES * num_inputs, width)
+        self.outer = nn.Linear(width, num_places * width)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether a guidance scale is embedded."""
+        return self.config.min_guidance is not None
+
+    def forward(
+        self, interval: Float[Tensor, " B"], guidance_scale: Float[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B M W"]:
+        """The vectors to add.
+
+        Args:
+            interval: t - r, in [0, 1].
+            guidance_scale: guidance scale of every sample, where one is embedded.
+
+        Raises:
+            ValueError: a scale is missing or was not trained.
+        """
+        features = [_waves(interval)]
+        if self.takes_guidance:
+            if guidance_scale is None:
+                raise ValueError("this student embeds its guidance scale; pass guidance_scale.")
+            low, high = self.config.min_guidance, self.config.max_guidance
+            features.append(_waves((guidance_scale - low) / (high - low)))
+        elif guidance_scale is not None:
+            raise ValueError("this student embeds no guidance scale; leave guidance_scale out.")
+        hidden = self.inner(torch.cat(features, dim=1).to(self.inner.weight.dtype))
+        added = self.outer(nn.functional.silu(hidden))
+        return added.unflatten(1, (self.config.num_places, self.config.width))
+
+    def check(self, interval: float, guidance_scale: float | None) -> None:
+        """Raise unless a sampler's interval and scale are among those trained on.
+
+        Raises:
+            ValueError: the interval is longer than R, or the scale is out of range.
+        """
+        if interval > self.config.max_interval + 1e-4:  # float32 grids round
+            raise ValueError(
+                f"a sampler step spans an interval of {interval:.3f}, but the student was trained "
+                f"on intervals up to R = {self.config.max_interval:g}; its error grows several "
+                f"times beyond. Take at least {math.ceil(1 / self.config.max_interval - 1e-6)} "
+                "steps (of equal length)."
+            )
+        if guidance_scale is None or not self.takes_guidance:
+            return
+        low, high = self.config.min_guidance, self.config.max_guidance
+        if not low - 1e-6 <= guidance_scale <= high + 1e-6:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale:g}, but the student was trained on {low:g} to "
+                f"{high:g}; stay inside, or distil for that range."
+            )
+
+
+def _waves(value: Float[Tensor, " B"]) -> Float[Tensor, "B features"]:
+    """Sines and cosines of a value in [0, 1]; the lowest frequency is nearly linear."""
+    exponents = torch.linspace(0, 1, NUM_FREQUENCIES, device=value.device)
+    frequencies = 0.3 * (HIGHEST_FREQUENCY / 0.3) ** exponents
+    angles = value.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Conditioning:
+    """A conditioner at work on a transformer, through hooks that stay until `detach`.
+
+    Args:
+        transformer: the host.
+        conditioner: what is added.
+
+    Raises:
+        UnsupportedHost: the host's class is not known, or has another number of places.
+    """
+
+    def __init__(self, transformer: nn.Module, conditioner: IntervalConditioner) -> None:
+        places = modulation_places(transformer)
+        if len(places) != conditioner.config.num_places:
+            raise UnsupportedHost(
+                f"{type(transformer).__name__} makes its modulation vector at {len(places)} "
+                f"places, the conditioner is for {conditioner.config.num_places}."
+            )
+        self.conditioner = conditioner
+        self.added: Tensor | None = None
+        self.handles = [
+            place.register_forward_hook(_Adder(self, number)) for number, place in enumerate(places)
+        ]
+        if conditioner.config.band_limit is not None:
+            facts = time_facts(transformer)
+            limiter = _BandLimit(conditioner.config.band_limit)
+            waves = _matching(transformer, facts.waves)
+            self.handles += [module.register_forward_hook(limiter) for module in waves]
+
+    @contextlib.contextmanager
+    def at(
+        self, interval: Float[Tensor, " B"], guidance_scale: Float[Tensor, " B"] | None = None
+    ) -> Iterator[None]:
+        """Inside, calls of the transformer are for this interval and guidance scale."""
+        self.added = self.conditioner(interval, guidance_scale)
+        try:
+            yield
+        finally:
+            self.added = None
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class _Adder:
+    """Forward hook of one place."""
+
+    def __init__(self, conditioning: Conditioning, number: int) -> None:
+        self.conditioning = conditioning
+        self.number = number
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        added = self.conditioning.added
+        return output if added is None else output + added[:, self.number].to(output.dtype)
+
+
+class _BandLimit:
+    """Forward hook on diffusers' `Timesteps`: damp what oscillates faster in time than can be used.
+
+    A network trained at random times is free to answer to frequencies of 1000 radians per unit of
+    flow time with noise, which costs its own loss little and rules its time derivative.
+    """
+
+    def __init__(self, band_limit: float) -> None:
+        self.band_limit = band_limit
+
+    def __call__(self, module: Any, args: Any, output: Tensor) -> Tensor:
+        half = output.shape[-1] // 2
+        exponents = torch.arange(half, device=output.device) / (half - module.downscale_freq_shift)
+        frequencies = 1000 * module.scale * 10000.0**-exponents  # every host embeds 1000 t
+        damping = 1 / (1 + (frequencies / self.band_limit) ** 4)
+        return output * torch.cat([damping, damping]).to(output.dtype)
+
+
+def conditioner_for(
+    transformer: nn.Module,
+    max_interval: float = 0.2,
+    min_guidance: float | None = None,
+    max_guidance: float | None = None,
+    band_limit: float | None = None,
+) -> IntervalConditioner:
+    """A fresh conditioner for a host.
+
+    Args:
+        transformer: the host.
+        max_interval: longest interval R, in (0, 1].
+        min_guidance: smallest guidance scale; None for a student without a scale.
+        max_guidance: largest one.
+        band_limit: see `IntervalConditioner`.
+
+    Raises:
+        UnsupportedHost: the host's class is not known.
+    """
+    places = modulation_places(transformer)
+    ends = (min_guidance, max_guidance)
+    return IntervalConditioner(_width(places[0]), len(places), max_interval, *ends, band_limit)
+
+
+def _width(place: nn.Module) -> int:
+    """Width of a modulation vector: what the last linear layer of its module returns."""
+    layers = [module for module in place.modules() if isinstance(module, nn.Linear)]
+    return layers[-1].out_features
