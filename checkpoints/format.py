@@ -25,6 +25,7 @@ from ..predictors.hybrid import HyCa
 from ..predictors.lesa import LesaPredictor
 from ..predictors.lesa_values import LesaValues
 from ..predictors.linear import L2P
+from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import L2PBands, L2PGroups
 from .card import model_card
 from .config import CONFIG_FILE as CONFIG_FILE
@@ -44,6 +45,7 @@ CLASSES: dict[str, type[Predictor]] = {
     "L2PContinuous": L2PContinuous,
     "LesaPredictor": LesaPredictor,
     "LesaValues": LesaValues,
+    "DiscaPredictor": DiscaPredictor,
 }
 """The predictors a checkpoint may hold."""
 

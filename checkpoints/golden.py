@@ -3,6 +3,8 @@
 Shapes: K anchors, F forecast steps, B branches, N tokens, D channels.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,7 +24,9 @@ def golden_pair(
     """Random features and the forecasts of every forecast step, float32."""
     generator = torch.Generator().manual_seed(GOLDEN_SEED)
     partition = getattr(predictor, "partition", None)
-    token_shape = partition.smallest if partition is not None else (NUM_TOKENS, NUM_CHANNELS)
+    token_shape = (NUM_TOKENS, getattr(predictor, "width", NUM_CHANNELS))
+    if partition is not None:
+        token_shape = partition.smallest
     shape = (len(spec.anchors), spec.num_branches, *token_shape)
     features = torch.randn(shape, generator=generator)
     return features, replay(predictor, spec, features)
@@ -40,11 +44,21 @@ def replay(
     forecasts = [features[:0]]
     for index, sigma in enumerate(spec.sigmas):
         step = Step(index, sigma, len(spec.sigmas), branches)
+        if predictor.needs:
+            step = _asked(predictor, step, features[index % len(features)].to(device))
         if index in anchors:
             history.push(step, anchors[index].to(device))
         else:
             forecasts.append(predictor(history, step).detach().cpu()[None])
     return torch.cat(forecasts)
+
+
+def _asked(predictor: Predictor, step: Step, tokens: Float[Tensor, "B N D"]) -> Step:
+    """The step with made-up tokens and modulation, for a predictor that asks for them."""
+    width = int(getattr(predictor, "modulation_width", 1))
+    angles = torch.arange(len(tokens) * width, dtype=torch.float32, device=tokens.device)
+    modulation = (angles + step.index).sin().reshape(len(tokens), width)
+    return replace(step, tokens=tokens, modulation=modulation)
 
 
 def check_golden(

@@ -7,7 +7,7 @@ with `MeanFlowTarget`.
 Shapes: B batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -18,11 +18,11 @@ from torch import Tensor
 from ..integration.average_velocity import Conditioning, conditioner_for
 from ..integration.pipelines import load_pipeline
 from .guidance import class_conditions, guided_velocity, velocity
-from .meanflow import AverageVelocity, MeanFlowTarget, Target, expand
+from .meanflow import AverageVelocity, Target, expand
 from .points import Points, Runs
 from .sampling import few_steps, psnr_db
 from .start import load_student_state
-from .times import RestrictedTimes, Times
+from .times import Times
 
 WEIGHT_FLOOR = 1e-3  # c of the adaptive weight 1 / (error + c)^p
 

@@ -13,9 +13,7 @@ Pair = tuple[Float[Tensor, " B"], Float[Tensor, " B"]]  # r, t
 class Times:
     """A law of (r, t), 0 <= r <= t <= 1."""
 
-    def draw(
-        self, size: int, generator: torch.Generator | None = None, share: float = 1.0
-    ) -> Pair:
+    def draw(self, size: int, generator: torch.Generator | None = None, share: float = 1.0) -> Pair:
         """Draw pairs.
 
         Args:
@@ -33,9 +31,7 @@ class Times:
 class EqualTimes(Times):
     """r = t ~ U(0, 1): instantaneous velocities, for guidance distillation."""
 
-    def draw(
-        self, size: int, generator: torch.Generator | None = None, share: float = 1.0
-    ) -> Pair:
+    def draw(self, size: int, generator: torch.Generator | None = None, share: float = 1.0) -> Pair:
         """Draw pairs, see the base class; `share` does not apply."""
         t = torch.rand(size, generator=generator)
         return t, t
@@ -61,9 +57,7 @@ class RestrictedTimes(Times):
         self.max_interval = max_interval
         self.equal_share = equal_share
 
-    def draw(
-        self, size: int, generator: torch.Generator | None = None, share: float = 1.0
-    ) -> Pair:
+    def draw(self, size: int, generator: torch.Generator | None = None, share: float = 1.0) -> Pair:
         """Draw pairs, see the base class."""
         t = torch.rand(size, generator=generator)
         interval = share * self.max_interval * torch.rand(size, generator=generator)
@@ -95,9 +89,7 @@ class MeanFlowTimes(Times):
         self.deviation = deviation
         self.equal_share = equal_share
 
-    def draw(
-        self, size: int, generator: torch.Generator | None = None, share: float = 1.0
-    ) -> Pair:
+    def draw(self, size: int, generator: torch.Generator | None = None, share: float = 1.0) -> Pair:
         """Draw pairs, see the base class; a share below 1 shortens the intervals."""
         drawn = torch.randn(2, size, generator=generator)
         low, t = (self.mean + self.deviation * drawn).sigmoid().sort(0).values

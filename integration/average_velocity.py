@@ -45,7 +45,9 @@ class TimeFacts:
 
 TIME_FACTS = {
     "DiTTransformer2DModel": TimeFacts(
-        r"transformer_blocks\.\d+\.norm1\.emb", r"transformer_blocks\.\d+\.norm1\.emb\.time_proj", 1000
+        r"transformer_blocks\.\d+\.norm1\.emb",
+        r"transformer_blocks\.\d+\.norm1\.emb\.time_proj",
+        1000,
     ),
     "FluxTransformer2DModel": TimeFacts(r"time_text_embed", r"time_text_embed\.time_proj", 1),
 }
@@ -79,6 +81,24 @@ def modulation_places(transformer: nn.Module) -> list[nn.Module]:
 def _matching(transformer: nn.Module, pattern: str) -> list[nn.Module]:
     found = re.compile(pattern)
     return [module for name, module in transformer.named_modules() if found.fullmatch(name)]
+
+
+@contextlib.contextmanager
+def modulations(transformer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the modulation vectors of the forward inside, as its head sees them.
+
+    Only the first place counts: on a host that makes one per block, that is the one of its head.
+
+    Raises:
+        UnsupportedHost: the host's class is not known.
+    """
+    found: list[Tensor] = []
+    place = modulation_places(transformer)[0]
+    handle = place.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 class IntervalConditioner(ModelMixin, ConfigMixin):
@@ -282,12 +302,18 @@ def conditioner_for(
     Raises:
         UnsupportedHost: the host's class is not known.
     """
-    places = modulation_places(transformer)
-    ends = (min_guidance, max_guidance)
-    return IntervalConditioner(_width(places[0]), len(places), max_interval, *ends, band_limit)
+    width, num_places = modulation_width(transformer), len(modulation_places(transformer))
+    return IntervalConditioner(
+        width, num_places, max_interval, min_guidance, max_guidance, band_limit
+    )
 
 
-def _width(place: nn.Module) -> int:
-    """Width of a modulation vector: what the last linear layer of its module returns."""
+def modulation_width(transformer: nn.Module) -> int:
+    """Width of a modulation vector: what the last linear layer of its module returns.
+
+    Raises:
+        UnsupportedHost: the host's class is not known.
+    """
+    place = modulation_places(transformer)[0]
     layers = [module for module in place.modules() if isinstance(module, nn.Linear)]
     return layers[-1].out_features

@@ -34,6 +34,7 @@ class Forecaster(Controller):
         self.predictor = predictor
         self.tap = tap
         self.taps = frozenset({tap})
+        self.needs = predictor.needs - {"x_t"}
         self.anchors = tuple(anchors)
         self.spec = spec
         self.pipe = pipe

@@ -97,6 +97,13 @@ def checked_forecaster(
     tap = tap or ("hidden" if isinstance(schedule, SpeCa) else "output")
     if tap not in ("output", "hidden", "residual"):
         raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden' or 'residual'.")
+    inside = sorted(predictor.needs - {"x_t"})
+    if inside and (tap != "hidden" or isinstance(schedule, ProbeSchedule | SpeCa)):
+        raise ValueError(
+            f"{type(predictor).__name__} needs the {' and '.join(inside)} of the step, which exist "
+            "on the tap 'hidden' with a list of anchors, not on "
+            f"{tap!r} under {type(schedule).__name__ if schedule else 'a list'}."
+        )
     if isinstance(schedule, ProbeSchedule):
         return ProbedForecaster(schedule, predictor, tap, anchors, spec, pipe)
     if isinstance(schedule, SpeCa):

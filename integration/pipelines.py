@@ -8,6 +8,9 @@ from diffusers import DiffusionPipeline
 
 from ..checkpoints.zoo import resolve
 from .pixel_pipeline import PixelDiTPipeline
+from .student_pipeline import StudentPipeline
+
+OURS = {each.__name__: each for each in (PixelDiTPipeline, StudentPipeline)}
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -24,8 +27,8 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
     index = folder / "model_index.json"
     if not index.exists():
         raise FileNotFoundError(f"{folder} has no model_index.json; expected a diffusers pipeline.")
-    ours = json.loads(index.read_text()).get("_class_name") == PixelDiTPipeline.__name__
-    pipeline_class = PixelDiTPipeline if ours else DiffusionPipeline
+    name = json.loads(index.read_text()).get("_class_name")
+    pipeline_class = OURS.get(name, DiffusionPipeline)
     pipe = pipeline_class.from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

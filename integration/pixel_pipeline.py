@@ -72,20 +72,13 @@ class PixelDiTPipeline(DiffusionPipeline):
         """
         labels = self._check_labels(class_labels)
         self._guidance_scale = guidance_scale
-        config = self.transformer.config
-        device = self._execution_device
-        dtype = self.transformer.dtype
-        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif latents.shape != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}.")
-        latents = latents.to(device, dtype)
+        latents = self._initial(labels, generator, latents)
         guided = guidance_scale > 1
-        classes = torch.tensor(labels, device=device)
+        classes = torch.tensor(labels, device=latents.device)
         if guided:
-            classes = torch.cat([classes, torch.full_like(classes, config.num_embeds_ada_norm)])
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+            null = torch.full_like(classes, self.transformer.config.num_embeds_ada_norm)
+            classes = torch.cat([classes, null])
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             x_t = torch.cat([latents, latents]) if guided else latents
             v = self.transformer(
@@ -95,6 +88,28 @@ class PixelDiTPipeline(DiffusionPipeline):
                 v_cond, v_uncond = v.chunk(2)
                 v = v_uncond + guidance_scale * (v_cond - v_uncond)
             latents = self.scheduler.step(v, timestep, latents, return_dict=False)[0]
+        return self._finish(latents, output_type, return_dict)
+
+    def _initial(
+        self,
+        labels: list[int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Float[Tensor, "B C H W"] | None,
+    ) -> Float[Tensor, "B C H W"]:
+        """The initial noise, drawn or as given."""
+        config = self.transformer.config
+        device, dtype = self._execution_device, self.transformer.dtype
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if latents.shape != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}.")
+        return latents.to(device, dtype)
+
+    def _finish(
+        self, latents: Float[Tensor, "B C H W"], output_type: str, return_dict: bool
+    ) -> ImagePipelineOutput | tuple:
+        """The final latents in the form asked for."""
         images = latents
         if output_type != "latent":
             images = self.image_processor.postprocess(latents.float(), output_type=output_type)

@@ -9,6 +9,7 @@ a run, and everything after detaching, are the host's own.
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..predictors.base import Step
 from .adaptive import take_rows
+from .average_velocity import modulations
 from .clock import Clock
 from .gate import FirstLook, LastBlock
 from .hook import LAST_BLOCK, TrunkSkipper, capturing, install, own, remove
@@ -30,9 +32,12 @@ class Controller:
     Attributes:
         taps: the taps to capture at anchors.
         probe: what to look at in the first block where `action` says `look`; None for nothing.
+        needs: `Step` fields that forecasts need and that exist only inside the forward: `tokens`,
+            `modulation`.
     """
 
     taps: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
     probe: str | None = None
 
     def open(self, sigmas: list[float]) -> None:
@@ -217,12 +222,33 @@ class Session:
         self._pending.append((key, self._calls, kept, rows or len(sample), x_t))
 
     def _forecast(self, forward: Callable, args: tuple, kwargs: dict, key: str, step: Step) -> Any:
+        if self.controller.needs:
+            return self._forecast_inside(forward, args, kwargs, key, step)
         tap, feature = self.controller.forecast(key, step)
         if tap == "output":
             return self._wrap(key, feature)
+        return self._skip(forward, args, kwargs, _entering(tap, feature))
+
+    def _forecast_inside(
+        self, forward: Callable, args: tuple, kwargs: dict, key: str, step: Step
+    ) -> Any:
+        """Forecast from what only the forward knows: its tokens and its modulation vector."""
+
+        def entering(tokens: Tensor) -> Tensor:
+            inside = replace(step, tokens=tokens, modulation=found[-1])
+            tap, feature = self.controller.forecast(key, inside)
+            return _entering(tap, feature)(tokens)
+
+        with modulations(self.transformer) as found:
+            return self._skip(forward, args, kwargs, entering)
+
+    def _skip(
+        self, forward: Callable, args: tuple, kwargs: dict, entering: Callable[[Tensor], Tensor]
+    ) -> Any:
+        """The forward without its trunk."""
         if self.skipper is None:
             raise UnsupportedHost("the trunk of this host was never traced; report this as a bug.")
-        return self.skipper(forward, args, kwargs, _entering(tap, feature))
+        return self.skipper(forward, args, kwargs, entering)
 
     def _wrap(self, key: str, sample: Tensor) -> Any:
         """A prediction in the form this call returned one before."""

@@ -23,6 +23,8 @@ class Step:
         branches: branch number of each equal part of the batch axis: `(0,)` without guidance,
             `(0, 1)` when both guidance branches share one call, `(1,)` in the second of two calls.
         x_t: the network's input at this step, only for predictors that list it in `needs`.
+        tokens: what enters the first block at this step, likewise.
+        modulation: the host's modulation vector at this step, likewise.
     """
 
     index: int
@@ -30,6 +32,8 @@ class Step:
     num_steps: int
     branches: tuple[int, ...] = (0,)
     x_t: Tensor | None = None
+    tokens: Tensor | None = None
+    modulation: Tensor | None = None
 
 
 @dataclass
@@ -81,7 +85,8 @@ class Predictor(nn.Module):
 
     Attributes:
         window: anchors the forecaster looks at; None means all.
-        needs: names of the `Step` fields it asks for beyond the clock (`x_t`).
+        needs: names of the `Step` fields it asks for beyond the clock (`x_t`, `tokens`,
+            `modulation`).
         learned: whether it was fitted on a recording of one host.
         any_anchors: whether a learned predictor serves anchors other than those in its spec, which
             are then only the list it takes when none is given.

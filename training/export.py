@@ -22,12 +22,14 @@ from ..predictors.base import Predictor
 from ..predictors.continuous import L2PContinuous
 from ..predictors.kan import with_pykan, without_pykan
 from ..predictors.linear import L2P
+from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import parted_l2p
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
 from ..trajectories.shards import write_shard
 from .any_anchors import L2PGramModule
 from .continuous import L2PContinuousModule
+from .disca import DiscaModule
 from .l2p import L2PModule, spec_of
 from .lesa import LesaModule
 from .parts import L2PPartsLeastSquares, recorded_partition
@@ -53,8 +55,12 @@ def export_command(checkpoint: str, out: str) -> None:
     settings, state = content["hyper_parameters"], content["state_dict"]
     recordings = [open_recorded(checkpoint, name) for name in recording_names(settings)]
     headers = [recording.header for recording in recordings]
+    predictor: Predictor
     if settings["fit"] == LesaModule.fit_name:
-        predictor: Predictor = trained_lesa(settings, state, checkpoint)
+        predictor = trained_lesa(settings, state, checkpoint)
+    elif settings["fit"] == DiscaModule.fit_name:
+        predictor = DiscaPredictor(**settings["arguments"])
+        load_predictor_state(predictor, state, checkpoint)
     else:
         predictor = fitted_l2p(settings, headers, state, checkpoint)
     digest = "+".join(header.recipe_hash for header in headers)
@@ -80,15 +86,24 @@ def trained_lesa(settings: dict[str, Any], state: dict[str, Tensor], where: str)
     """
     plain: Any = CLASSES[settings["class"]](**settings["arguments"])
     trained = with_pykan(plain, 0) if settings["pykan"] else plain
+    load_predictor_state(trained, state, where)
+    return without_pykan(trained) if settings["pykan"] else trained
+
+
+def load_predictor_state(predictor: Predictor, state: dict[str, Tensor], where: str) -> None:
+    """Load the predictor's part of a module's state.
+
+    Raises:
+        ValueError: the state is not that of the predictor.
+    """
     prefix = "predictor."
     mine = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     try:
-        trained.load_state_dict(mine, strict=True)
+        predictor.load_state_dict(mine, strict=True)
     except RuntimeError as error:
         raise ValueError(
             f"{where} does not hold the predictor it describes ({error}); fit again."
         ) from error
-    return without_pykan(trained) if settings["pykan"] else trained
 
 
 def fitted_l2p(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..integration.forecaster import Forecaster
 from ..integration.host import transformer_of
 from ..integration.session import Session
+from ..predictors.base import Predictor
 from ..predictors.linear import L2P
 from ..trajectories.prompts import Item, generate_batch
 from ..trajectories.recording import Recording
@@ -80,18 +81,24 @@ def item_of(recording: Recording, item: int) -> Item:
 
 @torch.no_grad()
 def generate(
-    pipe: Any, predictor: L2P, tap: str, items: Sequence[Item], **settings: Any
+    pipe: Any,
+    predictor: Predictor,
+    tap: str,
+    items: Sequence[Item],
+    anchors: Sequence[int],
+    **settings: Any,
 ) -> Float[Tensor, " B *shape"]:
     """The final latents of a batch generated while forecasting.
 
     Args:
         pipe: the pipeline.
-        predictor: rows to forecast with, on its own anchors.
+        predictor: the forecaster.
         tap: `output`, `hidden` or `residual`.
         items: the batch.
+        anchors: steps at which the network runs.
         settings: keyword arguments of the pipeline call.
     """
-    controller = Forecaster(predictor, tap, predictor.anchors)
+    controller = Forecaster(predictor, tap, anchors)
     session = Session(transformer_of(pipe), pipe.scheduler, controller)
     try:
         return generate_batch(pipe, items, output_type="latent", **settings)[0]
@@ -119,5 +126,5 @@ def closed_loop_errors(
     """Error in dB of every item's final latents when forecasting with the given rows."""
     predictor = L2P(rows.shape[-1], anchors, rows.shape[0])
     predictor.weight.copy_(rows)
-    latents = [generate(pipe, predictor, tap, batch, **settings) for batch in batches]
+    latents = [generate(pipe, predictor, tap, batch, anchors, **settings) for batch in batches]
     return log_error(torch.cat(latents), finals)

@@ -1,0 +1,160 @@
+"""Recorded runs played again, with a forecast taken through the head at every forecast step.
+
+The recorded outputs stand in for the network, so a run costs its forecasts alone, and every
+forecast is made from true features at true states: the open loop. Tokens, modulation and head are
+pipeline's own, so nothing here knows a host.
+Shapes: B batch, S sampling steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..integration.forecaster import Forecaster
+from ..integration.host import transformer_of
+from ..integration.proof import output_tensor
+from ..integration.session import Session
+from ..predictors.base import Predictor, Step
+from ..trajectories.prompts import Item, generate_batch
+
+REPEATED = 1e-3  # relative; a batch of another size rounds differently
+
+
+@dataclass(frozen=True)
+class Forced:
+    """One forecast of a replayed run.
+
+    Args:
+        step: the step.
+        forecast: the output it leads to, differentiable in the predictor.
+        target: the recorded output.
+        x_t: the network's input.
+        next_sigma: flow time the step leads to.
+        forward: the transformer's own forward, to be called again elsewhere.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+    """
+
+    step: Step
+    forecast: Float[Tensor, " B *shape"]
+    target: Float[Tensor, " B *shape"]
+    x_t: Float[Tensor, " B *shape"]
+    next_sigma: float
+    forward: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class ForcedForecaster(Forecaster):
+    """A forecaster whose history holds recorded features; every step is computed."""
+
+    def action(self, step: Step) -> str:
+        """Compute."""
+        return "anchor"
+
+    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
+        """Keep the features of anchors only."""
+        if step.index in self.anchors:
+            super().observe(key, call, step, taps)
+
+
+class ReplayedRun(Session):
+    """A session that answers with recorded outputs and forecasts beside them.
+
+    Args:
+        pipe: the recorded pipeline.
+        controller: the forecaster.
+        hidden: recorded features of its tap, a row per item of the call.
+        outputs: recorded outputs.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        controller: ForcedForecaster,
+        hidden: Float[Tensor, "B branches S *shape"],
+        outputs: Float[Tensor, "B branches S *other"],
+    ) -> None:
+        super().__init__(transformer_of(pipe), pipe.scheduler, controller)
+        self.forecaster = controller
+        self.hidden = hidden
+        self.outputs = outputs
+        self.forced: list[Forced] = []
+
+    def _prove(self, *call: Any) -> None:
+        with torch.no_grad():
+            super()._prove(*call)
+
+    def _run(self, forward: Callable, args: tuple, kwargs: dict, key: str, x_t: Any) -> Any:
+        index = self.clock.index
+        per_call = len(x_t) // len(self.hidden)
+        branches = range(self._calls * per_call, (self._calls + 1) * per_call)
+        recorded = torch.cat([self.outputs[:, branch, index] for branch in branches])
+        if key not in self._templates:  # the first step shows the form of an output
+            with torch.no_grad():
+                computed = forward(*args, **kwargs)
+            self._templates[key] = type(computed)
+            check_repeated(output_tensor(computed), recorded)
+        output = self._wrap(key, recorded)
+        if index not in self.forecaster.anchors:
+            with torch.enable_grad():
+                step = self._step(index, self._calls, x_t)
+                made = self._forecast(forward, args, kwargs, key, step)
+                forecast = output_tensor(made)
+            following = [*self._sigmas, 0.0][index + 1]
+            call = (forward, args, kwargs)
+            self.forced.append(Forced(step, forecast, recorded, x_t, following, *call))
+        feature = torch.cat([self.hidden[:, branch, index] for branch in branches])
+        self._pending.append((key, self._calls, {self.forecaster.tap: feature}, len(x_t), None))
+        return output
+
+
+def replayed(
+    pipe: Any,
+    predictor: Predictor,
+    tap: str,
+    anchors: Sequence[int],
+    items: Sequence[Item],
+    hidden: Float[Tensor, "B branches S *shape"],
+    outputs: Float[Tensor, "B branches S *other"],
+    **settings: Any,
+) -> list[Forced]:
+    """The forecasts of recorded runs at all steps but the anchors.
+
+    Args:
+        pipe: the recorded pipeline.
+        predictor: the forecaster.
+        tap: `hidden` or `output`.
+        anchors: steps whose features enter the history.
+        items: the recorded items.
+        hidden: their recorded features.
+        outputs: their recorded outputs.
+        settings: keyword arguments of the recorded pipeline call.
+
+    Raises:
+        ValueError: the pipeline is not the recorded one.
+    """
+    session = ReplayedRun(pipe, ForcedForecaster(predictor, tap, list(anchors)), hidden, outputs)
+    try:
+        generate_batch(pipe, items, output_type="latent", **settings)
+    finally:
+        session.detach()
+    return session.forced
+
+
+def check_repeated(computed: Tensor, recorded: Tensor) -> None:
+    """Raise unless the network still computes what was recorded.
+
+    Raises:
+        ValueError: it does not.
+    """
+    gap = float((computed - recorded).norm() / recorded.norm())
+    if not gap <= REPEATED:
+        raise ValueError(
+            f"the pipeline's first output differs from the recorded one by {gap:.1e} (relative), "
+            "expected the recorded pipeline and settings; record it again."
+        )
