@@ -8,6 +8,7 @@ from ..predictors.base import Predictor
 from ..predictors.hybrid import HyCa
 from ..predictors.lesa import LesaPredictor
 from ..predictors.lesa_values import LesaValues
+from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import L2PBands, PartedL2P
 from .spec import PredictorSpec
 
@@ -36,7 +37,7 @@ tags:
 # {title} for {host_class}
 
 A learned feature-caching predictor: of the {num_steps} steps of a sampling run the network runs at
-{num_anchors}, and the other {num_forecasts} are forecast as {form} of what it computed
+{num_anchors}, and the other {num_forecasts} are forecast as {form} what it computed
 before (tap `{tap}`, {num_branches} guidance branch(es), {size}). The
 model itself stays as it is.
 
@@ -98,7 +99,7 @@ def model_card(
         base_model="" if base_model is None else f"base_model: {json.dumps(base_model)}\n",
         title=type(predictor).__name__,
         tag=_tag(predictor),
-        form="curves" if isinstance(predictor, LesaValues) else "weighted sums",
+        form=_form(predictor),
         host_class=spec.host.get("class", "an unnamed model"),
         num_steps=len(spec.sigmas),
         num_anchors=len(spec.anchors),
@@ -188,7 +189,15 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _form(predictor: Predictor) -> str:
+    if isinstance(predictor, DiscaPredictor):
+        return "a small transformer's view of the step's tokens and"
+    return f"{'curves' if isinstance(predictor, LesaValues) else 'weighted sums'} of"
+
+
 def _tag(predictor: Predictor) -> str:
+    if isinstance(predictor, DiscaPredictor):
+        return "disca"
     if isinstance(predictor, LesaPredictor):
         return "lesa"
     return "hyca" if isinstance(predictor, HyCa) else "l2p"
@@ -199,6 +208,8 @@ def _size(predictor: Predictor) -> str:
     if isinstance(predictor, HyCa):
         solvers = enumerate(predictor.solvers)
         return "; ".join(f"{predictor.labels.count(i)} channels: {name}" for i, name in solvers)
+    if isinstance(predictor, DiscaPredictor):
+        return f"{sum(p.numel() for p in predictor.parameters())} parameters"
     num_weights = sum(int((rows != 0).sum()) for rows in predictor.state_dict().values())
     if not isinstance(predictor, PartedL2P):
         return f"{num_weights} non-zero weights"

@@ -1,4 +1,4 @@
-"""What an average velocity is regressed to: MeanFlow with an exact or a finite difference, and rivals.
+"""What an average velocity is regressed to: MeanFlow, exact or by a difference, and its rivals.
 
 Shapes: B batch; x_t, v and u share one shape (B, ...).
 Convention: x_t = (1 - t) x_0 + t eps, v = dx/dt = eps - x_0; a step goes from t down to r.

@@ -28,10 +28,10 @@ WEIGHT_FLOOR = 1e-3  # c of the adaptive weight 1 / (error + c)^p
 
 
 class DistillModule(lightning.LightningModule):
-    """Train a student u(x_t, r, t, c, g), which starts at the conditional teacher,
-    exactly so without a `band_limit`.
+    """Train a student u(x_t, r, t, c, g) that starts at the conditional teacher.
 
-    Loss: mean (u - y)^2 with the target y detached. Batches are recorded runs (`TeacherRuns`), or
+    It starts exactly there without a `band_limit`, and about there with one. The loss is the mean
+    of (u - y)^2 with the target y detached. Batches are recorded runs (`TeacherRuns`), or
     image-label pairs (`FashionMNIST`), for which the teacher is asked for its guided velocity.
 
     Args:

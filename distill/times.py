@@ -95,3 +95,35 @@ class MeanFlowTimes(Times):
         low, t = (self.mean + self.deviation * drawn).sigmoid().sort(0).values
         equal = torch.rand(size, generator=generator) < self.equal_share
         return torch.where(equal, t, t - share * (t - low)), t
+
+
+class SamplerTimes(Times):
+    """The intervals a sampler of equal steps asks for: t = 1 - i / n, r = t - 1 / n.
+
+    Ours: n is drawn from a range, i from 0 to n - 1, so that t = 1, where every run begins, has the
+    weight it has in use. For targets that are not differentiated in time.
+
+    Args:
+        fewest_steps: smallest n.
+        most_steps: largest n.
+
+    Raises:
+        ValueError: the range is empty.
+    """
+
+    def __init__(self, fewest_steps: int = 4, most_steps: int = 20) -> None:
+        if not 1 <= fewest_steps <= most_steps:
+            raise ValueError(
+                f"found steps from {fewest_steps} to {most_steps}; expected a range from at least 1."
+            )
+        self.fewest_steps = fewest_steps
+        self.most_steps = most_steps
+
+    def draw(self, size: int, generator: torch.Generator | None = None, share: float = 1.0) -> Pair:
+        """Draw pairs, see the base class; `share` does not apply."""
+        steps = torch.randint(
+            self.fewest_steps, self.most_steps + 1, (size,), generator=generator
+        ).double()
+        number = (torch.rand(size, generator=generator) * steps).floor().clamp(max=steps - 1)
+        t, r = (1 - number / steps).float(), (1 - (number + 1) / steps).float()
+        return r.clamp(min=0), t

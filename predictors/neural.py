@@ -44,7 +44,6 @@ class DiscaPredictor(Predictor):
     needs = frozenset({"tokens", "modulation"})
     learned = True
     any_anchors = True
-    any_grid = True
 
     def __init__(
         self,

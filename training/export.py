@@ -36,12 +36,12 @@ from .parts import L2PPartsLeastSquares, recorded_partition
 
 GRAMS_FILE = "grams.safetensors"
 HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
-STATE = {"gram": "gram", "continuous": "theta"}
+STATE = {"gram": "gram", "continuous": "theta", "disca": "out.weight"}
 """The tensor a fit learns; `weight` for the fits that are not named here."""
 
 
 def export_command(checkpoint: str, out: str) -> None:
-    """Write a predictor checkpoint from the Lightning checkpoint of any L2P or LESA fit.
+    """Write a predictor checkpoint from the Lightning checkpoint of any L2P, LESA or DisCa fit.
 
     Args:
         checkpoint: the `.ckpt` file that `foreseer fit` wrote; it is read without running code.
@@ -197,7 +197,7 @@ def export_predictor(
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint of an L2P or LESA fit, read with `weights_only`.
+    """A Lightning checkpoint of an L2P, LESA or DisCa fit, read with `weights_only`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -219,7 +219,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if missing or learned not in values.get("state_dict", {}):
         raise ValueError(
             f"{path} lacks the hyper-parameters {missing} or the tensor {learned}; expected "
-            "a checkpoint of an L2P or LESA fit."
+            "a checkpoint of an L2P, LESA or DisCa fit."
         )
     return values
 
@@ -227,7 +227,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def validation_errors(state: dict[str, Tensor], where: str) -> dict[str, float]:
     """The validation errors of a closed-loop fit and its start, in dB; none for the other fits.
 
-    The start of L2P is its best formula, that of LESA is reuse.
+    The start of L2P is its best formula, that of LESA reuse, that of DisCa its own base.
 
     Raises:
         ValueError: the fit stopped before it measured anything.

@@ -2,7 +2,7 @@
 
 The recorded outputs stand in for the network, so a run costs its forecasts alone, and every
 forecast is made from true features at true states: the open loop. Tokens, modulation and head are
-pipeline's own, so nothing here knows a host.
+the pipeline's own, so nothing here knows a host.
 Shapes: B batch, S sampling steps.
 """
 
