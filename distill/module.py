@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..integration.average_velocity import Conditioning, conditioner_for
+from ..integration.average_velocity import Conditioning, IntervalConditioner, conditioner_for
 from ..integration.pipelines import load_pipeline
 from .guidance import class_conditions, guided_velocity, velocity
 from .meanflow import AverageVelocity, Target, expand
@@ -85,9 +85,7 @@ class DistillModule(lightning.LightningModule):
         self.max_guidance = max_guidance
         self._teacher = [load_pipeline(pipeline).transformer.eval().requires_grad_(False)]
         self.transformer = load_pipeline(pipeline).transformer
-        self.conditioner = conditioner_for(
-            self.transformer, max_interval, min_guidance, max_guidance, band_limit
-        )
+        self.conditioner = conditioner_of(self.transformer, dict(self.hparams))
         self.conditioning = Conditioning(self.transformer, self.conditioner)
         if start is not None:
             load_student_state(self, start)
@@ -199,6 +197,17 @@ class DistillModule(lightning.LightningModule):
         return torch.optim.AdamW(
             self.parameters(), self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
+
+
+def conditioner_of(transformer: Any, settings: Mapping[str, Any]) -> IntervalConditioner:
+    """A fresh conditioner with the hyper-parameters of a `DistillModule`."""
+    return conditioner_for(
+        transformer,
+        settings["max_interval"],
+        settings["min_guidance"],
+        settings["max_guidance"],
+        settings["band_limit"],
+    )
 
 
 def runs_of(batch: Mapping[str, Tensor]) -> Runs:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .meanflow import AverageVelocity, expand
+from .meanflow import AverageVelocity
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def few_steps(
     times = torch.linspace(1, 0, num_steps + 1, device=eps.device).to(eps.dtype)
     x = eps
     for t, r in zip(times[:-1], times[1:], strict=True):
-        x = x - expand(t - r, x) * u(x, r.expand(len(x)), t.expand(len(x)))
+        x = x - (t - r) * u(x, r.expand(len(x)), t.expand(len(x)))
     return x
 
 

@@ -114,7 +114,7 @@ class SamplerTimes(Times):
     def __init__(self, fewest_steps: int = 4, most_steps: int = 20) -> None:
         if not 1 <= fewest_steps <= most_steps:
             raise ValueError(
-                f"found steps from {fewest_steps} to {most_steps}; expected a range from at least 1."
+                f"found steps from {fewest_steps} to {most_steps}; expected a range from 1."
             )
         self.fewest_steps = fewest_steps
         self.most_steps = most_steps

@@ -47,9 +47,9 @@ TIME_FACTS = {
     "DiTTransformer2DModel": TimeFacts(
         r"transformer_blocks\.\d+\.norm1\.emb",
         r"transformer_blocks\.\d+\.norm1\.emb\.time_proj",
-        1000,
+        1000.0,
     ),
-    "FluxTransformer2DModel": TimeFacts(r"time_text_embed", r"time_text_embed\.time_proj", 1),
+    "FluxTransformer2DModel": TimeFacts(r"time_text_embed", r"time_text_embed\.time_proj", 1.0),
 }
 """Known hosts by class name; another one is a row here."""
 

@@ -96,7 +96,8 @@ class StudentPipeline(PixelDiTPipeline):
         return self._finish(latents, output_type, return_dict)
 
     def _check_scheduler(self) -> None:
-        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+        euler = FlowMatchEulerDiscreteScheduler
+        if getattr(type(self.scheduler), "step", None) is not euler.step:
             raise ValueError(
                 f"the student predicts average velocities, which {type(self.scheduler).__name__} "
                 "would take for instantaneous ones; use FlowMatchEulerDiscreteScheduler."
