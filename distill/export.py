@@ -11,6 +11,7 @@ from ..integration.average_velocity import IntervalConditioner
 from ..integration.pipelines import load_pipeline
 from ..integration.student_pipeline import StudentPipeline
 from .module import conditioner_of
+from .runs import starting
 
 MAX_WEIGHT_BYTES = 20_000_000
 
@@ -71,7 +72,7 @@ def export_student(
     pipe = load_pipeline(settings["pipeline"])
     conditioner = conditioner_of(pipe.transformer, settings)
     for name, part in (("transformer", pipe.transformer), ("conditioner", conditioner)):
-        part.load_state_dict(_starting(state["state_dict"], f"{name}."), strict=True)
+        part.load_state_dict(starting(state["state_dict"], f"{name}."), strict=True)
         part.to(getattr(torch, dtype)).eval()
     student = StudentPipeline(pipe.transformer, conditioner, pipe.scheduler)
     student.save_pretrained(folder, safe_serialization=True)
@@ -125,10 +126,6 @@ def _card(
         + (f", started at the stage in {start}." if start else "."),
         measured=f"\n## Measured\n\n{Path(measured).read_text()}" if measured else "",
     )
-
-
-def _starting(tensors: dict[str, Any], start: str) -> dict[str, Any]:
-    return {n.removeprefix(start): value for n, value in tensors.items() if n.startswith(start)}
 
 
 if __name__ == "__main__":

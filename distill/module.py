@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..integration.average_velocity import Conditioning, IntervalConditioner, conditioner_for
 from ..integration.pipelines import load_pipeline
-from .guidance import class_conditions, guided_velocity, velocity
+from .guidance import Conditions, class_conditions, guided_velocity, velocity
 from .meanflow import AverageVelocity, Target, expand
 from .points import Points, Runs
+from .runs import starting
 from .sampling import few_steps, psnr_db
 from .start import load_student_state
 from .times import Times
@@ -51,6 +52,8 @@ class DistillModule(lightning.LightningModule):
         tangent_warmup: optimiser steps over which the derivative's weight rises to 1.
         interval_warmup: optimiser steps over which the longest interval rises to R.
         num_validation_steps: sampler steps of the validation samples.
+        fresh_noise: also train, with as many points, between the ends of the runs and noise drawn
+            anew, where the teacher is asked; runs alone are soon known by heart.
 
     Raises:
         ValueError: an argument is out of range.
@@ -71,6 +74,7 @@ class DistillModule(lightning.LightningModule):
         tangent_warmup: int = 0,
         interval_warmup: int = 0,
         num_validation_steps: int = 10,
+        fresh_noise: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["target", "times"])
@@ -81,6 +85,7 @@ class DistillModule(lightning.LightningModule):
         self.tangent_warmup = tangent_warmup
         self.interval_warmup = interval_warmup
         self.num_validation_steps = num_validation_steps
+        self.fresh_noise = fresh_noise
         self.min_guidance = min_guidance
         self.max_guidance = max_guidance
         self._teacher = [load_pipeline(pipeline).transformer.eval().requires_grad_(False)]
@@ -118,9 +123,14 @@ class DistillModule(lightning.LightningModule):
             batch_idx: not used.
         """
         self.transformer.eval()
-        points = self.points(batch, _ramp(self.global_step, self.interval_warmup))
-        loss, error = self.loss(points, _ramp(self.global_step, self.tangent_warmup))
+        share = _ramp(self.global_step, self.interval_warmup)
+        weight = _ramp(self.global_step, self.tangent_warmup)
+        loss, error = self.loss(self.points(batch, share), weight)
         self.log("train/error", error, prog_bar=True)
+        if self.fresh_noise:
+            fresh, error = self.loss(self.fresh_points(batch, share), weight)
+            self.log("train/fresh_error", error, prog_bar=True)
+            loss = (loss + fresh) / 2
         return loss
 
     def loss(
@@ -162,18 +172,61 @@ class DistillModule(lightning.LightningModule):
         condition, scale = condition_of(batch)
         return Points(runs.at(t), r, t, runs.velocity(t), condition, scale, chord)
 
+    def fresh_points(
+        self,
+        batch: Mapping[str, Tensor],
+        share: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Points:
+        """Points between the ends of recorded runs and noise drawn anew.
+
+        Args:
+            batch: recorded runs.
+            share: longest interval over R.
+            generator: source of randomness; None takes torch's own.
+        """
+        runs, scale = runs_of(batch), batch.get("guidance_scale")
+        ends = runs.at(torch.zeros(len(runs.eps), device=runs.eps.device))
+        return self._toward_noise(ends, self._conditions(batch), scale, share, generator)
+
+    def _conditions(self, batch: Mapping[str, Tensor]) -> Conditions:
+        """Both branches' conditions of recorded runs."""
+        named = {kind: starting(batch, f"{kind}.") for kind in ("own", "null", "shared")}
+        shared = {name: value[0] for name, value in named["shared"].items()}
+        if named["null"] or "guidance_scale" not in batch:
+            return Conditions(named["own"], named["null"], shared)
+        return class_conditions(named["own"]["class_labels"], self._num_classes)
+
+    @property
+    def _num_classes(self) -> int:
+        return int(self.transformer.config.num_embeds_ada_norm)
+
     def _on_pairs(
         self, x_0: Tensor, labels: Tensor, share: float, generator: torch.Generator | None
     ) -> Points:
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-        r, t = (time.to(x_0) for time in self.times.draw(len(x_0), generator, share))
         low, high = float(self.min_guidance or 1), float(self.max_guidance or 1)
         scale = low + (high - low) * torch.rand(len(x_0), generator=generator).to(x_0)
+        conditions = class_conditions(labels, self._num_classes)
+        return self._toward_noise(x_0, conditions, scale, share, generator)
+
+    def _toward_noise(
+        self,
+        x_0: Tensor,
+        conditions: Conditions,
+        scale: Tensor | None,
+        share: float,
+        generator: torch.Generator | None,
+    ) -> Points:
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        r, t = (time.to(x_0) for time in self.times.draw(len(x_0), generator, share))
         x_t = x_0 + expand(t, x_0) * (eps - x_0)
-        conditions = class_conditions(labels, self.transformer.config.num_embeds_ada_norm)
-        v = guided_velocity(self.teacher, x_t, t, conditions, scale)
+
+        def teacher(x: Tensor, at: Tensor) -> Tensor:
+            return guided_velocity(self.teacher, x, at, conditions, scale)
+
+        own = {**conditions.own, **conditions.shared}
         embedded = scale if self.conditioner.takes_guidance else None
-        return Points(x_t, r, t, v, conditions.own, embedded)
+        return Points(x_t, r, t, teacher(x_t, t), own, embedded, None, teacher)
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -219,9 +272,8 @@ def condition_of(
     batch: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Float[Tensor, " B"] | None]:
     """Keyword arguments of the transformer, and the guidance scale of every run."""
-    own = {n.removeprefix("own."): v for n, v in batch.items() if n.startswith("own.")}
-    shared = {n.removeprefix("shared."): v[0] for n, v in batch.items() if n.startswith("shared.")}
-    return {**own, **shared}, batch.get("guidance_scale")
+    shared = {name: value[0] for name, value in starting(batch, "shared.").items()}
+    return {**starting(batch, "own."), **shared}, batch.get("guidance_scale")
 
 
 def _ramp(step: int, length: int) -> float:

@@ -4,7 +4,7 @@ Shapes: B batch, S steps of a recorded run.
 Convention: x_t = (1 - t) x_0 + t eps, v = eps - x_0, t runs 1 to 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ class Points:
         condition: keyword arguments of the transformer, a row per sample.
         guidance_scale: guidance behind `v`; None for a student without a scale.
         chord: (x_t - x_r) / (t - r) of the run through x_t; None off recorded runs.
+        teacher: v(x, t) under the same conditions; None where only runs are at hand.
     """
 
     x_t: Float[Tensor, " B *shape"]
@@ -33,6 +34,7 @@ class Points:
     condition: Mapping[str, Tensor]
     guidance_scale: Float[Tensor, " B"] | None = None
     chord: Float[Tensor, " B *shape"] | None = None
+    teacher: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Shapes: n runs of a file, S steps, B batch.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,8 @@ class TeacherRuns(lightning.LightningDataModule):
             x_t = x_t + (following - sigma) * v.float()
         stored = {"eps": eps, "v": torch.stack(velocities, 1), "sigmas": sigmas.double()}
         stored |= {f"own.{name}": value for name, value in conditions.own.items()}
+        if self.conditions is not None:
+            stored |= {f"null.{name}": value for name, value in conditions.null.items()}
         stored |= {f"shared.{name}": value for name, value in conditions.shared.items()}
         return stored if scale is None else stored | {"guidance_scale": scale}
 
@@ -184,7 +187,7 @@ class TeacherRuns(lightning.LightningDataModule):
             labels = torch.tensor([i % num_classes for i in items])
             return class_conditions(labels, num_classes)
         given = load_file(self.conditions)
-        named = {kind: _starting(given, f"{kind}.") for kind in ("own", "null", "shared")}
+        named = {kind: starting(given, f"{kind}.") for kind in ("own", "null", "shared")}
         rows = torch.tensor([i % len(next(iter(named["own"].values()))) for i in items])
         per_sample = {
             kind: {name: value[rows % len(value)] for name, value in named[kind].items()}
@@ -236,5 +239,6 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _starting(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+def starting(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors whose names have a common start, without it."""
     return {n.removeprefix(start): value for n, value in tensors.items() if n.startswith(start)}
