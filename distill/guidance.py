@@ -49,18 +49,17 @@ def velocity(
     return output_tensor(output)
 
 
-@torch.no_grad()
-def guided_velocity(
+def guided(
     transformer: nn.Module,
     x_t: Float[Tensor, " B *shape"],
     t: Float[Tensor, " B"],
     conditions: Conditions,
     guidance_scale: Float[Tensor, " B"] | None,
 ) -> Float[Tensor, " B *shape"]:
-    """v_0 + g (v_c - v_0), both branches in one call; v_c alone for a teacher without a null.
+    """v_0 + g (v_c - v_0), both branches in one call; v_c alone without a null branch.
 
     Args:
-        transformer: the teacher, in `eval()`.
+        transformer: a class with a row in `TIME_FACTS`.
         x_t: states.
         t: flow times.
         conditions: both branches'.
@@ -81,6 +80,18 @@ def guided_velocity(
     v = velocity(transformer, torch.cat([x_t, x_t]), torch.cat([t, t]), arguments)
     v_c, v_0 = v.chunk(2)
     return v_0 + guidance_scale.reshape(-1, *[1] * (v.ndim - 1)).to(v.dtype) * (v_c - v_0)
+
+
+@torch.no_grad()
+def guided_velocity(
+    teacher: nn.Module,
+    x_t: Float[Tensor, " B *shape"],
+    t: Float[Tensor, " B"],
+    conditions: Conditions,
+    guidance_scale: Float[Tensor, " B"] | None,
+) -> Float[Tensor, " B *shape"]:
+    """The guided velocity of a frozen teacher in `eval()`, see `guided`."""
+    return guided(teacher, x_t, t, conditions, guidance_scale)
 
 
 def class_conditions(labels: Tensor, num_classes: int) -> Conditions:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..integration.average_velocity import Conditioning, IntervalConditioner, conditioner_for
 from ..integration.pipelines import load_pipeline
-from .guidance import Conditions, class_conditions, guided_velocity, velocity
+from .guidance import Conditions, class_conditions, guided, guided_velocity
 from .meanflow import AverageVelocity, Target, expand
 from .points import Points, Runs
 from .runs import starting
@@ -44,6 +44,8 @@ class DistillModule(lightning.LightningModule):
             refused.
         min_guidance: smallest guidance scale; None for a teacher without an unconditional branch.
         max_guidance: largest one.
+        embed_guidance: one branch with an embedded scale; else both branches are kept,
+            u = u_0 + g (u_c - u_0), at two evaluations a step.
         band_limit: highest frequency of time the student keeps of the teacher's embedding, in
             radians per unit of flow time; None keeps all, and the derivative's noise with them.
         learning_rate: AdamW's rate before the schedule.
@@ -68,6 +70,7 @@ class DistillModule(lightning.LightningModule):
         max_interval: float = 0.2,
         min_guidance: float | None = 1.0,
         max_guidance: float | None = 4.0,
+        embed_guidance: bool = True,
         band_limit: float | None = 100.0,
         learning_rate: float = 3e-4,
         adaptive_power: float = 0.0,
@@ -101,13 +104,24 @@ class DistillModule(lightning.LightningModule):
         return self._teacher[0].to(self.device)
 
     def average_velocity(
-        self, condition: Mapping[str, Tensor], guidance_scale: Float[Tensor, " B"] | None
+        self, conditions: Conditions, guidance_scale: Float[Tensor, " B"] | None
     ) -> AverageVelocity:
-        """The student u(x, r, t) under given conditions."""
+        """The student u(x, r, t) under given conditions.
+
+        Args:
+            conditions: own and shared ones, and the null branch's where both branches are kept.
+            guidance_scale: scale of every sample; None for a student without one.
+        """
+        branches = guidance_scale is not None and not self.conditioner.takes_guidance
+        alone = Conditions(conditions.own, {}, conditions.shared)
 
         def u(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
-            with self.conditioning.at(t - r, guidance_scale):
-                return velocity(self.transformer, x, t, condition)
+            interval = t - r
+            if branches:
+                with self.conditioning.at(torch.cat([interval, interval])):
+                    return guided(self.transformer, x, t, conditions, guidance_scale)
+            with self.conditioning.at(interval, guidance_scale):
+                return guided(self.transformer, x, t, alone, None)
 
         return u
 
@@ -142,7 +156,7 @@ class DistillModule(lightning.LightningModule):
             points: where.
             tangent_weight: weight of the target's derivative.
         """
-        u = self.average_velocity(points.condition, points.guidance_scale)
+        u = self.average_velocity(points.conditions, points.guidance_scale)
         with torch.no_grad():
             y = self.target(u, points, tangent_weight)
         errors = (u(points.x_t, points.r, points.t) - y).square().flatten(1).mean(1)  # (B,)
@@ -169,8 +183,8 @@ class DistillModule(lightning.LightningModule):
         runs = runs_of(batch)
         r, t = (time.to(runs.eps) for time in self.times.draw(len(runs.eps), generator, share))
         chord = runs.chord(r, t) if self.target.needs_runs else None
-        condition, scale = condition_of(batch)
-        return Points(runs.at(t), r, t, runs.velocity(t), condition, scale, chord)
+        conditions, scale = self.conditions_of(batch), batch.get("guidance_scale")
+        return Points(runs.at(t), r, t, runs.velocity(t), conditions, scale, chord)
 
     def fresh_points(
         self,
@@ -187,9 +201,9 @@ class DistillModule(lightning.LightningModule):
         """
         runs, scale = runs_of(batch), batch.get("guidance_scale")
         ends = runs.at(torch.zeros(len(runs.eps), device=runs.eps.device))
-        return self._toward_noise(ends, self._conditions(batch), scale, share, generator)
+        return self._toward_noise(ends, self.conditions_of(batch), scale, share, generator)
 
-    def _conditions(self, batch: Mapping[str, Tensor]) -> Conditions:
+    def conditions_of(self, batch: Mapping[str, Tensor]) -> Conditions:
         """Both branches' conditions of recorded runs."""
         named = {kind: starting(batch, f"{kind}.") for kind in ("own", "null", "shared")}
         shared = {name: value[0] for name, value in named["shared"].items()}
@@ -224,9 +238,7 @@ class DistillModule(lightning.LightningModule):
         def teacher(x: Tensor, at: Tensor) -> Tensor:
             return guided_velocity(self.teacher, x, at, conditions, scale)
 
-        own = {**conditions.own, **conditions.shared}
-        embedded = scale if self.conditioner.takes_guidance else None
-        return Points(x_t, r, t, teacher(x_t, t), own, embedded, None, teacher)
+        return Points(x_t, r, t, teacher(x_t, t), conditions, scale, None, teacher)
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -237,8 +249,7 @@ class DistillModule(lightning.LightningModule):
             batch_idx: seed of the times.
         """
         runs = runs_of(batch)
-        condition, scale = condition_of(batch)
-        u = self.average_velocity(condition, scale)
+        u = self.average_velocity(self.conditions_of(batch), batch.get("guidance_scale"))
         sample = few_steps(u, runs.eps, self.num_validation_steps)
         end = runs.at(torch.zeros(len(runs.eps), device=runs.eps.device))
         self.log("val/psnr_db", psnr_db(sample, end).mean(), prog_bar=True)
@@ -259,6 +270,7 @@ def conditioner_of(transformer: Any, settings: Mapping[str, Any]) -> IntervalCon
         settings["max_interval"],
         settings["min_guidance"],
         settings["max_guidance"],
+        settings.get("embed_guidance", True),
         settings["band_limit"],
     )
 
@@ -266,14 +278,6 @@ def conditioner_of(transformer: Any, settings: Mapping[str, Any]) -> IntervalCon
 def runs_of(batch: Mapping[str, Tensor]) -> Runs:
     """The runs of a batch."""
     return Runs(batch["eps"], batch["v"], batch["sigmas"][0].to(batch["eps"].dtype))
-
-
-def condition_of(
-    batch: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], Float[Tensor, " B"] | None]:
-    """Keyword arguments of the transformer, and the guidance scale of every run."""
-    shared = {name: value[0] for name, value in starting(batch, "shared.").items()}
-    return {**starting(batch, "own."), **shared}, batch.get("guidance_scale")
 
 
 def _ramp(step: int, length: int) -> float:

@@ -4,12 +4,14 @@ Shapes: B batch, S steps of a recorded run.
 Convention: x_t = (1 - t) x_0 + t eps, v = eps - x_0, t runs 1 to 0.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from .guidance import Conditions
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Points:
         r: where the step ends, in [0, t].
         t: flow time of the states, in [0, 1].
         v: the teacher's guided velocity there.
-        condition: keyword arguments of the transformer, a row per sample.
+        conditions: what the transformer is asked for besides state and time.
         guidance_scale: guidance behind `v`; None for a student without a scale.
         chord: (x_t - x_r) / (t - r) of the run through x_t; None off recorded runs.
         teacher: v(x, t) under the same conditions; None where only runs are at hand.
@@ -31,7 +33,7 @@ class Points:
     r: Float[Tensor, " B"]
     t: Float[Tensor, " B"]
     v: Float[Tensor, " B *shape"]
-    condition: Mapping[str, Tensor]
+    conditions: Conditions
     guidance_scale: Float[Tensor, " B"] | None = None
     chord: Float[Tensor, " B *shape"] | None = None
     teacher: Callable[[Tensor, Tensor], Tensor] | None = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .fields import Mixture
+from .guidance import Conditions
 from .meanflow import MeanFlowTarget, Target, expand
 from .points import Points
 from .times import RestrictedTimes, Times
@@ -107,7 +108,7 @@ def draw_points(flow: Mixture, recipe: Recipe) -> Points:
     r, t = recipe.times.draw(recipe.batch_size)
     x_t = x_0 + expand(t, x_0) * (eps - x_0)
     v = flow.velocity(x_t, t) if recipe.teacher_velocity else eps - x_0
-    return Points(x_t, r, t, v, {})
+    return Points(x_t, r, t, v, Conditions({}))
 
 
 @torch.no_grad()

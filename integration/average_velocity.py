@@ -114,6 +114,8 @@ class IntervalConditioner(ModelMixin, ConfigMixin):
         max_interval: longest interval t - r trained on, in (0, 1].
         min_guidance: smallest guidance scale trained on; None for a student without a scale.
         max_guidance: largest one.
+        embed_guidance: whether the scale is embedded, so that a step is one evaluation; else the
+            student keeps both branches, u_0 + g (u_c - u_0).
         band_limit: frequency, in radians per unit of flow time, at which the host's own waves of
             time are halved (by 1 / (1 + (f / band_limit)^4)); None leaves them alone.
 
@@ -129,6 +131,7 @@ class IntervalConditioner(ModelMixin, ConfigMixin):
         max_interval: float = 0.2,
         min_guidance: float | None = None,
         max_guidance: float | None = None,
+        embed_guidance: bool = True,
         band_limit: float | None = None,
     ) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ class IntervalConditioner(ModelMixin, ConfigMixin):
             raise ValueError(f"guidance runs from {min_guidance} to {max_guidance}, expected up.")
         if band_limit is not None and not band_limit > 0:
             raise ValueError(f"band_limit is {band_limit}, expected a positive frequency or None.")
-        num_inputs = 1 if min_guidance is None else 2
+        num_inputs = 2 if self.takes_guidance else 1
         self.inner = nn.Linear(2 * NUM_FREQUENCIES * num_inputs, width)
         self.outer = nn.Linear(width, num_places * width)
         nn.init.zeros_(self.outer.weight)
@@ -150,7 +153,7 @@ class IntervalConditioner(ModelMixin, ConfigMixin):
     @property
     def takes_guidance(self) -> bool:
         """Whether a guidance scale is embedded."""
-        return self.config.min_guidance is not None
+        return self.config.min_guidance is not None and self.config.embed_guidance
 
     def forward(
         self, interval: Float[Tensor, " B"], guidance_scale: Float[Tensor, " B"] | None = None
@@ -189,7 +192,7 @@ class IntervalConditioner(ModelMixin, ConfigMixin):
                 f"times beyond. Take at least {math.ceil(1 / self.config.max_interval - 1e-6)} "
                 "steps (of equal length)."
             )
-        if guidance_scale is None or not self.takes_guidance:
+        if guidance_scale is None or self.config.min_guidance is None:
             return
         low, high = self.config.min_guidance, self.config.max_guidance
         if not low - 1e-6 <= guidance_scale <= high + 1e-6:
@@ -288,6 +291,7 @@ def conditioner_for(
     max_interval: float = 0.2,
     min_guidance: float | None = None,
     max_guidance: float | None = None,
+    embed_guidance: bool = True,
     band_limit: float | None = None,
 ) -> IntervalConditioner:
     """A fresh conditioner for a host.
@@ -297,6 +301,7 @@ def conditioner_for(
         max_interval: longest interval R, in (0, 1].
         min_guidance: smallest guidance scale; None for a student without a scale.
         max_guidance: largest one.
+        embed_guidance: see `IntervalConditioner`.
         band_limit: see `IntervalConditioner`.
 
     Raises:
@@ -304,7 +309,7 @@ def conditioner_for(
     """
     width, num_places = modulation_width(transformer), len(modulation_places(transformer))
     return IntervalConditioner(
-        width, num_places, max_interval, min_guidance, max_guidance, band_limit
+        width, num_places, max_interval, min_guidance, max_guidance, embed_guidance, band_limit
     )
 
 

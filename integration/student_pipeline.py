@@ -1,4 +1,4 @@
-"""The pipeline of a distilled student: one network evaluation per step, guidance embedded.
+"""The pipeline of a distilled student, with guidance embedded or in two branches.
 
 Shapes: B batch, C channels, H height, W width.
 Convention: x_r = x_t - (t - r) u(x_t, r, t), an Euler step with an average velocity.
@@ -11,7 +11,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
 )
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .average_velocity import Conditioning, IntervalConditioner, time_facts
@@ -21,8 +21,9 @@ from .pixel_pipeline import PixelDiTPipeline
 class StudentPipeline(PixelDiTPipeline):
     """Draw images of given classes with a distilled pixel-space transformer in 4 to 20 steps.
 
-    The student knows where each step ends and how strongly it is to be guided, so there is one
-    branch. Steps are uniform in flow time, t_i = 1 - i / n.
+    The student knows where each step ends. Where its guidance scale is embedded there is one
+    branch, and a step is one evaluation; else both branches run in one call, the conditional half
+    first, as in `PixelDiTPipeline`. Steps are uniform in flow time, t_i = 1 - i / n.
 
     Args:
         transformer: predicts the average velocity; an ordinary `DiTTransformer2DModel`.
@@ -56,7 +57,7 @@ class StudentPipeline(PixelDiTPipeline):
 
         Args:
             class_labels: labels in `[0, num_embeds_ada_norm)`, one per image.
-            guidance_scale: embedded guidance strength, within the range trained on.
+            guidance_scale: guidance strength, within the range trained on.
             num_inference_steps: sampler steps; at least 1 / R.
             generator: source of the initial noise, one for all images or one per image.
             latents: initial noise, instead of drawing it.
@@ -74,26 +75,45 @@ class StudentPipeline(PixelDiTPipeline):
         self._check_scheduler()
         self._guidance_scale = guidance_scale
         latents = self._initial(labels, generator, latents)
-        classes = torch.tensor(labels, device=latents.device)
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=latents.device)
         times = self.scheduler.sigmas.to(latents.device)
         for t, r in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
             self.conditioner.check(t - r, guidance_scale)
-        scale = torch.full((len(labels),), float(guidance_scale), device=latents.device)
-        embedded = scale if self.conditioner.takes_guidance else None
-        time_scale = time_facts(self.transformer).time_scale
-        steps = zip(self.scheduler.timesteps, times[:-1], times[1:], strict=True)
-        for timestep, t, r in self.progress_bar(list(steps)):
-            with self.conditioning.at((t - r).expand(len(labels)), embedded):
-                u = self.transformer(
-                    latents,
-                    timestep=(time_scale * t).expand(len(labels)),
-                    class_labels=classes,
-                    return_dict=False,
-                )[0]
+        classes = torch.tensor(labels, device=latents.device)
+        steps = list(zip(self.scheduler.timesteps, times[:-1], times[1:], strict=True))
+        for timestep, t, r in self.progress_bar(steps):
+            u = self._average_velocity(latents, t, r, classes)
             latents = self.scheduler.step(u, timestep, latents, return_dict=False)[0]
         return self._finish(latents, output_type, return_dict)
+
+    def _average_velocity(
+        self,
+        x_t: Float[Tensor, "B C H W"],
+        t: Float[Tensor, ""],
+        r: Float[Tensor, ""],
+        classes: Int[Tensor, " B"],
+    ) -> Float[Tensor, "B C H W"]:
+        """The guided average velocity of one step."""
+        embedded = None
+        if self.conditioner.takes_guidance:
+            embedded = t.new_full((len(x_t),), float(self.guidance_scale))
+        branches = embedded is None and self.guidance_scale > 1
+        if branches:
+            null = torch.full_like(classes, self.transformer.config.num_embeds_ada_norm)
+            x_t, classes = torch.cat([x_t, x_t]), torch.cat([classes, null])
+        timestep = time_facts(self.transformer).time_scale * t
+        with self.conditioning.at((t - r).expand(len(x_t)), embedded):
+            u = self.transformer(
+                x_t,
+                timestep=timestep.expand(len(x_t)),
+                class_labels=classes,
+                return_dict=False,
+            )[0]
+        if not branches:
+            return u
+        u_cond, u_uncond = u.chunk(2)
+        return u_uncond + self.guidance_scale * (u_cond - u_uncond)
 
     def _check_scheduler(self) -> None:
         euler = FlowMatchEulerDiscreteScheduler

@@ -23,17 +23,13 @@ def awake(conditioner: IntervalConditioner, seed: int = 5) -> IntervalConditione
     return conditioner
 
 
-def student_pipeline(trained: bool = True) -> StudentPipeline:
-    """A student around the tiny DiT, with random weights unless it is not `trained`."""
+def student_pipeline(embed_guidance: bool = True) -> StudentPipeline:
+    """A student around the tiny DiT, with random weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     transformer = tiny_dit()
-    conditioner = conditioner_for(transformer, **RANGE)
-    pipe = StudentPipeline(
-        transformer,
-        awake(conditioner) if trained else conditioner,
-        FlowMatchEulerDiscreteScheduler(),
-    )
+    conditioner = awake(conditioner_for(transformer, **RANGE, embed_guidance=embed_guidance))
+    pipe = StudentPipeline(transformer, conditioner, FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -186,6 +186,22 @@ def test_a_pipeline_takes_uniform_steps_with_the_average_velocity():
     torch.testing.assert_close(draw(pipe, latents=x), expected)
 
 
+def test_a_student_of_two_branches_is_guided_by_both():
+    pipe = student_pipeline(embed_guidance=False)
+    x = torch.randn(2, 1, 4, 4, generator=seeded())
+    expected = x
+    for i in range(8):
+        t, interval = torch.full((2,), 1 - i / 8), torch.full((2,), 1 / 8)
+        with torch.no_grad(), pipe.conditioning.at(interval):
+            u_c = velocity(pipe.transformer, expected, t, {"class_labels": torch.tensor([0, 2])})
+            u_0 = velocity(pipe.transformer, expected, t, {"class_labels": torch.tensor([3, 3])})
+        expected = expected - (u_0 + 2.5 * (u_c - u_0)) / 8
+    found = draw(pipe, latents=x, guidance_scale=2.5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="1 to 4"):
+        draw(pipe, guidance_scale=4.5)
+
+
 # T14
 def test_an_interval_longer_than_trained_is_refused():
     with pytest.raises(ValueError, match="at least 4 steps"):

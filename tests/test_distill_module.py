@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from foreseer.distill.export import export_student
 from foreseer.distill.guidance import Conditions, class_conditions, guided_velocity, velocity
 from foreseer.distill.meanflow import ChordTarget, MeanFlowTarget, VelocityTarget
-from foreseer.distill.module import DistillModule, condition_of, runs_of
+from foreseer.distill.module import DistillModule, runs_of
 from foreseer.distill.sampling import few_steps, psnr_db
 from foreseer.distill.times import EqualTimes, RestrictedTimes
 from foreseer.integration.pipelines import load_pipeline
@@ -45,6 +45,11 @@ def drawn(teacher, tmp_path_factory) -> Path:
     return folder
 
 
+def student_of(module: DistillModule, batch: dict[str, Any]):
+    """u(x, r, t) under a batch's conditions."""
+    return module.average_velocity(module.conditions_of(batch), batch["guidance_scale"])
+
+
 def module_for(teacher: str, kind: str = "chord", **changes: Any) -> DistillModule:
     target, times = TARGETS[kind]
     options = {**RANGE, "num_validation_steps": 4, "learning_rate": 1e-2}
@@ -59,10 +64,10 @@ def batch_of(drawn: Path, teacher: str) -> dict[str, Any]:
 
 def test_a_run_is_the_teachers_own_euler_run(teacher, drawn):
     batch = batch_of(drawn, teacher)
-    runs, (condition, scale) = runs_of(batch), condition_of(batch)
+    runs, scale = runs_of(batch), batch["guidance_scale"]
     assert (len(runs.eps), runs.v.shape[1]) == (2, STEPS)
     transformer = load_pipeline(teacher).transformer
-    conditions = class_conditions(condition["class_labels"], 3)
+    conditions = class_conditions(batch["own.class_labels"], 3)
     x = runs.eps
     for sigma, following in zip(runs.sigmas[:-1], runs.sigmas[1:], strict=True):
         torch.testing.assert_close(runs.at(sigma.expand(2)), x, atol=1e-4, rtol=0)
@@ -130,6 +135,31 @@ def test_pairs_ask_the_teacher_for_its_guided_velocity(teacher):
     assert module.loss(points)[0].isfinite()
 
 
+def test_a_student_of_two_branches_starts_at_the_guided_teacher(teacher, drawn):
+    module = module_for(teacher, embed_guidance=False)
+    batch = batch_of(drawn, teacher)
+    points = module.points(batch)
+    expected = guided_velocity(
+        module.teacher, points.x_t, points.t, points.conditions, points.guidance_scale
+    )
+    assert torch.equal(student_of(module, batch)(points.x_t, points.r, points.t), expected)
+    module.loss(points)[0].backward()
+    assert module.conditioner.outer.weight.grad.abs().sum() > 0
+
+
+def test_fresh_points_lie_between_the_runs_ends_and_new_noise(teacher, drawn):
+    module = module_for(teacher)
+    batch = batch_of(drawn, teacher)
+    fresh = module.fresh_points(batch, generator=seeded())
+    eps = torch.randn(2, 1, 4, 4, generator=seeded())
+    end, t = runs_of(batch).at(torch.zeros(2)), fresh.t[:, None, None, None]
+    torch.testing.assert_close(fresh.x_t, (1 - t) * end + t * eps)
+    middle = (fresh.t + fresh.r) / 2
+    halfway = fresh.x_t - (fresh.t - middle)[:, None, None, None] * fresh.v
+    expected = fresh.teacher(halfway, middle)
+    assert torch.equal(ChordTarget()(student_of(module, batch), fresh), expected)
+
+
 def test_an_adaptive_weight_hides_the_size_of_the_error(teacher, drawn):
     module = module_for(teacher, adaptive_power=1.0)
     loss, error = module.loss(module.points(batch_of(drawn, teacher)))
@@ -141,11 +171,11 @@ def test_a_chord_trains_a_student_nearer_to_the_runs(teacher, drawn):
     """From the unguided teacher, some updates on the validation batch itself."""
     module = module_for(teacher)
     batch = batch_of(drawn, teacher)
-    runs, (condition, scale) = runs_of(batch), condition_of(batch)
+    runs, u = runs_of(batch), student_of(module, batch)
     end = runs.at(torch.zeros(2))
 
     def quality() -> float:
-        sample = few_steps(module.average_velocity(condition, scale), runs.eps, 4)
+        sample = few_steps(u, runs.eps, 4)
         return float(psnr_db(sample, end).mean())
 
     before, optimizer = quality(), module.configure_optimizers()
@@ -183,7 +213,8 @@ def test_a_stage_trains_resumes_starts_the_next_and_exports(teacher, drawn, tmp_
     export_student(str(tmp_path / "one" / "last.ckpt"), str(tmp_path / "out"), "float32")
     pipe = load_pipeline(str(tmp_path / "out"))
     latents = torch.randn(2, 1, 4, 4)
-    u = module.average_velocity({"class_labels": torch.tensor([0, 1])}, torch.full((2,), 2.0))
+    conditions = class_conditions(torch.tensor([0, 1]), 3)
+    u = module.average_velocity(conditions, torch.full((2,), 2.0))
     expected = few_steps(u, latents, 5)
     found = pipe(
         [0, 1],
@@ -220,8 +251,8 @@ def test_a_flux_host_is_distilled_from_embedded_prompts(kind, tmp_path, monkeypa
     loss, _ = module.loss(module.points(batch))
     loss.backward()
     assert loss.isfinite() and module.conditioner.outer.weight.grad.abs().sum() > 0
-    runs, (condition, scale) = runs_of(batch), condition_of(batch)
-    sample = few_steps(module.average_velocity(condition, scale), runs.eps, 4)
+    runs = runs_of(batch)
+    sample = few_steps(student_of(module, batch), runs.eps, 4)
     assert sample.shape == runs.eps.shape and sample.isfinite().all()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from foreseer.distill.fields import Gaussian, ring
+from foreseer.distill.guidance import Conditions
 from foreseer.distill.meanflow import (
     AlphaFlowTarget,
     ChordTarget,
@@ -15,6 +16,7 @@ from foreseer.distill.meanflow import (
 from foreseer.distill.points import Points
 
 SIZE = 4096
+NONE = Conditions({})
 
 
 def gaussian() -> Gaussian:
@@ -31,7 +33,7 @@ def places(dtype: torch.dtype = torch.float64, size: int = SIZE, dim: int = 3) -
 def points(flow: Gaussian, equal: bool = False) -> Points:
     x, r, t = places()
     r = t if equal else r
-    return Points(x, r, t, flow.velocity(x, t), {}, None, flow.average_velocity(x, r, t))
+    return Points(x, r, t, flow.velocity(x, t), NONE, None, flow.average_velocity(x, r, t))
 
 
 def rms(tensor: torch.Tensor) -> float:
@@ -41,7 +43,7 @@ def rms(tensor: torch.Tensor) -> float:
 # T1, T2
 def test_the_identity_holds_on_the_closed_form():
     flow, (x, r, t) = gaussian(), places()
-    y = MeanFlowTarget()(flow.average_velocity, Points(x, r, t, flow.velocity(x, t), {}))
+    y = MeanFlowTarget()(flow.average_velocity, Points(x, r, t, flow.velocity(x, t), NONE))
     assert rms(flow.average_velocity(x, r, t) - y) < 1e-10
 
 
@@ -115,7 +117,7 @@ def test_the_pairs_own_velocity_gives_the_same_target_on_average():
     deviation = (flow.deviation**2 - gain * (1 - t) * flow.deviation**2).sqrt()
     x_0 = mean + deviation * torch.randn(draws, 3, dtype=torch.float64)
     v = (x - x_0) / t  # eps - x_0 with eps = (x_t - (1 - t) x_0) / t
-    many = Points(x.repeat(draws, 1), r.repeat(draws), t.repeat(draws), v, {})
+    many = Points(x.repeat(draws, 1), r.repeat(draws), t.repeat(draws), v, NONE)
     y = MeanFlowTarget()(flow.average_velocity, many)
     error = (y.mean(0) - flow.average_velocity(x, r, t)[0]).abs()
     assert bool((error < 4 * y.std(0) / draws**0.5).all())
@@ -174,7 +176,7 @@ def test_the_chord_needs_recorded_runs():
     flow = gaussian()
     x, r, t = places(size=4)
     with pytest.raises(ValueError, match="TeacherRuns"):
-        ChordTarget()(flow.average_velocity, Points(x, r, t, flow.velocity(x, t), {}))
+        ChordTarget()(flow.average_velocity, Points(x, r, t, flow.velocity(x, t), NONE))
 
 
 def test_a_tangent_warm_up_starts_at_the_velocity():
@@ -206,7 +208,7 @@ def test_the_gradient_is_that_of_the_compound_form_and_never_enters_the_derivati
     def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
         return list(torch.autograd.grad(loss, list(net.parameters())))
 
-    at = Points(x, r, t, v, {})
+    at = Points(x, r, t, v, NONE)
     y = MeanFlowTarget()(u, at)
     assert not y.requires_grad
     ours = gradients((u(x, r, t) - y).square().mean())
