@@ -4,13 +4,14 @@
     python benchmarks/disca.py fit
     python benchmarks/disca.py bench
 
-A step of the guided teacher is two evaluations, one of the student is one. Everything is compared
-with the guided teacher's 50 steps (100 evaluations) on the same held-out (label, seed) pairs, and
-what forecasts on the student also with the student's own 20 steps. Every stage resumes. Writes
-benchmarks/results/disca.json: rows of `foreseer bench` with `num_network_evaluations`, `host`,
-`reference`, `class_accuracy` and `speedup_measured`.
+A step with two guidance branches is two evaluations, one with an embedded scale is one. Everything
+is compared with the guided teacher's 50 steps (100 evaluations) on the same held-out (label, seed)
+pairs, and what forecasts on the student also with the student's own 20 steps. Every stage resumes.
+Writes benchmarks/results/disca.json: rows of `foreseer bench` with `num_network_evaluations`,
+`host`, `reference`, `class_accuracy` and `speedup_measured`.
 """
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from foreseer.integration.bench_meta import collect_meta
 from foreseer.integration.flops import first_call, step_flops
 from foreseer.integration.host import transformer_of
 from foreseer.integration.pipelines import load_pipeline
+from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.polynomial import Reuse, Taylor
 from foreseer.training.bench_plan import Entry
 from foreseer.training.bench_runs import Samples, run_entry, score
@@ -40,6 +42,7 @@ from foreseer.training.disca import DiscaModule
 from foreseer.training.export import export_predictor
 from foreseer.training.judge import load_classifier
 from foreseer.training.l2p import L2PLeastSquares
+from foreseer.training.lesa import LesaModule
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.prompts import Item, class_items, generate_batch
 from foreseer.trajectories.recorder import record as record_trajectories
@@ -62,16 +65,14 @@ SHORT = {4: (0, 8, 20, 34), 5: (0, 6, 16, 27, 39)}
 BUNDLED = (6, 8, 11)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "disca": ("disca", {}),
-    "disca_open_loop": ("disca", {"closed_epochs": 0, "mse_epochs": 10}),
+    "disca_open_loop": ("disca", {"closed_epochs": 0}),
     "disca_wide": ("disca", {"width_mult": 1.0}),
-    "disca_reuse": ("disca", {"order": 0}),
     "disca_published": ("disca_published", {}),
-    "disca_published_mse": ("disca_published", {"gan_epochs": 0, "mse_epochs": 8}),
 }
 """Config and changes by the method's name in the table."""
 
 
-def record(num_trajectories: int = 512, num_threads: int = 1, out: str = str(ROOT)) -> None:
+def record(num_trajectories: int = 256, num_threads: int = 1, out: str = str(ROOT)) -> None:
     """Record the student's 20 steps with features, and the teacher's 50 for L2P at 4 and 5.
 
     Args:
@@ -101,7 +102,7 @@ def record(num_trajectories: int = 512, num_threads: int = 1, out: str = str(ROO
 
 
 def fit(
-    methods: Sequence[str] = (*VARIANTS, "l2p_lstsq", "l2p_closed_loop", "l2p_teacher"),
+    methods: Sequence[str] = (*VARIANTS, "lesa", "l2p_lstsq", "l2p_closed_loop", "l2p_teacher"),
     num_threads: int = 1,
     out: str = str(ROOT),
 ) -> None:
@@ -117,6 +118,8 @@ def fit(
     for method in methods:
         if method in VARIANTS:
             fit_disca(method, root)
+        elif method == "lesa":
+            fit_lesa(root)
         elif method == "l2p_teacher":
             for budget, anchors in SHORT.items():
                 fit_l2p("l2p_closed_loop", TEACHER, root / "teacher", anchors, root, str(budget))
@@ -142,15 +145,7 @@ def fit_disca(method: str, root: Path) -> None:
         ModelCheckpoint(work, "best", "val/error_db", enable_version_counter=False),
         ModelCheckpoint(work, "last", enable_version_counter=False),
     ]
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=sum(module.epochs.values()),
-        num_sanity_val_steps=0,
-        logger=False,
-        callbacks=keep,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(sum(module.epochs.values()), keep)
     last = work / "last.ckpt"
     trainer.fit(
         module, datamodule=RecordingDataModule(**data), ckpt_path=last if last.exists() else None
@@ -164,6 +159,45 @@ def fit_disca(method: str, root: Path) -> None:
         metrics["discriminator_accuracy"] = float(monitors["train/discriminator_accuracy"])
     export_predictor(module, folder, metrics)
     print(f"{folder}: {metrics}", flush=True)
+
+
+def fit_lesa(root: Path) -> None:
+    """Train LESA with our settings on the student's list of 8."""
+    folder = root / "predictors" / "lesa" / "student_8"
+    if (folder / "config.json").exists():
+        return
+    config = yaml.safe_load((CONFIGS / "lesa.yaml").read_text())
+    told: dict[str, Any] = config["model"]["init_args"]
+    arguments = told.pop("predictor")["init_args"]
+    told |= {"recording": str(root / "student"), "pipeline": STUDENT, "anchors": list(LISTS[8])}
+    told |= {"closed_loop_epochs": 3}
+    lightning.seed_everything(config["seed_everything"], verbose=False)
+    module = LesaModule(predictor=functools.partial(LesaPredictor, **arguments), **told)
+    data = config["data"]["init_args"] | {"folder": str(root / "student")}
+    best = ModelCheckpoint(
+        root / "work" / "lesa", "best", "val/error_db", enable_version_counter=False
+    )
+    trainer = quiet_trainer(4, [best])
+    trainer.fit(module, datamodule=RecordingDataModule(**data))
+    seconds = float(module.fit_seconds)
+    module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+    export_predictor(module, folder, {"fit_seconds": seconds})
+    print(f"{folder}: {seconds:.0f} s, {float(module.val_error):.2f} dB", flush=True)
+
+
+def quiet_trainer(max_epochs: int, callbacks: Sequence[Any] = ()) -> lightning.Trainer:
+    """A trainer that writes nothing but what its callbacks write."""
+    return lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=max_epochs,
+        num_sanity_val_steps=0,
+        limit_val_batches=None if callbacks else 0,
+        logger=False,
+        enable_checkpointing=bool(callbacks),
+        callbacks=list(callbacks),
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
 
 
 def fit_l2p(
@@ -182,15 +216,7 @@ def fit_l2p(
     else:
         module = L2PLeastSquares(str(recording), anchors, "hidden")
         data = GramDataModule(str(recording), "hidden", HELD_OUT, 0)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=EPOCHS[kind],
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(EPOCHS[kind])
     started = time.perf_counter()
     trainer.fit(module, datamodule=data)
     metrics = {"fit_seconds": time.perf_counter() - started}
@@ -200,9 +226,10 @@ def fit_l2p(
 
 def bench(
     num_samples: int = 64,
-    judged: int = 300,
+    judged: int = 64,
     classifier: str = "runs/teacher/judge/judge.ckpt",
     students: Sequence[str] = (f"student={STUDENT}",),
+    parts: Sequence[str] = ("teacher", "students", "forecasts"),
     num_threads: int = 1,
     out: str = str(ROOT),
 ) -> None:
@@ -214,17 +241,21 @@ def bench(
         classifier: checkpoint of the classifier (configs/teacher/judge.yaml).
         students: students to compare at every number of steps, NAME=FOLDER; forecasts run on the
             bundled one.
+        parts: what to run; all other rows come from earlier starts.
         num_threads: torch threads.
         out: folder of everything.
     """
     torch.set_num_threads(num_threads)
     table = Table(Path(out) / "rows.jsonl", num_samples, judged, load_classifier(classifier))
     teacher, student = silent(TEACHER), silent(STUDENT)
-    table.teacher(teacher)
-    for given in students:
+    table.full_run(teacher)
+    if "teacher" in parts:
+        table.teacher(teacher)
+    for given in students if "students" in parts else ():
         name, _, folder = given.rpartition("=")
         table.student(name, student if folder == STUDENT else silent(folder))
-    table.forecasts(student, Path(out))
+    if "forecasts" in parts:
+        table.forecasts(student, Path(out))
     table.write(RESULT)
 
 
@@ -248,16 +279,19 @@ class Table:
             self.rows[row.pop("key")] = row
         items = class_items(judged, 10, first_item=FIRST_ITEM)
         self.num_samples = num_samples
-        self.batches = [items[i : i + 20] for i in range(0, judged, 20)]
+        self.batches = [items[i : i + 16] for i in range(0, judged, 16)]
         self.reference: dict[str, Samples] = {}
         self.flops: dict[str, Any] = {}
 
-    def teacher(self, pipe: Any) -> None:
-        """The 50 steps of the teacher, few-step solvers on it, and closed-loop L2P."""
-        self.flops["teacher"] = self._flops(pipe, 50)
+    def full_run(self, pipe: Any) -> None:
+        """The 50 steps of the teacher."""
         full = Entry("full", "full", "none", "all", tuple(range(50)))
         self.reference["teacher_50"] = self._run(pipe, full, 50)
         self._add("teacher", full, self.reference["teacher_50"], 100)
+
+    def teacher(self, pipe: Any) -> None:
+        """Few-step solvers on the teacher, and closed-loop L2P."""
+        self.flops["teacher"] = self._flops(pipe, 50)
         for steps in STEPS:
             sigmas = [1 - i / steps for i in range(steps)]
             for method in ("euler", "ab2", "dpmpp_2m"):
@@ -276,7 +310,7 @@ class Table:
         """A student at every number of steps."""
         for steps in STEPS:
             entry = Entry(name, "full", "none", "all", tuple(range(steps)))
-            self._entry("student", pipe, entry, steps, steps)
+            self._entry("student", pipe, entry, steps, steps * branches(pipe))
 
     def forecasts(self, pipe: Any, root: Path) -> None:
         """Everything that forecasts on 20 steps of the student, on the same anchors."""
@@ -284,6 +318,7 @@ class Table:
         full = Entry("student_full", "full", "none", "all", tuple(range(STUDENT_STEPS)))
         self.reference["student_20"] = self._run(pipe, full, STUDENT_STEPS)
         for budget, anchors in LISTS.items():
+            spent = budget * branches(pipe)
             entries = [
                 Entry("reuse", "formula", "hidden", "published", anchors, Reuse()),
                 Entry("taylor_1", "formula", "hidden", "published", anchors, Taylor(1)),
@@ -297,9 +332,9 @@ class Table:
                         Entry(method, "learned", "hidden", "published", anchors, predictor)
                     )
             for entry in entries:
-                self._entry("student", pipe, entry, STUDENT_STEPS, budget, (), "student_20")
+                self._entry("student", pipe, entry, STUDENT_STEPS, spent, (), "student_20")
             plain = Entry("student", "full", "none", "all", tuple(range(budget)))
-            self._entry("student", pipe, plain, budget, budget, (), "student_20")
+            self._entry("student", pipe, plain, budget, spent, (), "student_20")
 
     def _entry(
         self,
@@ -388,6 +423,11 @@ class Table:
         meta = asdict(collect_meta("python benchmarks/disca.py bench", seeds))
         path.with_suffix(".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         print(f"wrote {path}")
+
+
+def branches(pipe: Any) -> int:
+    """Evaluations of a student's step."""
+    return 1 if pipe.conditioner.takes_guidance else 2
 
 
 def first(samples: Samples, count: int) -> Samples:
