@@ -136,7 +136,7 @@ def test_pairs_ask_the_teacher_for_its_guided_velocity(teacher):
 
 
 def test_a_student_of_two_branches_starts_at_the_guided_teacher(teacher, drawn):
-    module = module_for(teacher, embed_guidance=False)
+    module = module_for(teacher, embed_guidance=False, band_limit=None)
     batch = batch_of(drawn, teacher)
     points = module.points(batch)
     expected = guided_velocity(
