@@ -72,7 +72,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Config and changes by the method's name in the table."""
 
 
-def record(num_trajectories: int = 256, num_threads: int = 1, out: str = str(ROOT)) -> None:
+def record(num_trajectories: int = 192, num_threads: int = 1, out: str = str(ROOT)) -> None:
     """Record the student's 20 steps with features, and the teacher's 50 for L2P at 4 and 5.
 
     Args:

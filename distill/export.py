@@ -26,10 +26,9 @@ tags:
 
 # Few-step student of {teacher}
 
-A `{host}` distilled to average velocities: x_r = x_t - (t - r) u(x_t, r, t), with guidance
-embedded, so a step is one network evaluation. It draws in {fewest} steps or more; longer intervals
-than R = {max_interval:g} were not trained and are refused. Guidance scales from {min_guidance} to
-{max_guidance}.
+A `{host}` distilled to average velocities: x_r = x_t - (t - r) u(x_t, r, t). {branches}
+It draws in {fewest} steps or more; longer intervals than R = {max_interval:g} were not trained and
+are refused, and so are guidance scales outside of {min_guidance} to {max_guidance}.
 
 ```python
 import torch
@@ -115,7 +114,10 @@ def _card(
     batch = facts["data"].get("init_args", {}).get("batch_size", "?")
     told = f"{facts['updates']} updates of {batch} runs in {facts['minutes']} minutes"
     start = settings.get("start")
+    embedded = "Guidance is embedded: a step is one network evaluation."
+    kept = "Both guidance branches are kept: a step is two network evaluations."
     return CARD.format(
+        branches=embedded if conditioner.takes_guidance else kept,
         teacher=settings["pipeline"],
         host=type(pipe.transformer).__name__,
         fewest=-int(-1 / longest // 1),
