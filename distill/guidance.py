@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..integration.average_velocity import time_facts
 from ..integration.proof import output_tensor
+from ..integration.time_facts import time_facts
 
 
 @dataclass(frozen=True)

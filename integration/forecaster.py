@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..checkpoints.spec import PredictorSpec, check_run
 from ..predictors.base import History, Predictor, Step
+from .controller import Controller
 from .schedule import check_anchors
-from .session import Controller
 
 
 class Forecaster(Controller):

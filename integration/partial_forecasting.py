@@ -17,12 +17,13 @@ from ..checkpoints.spec import PredictorMismatch, PredictorSpec
 from ..predictors.base import History, LinearPredictor, Predictor, Step
 from ..predictors.polynomial import Reuse
 from ..predictors.tokens import TokenPolicy
+from .controller import Controller
 from .forecaster import Forecaster
 from .forecasting import Run, checked_forecaster
 from .host import transformer_of
 from .partial import PartialTrunk, Pick
 from .report import Report
-from .session import Controller, Session
+from .session import Session
 
 
 class PartialForecaster(Controller):

@@ -17,72 +17,14 @@ from torch import Tensor, nn
 
 from ..predictors.base import Step
 from .adaptive import take_rows
-from .average_velocity import modulations
 from .clock import Clock
+from .controller import Controller
 from .gate import FirstLook, LastBlock
 from .hook import LAST_BLOCK, TrunkSkipper, capturing, install, own, remove
 from .host import Trunk, UnsupportedHost
 from .proof import Call, check_rows, output_tensor, prove
 from .report import Report
-
-
-class Controller:
-    """What a session asks for decisions; `Forecaster` and `Recorder` are the two there are.
-
-    Attributes:
-        taps: the taps to capture at anchors.
-        probe: what to look at in the first block where `action` says `look`; None for nothing.
-        needs: `Step` fields that forecasts need and that exist only inside the forward: `tokens`,
-            `modulation`.
-    """
-
-    taps: frozenset[str] = frozenset()
-    needs: frozenset[str] = frozenset()
-    probe: str | None = None
-
-    def open(self, sigmas: list[float]) -> None:
-        """A new run starts on this grid of sigmas; forget the last one."""
-
-    def is_anchor(self, step: Step) -> bool:
-        """Whether the network runs at this step."""
-        return True
-
-    def action(self, step: Step) -> str:
-        """What to do at this call: `anchor`, `forecast`, `look` (first block) or `check` (last)."""
-        return "anchor" if self.is_anchor(step) else "forecast"
-
-    def judge(self, step: Step, statistic: Tensor) -> bool:
-        """Whether the network runs at this step, given the first block's statistic."""
-        raise NotImplementedError
-
-    def check_inputs(self, key: str, step: Step) -> list[Tensor]:
-        """Forecasts of what enters the last block, one per stream."""
-        raise NotImplementedError
-
-    def check(self, key: str, step: Step, computed: Tensor) -> Tensor:
-        """What enters the head, given what the last block made of its forecast input."""
-        raise NotImplementedError
-
-    def rejected(self, step: Step) -> list[int]:
-        """Samples whose forecast at this step was refused and which must be computed."""
-        return []
-
-    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """The taps of a call at an anchor, once the number of its branches is known."""
-
-    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
-        """The tap to put back (`output`, `hidden` or `residual`) and its forecast."""
-        raise NotImplementedError
-
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """A step is over: the guided prediction `v` took the latents from `before` to `after`."""
-
-    def state_bytes(self) -> int:
-        """Bytes of cached features."""
-        return 0
-
-    def finish(self, report: Report) -> None:
-        """The run is over; add to its report what only the controller knows."""
+from .time_facts import modulations
 
 
 class Session:

@@ -14,8 +14,9 @@ from diffusers import (
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .average_velocity import Conditioning, IntervalConditioner, time_facts
+from .average_velocity import Conditioning, IntervalConditioner
 from .pixel_pipeline import PixelDiTPipeline
+from .time_facts import time_facts
 
 
 class StudentPipeline(PixelDiTPipeline):

@@ -15,14 +15,12 @@ from foreseer.integration.average_velocity import (
     Conditioning,
     IntervalConditioner,
     conditioner_for,
-    modulation_places,
-    modulation_width,
-    modulations,
 )
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host import UnsupportedHost, host_fingerprint
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.integration.solvers import sampling_with, solver_scheduler
+from foreseer.integration.time_facts import modulation_places, modulation_width, modulations
 from foreseer.predictors.polynomial import Reuse
 
 BATCH = 3

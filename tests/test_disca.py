@@ -15,10 +15,10 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.polynomial import Reuse
 from foreseer.training import disca
-from foreseer.training.disca import DiscaModule, draw_anchors, velocity_error
+from foreseer.training.disca import DiscaModule
 from foreseer.training.disca_gan import Adversary, Seen
 from foreseer.training.export import export_command
-from foreseer.training.replayed_runs import replayed
+from foreseer.training.replayed_runs import draw_anchors, replayed, velocity_error
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..checkpoints.spec import PredictorSpec
-from ..integration.average_velocity import modulation_width
 from ..integration.pipelines import load_pipeline
 from ..integration.schedule import check_anchors
+from ..integration.time_facts import modulation_width
 from ..predictors.neural import DiscaPredictor
 from .disca_gan import Adversary
 from .frozen_runs import final_latents
@@ -27,7 +27,7 @@ from .l2p import spec_of
 from .lesa_rates import rate_factor
 from .lesa_samples import open_features
 from .measure import References, generate, item_of, log_error
-from .replayed_runs import Forced, replayed
+from .replayed_runs import Forced, draw_anchors, replayed, velocity_error
 
 PHASES = ("mse", "gan", "closed")
 
@@ -270,31 +270,6 @@ class DiscaModule(lightning.LightningModule):
     def _optimizer(self, number: int) -> Any:
         found: Any = self.optimizers()
         return found[number] if isinstance(found, list) else found
-
-
-def velocity_error(forced: Sequence[Forced]) -> Float[Tensor, ""]:
-    """Mean squared error of the outputs the forecasts lead to."""
-    return torch.stack([(each.forecast - each.target).square().mean() for each in forced]).mean()
-
-
-def draw_anchors(sigmas: Sequence[float], max_gap: float, source: random.Random) -> list[int]:
-    """A random list of anchors that starts with 0 and leaves no step further than `max_gap`.
-
-    Args:
-        sigmas: flow time of every step.
-        max_gap: longest distance in sigma from a step to the anchor before it.
-        source: source of randomness.
-    """
-    anchors = [0]
-    while anchors[-1] < len(sigmas) - 1:
-        last = anchors[-1]
-        reach = [
-            step
-            for step in range(last + 1, len(sigmas))
-            if sigmas[last] - sigmas[step - 1] <= max_gap + 1e-6
-        ]
-        anchors.append(source.choice(reach))
-    return anchors
 
 
 def _width(recording: Any, tap: str) -> int:

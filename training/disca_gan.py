@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..integration.average_velocity import time_facts
 from ..integration.host import stream_of
+from ..integration.time_facts import time_facts
 from .replayed_runs import Forced
 
 DEPTHS = (1 / 6, 1 / 3, 1 / 2)

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..integration.controller import Controller
 from ..integration.host import transformer_of
-from ..integration.session import Controller, Session
+from ..integration.session import Session
 from ..predictors.base import Step, combine
 from ..trajectories.prompts import Item, generate_batch
 from .tracking import whitening

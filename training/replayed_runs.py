@@ -6,6 +6,7 @@ the pipeline's own, so nothing here knows a host.
 Shapes: B batch, S sampling steps.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,3 +159,28 @@ def check_repeated(computed: Tensor, recorded: Tensor) -> None:
             f"the pipeline's first output differs from the recorded one by {gap:.1e} (relative), "
             "expected the recorded pipeline and settings; record it again."
         )
+
+
+def velocity_error(forced: Sequence[Forced]) -> Float[Tensor, ""]:
+    """Mean squared error of the outputs the forecasts lead to."""
+    return torch.stack([(each.forecast - each.target).square().mean() for each in forced]).mean()
+
+
+def draw_anchors(sigmas: Sequence[float], max_gap: float, source: random.Random) -> list[int]:
+    """A random list of anchors that starts with 0 and leaves no step further than `max_gap`.
+
+    Args:
+        sigmas: flow time of every step.
+        max_gap: longest distance in sigma from a step to the anchor before it.
+        source: source of randomness.
+    """
+    anchors = [0]
+    while anchors[-1] < len(sigmas) - 1:
+        last = anchors[-1]
+        reach = [
+            step
+            for step in range(last + 1, len(sigmas))
+            if sigmas[last] - sigmas[step - 1] <= max_gap + 1e-6
+        ]
+        anchors.append(source.choice(reach))
+    return anchors

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from ..integration.controller import Controller
 from ..integration.host import transformer_of
 from ..integration.sampler import SamplerMap, pristine, probe
-from ..integration.session import Controller, Session
+from ..integration.session import Session
 from ..predictors.base import Step
 from ..trajectories.prompts import Item, generate_batch
 

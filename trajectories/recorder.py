@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..integration.controller import Controller
 from ..integration.host import host_fingerprint, transformer_of
-from ..integration.session import Controller, Session
+from ..integration.session import Session
 from ..predictors.base import Step
 from ..predictors.partition import Partition
 from .gram import gram, part_grams
