@@ -90,7 +90,7 @@ def _facts(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """What a run folder tells about its training."""
     recipe = path.parent / "config.yaml"
     config = yaml.safe_load(recipe.read_text()) if recipe.exists() else {}
-    clock = next(
+    clock: dict[str, Any] = next(
         (value for key, value in state.get("callbacks", {}).items() if "ClockCosine" in key), {}
     )
     return {

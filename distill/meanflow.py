@@ -147,7 +147,7 @@ def exact_derivative(
     primals = (x_t.contiguous(), r.contiguous(), t.contiguous())
     tangents = (v.contiguous(), torch.zeros_like(r), torch.ones_like(t))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, change = torch.func.jvp(u, primals, tangents)
+        change: Tensor = torch.func.jvp(u, primals, tangents)[1]
     return change.detach()
 
 

@@ -175,7 +175,8 @@ class DistillModule(lightning.LightningModule):
         """
         if isinstance(batch, Mapping):
             return self._on_runs(batch, share, generator)
-        return self._on_pairs(*batch, share, generator)
+        x_0, labels = batch
+        return self._on_pairs(x_0, labels, share, generator)
 
     def _on_runs(
         self, batch: Mapping[str, Tensor], share: float, generator: torch.Generator | None

@@ -4,6 +4,7 @@ Shapes: B batch.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -97,7 +98,8 @@ def train_on(flow: Mixture, recipe: Recipe, seed: int = 0) -> PlaneStudent:
             optimizer.step()
             schedule.step()
             average.update_parameters(student)
-    return average.module
+    trained: Any = average.module
+    return trained
 
 
 def draw_points(flow: Mixture, recipe: Recipe) -> Points:

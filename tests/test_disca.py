@@ -109,6 +109,8 @@ def test_a_replay_of_another_pipeline_is_refused(host):
         replayed(HOSTS[host[0]](), Reuse(), "hidden", [0], items, hidden, outputs + 1, **SETTINGS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["student"], indirect=True)
 def test_a_predictor_can_learn_its_batch_by_heart(host, loads_host):
     module = module_for(host[1])
     batch = batch_of(host[1])

@@ -257,7 +257,7 @@ def test_replayed_runs_are_the_runs_that_moved_rows_really_make(recording, tap):
         predictor = L2P(STEPS, ANCHORS, 2)
         predictor.weight.copy_(moved)
         batch = references.batches[0]
-        return generate(pipe, predictor, tap, batch, **CALL).flatten(1).double()
+        return generate(pipe, predictor, tap, batch, predictor.anchors, **CALL).flatten(1).double()
 
     base = run(rows)
     error = base - references.finals.flatten(1).double()

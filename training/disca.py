@@ -103,7 +103,7 @@ class DiscaModule(lightning.LightningModule):
         self.discriminator_rate = discriminator_rate
         self.gradient_clip = gradient_clip
         width = _width(self.recording, self.tap)
-        arguments = {
+        arguments: dict[str, Any] = {
             "width": width,
             "modulation_width": modulation_width(self.pipe.transformer),
             "num_heads": num_heads,
@@ -117,12 +117,19 @@ class DiscaModule(lightning.LightningModule):
         self.adversary = Adversary(self.pipe, width) if gan_epochs else None
         told = {"recording": recording, "anchors": list(anchors), "tap": self.tap}
         self.save_hyperparameters(told | {"fit": self.fit_name, "arguments": arguments})
+        self._add_measures()
+        self.errors: list[Tensor] = []
+
+    def _add_measures(self) -> None:
+        """Buffers of what is measured, which the checkpoint keeps."""
         self.num_trajectories: Tensor
+        self.fit_seconds: Tensor
+        self.start_error: Tensor
+        self.val_error: Tensor
         self.register_buffer("num_trajectories", torch.tensor(0))
         for name in ("fit_seconds", "start_error", "val_error"):
             start = 0.0 if name == "fit_seconds" else math.inf
             self.register_buffer(name, torch.tensor(start, dtype=torch.float64))
-        self.errors: list[Tensor] = []
 
     def spec(self) -> PredictorSpec:
         """What the predictor was fitted on."""
