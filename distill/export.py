@@ -75,6 +75,7 @@ def export_student(
         part.to(getattr(torch, dtype)).eval()
     student = StudentPipeline(pipe.transformer, conditioner, pipe.scheduler)
     student.save_pretrained(folder, safe_serialization=True)
+    _forget_origin(folder / "transformer" / "config.json")
     size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
     if size > MAX_WEIGHT_BYTES:
         raise ValueError(
@@ -84,6 +85,13 @@ def export_student(
     facts = _facts(path, state)
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "README.md").write_text(_card(settings, conditioner, facts, pipe, measured))
+
+
+def _forget_origin(config: Path) -> None:
+    """Take out where the teacher was loaded from: a path of one machine."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _facts(path: Path, state: dict[str, Any]) -> dict[str, Any]:

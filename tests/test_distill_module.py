@@ -224,6 +224,8 @@ def test_a_stage_trains_resumes_starts_the_next_and_exports(teacher, drawn, tmp_
         output_type="latent",
     ).images
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert str(tmp_path) not in (tmp_path / "out" / "transformer" / "config.json").read_text()
+    assert str(teacher) not in (tmp_path / "out" / "transformer" / "config.json").read_text()
     assert "average velocit" in (tmp_path / "out" / "README.md").read_text()
 
 
