@@ -125,10 +125,6 @@ class DistillModule(lightning.LightningModule):
 
         return u
 
-    def on_fit_start(self) -> None:
-        """Keep dropout off: both passes of a target must see the same network."""
-        self.transformer.eval()
-
     def training_step(self, batch: Any, batch_idx: int) -> Float[Tensor, ""]:
         """The loss at random points of the batch.
 
@@ -136,7 +132,7 @@ class DistillModule(lightning.LightningModule):
             batch: recorded runs, or `[x_0, labels]`.
             batch_idx: not used.
         """
-        self.transformer.eval()
+        self.transformer.eval()  # no dropout: both passes of a target must see one network
         share = _ramp(self.global_step, self.interval_warmup)
         weight = _ramp(self.global_step, self.tangent_warmup)
         loss, error = self.loss(self.points(batch, share), weight)
@@ -242,20 +238,22 @@ class DistillModule(lightning.LightningModule):
         return Points(x_t, r, t, teacher(x_t, t), conditions, scale, None, teacher)
 
     @torch.no_grad()
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log the PSNR of few-step samples against the recorded runs' ends, and the loss.
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the error at fixed points, and on runs the PSNR of few-step samples to their ends.
 
         Args:
-            batch: recorded runs.
-            batch_idx: seed of the times.
+            batch: recorded runs, or `[x_0, labels]`.
+            batch_idx: seed of the points.
         """
+        points = self.points(batch, generator=torch.Generator().manual_seed(batch_idx))
+        self.log("val/error", self.loss(points)[1])
+        if not isinstance(batch, Mapping):
+            return
         runs = runs_of(batch)
         u = self.average_velocity(self.conditions_of(batch), batch.get("guidance_scale"))
         sample = few_steps(u, runs.eps, self.num_validation_steps)
         end = runs.at(torch.zeros(len(runs.eps), device=runs.eps.device))
         self.log("val/psnr_db", psnr_db(sample, end).mean(), prog_bar=True)
-        points = self.points(batch, generator=torch.Generator().manual_seed(batch_idx))
-        self.log("val/error", self.loss(points)[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW without weight decay; the rate follows `ClockCosine`."""
@@ -271,7 +269,7 @@ def conditioner_of(transformer: Any, settings: Mapping[str, Any]) -> IntervalCon
         settings["max_interval"],
         settings["min_guidance"],
         settings["max_guidance"],
-        settings.get("embed_guidance", True),
+        settings["embed_guidance"],
         settings["band_limit"],
     )
 

@@ -160,6 +160,15 @@ def test_fresh_points_lie_between_the_runs_ends_and_new_noise(teacher, drawn):
     assert torch.equal(ChordTarget()(student_of(module, batch), fresh), expected)
 
 
+def test_pairs_train_in_a_trainer(teacher):
+    module = module_for(teacher, "exact")
+    pairs = torch.utils.data.TensorDataset(torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0]))
+    loader = DataLoader(pairs, 2)
+    trainer = lightning.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
+    trainer.fit(module, loader, loader)
+    assert trainer.global_step == 2 and trainer.callback_metrics["val/error"].isfinite()
+
+
 def test_an_adaptive_weight_hides_the_size_of_the_error(teacher, drawn):
     module = module_for(teacher, adaptive_power=1.0)
     loss, error = module.loss(module.points(batch_of(drawn, teacher)))
