@@ -166,10 +166,20 @@ class Conditioning:
 
     @contextlib.contextmanager
     def at(
-        self, interval: Float[Tensor, " B"], guidance_scale: Float[Tensor, " B"] | None = None
+        self,
+        interval: Float[Tensor, " B"],
+        guidance_scale: Float[Tensor, " B"] | None = None,
+        same: bool = False,
     ) -> Iterator[None]:
-        """Inside, calls of the transformer are for this interval and guidance scale."""
-        self.added = self.conditioner(interval, guidance_scale)
+        """Inside, calls of the transformer are for this interval and guidance scale.
+
+        Args:
+            interval: of every sample.
+            guidance_scale: of every sample, where one is embedded.
+            same: both are the same for all samples, so that calls may be of any batch size.
+        """
+        added = self.conditioner(interval, guidance_scale)
+        self.added = added[:1] if same else added
         try:
             yield
         finally:

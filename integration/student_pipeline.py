@@ -104,7 +104,7 @@ class StudentPipeline(PixelDiTPipeline):
             null = torch.full_like(classes, self.transformer.config.num_embeds_ada_norm)
             x_t, classes = torch.cat([x_t, x_t]), torch.cat([classes, null])
         timestep = time_facts(self.transformer).time_scale * t
-        with self.conditioning.at((t - r).expand(len(x_t)), embedded):
+        with self.conditioning.at((t - r).expand(len(x_t)), embedded, same=True):
             u = self.transformer(
                 x_t,
                 timestep=timestep.expand(len(x_t)),

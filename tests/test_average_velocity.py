@@ -11,6 +11,7 @@ from torch import nn
 
 from foreseer.distill.guidance import velocity
 from foreseer.distill.meanflow import difference, exact_derivative
+from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.average_velocity import (
     Conditioning,
     IntervalConditioner,
@@ -21,7 +22,7 @@ from foreseer.integration.host import UnsupportedHost, host_fingerprint
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.integration.solvers import sampling_with, solver_scheduler
 from foreseer.integration.time_facts import modulation_places, modulation_width, modulations
-from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.polynomial import Reuse, Taylor
 
 BATCH = 3
 
@@ -254,3 +255,23 @@ def test_forecasting_works_on_a_student_and_detaches():
         assert not torch.equal(draw(pipe), full)
     assert run.report().anchors == [0, 2, 4, 6]
     assert torch.equal(draw(pipe), full)
+
+
+SCHEDULES = {
+    "speca": lambda: SpeCa(0.02),
+    "teacache": lambda: TeaCache(0.05),
+    "first_block": lambda: FirstBlock(0.05),
+}
+
+
+@pytest.mark.parametrize("embed_guidance", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_that_decide_work_on_a_student(name, embed_guidance):
+    """SpeCa computes single rows of a batch, so what is added must fit any number of rows."""
+    pipe = student_pipeline(embed_guidance)
+    full = draw(pipe)
+    with forecasting(pipe, Taylor(1), tap="hidden", schedule=SCHEDULES[name]()) as run:
+        assert draw(pipe).isfinite().all()
+    assert run.report().anchors[0] == 0
+    with forecasting(pipe, Taylor(1), anchors=range(8), tap="hidden", schedule=SCHEDULES[name]()):
+        torch.testing.assert_close(draw(pipe), full)
