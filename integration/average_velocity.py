@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .host import UnsupportedHost
+from .host import CONDITIONER, UnsupportedHost
 from .time_facts import modulation_places, modulation_width, wave_places
 
 NUM_FREQUENCIES = 32
@@ -145,6 +145,7 @@ class Conditioning:
 
     Raises:
         UnsupportedHost: the host's class is not known, or has another number of places.
+        ValueError: the host has a conditioner already.
     """
 
     def __init__(self, transformer: nn.Module, conditioner: IntervalConditioner) -> None:
@@ -154,6 +155,10 @@ class Conditioning:
                 f"{type(transformer).__name__} makes its modulation vector at {len(places)} "
                 f"places, the conditioner is for {conditioner.config.num_places}."
             )
+        if getattr(transformer, CONDITIONER, None) is not None:
+            raise ValueError("this transformer has a conditioner already; detach it first.")
+        object.__setattr__(transformer, CONDITIONER, conditioner)  # no submodule of the host
+        self.transformer = transformer
         self.conditioner = conditioner
         self.added: Tensor | None = None
         self.handles = [
@@ -187,6 +192,7 @@ class Conditioning:
 
     def detach(self) -> None:
         """Take the hooks off."""
+        object.__delattr__(self.transformer, CONDITIONER)
         for handle in self.handles:
             handle.remove()
 

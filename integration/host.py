@@ -181,17 +181,26 @@ def transformer_of(pipe: Any) -> nn.Module:
     return transformer
 
 
+CONDITIONER = "_foreseer_conditioner"
+"""Attribute, outside of a transformer's own state, under which its conditioner is found."""
+
+
 def host_fingerprint(transformer: nn.Module) -> dict[str, Any]:
     """What a predictor was fitted on: class, sizes that matter, and digests of config and weights.
 
     The weight digest is taken over each parameter's shape and a sample of up to 64 of its values,
-    so it is quick on any size of model and changes with a LoRA that is fused in.
+    so it is quick on any size of model and changes with a LoRA that is fused in. A student's
+    conditioner counts as part of its transformer.
     """
     host: Any = transformer
     config = {k: v for k, v in dict(host.config).items() if not k.startswith("_")}
     text = json.dumps(config, sort_keys=True, default=str)
     digest = hashlib.sha256()
-    for name, parameter in sorted(transformer.named_parameters()):
+    parameters = sorted(transformer.named_parameters())
+    conditioner = getattr(transformer, CONDITIONER, None)
+    if conditioner is not None:
+        parameters += [(f"conditioner.{n}", p) for n, p in sorted(conditioner.named_parameters())]
+    for name, parameter in parameters:
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

@@ -236,6 +236,21 @@ def test_a_student_is_saved_and_loaded(tmp_path):
     assert type(again.transformer) is type(tiny_dit())
 
 
+def test_the_conditioner_is_part_of_the_fingerprint_and_there_is_one():
+    pipe = student_pipeline()
+    before = host_fingerprint(pipe.transformer)
+    names = [name for name, _ in pipe.transformer.named_modules()]
+    assert not any("conditioner" in name for name in names)
+    with torch.no_grad():
+        pipe.conditioner.outer.weight[0] += 1.0
+    assert host_fingerprint(pipe.transformer) != before
+    with pytest.raises(ValueError, match="already"):
+        Conditioning(pipe.transformer, pipe.conditioner)
+    pipe.conditioning.detach()
+    assert host_fingerprint(pipe.transformer) == host_fingerprint(tiny_dit())
+    Conditioning(pipe.transformer, pipe.conditioner)
+
+
 def test_a_deep_copy_has_a_conditioner_of_its_own():
     pipe = student_pipeline()
     before = draw(pipe)
