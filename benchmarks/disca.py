@@ -8,7 +8,7 @@ A step with two guidance branches is two evaluations, one with an embedded scale
 is compared with the guided teacher's 50 steps (100 evaluations) on the same held-out (label, seed)
 pairs, and what forecasts on the student also with the student's own 20 steps. Every stage resumes.
 Writes benchmarks/results/disca.json: rows of `foreseer bench` with `num_network_evaluations`,
-`host`, `reference`, `class_accuracy` and `speedup_measured`.
+`host`, `reference`, `class_accuracy` and `speedup_measured`; FLOPs are not counted here.
 """
 
 import functools
@@ -32,6 +32,7 @@ from foreseer.integration.bench_meta import collect_meta
 from foreseer.integration.flops import first_call, step_flops
 from foreseer.integration.host import transformer_of
 from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.report_rows import to_record
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.polynomial import Reuse, Taylor
 from foreseer.training.bench_plan import Entry
@@ -61,12 +62,10 @@ LISTS = {
 }
 """Anchors of 20 steps by number of evaluations (arXiv 2602.05449)."""
 SHORT = {4: (0, 8, 20, 34), 5: (0, 6, 16, 27, 39)}
-"""Anchors of 50 steps at which L2P is fitted on the teacher, besides those that are bundled."""
+"""Anchors of 50 steps, picked by hand, at which L2P is fitted on the teacher."""
 BUNDLED = (6, 8, 11)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "disca": ("disca", {}),
-    "disca_open_loop": ("disca", {"closed_epochs": 0}),
-    "disca_wide": ("disca", {"width_mult": 1.0}),
     "disca_published": ("disca_published", {}),
 }
 """Config and changes by the method's name in the table."""
@@ -313,7 +312,8 @@ class Table:
                 folder = str(self.path.parent / "predictors" / "l2p_closed_loop" / str(budget))
             predictor = load_predictor(folder)
             anchors = predictor.spec.anchors
-            entry = Entry("l2p_closed_loop", "learned", "hidden", "searched", anchors, predictor)
+            named = "given" if budget in SHORT else "searched"
+            entry = Entry("l2p_closed_loop", "learned", "hidden", named, anchors, predictor)
             self._entry("teacher", pipe, entry, 50, 2 * len(anchors))
 
     def student(self, name: str, pipe: Any) -> None:
@@ -390,7 +390,7 @@ class Table:
         near = first(samples, self.num_samples)
         row = score(entry, near, first(self.reference[reference], self.num_samples), cost, GUIDANCE)
         per_image = self.reference["teacher_50"].seconds
-        told = asdict(replace(row, flops_ratio=None)) | {
+        told = to_record(replace(row, flops_ratio=None)) | {
             "host": host,
             "reference": reference,
             "num_network_evaluations": evaluations,
@@ -398,8 +398,6 @@ class Table:
             "num_judged": len(samples.images),
             "speedup_measured": per_image / samples.seconds,
         }
-        if told["psnr_db"] == float("inf"):
-            told |= dict.fromkeys([k for k in told if k.startswith("psnr")])
         self.rows[key] = told
         with self.path.open("a") as file:
             file.write(json.dumps({"key": key, **told}) + "\n")

@@ -32,7 +32,7 @@ class IntervalConditioner(ModelMixin, ConfigMixin):
 
     k_m += W_m silu(W [phi(t - r), phi((g - g_0) / (g_1 - g_0))] + b) + b_m, with phi sines and
     cosines of modest frequencies and W_m, b_m zero at the start. The interval enters, not r itself:
-    at t = r the student is then the same for every t (docs/decisions.md).
+    what is added at t = r then does not depend on t (docs/decisions.md).
 
     Args:
         width: width of the host's modulation vector.

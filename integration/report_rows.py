@@ -9,7 +9,7 @@ from typing import Any
 
 KINDS = ("solver", "formula", "learned", "full")
 TAPS = ("output", "hidden", "none")
-ANCHOR_NAMES = ("uniform", "published", "warped", "searched", "all")
+ANCHOR_NAMES = ("uniform", "published", "warped", "searched", "given", "all")
 INFINITE_KEY = "infinite"  # JSON has no inf: it is written as null and its key is named here
 
 
@@ -21,7 +21,8 @@ class BenchRow:
         method: name of the solver or predictor.
         kind: `solver` (few-step sampler), `formula` (untrained forecast), `learned` or `full`.
         tap: tensor that is forecast; `none` where nothing is.
-        anchors_name: where the anchor list comes from; `all` is every step.
+        anchors_name: where the anchor list comes from; `given` was picked by hand, `all` is every
+            step.
         anchors: step indices at which the network runs, ascending, separated by spaces.
         num_anchors: length of `anchors`, the number of network evaluations.
         guidance_scale: classifier-free guidance strength.
