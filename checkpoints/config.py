@@ -102,12 +102,17 @@ def decode_config(text: str | bytes, where: str) -> Config:
     _check_keys(values, {field.name for field in fields(Config)}, where)
     _check_values(values, CONFIG_RULES, where)
     spec = values["spec"]
+    spec = LATER_FIELDS | spec
     _check_keys(spec, {field.name for field in fields(PredictorSpec)}, f"{where}, spec")
     _check_values(spec, SPEC_RULES, f"{where}, spec")
     spec = spec | {
         "anchors": tuple(spec["anchors"]),
         "sigmas": tuple(float(sigma) for sigma in spec["sigmas"]),
         "metrics": {name: float(value) for name, value in spec["metrics"].items()},
+        "guidance": {name: float(value) for name, value in spec["guidance"].items()},
+        "latent_shapes": tuple(map(tuple, spec["latent_shapes"])),
+        "branch_steps": tuple(spec["branch_steps"]),
+        "expert_steps": tuple(spec["expert_steps"]),
     }
     config = Config(**values | {"spec": PredictorSpec(**spec)})
     _check_agreement(config, where)
@@ -205,4 +210,21 @@ SPEC_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recording_digest": (lambda v: isinstance(v, str), "a string"),
     "num_trajectories": (lambda v: _is_int(v) and v >= 0, "a whole number >= 0"),
     "metrics": (lambda v: _is_dict(v, _is_number), "an object of numbers"),
+    "guidance": (lambda v: _is_dict(v, _is_number), "an object of numbers"),
+    "latent_shapes": (
+        lambda v: v == [] or _is_list(v, lambda shape: _is_list(shape, _is_int)),
+        "a list of shapes",
+    ),
+    "branch_steps": (lambda v: v == [] or _is_list(v, _is_int), "a list of numbers of steps"),
+    "expert_steps": (
+        lambda v: _is_list(v, _is_int) and v[0] == 0 and v == sorted(set(v)),
+        "rising steps starting with 0",
+    ),
 }
+LATER_FIELDS: dict[str, Any] = {
+    "guidance": {},
+    "latent_shapes": [],
+    "branch_steps": [],
+    "expert_steps": [0],
+}
+"""What checkpoints of earlier releases, which lack these, stand for."""

@@ -1,6 +1,6 @@
 """What a learned predictor was fitted on, and the checks that keep it off anything else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,12 @@ class PredictorSpec:
         recording_digest: digest of the recording fitted on.
         num_trajectories: trajectories fitted on.
         metrics: measured held-out errors, next to those of the analytic rules.
+        guidance: further numbers of the pipeline call that guide, by argument (`true_cfg_scale`).
+        latent_shapes: shapes of one sample's latents, without batch, that were fitted on: the
+            resolutions and lengths the predictor serves. None of any stands for all.
+        branch_steps: steps each branch lasts, where guidance stops in mid-run; empty where every
+            branch lasts.
+        expert_steps: first step of each transformer of the pipeline, starting with 0.
     """
 
     tap: str
@@ -44,6 +50,44 @@ class PredictorSpec:
     recording_digest: str = ""
     num_trajectories: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    guidance: dict[str, float] = field(default_factory=dict)
+    latent_shapes: tuple[tuple[int, ...], ...] = ()
+    branch_steps: tuple[int, ...] = ()
+    expert_steps: tuple[int, ...] = (0,)
+
+    def check_latents(self, shape: Sequence[int]) -> None:
+        """Raise unless one sample's latents have a shape that was fitted on.
+
+        Args:
+            shape: found, without batch.
+
+        Raises:
+            PredictorMismatch: another resolution or length.
+        """
+        if self.latent_shapes and tuple(shape) not in self.latent_shapes:
+            raise PredictorMismatch(
+                f"the predictor was fitted on latents of {_shapes(self.latent_shapes)}, this run "
+                f"has {'x'.join(map(str, shape))}: another resolution or length. Record and fit at "
+                "this size, or fit one predictor on recordings of several sizes."
+            )
+
+    def check_branches(self, index: int, found: set[int]) -> None:
+        """Raise unless a step has the branches it had in the fit.
+
+        Args:
+            index: the step.
+            found: its branches.
+
+        Raises:
+            PredictorMismatch: a branch is missing or new.
+        """
+        lasting = self.branch_steps or (len(self.sigmas),) * self.num_branches
+        expected = {branch for branch, steps in enumerate(lasting) if index < steps}
+        if found != expected:
+            raise PredictorMismatch(
+                f"the predictor was fitted with {len(expected)} guidance branch(es) at step "
+                f"{index}, this run has {len(found)}; record and fit with this guidance."
+            )
 
     def check_dtype(self, dtype: str) -> None:
         """Raise unless the tap has the dtype of the fit.
@@ -57,12 +101,18 @@ class PredictorSpec:
                 f"the pipeline in {self.dtype} or record and fit in {dtype}."
             )
 
-    def check_guidance(self, num_branches: int, guidance_scale: float | None) -> None:
+    def check_guidance(
+        self,
+        num_branches: int,
+        guidance_scale: float | None,
+        guidance: Mapping[str, float] | None = None,
+    ) -> None:
         """Raise unless a run has the guidance of the fit.
 
         Args:
             num_branches: guidance branches found per step.
             guidance_scale: the pipeline's scale, None where it does not tell.
+            guidance: further numbers of the pipeline call.
 
         Raises:
             PredictorMismatch: another number of branches, or another scale.
@@ -77,6 +127,16 @@ class PredictorSpec:
                 f"the predictor was fitted at guidance_scale {self.guidance_scale:g}, this run has "
                 f"{guidance_scale:g}; record and fit at {guidance_scale:g}."
             )
+        for name, value in (guidance or {}).items():
+            if name in self.guidance and abs(value - self.guidance[name]) > 1e-6:
+                raise PredictorMismatch(
+                    f"the predictor was fitted at {name} {self.guidance[name]:g}, this run has "
+                    f"{value:g}; record and fit at {value:g}."
+                )
+
+
+def _shapes(shapes: Sequence[Sequence[int]]) -> str:
+    return " or ".join("x".join(map(str, shape)) for shape in shapes)
 
 
 def check_host(spec: PredictorSpec, found: dict[str, Any], scheduler: Any) -> None:

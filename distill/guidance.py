@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..integration.proof import output_tensor
+from ..integration.prediction import prediction
 from ..integration.time_facts import time_facts
 
 
@@ -46,7 +46,7 @@ def velocity(
     """
     timestep = time_facts(transformer).time_scale * t
     output = transformer(hidden_states=x_t, timestep=timestep, return_dict=False, **arguments)
-    return output_tensor(output)
+    return prediction(output)
 
 
 def guided(

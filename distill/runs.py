@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..integration.host import host_fingerprint
+from ..integration.fingerprint import host_fingerprint
 from ..integration.pipelines import load_pipeline
 from ..trajectories.sampler import ResumableLoader
 from ..trajectories.shards import write_shard

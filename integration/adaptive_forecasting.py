@@ -148,6 +148,10 @@ class VerifiedForecaster(Forecaster):
                 check_shape(histories[i], mine, tap, step)
                 histories[i].push(step, mine)
 
+    def knows(self, key: str) -> bool:
+        """Whether the call has an anchor."""
+        return (key, "hidden") in self.sample_histories
+
     def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
         """The forecast of what enters the head."""
         return "hidden", self._forecast(key, "hidden", step)
@@ -181,11 +185,7 @@ class VerifiedForecaster(Forecaster):
 
     def _forecast(self, key: str, tap: str, step: Step) -> Tensor:
         """One forecast per group of samples with the same anchors, put together again."""
-        if (key, tap) not in self.sample_histories:
-            raise ValueError(
-                f"call {key} of step {step.index} has no anchor before it: the number of network "
-                "calls per step grew within the run."
-            )
+        self.branches.update(step.branches)
         histories = self.sample_histories[key, tap]
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, history in enumerate(histories):

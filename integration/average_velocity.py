@@ -20,7 +20,8 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .host import CONDITIONER, UnsupportedHost
+from .fingerprint import CONDITIONER
+from .host import UnsupportedHost
 from .time_facts import modulation_places, modulation_width, wave_places
 
 NUM_FREQUENCIES = 32

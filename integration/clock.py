@@ -4,6 +4,7 @@ Convention: sigma runs 1 to 0, x_t = (1 - sigma) x_0 + sigma eps, v = eps - x_0.
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -88,12 +89,17 @@ class Clock:
     @property
     def index(self) -> int:
         """The step now being evaluated, counted in the scheduler's own list of steps."""
-        begin = getattr(self.scheduler, "begin_index", None) or 0
-        return begin + self.steps_done
+        return self.begin + self.steps_done
+
+    @property
+    def begin(self) -> int:
+        """The first step that is evaluated; image-to-image leaves out those before it."""
+        return getattr(self.scheduler, "begin_index", None) or 0
 
     def _wrap(self) -> None:
         scheduler = self.scheduler
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
+        parameters = step_signature(scheduler)
 
         def opening(*args: Any, **kwargs: Any) -> Any:
             result = set_timesteps(*args, **kwargs)
@@ -102,15 +108,14 @@ class Clock:
             self.on_open(self.sigmas)
             return result
 
-        def closing(
-            model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
+        def closing(*args: Any, **kwargs: Any) -> Any:
+            given = parameters.bind(scheduler, *args, **kwargs).arguments
             index = self.index
             if self.sigmas and self.steps_done == 0:
-                self._check_start(index, float(timestep))
-            result = step(model_output, timestep, sample, *args, **kwargs)
+                self._check_start(index, float(given["timestep"]))
+            result = step(*args, **kwargs)
             self.steps_done += 1
-            self.on_step(index, model_output, sample, step_output(result))
+            self.on_step(index, given["model_output"], given["sample"], step_output(result))
             return result
 
         scheduler.set_timesteps = Watched(set_timesteps, opening)
@@ -130,6 +135,23 @@ class Clock:
         """Give the scheduler its own methods back."""
         for name in ("set_timesteps", "step"):
             self.scheduler.__dict__.pop(name, None)
+
+
+def step_signature(scheduler: Any) -> inspect.Signature:
+    """How a scheduler's `step` takes its arguments, `self` first; a wrapper around it may not say.
+
+    Raises:
+        ValueError: no class it is made of has a `step` that names what it takes.
+    """
+    for owner in type(scheduler).__mro__:
+        if "step" in vars(owner):
+            signature = inspect.signature(vars(owner)["step"])
+            if {"model_output", "timestep", "sample"} <= signature.parameters.keys():
+                return signature
+    raise ValueError(
+        f"{type(scheduler).__name__} has no step(model_output, timestep, sample), by which steps "
+        "are counted."
+    )
 
 
 def step_output(result: Any) -> Tensor:

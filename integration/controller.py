@@ -14,11 +14,14 @@ class Controller:
         probe: what to look at in the first block where `action` says `look`; None for nothing.
         needs: `Step` fields that forecasts need and that exist only inside the forward: `tokens`,
             `modulation`.
+        guidance: how the pipeline call in progress is guided, by the names of its arguments; set
+            before `open`.
     """
 
     taps: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
     probe: str | None = None
+    guidance: dict[str, float] = {}
 
     def open(self, sigmas: list[float]) -> None:
         """A new run starts on this grid of sigmas; forget the last one."""
@@ -49,6 +52,10 @@ class Controller:
 
     def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
         """The taps of a call at an anchor, once the number of its branches is known."""
+
+    def knows(self, key: str) -> bool:
+        """Whether a call can be forecast; one that cannot is computed at every step."""
+        return True
 
     def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
         """The tap to put back (`output`, `hidden` or `residual`) and its forecast."""

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .hook import TrunkSkipper, capturing
 from .host import TrunkTracer
-from .proof import output_tensor
+from .prediction import prediction
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 
@@ -87,7 +87,7 @@ def step_flops(transformer: nn.Module, call: Call, tap: str) -> StepFlops:
     forward = transformer.forward
     full, output = _counted(lambda: forward(*args, **kwargs))
     if tap == "output":
-        return StepFlops(full, 0, output_tensor(output).numel())
+        return StepFlops(full, 0, prediction(output).numel())
     with TrunkTracer(transformer) as tracer:
         forward(*args, **kwargs)
     trunk = tracer.trunk()

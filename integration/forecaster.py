@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.spec import PredictorSpec, check_run
+from ..checkpoints.spec import PredictorSpec, check_host, check_run
 from ..predictors.base import History, Predictor, Step
 from .controller import Controller
+from .fingerprint import host_fingerprint, weights_mark
+from .host import transformers_of
 from .schedule import check_anchors
 
 
@@ -38,18 +40,37 @@ class Forecaster(Controller):
         self.anchors = tuple(anchors)
         self.spec = spec
         self.pipe = pipe
-        self.num_branches = 0
+        self.branches: set[int] = set()  # of the step in progress
         self.guidance_checked = False
         self.histories: dict[str, History] = {}
+        self._mark = self._weights_mark()
 
     def open(self, sigmas: list[float]) -> None:
-        """Forget the last run and check the new one's grid."""
+        """Forget the last run and check the new one's grid and the weights it runs on.
+
+        Raises:
+            PredictorMismatch: another grid, or weights that changed since attaching.
+        """
         self.histories = {}
-        self.num_branches = 0
+        self.branches = set()
         self.guidance_checked = False
         if self.spec is not None:
             check_run(self.spec, self.predictor, sigmas)
+            self._check_weights(self.spec)
         check_anchors(self.anchors, len(sigmas))
+
+    def _weights_mark(self) -> int | None:
+        if self.spec is None or self.pipe is None:
+            return None
+        return weights_mark(*transformers_of(self.pipe).values())
+
+    def _check_weights(self, spec: PredictorSpec) -> None:
+        """Look closer when the weights may have changed: a LoRA loaded after attaching."""
+        mark = self._weights_mark()
+        if mark != self._mark:
+            found = host_fingerprint(*transformers_of(self.pipe).values())
+            check_host(spec, found, self.pipe.scheduler)
+            self._mark = mark
 
     def is_anchor(self, step: Step) -> bool:
         """Whether the step is in the list."""
@@ -77,33 +98,37 @@ class Forecaster(Controller):
         """
         if self.spec is not None:
             self.spec.check_dtype(str(feature.dtype).removeprefix("torch."))
-        self.num_branches = max(self.num_branches, 1 + max(step.branches))
+        self.branches.update(step.branches)
         if not torch.isfinite(feature.sum()):
             raise ValueError(
                 f"the network's {self.tap} at step {step.index} holds NaN or Inf; forecasting "
                 "from it would spread it over the run. Check the model's dtype and inputs."
             )
 
-    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
-        """The predictor's forecast for one call.
+    def knows(self, key: str) -> bool:
+        """Whether the call has an anchor: one that starts in mid-run is computed first."""
+        return key in self.histories
 
-        Raises:
-            ValueError: this call had no anchor before it.
-        """
-        history = self.histories.get(key)
-        if history is None:
-            raise ValueError(
-                f"call {key} of step {step.index} has no anchor before it: the number of network "
-                "calls per step grew within the run."
-            )
+    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
+        """The predictor's forecast for one call that it knows."""
+        history = self.histories[key]
+        self.branches.update(step.branches)
         return self.tap, self.predictor(history, step)
 
     def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Check the guidance once the first step has shown all its branches."""
-        if self.spec is not None and not self.guidance_checked:
-            self.guidance_checked = True
-            scale = getattr(self.pipe, "guidance_scale", None)
-            self.spec.check_guidance(self.num_branches, scale)
+        """Check the guidance now that the step has shown all its branches.
+
+        Raises:
+            PredictorMismatch: a learned predictor meets other branches, another scale or size.
+        """
+        if self.spec is not None:
+            if not self.guidance_checked:
+                scale = getattr(self.pipe, "guidance_scale", None)
+                self.spec.check_guidance(1 + max(self.branches), scale, self.guidance)
+                self.spec.check_latents(tuple(after.shape[1:]))
+                self.guidance_checked = True
+            self.spec.check_branches(step_index, self.branches)
+        self.branches = set()
 
     def state_bytes(self) -> int:
         """Bytes of all histories."""

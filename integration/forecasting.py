@@ -8,8 +8,9 @@ from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, cho
 from ..predictors.base import Predictor
 from .adaptive import ProbeSchedule, Schedule, SpeCa
 from .adaptive_forecasting import ProbedForecaster, VerifiedForecaster
+from .fingerprint import host_fingerprint
 from .forecaster import Forecaster
-from .host import host_fingerprint, transformer_of
+from .host import transformers_of
 from .report import Report
 from .session import Session
 
@@ -55,7 +56,7 @@ def attach(
         ValueError: no anchors are known, or the host has a cache enabled.
     """
     controller = checked_forecaster(pipe, predictor, anchors, tap, schedule)
-    return Run(Session(transformer_of(pipe), pipe.scheduler, controller))
+    return Run(Session(pipe, controller))
 
 
 def checked_forecaster(
@@ -80,7 +81,7 @@ def checked_forecaster(
     """
     spec: PredictorSpec | None = getattr(predictor, "spec", None)
     if spec is not None:
-        check_host(spec, host_fingerprint(transformer_of(pipe)), pipe.scheduler)
+        check_host(spec, host_fingerprint(*transformers_of(pipe).values()), pipe.scheduler)
         if tap is not None and tap != spec.tap:
             raise PredictorMismatch(
                 f"the predictor was fitted on the tap {spec.tap!r}, not {tap!r}; leave `tap` out."

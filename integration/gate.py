@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .hook import block_list, exchanged
+from .hook import block_list, exchanged, own
 from .host import SkippedBlocks, Trunk, UnsupportedHost, first_tensor, stream_of
 
 Enter = Callable[[Tensor], Tensor]  # what enters the head, given what would have
@@ -35,7 +35,9 @@ class FirstLook:
         self.gated = {name: _GatedBlocks(blocks, self) for name, blocks in self.blocks.items()}
         self.first = self.blocks[trunk.block_lists[0]][0]
         self.attention = _attention_of(self.first) if probe == "modulated" else None
+        self.place = trunk.place
         self._shapes: Any = None
+        self.entered: Tensor | None = None  # the stream before the first block of the latest call
 
     def __call__(
         self,
@@ -65,11 +67,13 @@ class FirstLook:
 
     def open_with(self, *args: Any, **kwargs: Any) -> Any:
         """Called in the first block's place."""
+        entered = first_tensor(args, kwargs)
+        self.entered = None if entered is None else own(entered)
         if self.attention is None:
             output = self.first(*args, **kwargs)
-            after, before = stream_of(output), first_tensor(args, kwargs)
-            assert after is not None and before is not None  # the tracer saw both
-            self.stopped = not self.judge((after - before).detach())
+            after = stream_of(output, self.place)
+            assert after is not None and self.entered is not None  # the tracer saw both
+            self.stopped = not self.judge((after - self.entered).detach())
             return output
         self.stopped = not self.judge(_entering_attention(self.first, self.attention, args, kwargs))
         if self.stopped:  # nothing reads it: the head is given the forecast

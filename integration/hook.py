@@ -4,6 +4,7 @@ Nothing here decides anything: `Session` (session.py) says what each call does.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from .host import SkippedBlocks, Trunk, first_tensor, stream_of
+from .host import SeenBlocks, SkippedBlocks, Trunk, first_tensor, stream_of
 
 HOOK_NAME = "foreseer"
+CACHE_MODULES = ("_cache", "pyramid_attention_broadcast")  # of diffusers.hooks
 LAST_BLOCK = "last_block"
 
 
@@ -28,23 +30,61 @@ class RootHook(ModelHook):
         """The routed call."""
         return self.route(self.fn_ref.original_forward, args, kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RootHook":
+        """A copied transformer is its own: nothing is attached to it."""
+        copied = RootHook(as_it_is)
+        memo[id(self)] = copied
+        copied.fn_ref = copy.deepcopy(self.fn_ref, memo)
+        return copied
+
+
+def as_it_is(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The route of a hook that is attached to nothing."""
+    return forward(*args, **kwargs)
+
 
 def install(transformer: nn.Module, route: Callable) -> None:
     """Put the root hook on a transformer.
 
     Raises:
-        ValueError: another foreseer session or a diffusers cache is on it already.
+        ValueError: another foreseer session or another cache is on it already.
     """
-    if getattr(transformer, "_cache_config", None) is not None:
-        raise ValueError(
-            f"{type(transformer).__name__} already has the cache "
-            f"{type(transformer._cache_config).__name__} enabled; call disable_cache() first: two "
-            "caches on one model would forecast each other's forecasts."
-        )
+    refuse_other_caches(transformer)
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    if registry.get_hook(HOOK_NAME) is not None:
+    found = registry.get_hook(HOOK_NAME)
+    if found is not None and found.route is not as_it_is:
         raise ValueError("foreseer is already attached to this transformer; detach it first.")
+    if found is not None:
+        registry.remove_hook(HOOK_NAME, recurse=False)
     registry.register_hook(RootHook(route), HOOK_NAME)
+
+
+def refuse_other_caches(transformer: nn.Module) -> None:
+    """Raise if something else already caches on this transformer.
+
+    Raises:
+        ValueError: a cache of diffusers, enabled or applied by hand, or cache-dit.
+    """
+    found = _other_cache(transformer)
+    if found is not None:
+        raise ValueError(
+            f"{type(transformer).__name__} already has a cache ({found}); take it off first, with "
+            "disable_cache() for one of diffusers or cache_dit.disable_cache(pipe): two caches on "
+            "one model would forecast each other's forecasts."
+        )
+
+
+def _other_cache(transformer: nn.Module) -> str | None:
+    config = getattr(transformer, "_cache_config", None)
+    if config is not None:
+        return type(config).__name__
+    if getattr(transformer, "_is_cached", False):
+        return "cache-dit"
+    for module in transformer.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            if any(word in type(hook).__module__ for word in CACHE_MODULES):
+                return type(hook).__name__
+    return None
 
 
 def remove(transformer: nn.Module) -> None:
@@ -126,6 +166,8 @@ def replacing(entering: Callable[[Tensor], Tensor]) -> Callable:
 def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> Iterator[dict]:
     """Collect the given trunk taps of the forward run inside; yields a dict filled by its end.
 
+    The blocks carry no hook: where one is looked at, its list is exchanged for the call.
+
     Args:
         transformer: the host.
         trunk: its facts; None when only `output` is tapped.
@@ -133,27 +175,65 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
             `last_block.<i>` each); `output` is read off the call's result.
     """
     found: dict[str, Tensor] = {}
+    if trunk is None:
+        yield found
+        return
+    watch = _Watch(transformer, trunk, taps, found)
+    lists = {name: block_list(transformer, name) for name in trunk.block_lists}
     handles: list[Any] = []
-    if trunk is not None and taps & {"hidden", "residual"}:
+    if taps & {"hidden", "residual"}:
         head = transformer.get_submodule(trunk.head)
         handles.append(head.register_forward_pre_hook(_keep(found, "hidden"), with_kwargs=True))
-    if trunk is not None and "residual" in taps:
-        first = transformer.get_submodule(f"{trunk.block_lists[0]}.0")
-        handles.append(first.register_forward_pre_hook(_keep(found, "trunk_in"), with_kwargs=True))
-    if trunk is not None and LAST_BLOCK in taps:
-        last = block_list(transformer, trunk.block_lists[-1])[-1]
-        keep = _keep_streams(found, trunk.streams)
-        handles.append(last.register_forward_pre_hook(keep, with_kwargs=True))
-    for tap, block in block_taps(transformer, trunk).items():
-        if tap in taps:
-            handles.append(block.register_forward_hook(_keep_stream(found, tap)))
+    if watch.wanted:
+        seen = {n: SeenBlocks(b, n, watch.entering, watch.leaving) for n, b in lists.items()}
+        transformer._modules.update(seen)
     try:
         yield found
     finally:
+        transformer._modules.update(lists)
         for handle in handles:
             handle.remove()
-    if "residual" in taps:
-        found["residual"] = found["hidden"] - found["trunk_in"]
+    if {"hidden", "trunk_in"} <= found.keys():
+        if found["hidden"].shape == found["trunk_in"].shape:  # else the proof says what is wrong
+            found["residual"] = found["hidden"] - found["trunk_in"]
+
+
+class _Watch:
+    """What is taken of the blocks as they run.
+
+    Args:
+        transformer: the host.
+        trunk: its facts.
+        taps: see `capturing`.
+        found: where it is put.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, trunk: Trunk, taps: set[str], found: dict[str, Tensor]
+    ) -> None:
+        self.streams = trunk.streams
+        self.place = trunk.place
+        self.found = found
+        names = block_taps(transformer, trunk)
+        self.outputs = {block: tap for tap, block in names.items() if tap in taps}
+        blocks = list(names.values())
+        self.first = blocks[0] if "residual" in taps else None
+        self.last = blocks[-1] if LAST_BLOCK in taps else None
+        self.wanted = bool(self.outputs or self.first or self.last)
+
+    def entering(self, block: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Keep what enters the first and the last block."""
+        if block == self.first and (tensor := first_tensor(args, kwargs)) is not None:
+            self.found["trunk_in"] = own(tensor)
+        if block == self.last:
+            for number, place in enumerate(self.streams):
+                value = args[place] if isinstance(place, int) else kwargs[place]
+                self.found[f"{LAST_BLOCK}.{number}"] = own(value)
+
+    def leaving(self, block: str, output: Any) -> None:
+        """Keep the stream after a block."""
+        if block in self.outputs and (stream := stream_of(output, self.place)) is not None:
+            self.found[self.outputs[block]] = own(stream)
 
 
 def block_list(transformer: nn.Module, name: str) -> nn.ModuleList:
@@ -163,12 +243,14 @@ def block_list(transformer: nn.Module, name: str) -> nn.ModuleList:
     return blocks
 
 
-def block_taps(transformer: nn.Module, trunk: Trunk | None) -> dict[str, nn.Module]:
-    """Tap name of every block of the trunk, in calling order: `blocks.0`, `blocks.1`, ..."""
-    if trunk is None:
-        return {}
-    blocks = [block for name in trunk.block_lists for block in block_list(transformer, name)]
-    return {f"blocks.{i}": block for i, block in enumerate(blocks)}
+def block_taps(transformer: nn.Module, trunk: Trunk) -> dict[str, str]:
+    """Name of the block behind every tap `blocks.0`, `blocks.1`, ..., in calling order."""
+    names = [
+        f"{name}.{number}"
+        for name in trunk.block_lists
+        for number in range(len(block_list(transformer, name)))
+    ]
+    return {f"blocks.{i}": name for i, name in enumerate(names)}
 
 
 def _keep(found: dict[str, Tensor], tap: str) -> Callable:
@@ -176,24 +258,6 @@ def _keep(found: dict[str, Tensor], tap: str) -> Callable:
         tensor = first_tensor(args, kwargs)
         if tensor is not None:
             found[tap] = own(tensor)
-
-    return hook
-
-
-def _keep_stream(found: dict[str, Tensor], tap: str) -> Callable:
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        stream = stream_of(output)
-        if stream is not None:
-            found[tap] = own(stream)
-
-    return hook
-
-
-def _keep_streams(found: dict[str, Tensor], streams: tuple[int | str, ...]) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        for number, place in enumerate(streams):
-            value = args[place] if isinstance(place, int) else kwargs[place]
-            found[f"{LAST_BLOCK}.{number}"] = own(value)
 
     return hook
 

@@ -2,16 +2,15 @@
 
 The trunk is the block lists; the head is the first module called after the last block whose first
 tensor argument has the block output's rank, batch and channels. Both are read from one traced
-forward.
+forward; classes where that finds the wrong module have a row in `TRUNK_FACTS`.
 """
 
 import functools
-import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -28,11 +27,18 @@ class Trunk:
         head: qualified name of the head module.
         streams: where the last block takes what the block before it returned: positions and
             keywords; empty where something happens in between.
+        place: which of the tensors that a block returns is the stream the head takes, counted
+            from the end: -1 for the last.
     """
 
     block_lists: tuple[str, ...]
     head: str
     streams: tuple[int | str, ...] = ()
+    place: int = -1
+
+
+TRUNK_FACTS: dict[str, Trunk | str] = {}
+"""Trunks of classes where tracing does not find them; a text says why there is none."""
 
 
 class SkippedBlocks(nn.ModuleList):
@@ -46,9 +52,57 @@ class SkippedBlocks(nn.ModuleList):
         super().__init__()
         self._modules = blocks._modules
 
-    def __iter__(self) -> Iterator[nn.Module]:
+    def __iter__(self) -> Iterator[Any]:
         """Nothing."""
         return iter(())
+
+
+class SeenBlocks(SkippedBlocks):
+    """A view of a block list whose blocks are seen at work, with no hook on any of them.
+
+    A hook on a compiled block would be compiled into it.
+
+    Args:
+        blocks: the list.
+        name: its name in the host.
+        entering: called before each block with its name and arguments.
+        leaving: called after it with its name and what it returned.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        name: str,
+        entering: Callable[[str, tuple, dict[str, Any]], None],
+        leaving: Callable[[str, Any], None],
+    ) -> None:
+        super().__init__(blocks)
+        self.name = name
+        self.entering = entering
+        self.leaving = leaving
+
+    def __iter__(self) -> Iterator[Any]:
+        """A stand-in for every block."""
+        for number, block in enumerate(self._modules.values()):
+            yield _SeenBlock(block, f"{self.name}.{number}", self)
+
+
+class _SeenBlock:
+    """Calls a block and tells of it; everything else about it is the block's own."""
+
+    def __init__(self, block: Any, name: str, seen: SeenBlocks) -> None:
+        self._block = block
+        self._name = name
+        self._seen = seen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._seen.entering(self._name, args, kwargs)
+        output = self._block(*args, **kwargs)
+        self._seen.leaving(self._name, output)
+        return output
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._block, attribute)
 
 
 def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -57,13 +111,16 @@ def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     return next((value for value in (*args, *named) if isinstance(value, Tensor)), None)
 
 
-def stream_of(output: Any) -> Tensor | None:
-    """The residual stream in a block's output: the tensor, or the last tensor of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, tuple | list):
-        return next((value for value in reversed(output) if isinstance(value, Tensor)), None)
-    return None
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors a block returned, in order."""
+    values = output if isinstance(output, tuple | list) else (output,)
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def stream_of(output: Any, place: int = -1) -> Tensor | None:
+    """The residual stream in a block's output: the tensor, or the one at `place` of several."""
+    found = tensors_of(output)
+    return found[place] if len(found) >= -place else (found[-1] if found else None)
 
 
 class TrunkTracer:
@@ -80,44 +137,54 @@ class TrunkTracer:
             if isinstance(module, nn.ModuleList) and len(module)
         }
         self.calls: list[tuple[str, Tensor | None]] = []  # module name, first tensor argument
-        self.outputs: dict[str, Tensor | None] = {}  # residual stream after each block
+        self.outputs: list[Tensor] = []  # what the newest block returned
+        self.returned: dict[str, list[Tensor]] = {}  # what each block returned
         self.streams: dict[str, tuple[int | str, ...]] = {}  # arguments the block before returned
-        self._returned_last: tuple = ()
         self._handles: list[Any] = []
 
     def __enter__(self) -> "TrunkTracer":
         """Start watching."""
+        seen = {
+            name: SeenBlocks(blocks, name, self._entering, self._leaving)
+            for name, blocks in self.lists.items()
+        }
+        self.transformer._modules.update(seen)
         for name, module in self.transformer.named_modules():
-            if not name:
-                continue
-            called = functools.partial(self._called, name)
-            self._handles.append(module.register_forward_pre_hook(called, with_kwargs=True))
-            if self._is_block(name):
-                returned = functools.partial(self._returned, name)
-                self._handles.append(module.register_forward_hook(returned))
+            if name and not self._is_block(name) and not self._is_compiled(name):
+                called = functools.partial(self._called, name)
+                self._handles.append(module.register_forward_pre_hook(called, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
-        self._returned_last = ()
+        self.transformer._modules.update(self.lists)
 
     def _called(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensor = first_tensor(args, kwargs)
         self.calls.append((name, None if tensor is None else tensor.detach()))
-        if self._is_block(name):
-            named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-            self.streams[name] = tuple(
-                place
-                for place, value in named
-                if any(value is returned for returned in self._returned_last)
-            )
 
-    def _returned(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        self.outputs[name] = stream_of(output)
-        values = output if isinstance(output, tuple | list) else (output,)
-        self._returned_last = tuple(value for value in values if isinstance(value, Tensor))
+    def _entering(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        tensor = first_tensor(args, kwargs)
+        self.calls.append((name, None if tensor is None else tensor.detach()))
+        named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        self.streams[name] = tuple(
+            place
+            for place, value in named
+            if any(value is returned for returned in self.outputs)
+        )
+
+    def _leaving(self, name: str, output: Any) -> None:
+        self.outputs = tensors_of(output)
+        self.returned[name] = self.outputs
+
+    def _is_compiled(self, name: str) -> bool:
+        """Whether a module is compiled, or inside of one that is."""
+        words = name.split(".")
+        inside = (self.transformer.get_submodule(".".join(words[:i])) for i in range(1, len(words)))
+        modules = [*inside, self.transformer.get_submodule(name)]
+        return any(module._compiled_call_impl is not None for module in modules)
 
     def _is_block(self, name: str) -> bool:
         return name.count(".") == 1 and name.split(".")[0] in self.lists
@@ -128,6 +195,12 @@ class TrunkTracer:
         Raises:
             UnsupportedHost: no complete block list was run, or nothing after it looks like a head.
         """
+        name = type(self.transformer).__name__
+        fact = TRUNK_FACTS.get(name)
+        if isinstance(fact, str):
+            raise UnsupportedHost(f"{name} {fact}; use the `output` tap.")
+        if fact is not None:
+            return fact
         called = [name for name, _ in self.calls]
         run = [
             name
@@ -144,70 +217,88 @@ class TrunkTracer:
         run.sort(key=lambda name: called.index(f"{name}.0"))
         blocks = {block for name in run for block in self._block_names(name)}
         last = f"{run[-1]}.{len(self.lists[run[-1]]) - 1}"
-        stream = self.outputs.get(last)
-        if stream is None:
+        streams = self.returned.get(last, [])
+        if not streams:
             raise UnsupportedHost(f"block {last} returned no tensor; use the `output` tap.")
         start = called.index(last) + 1
         for name, tensor in self.calls[start:]:
             inside = any(name.startswith(f"{block}.") for block in blocks)
-            if not inside and tensor is not None and _fits(tensor, stream):
-                return Trunk(tuple(run), name, self.streams.get(last, ()))
+            if not inside and tensor is not None and _fits(tensor, streams):
+                place = _place_of(tensor, streams)
+                return Trunk(tuple(run), name, self.streams.get(last, ()), place)
+        shapes = " and ".join(str(tuple(stream.shape)) for stream in streams)
         raise UnsupportedHost(
-            f"no module called after block {last} takes a tensor like its output "
-            f"{tuple(stream.shape)}; use the `output` tap."
+            f"no module called after block {last} takes a tensor like its output {shapes}; use the "
+            "`output` tap."
         )
 
     def _block_names(self, name: str) -> set[str]:
         return {f"{name}.{i}" for i in range(len(self.lists[name]))}
 
 
-def _fits(tensor: Tensor, stream: Tensor) -> bool:
-    same_ends = tensor.shape[0] == stream.shape[0] and tensor.shape[-1] == stream.shape[-1]
-    return tensor.ndim == stream.ndim and same_ends and tensor.shape[1] <= stream.shape[1]
+def _fits(tensor: Tensor, streams: list[Tensor]) -> bool:
+    """Whether a tensor has the rank, batch and channels of a stream, and no more tokens than all.
+
+    Args:
+        tensor: first tensor argument of a module.
+        streams: what the last block returned: the stream, perhaps beside that of the text.
+    """
+    tokens = sum(stream.shape[1] for stream in streams if stream.ndim == tensor.ndim)
+    return any(
+        tensor.ndim == stream.ndim > 1
+        and tensor.shape[0] == stream.shape[0]
+        and tensor.shape[-1] == stream.shape[-1]
+        and tensor.shape[1] <= tokens
+        for stream in streams
+    )
+
+
+def _place_of(tensor: Tensor, streams: list[Tensor]) -> int:
+    """Which of the last block's tensors enters the head, counted from the end."""
+    equal = [i for i, stream in enumerate(streams) if tensor.shape == stream.shape]
+    exact = [i for i in equal if torch.equal(tensor, streams[i])]
+    return (exact or equal or [len(streams) - 1])[-1] - len(streams)
 
 
 def transformer_of(pipe: Any) -> nn.Module:
-    """The denoiser of a pipeline.
+    """The denoiser of a pipeline that has one.
 
     Raises:
-        UnsupportedHost: the pipeline has no `transformer`.
+        UnsupportedHost: the pipeline has no `transformer`, or two.
     """
-    transformer = getattr(pipe, "transformer", None)
-    if not isinstance(transformer, nn.Module):
+    found = transformers_of(pipe)
+    if len(found) > 1:
+        raise UnsupportedHost(
+            f"{type(pipe).__name__} has the experts {', '.join(found)}; this needs a pipeline with "
+            "one transformer. Recordings, L2P's Gram and least-squares fits and forecasting take "
+            "both."
+        )
+    return next(iter(found.values()))
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by name, those for high noise first.
+
+    Wan 2.2 runs `transformer` at high noise and `transformer_2` at low noise.
+
+    Raises:
+        UnsupportedHost: the pipeline has no `transformer`, or a compiled one.
+    """
+    found = {
+        name: module
+        for name in ("transformer", "transformer_2")
+        if isinstance(module := getattr(pipe, name, None), nn.Module)
+    }
+    if not found:
         raise UnsupportedHost(
             f"{type(pipe).__name__} has no `transformer` module; foreseer works on diffusion "
             "transformers."
         )
-    return transformer
-
-
-CONDITIONER = "_foreseer_conditioner"
-"""Attribute, outside of a transformer's own state, under which its conditioner is found."""
-
-
-def host_fingerprint(transformer: nn.Module) -> dict[str, Any]:
-    """What a predictor was fitted on: class, sizes that matter, and digests of config and weights.
-
-    The weight digest is taken over each parameter's shape and a sample of up to 64 of its values,
-    so it is quick on any size of model and changes with a LoRA that is fused in. A student's
-    conditioner counts as part of its transformer.
-    """
-    host: Any = transformer
-    config = {k: v for k, v in dict(host.config).items() if not k.startswith("_")}
-    text = json.dumps(config, sort_keys=True, default=str)
-    digest = hashlib.sha256()
-    parameters = sorted(transformer.named_parameters())
-    conditioner = getattr(transformer, CONDITIONER, None)
-    if conditioner is not None:
-        parameters += [(f"conditioner.{n}", p) for n, p in sorted(conditioner.named_parameters())]
-    for name, parameter in parameters:
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.bfloat16().float().numpy().tobytes())
-    return {
-        "class": type(transformer).__name__,
-        "parameters": sum(p.numel() for p in transformer.parameters()),
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "weights_sha256": digest.hexdigest(),
-    }
+    for name, module in found.items():
+        if hasattr(module, "_orig_mod"):
+            raise UnsupportedHost(
+                f"the whole {name} is compiled (torch.compile), which fixes one path through it; "
+                f"use pipe.{name}.compile_repeated_blocks(fullgraph=True) instead, which compiles "
+                "the blocks and keeps forecasting exact."
+            )
+    return found

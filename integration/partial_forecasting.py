@@ -4,20 +4,22 @@ Shapes: B samples, M = branches * B rows of a call, N tokens, D channels, n sele
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.spec import PredictorMismatch, PredictorSpec
 from ..predictors.base import History, LinearPredictor, Predictor, Step
 from ..predictors.polynomial import Reuse
 from ..predictors.tokens import TokenPolicy
+from .call import Call
 from .controller import Controller
+from .expert import Expert
 from .forecaster import Forecaster
 from .forecasting import Run, checked_forecaster
 from .host import transformer_of
@@ -65,6 +67,10 @@ class PartialForecaster(Controller):
         for block, output in found.items():
             history = self.attention.setdefault((key, block), History(self.attention_rule.window))
             history.push(step, output)
+
+    def knows(self, key: str) -> bool:
+        """The base decides."""
+        return self.base.knows(key)
 
     def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
         """The base's forecast."""
@@ -146,32 +152,33 @@ class PartialSession(Session):
     controller: PartialForecaster
     report: PartialReport
 
-    def __init__(self, transformer: nn.Module, scheduler: Any, controller: Controller) -> None:
+    def __init__(self, pipe: Any, controller: Controller) -> None:
         self.partial: PartialTrunk | None = None
-        super().__init__(transformer, scheduler, controller)
+        transformer_of(pipe)  # one, no experts
+        super().__init__(pipe, controller)
         self.report = PartialReport()
 
-    def _prove(self, forward: Callable, args: tuple, kwargs: dict) -> None:
+    def _prove(self, expert: Expert, call: Call) -> None:
         """Prove the tap, then that tokens can be computed alone."""
-        super()._prove(forward, args, kwargs)
-        self._proven = False  # until the second proof, too, has passed
-        assert self.trunk is not None  # just traced
-        self.partial = PartialTrunk(self.transformer, self.trunk)
-        self.partial.prove(forward, args, kwargs)
-        self._proven = True
+        super()._prove(expert, call)
+        expert.proven = False  # until the second proof, too, has passed
+        assert expert.trunk is not None  # just traced
+        self.partial = PartialTrunk(expert.transformer, expert.trunk)
+        self.partial.prove(call.forward, call.args, call.kwargs)
+        expert.proven = True
 
-    def _run(self, forward: Callable, args: tuple, kwargs: dict, key: str, x_t: Any) -> Any:
+    def _run(self, expert: Expert, call: Call, key: str) -> Any:
         assert self.partial is not None  # proven before the first call is run
-        step = self._step(self.clock.index, self._calls, x_t)
+        step = self._step(self.clock.index, key, call.x_t)
         with self.partial.capturing() as attention:
-            output = super()._run(forward, args, kwargs, key, x_t)
+            output = super()._run(expert, call, key)
         self.controller.observe_attention(key, step, attention)
         return output
 
-    def _forecast(self, forward: Callable, args: tuple, kwargs: dict, key: str, step: Step) -> Any:
+    def _forecast(self, expert: Expert, call: Call, key: str, step: Step) -> Any:
         selected = self.controller.select(key, step)
         if selected is None or self.partial is None:
-            return super()._forecast(forward, args, kwargs, key, step)
+            return super()._forecast(expert, call, key, step)
         controller = self.controller
         _, forecast = controller.forecast(key, step)
 
@@ -182,7 +189,7 @@ class PartialSession(Session):
             return controller.policy.merge(forecast, fresh, selected)
 
         self.report.mark_partial(step.index)
-        return self.partial(forward, args, kwargs, selected, given, merge)
+        return self.partial(call.forward, call.args, call.kwargs, selected, given, merge)
 
 
 def attach_partially(
@@ -219,7 +226,7 @@ def attach_partially(
         )
     base = checked_forecaster(pipe, predictor, anchors, None if spec is not None else "hidden")
     controller = PartialForecaster(base, policy, rule)
-    return Run(PartialSession(transformer_of(pipe), pipe.scheduler, controller))
+    return Run(PartialSession(pipe, controller))
 
 
 @contextlib.contextmanager

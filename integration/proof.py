@@ -4,36 +4,20 @@ Proven bit for bit on the first call: putting the tap back without running the t
 the first block, running the last block alone. A host where one of them fails is refused.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adaptive import take_rows
+from .call import Call
 from .gate import FirstLook, LastBlock
 from .hook import LAST_BLOCK, TrunkSkipper, capturing
 from .host import Trunk, TrunkTracer, UnsupportedHost
+from .prediction import prediction
 
 ROWS_TOLERANCE = 1e-2  # products of another batch size round differently, in bfloat16 by 4e-3
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a transformer, to be repeated.
-
-    Args:
-        transformer: the host.
-        forward: its own forward.
-        args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
-    """
-
-    transformer: nn.Module
-    forward: Callable
-    args: tuple
-    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,14 +43,16 @@ def prove(call: Call, taps: set[str], probe: str | None) -> Proven:
     """
     host, forward, args, kwargs = call.transformer, call.forward, call.args, call.kwargs
     with TrunkTracer(host) as tracer:
-        forward(*args, **kwargs)
+        call.run()
     trunk = tracer.trunk()
     last_block = LastBlock(host, trunk) if LAST_BLOCK in taps else None
     with capturing(host, trunk, {"hidden"} | taps) as found:
-        expected = output_tensor(forward(*args, **kwargs))
+        expected = prediction(call.run())
     skipper = TrunkSkipper(host, trunk)
     replayed = skipper(forward, args, kwargs, lambda entering: found["hidden"])
     check_same(call, expected, replayed, f"replaying the head input ({trunk.head})")
+    if "residual" in taps:
+        check_residual(call, found["trunk_in"], skipper)
     if last_block is not None:
         inputs = [found[f"{LAST_BLOCK}.{i}"] for i in range(len(trunk.streams))]
         replayed = last_block(forward, args, kwargs, inputs, lambda entering: entering)
@@ -79,9 +65,27 @@ def prove(call: Call, taps: set[str], probe: str | None) -> Proven:
     return Proven(trunk, skipper, first_look, last_block)
 
 
+def check_residual(call: Call, trunk_in: Tensor, skipper: TrunkSkipper) -> None:
+    """Raise unless what enters the first block reaches the head when the blocks are skipped.
+
+    Only then is the head's input of another step that tensor plus a residual.
+
+    Raises:
+        UnsupportedHost: something else does, as where refiner blocks come before the trunk.
+    """
+    came: list[Tensor] = []
+    skipper(call.forward, call.args, call.kwargs, lambda tensor: came.append(tensor) or tensor)
+    if came[0].shape != trunk_in.shape or not torch.equal(came[0], trunk_in):
+        raise UnsupportedHost(
+            f"what enters the first block of {type(call.transformer).__name__} "
+            f"{tuple(trunk_in.shape)} is not what reaches its head without the blocks "
+            f"{tuple(came[0].shape)}, so it has no `residual` tap; use `hidden` or `output`."
+        )
+
+
 def check_same(call: Call, expected: Tensor, output: Any, what: str) -> None:
     """Raise unless an output is bit for bit the expected one."""
-    found = output_tensor(output)
+    found = prediction(output)
     if not torch.equal(expected.nan_to_num(), found.nan_to_num()):
         worst = float((expected - found).abs().max())
         raise UnsupportedHost(
@@ -102,7 +106,7 @@ def check_rows(call: Call, expected: Tensor) -> None:
     """
     rows = [len(expected) - 1]
     args, kwargs = take_rows((call.args, call.kwargs), rows, len(expected))
-    alone = output_tensor(call.forward(*args, **kwargs))
+    alone = prediction(call.forward(*args, **kwargs))
     if alone.shape != expected[rows].shape or not torch.allclose(
         alone.float(), expected[rows].float(), rtol=ROWS_TOLERANCE, atol=ROWS_TOLERANCE
     ):
@@ -111,19 +115,3 @@ def check_rows(call: Call, expected: Tensor) -> None:
             "what it was in the batch, so refused samples cannot be computed on their own; draw "
             "one sample per call."
         )
-
-
-def output_tensor(output: Any) -> Tensor:
-    """The prediction in a transformer's return value.
-
-    Raises:
-        UnsupportedHost: the return value is neither a 1-tuple nor has a tensor `sample`.
-    """
-    sample = output[0] if isinstance(output, tuple) and len(output) == 1 else output
-    sample = getattr(sample, "sample", sample)
-    if not isinstance(sample, Tensor):
-        raise UnsupportedHost(
-            f"the transformer returned {type(output).__name__}, expected a tuple of one tensor or "
-            "an output with a `sample` tensor."
-        )
-    return sample

@@ -143,7 +143,7 @@ def _timed_runs(pipe: Any, full: StepTimes, controller: TimedForecaster, run: Ru
         run()
     finally:
         clock.detach()
-    session = Session(transformer_of(pipe), pipe.scheduler, controller)
+    session = Session(pipe, controller)
     try:
         run()
     finally:
@@ -170,7 +170,7 @@ def attach_overhead(
 
     def attached() -> float:
         controller = Forecaster(predictor, tap, tuple(range(num_steps)))
-        session = Session(transformer_of(pipe), pipe.scheduler, controller)
+        session = Session(pipe, controller)
         try:
             run()  # proves the tap, once per attaching
             return _seconds(run, device)

@@ -17,8 +17,9 @@ from foreseer.integration.average_velocity import (
     IntervalConditioner,
     conditioner_for,
 )
+from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host import UnsupportedHost, host_fingerprint
+from foreseer.integration.host import UnsupportedHost
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.integration.solvers import sampling_with, solver_scheduler
 from foreseer.integration.time_facts import modulation_places, modulation_width, modulations

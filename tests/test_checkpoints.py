@@ -24,8 +24,8 @@ from foreseer.checkpoints.format import (
     save_predictor,
 )
 from foreseer.integration.clock import flow_sigmas
+from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host import host_fingerprint
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Taylor
 

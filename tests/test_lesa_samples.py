@@ -16,7 +16,6 @@ from lesa_training_cases import (
 from tiny_hosts import items, pipeline, settings
 
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.host import transformer_of
 from foreseer.integration.session import Session
 from foreseer.training.lesa_samples import (
     collect,
@@ -66,7 +65,7 @@ def test_the_second_phase_sees_what_a_deployed_run_sees(recording, feedback):
     features = source.stack("feature/hidden", source.items[:3])
     collector = collect(pipe, predictor, "hidden", ANCHORS, batch, **call)
     deployed = Watching(predictor, "hidden", ANCHORS)
-    session = Session(transformer_of(pipe), pipe.scheduler, deployed)
+    session = Session(pipe, deployed)
     try:
         latents = generate_batch(pipe, batch, output_type="latent", **call)[0]
     finally:

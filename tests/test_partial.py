@@ -305,7 +305,7 @@ def test_computed_tokens_change_the_forecast_and_never_the_histories(host):
                 before = [feature.clone() for feature in kept]
                 merged = inner(*args)
                 assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
-                seen.append((len(kept), controller.base.histories["0"].steps))
+                seen.append((len(kept), next(iter(controller.base.histories.values())).steps))
                 return merged
 
             controller.policy.merge = merge
@@ -363,7 +363,7 @@ def test_clusters_are_those_of_both_branches_side_by_side():
         controller.policy.observe = seen.append
         controller.policy.is_partial = lambda offset: False
         run("dit_guided", pipe)
-    newest = controller.base.histories["0"].features[-1]
+    newest = next(iter(controller.base.histories.values())).features[-1]
     assert len(seen) == len(ANCHORS)
     assert torch.equal(seen[-1], torch.cat(newest.chunk(2), -1))
 

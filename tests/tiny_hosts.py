@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.host import host_fingerprint
+from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.pixel_pipeline import PixelDiTPipeline
 from foreseer.trajectories.prompts import Item
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..integration.clock import Clock
 from ..integration.flops import StepFlops, run_flops
-from ..integration.host import transformer_of
 from ..integration.metrics import latent_rel_l2, psnr, ssim, summarise
 from ..integration.report_rows import BenchRow
 from ..integration.session import Session
@@ -102,7 +101,7 @@ def run_forecast(
     """Generate while forecasting."""
     spec = getattr(entry.predictor, "spec", None)
     controller = TimedForecaster(entry.predictor, entry.tap, entry.anchors, spec, pipe)
-    session = Session(transformer_of(pipe), pipe.scheduler, controller)
+    session = Session(pipe, controller)
     images, latents, seconds = [], [], []
     try:
         for batch in batches:

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from .. import __version__
 from ..checkpoints.spec import PredictorSpec, check_host
 from ..integration.bench_meta import collect_meta
+from ..integration.fingerprint import host_fingerprint
 from ..integration.flops import StepFlops, first_call, step_flops
-from ..integration.host import host_fingerprint, transformer_of
+from ..integration.host import transformer_of
 from ..integration.pipelines import load_pipeline
 from ..integration.report_html import write_report
 from ..integration.report_rows import BenchRow, load_rows

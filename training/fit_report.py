@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ..integration.forecaster import Forecaster
-from ..integration.host import transformer_of
 from ..integration.report_analysis import plot_step_errors
 from ..integration.session import Session
 from ..predictors.linear import L2P
@@ -132,7 +131,7 @@ def closed_loop_state_errors(
     """
     references = References(recording, items, batch_size)
     keeper = StateKeeper(predictor, tap, predictor.anchors)
-    session = Session(transformer_of(pipe), pipe.scheduler, keeper)
+    session = Session(pipe, keeper)
     errors = []
     try:
         for batch in references.batches:

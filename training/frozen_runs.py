@@ -55,7 +55,7 @@ def final_latents(
     """
     transformer = transformer_of(pipe)
     wanted = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    session = FrozenNetwork(transformer, pipe.scheduler, Forecaster(predictor, tap, list(anchors)))
+    session = FrozenNetwork(pipe, Forecaster(predictor, tap, list(anchors)))
     transformer.requires_grad_(False)
     try:
         latents = generate_with_gradients(pipe, items, output_type="latent", **settings)[0]

@@ -17,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..integration.controller import Controller
-from ..integration.host import transformer_of
 from ..integration.session import Session
 from ..predictors.base import Step, combine
 from ..trajectories.prompts import Item, generate_batch
@@ -193,7 +192,7 @@ def linearise(
         settings: keyword arguments of the pipeline call.
     """
     replayer = Replayer(tap, anchors)
-    session = Session(transformer_of(pipe), pipe.scheduler, replayer)
+    session = Session(pipe, replayer)
 
     def run(moved: Tensor, num_replayed: int) -> Float[Tensor, "n M"]:
         replayer.rows, replayer.num_replayed = moved, num_replayed

@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..integration.forecaster import Forecaster
-from ..integration.host import transformer_of
 from ..integration.session import Session
 from ..predictors.base import Step
 from ..predictors.lesa import LesaPredictor
@@ -174,7 +173,7 @@ def collect(
         settings: keyword arguments of the pipeline call.
     """
     collector = Collector(predictor, tap, anchors, tokens)
-    session = Session(transformer_of(pipe), pipe.scheduler, collector)
+    session = Session(pipe, collector)
     try:
         generate_batch(pipe, items, output_type="latent", **settings)
     finally:

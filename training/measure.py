@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..integration.forecaster import Forecaster
-from ..integration.host import transformer_of
 from ..integration.session import Session
 from ..predictors.base import Predictor
 from ..predictors.linear import L2P
@@ -99,7 +98,7 @@ def generate(
         settings: keyword arguments of the pipeline call.
     """
     controller = Forecaster(predictor, tap, anchors)
-    session = Session(transformer_of(pipe), pipe.scheduler, controller)
+    session = Session(pipe, controller)
     try:
         return generate_batch(pipe, items, output_type="latent", **settings)[0]
     finally:

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..integration.call import Call
+from ..integration.expert import Expert
 from ..integration.forecaster import Forecaster
-from ..integration.host import transformer_of
-from ..integration.proof import output_tensor
-from ..integration.session import Session
+from ..integration.prediction import form_of, prediction
+from ..integration.session import Seen, Session
 from ..predictors.base import Predictor, Step
 from ..trajectories.prompts import Item, generate_batch
 
@@ -80,7 +81,7 @@ class ReplayedRun(Session):
         hidden: Float[Tensor, "B branches S *shape"],
         outputs: Float[Tensor, "B branches S *other"],
     ) -> None:
-        super().__init__(transformer_of(pipe), pipe.scheduler, controller)
+        super().__init__(pipe, controller)
         self.forecaster = controller
         self.hidden = hidden
         self.outputs = outputs
@@ -90,27 +91,30 @@ class ReplayedRun(Session):
         with torch.no_grad():
             super()._prove(*call)
 
-    def _run(self, forward: Callable, args: tuple, kwargs: dict, key: str, x_t: Any) -> Any:
-        index = self.clock.index
+    def _run(self, expert: Expert, call: Call, key: str) -> Any:
+        index, x_t = self.clock.index, call.x_t
+        assert x_t is not None  # recorded hosts take one tensor
         per_call = len(x_t) // len(self.hidden)
-        branches = range(self._calls * per_call, (self._calls + 1) * per_call)
+        first = self._branches.calls * per_call
+        branches = range(first, first + per_call)
         recorded = torch.cat([self.outputs[:, branch, index] for branch in branches])
-        if key not in self._templates:  # the first step shows the form of an output
+        if key not in self._forms:  # the first step shows the form of an output
             with torch.no_grad():
-                computed = forward(*args, **kwargs)
-            self._templates[key] = type(computed)
-            check_repeated(output_tensor(computed), recorded)
-        output = self._wrap(key, recorded)
+                computed = call.run()
+            self._forms[key] = form_of(computed)
+            check_repeated(prediction(computed), recorded)
+        output = self._forms[key](recorded)
         if index not in self.forecaster.anchors:
             with torch.enable_grad():
-                step = self._step(index, self._calls, x_t)
-                made = self._forecast(forward, args, kwargs, key, step)
-                forecast = output_tensor(made)
+                step = self._step(index, key, x_t)
+                made = self._forecast(expert, call, key, step)
+                forecast = prediction(made)
             following = [*self._sigmas, 0.0][index + 1]
-            call = (forward, args, kwargs)
-            self.forced.append(Forced(step, forecast, recorded, x_t, following, *call))
+            repeated = (call.forward, call.args, call.kwargs)
+            self.forced.append(Forced(step, forecast, recorded, x_t, following, *repeated))
         feature = torch.cat([self.hidden[:, branch, index] for branch in branches])
-        self._pending.append((key, self._calls, {self.forecaster.tap: feature}, len(x_t), None))
+        taps = {self.forecaster.tap: feature}
+        self._pending.append(Seen(key, self._branches.calls, taps, None))
         return output
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..integration.controller import Controller
-from ..integration.host import transformer_of
 from ..integration.sampler import SamplerMap, pristine, probe
 from ..integration.session import Session
 from ..predictors.base import Step
@@ -172,7 +171,7 @@ def track(
     rows = start.double().clone()
     tracker = Tracker(anchors, rows)
     tracker.scheduler = pipe.scheduler
-    session = Session(transformer_of(pipe), pipe.scheduler, tracker)
+    session = Session(pipe, tracker)
     bases: list[Tensor] = []
     num_steps = rows.shape[-1]
     try:

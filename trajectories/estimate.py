@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..integration.host import transformer_of
+from ..integration.host import transformers_of
 from ..integration.session import Session
 from ..predictors.partition import Partition
 from .prompts import Item, generate_batch
@@ -78,9 +78,9 @@ def first_step(pipe: Any, item: Item, taps: Sequence[str], **settings: Any) -> R
     Raises:
         ValueError: a tap is unknown, or the pipeline never stepped its scheduler.
     """
-    transformer = transformer_of(pipe)
-    recorder = _FirstStep(expand_taps(transformer, taps))
-    session = Session(transformer, pipe.scheduler, recorder)
+    host = next(iter(transformers_of(pipe).values()))
+    recorder = _FirstStep(expand_taps(host, taps))
+    session = Session(pipe, recorder)
     try:
         generate_batch(pipe, [item], output_type="latent", **settings)
     except _Enough:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..integration.controller import Controller
-from ..integration.host import host_fingerprint, transformer_of
+from ..integration.fingerprint import host_fingerprint
+from ..integration.host import transformers_of
 from ..integration.session import Session
 from ..predictors.base import Step
 from ..predictors.partition import Partition
@@ -157,7 +158,8 @@ def record(
         "settings": {name: _plain_or_name(value) for name, value in sorted(settings.items())},
         "settings_digest": digest([], settings),
     }
-    recorder = Recorder(expand_taps(transformer_of(pipe), taps), partitions)
+    host = next(iter(transformers_of(pipe).values()))
+    recorder = Recorder(expand_taps(host, taps), partitions)
     if recorder.partitions:
         recipe["partitions"] = describe_partitions(recorder)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
@@ -179,7 +181,7 @@ def _record_batches(
     pending = [batch for batch in batches if any(item.index not in done for item in batch)]
     stored_as = (recipe["features"], recipe["num_tokens"], recipe["states"])
     with contextlib.ExitStack() as stack:
-        stack.callback(Session(transformer_of(pipe), pipe.scheduler, recorder).detach)
+        stack.callback(Session(pipe, recorder).detach)
         writer: RecordingWriter | None = None
         for batch in tqdm(pending, desc=f"record {out.name}", unit="batch"):
             generate_batch(pipe, batch, output_type="latent", **settings)
@@ -264,7 +266,7 @@ def describe(
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     return Header(
         recipe=recipe,
-        host=host_fingerprint(transformer_of(pipe)),
+        host=host_fingerprint(*transformers_of(pipe).values()),
         scheduler={
             "class": type(pipe.scheduler).__name__,
             "config": json.dumps(config, sort_keys=True, default=str),
