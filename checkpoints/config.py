@@ -126,6 +126,7 @@ def _check_agreement(config: Config, where: str) -> None:
         "anchors": list(config.spec.anchors),
         "num_branches": config.spec.num_branches,
         "sigmas": list(config.spec.sigmas),
+        "expert_steps": list(config.spec.expert_steps),
     }
     for name, value in expected.items():
         found = config.arguments.get(name, value)

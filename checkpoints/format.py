@@ -21,6 +21,7 @@ from .. import __version__
 from ..predictors.any_anchors import L2PGram
 from ..predictors.base import Predictor
 from ..predictors.continuous import L2PContinuous
+from ..predictors.experts import L2PExperts
 from ..predictors.hybrid import HyCa
 from ..predictors.lesa import LesaPredictor
 from ..predictors.lesa_values import LesaValues
@@ -43,6 +44,7 @@ CLASSES: dict[str, type[Predictor]] = {
     "HyCa": HyCa,
     "L2PGram": L2PGram,
     "L2PContinuous": L2PContinuous,
+    "L2PExperts": L2PExperts,
     "LesaPredictor": LesaPredictor,
     "LesaValues": LesaValues,
     "DiscaPredictor": DiscaPredictor,

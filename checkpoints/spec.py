@@ -81,12 +81,31 @@ class PredictorSpec:
         Raises:
             PredictorMismatch: a branch is missing or new.
         """
-        lasting = self.branch_steps or (len(self.sigmas),) * self.num_branches
-        expected = {branch for branch, steps in enumerate(lasting) if index < steps}
+        expected = set(range(self.num_branches))
+        if self.branch_steps:
+            expected = {b for b, steps in enumerate(self.branch_steps) if index < steps}
         if found != expected:
             raise PredictorMismatch(
                 f"the predictor was fitted with {len(expected)} guidance branch(es) at step "
                 f"{index}, this run has {len(found)}; record and fit with this guidance."
+            )
+
+    def check_expert(self, index: int, expert: int) -> None:
+        """Raise unless a step is evaluated by the transformer that evaluated it in the fit.
+
+        Args:
+            index: the step.
+            expert: number of the transformer, in the order in which they run.
+
+        Raises:
+            PredictorMismatch: another one.
+        """
+        expected = sum(first <= index for first in self.expert_steps) - 1
+        if expert != expected:
+            raise PredictorMismatch(
+                f"step {index} is evaluated by transformer {expert + 1}, in the fit by transformer "
+                f"{expected + 1}: the pipeline changes over at another step (boundary_ratio?); "
+                "record and fit with this boundary."
             )
 
     def check_dtype(self, dtype: str) -> None:

@@ -40,14 +40,18 @@ class Branches:
         """Calls of the step in progress that are over."""
         return len(self._step)
 
-    def key(self, expert: str, rows: int) -> str:
+    def key(self, expert: int, rows: int) -> str:
         """What the next call is known by.
 
         Args:
-            expert: name of the transformer.
+            expert: number of the transformer.
             rows: samples of the call, each branch counted.
         """
         return f"{expert}.{self.calls}x{rows}"
+
+    def expert_of(self, key: str) -> int:
+        """Number of the transformer of a call."""
+        return int(key.partition(".")[0])
 
     def of(self, key: str) -> tuple[int, ...]:
         """Branch number of each equal part of a call's rows; one per call while it is not known."""

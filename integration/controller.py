@@ -1,5 +1,7 @@
 """What a session asks for decisions."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from ..predictors.base import Step
@@ -14,14 +16,19 @@ class Controller:
         probe: what to look at in the first block where `action` says `look`; None for nothing.
         needs: `Step` fields that forecasts need and that exist only inside the forward: `tokens`,
             `modulation`.
-        guidance: how the pipeline call in progress is guided, by the names of its arguments; set
+        wants_image_tokens: whether the session shall find out which tokens of the head's input
+            enter the picture.
+        image_tokens: those tokens, `(rows, tokens)` of bool, of every call that has others too.
+        guided_by: how the pipeline call in progress is guided, by the names of its arguments; set
             before `open`.
     """
 
     taps: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
     probe: str | None = None
-    guidance: dict[str, float] = {}
+    wants_image_tokens: bool = False
+    image_tokens: Mapping[str, Tensor] = {}
+    guided_by: Mapping[str, float] = {}
 
     def open(self, sigmas: list[float]) -> None:
         """A new run starts on this grid of sigmas; forget the last one."""

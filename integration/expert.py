@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .call import Call
@@ -18,18 +20,23 @@ class Expert:
     """A transformer at work under a controller; its facts are there after the first call.
 
     Args:
+        number: its place among the experts, those for high noise first.
         name: its name in the pipeline.
         transformer: the module.
         controller: what will be asked of it.
     """
 
-    def __init__(self, name: str, transformer: nn.Module, controller: Controller) -> None:
+    def __init__(
+        self, number: int, name: str, transformer: nn.Module, controller: Controller
+    ) -> None:
+        self.number = number
         self.name = name
         self.transformer = transformer
         self.trunk: Trunk | None = None
         self.skipper: TrunkSkipper | None = None
         self.first_look: FirstLook | None = None
         self.last_block: LastBlock | None = None
+        self.image_only = False  # whether the head is known to be given no text
         self.proven = not (controller.taps - {"output"}) and controller.probe is None
         self.rows_proven = LAST_BLOCK not in controller.taps  # else checked on the first batch
 
@@ -52,3 +59,36 @@ class Expert:
         if self.skipper is None:
             raise UnsupportedHost("the trunk of this host was never traced; report this as a bug.")
         return self.skipper(call.forward, call.args, call.kwargs, entering)
+
+    def image_tokens(
+        self, call: Call, hidden: Float[Tensor, "B *shape"]
+    ) -> Bool[Tensor, "B N"] | None:
+        """Which tokens of the head's input enter the prediction: the others are text and padding.
+
+        Those are the tokens that the prediction has a gradient in; the head runs once more. A host
+        whose head once was given image tokens only is not asked again.
+
+        Args:
+            call: the call.
+            hidden: what entered the head.
+
+        Returns:
+            True for every token of the image; None where all are.
+
+        Raises:
+            ValueError: gradients are out of reach, under `torch.inference_mode`.
+        """
+        if hidden.ndim != 3 or self.image_only:
+            return None
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "recording asks the head for a gradient, which torch.inference_mode forbids; "
+                "record under torch.no_grad, as diffusers pipelines run by themselves."
+            )
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            output = prediction(self.skip(call, lambda came: leaf))
+            (gradient,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
+        mask = gradient.abs().amax(-1) > 0
+        self.image_only = bool(mask.all())
+        return None if self.image_only else mask

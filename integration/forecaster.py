@@ -97,6 +97,7 @@ class Forecaster(Controller):
             ValueError: the feature is not finite.
         """
         if self.spec is not None:
+            self.spec.check_expert(step.index, step.expert)
             self.spec.check_dtype(str(feature.dtype).removeprefix("torch."))
         self.branches.update(step.branches)
         if not torch.isfinite(feature.sum()):
@@ -111,6 +112,8 @@ class Forecaster(Controller):
 
     def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
         """The predictor's forecast for one call that it knows."""
+        if self.spec is not None:
+            self.spec.check_expert(step.index, step.expert)
         history = self.histories[key]
         self.branches.update(step.branches)
         return self.tap, self.predictor(history, step)
@@ -123,8 +126,9 @@ class Forecaster(Controller):
         """
         if self.spec is not None:
             if not self.guidance_checked:
-                scale = getattr(self.pipe, "guidance_scale", None)
-                self.spec.check_guidance(1 + max(self.branches), scale, self.guidance)
+                own = getattr(self.pipe, "guidance_scale", None)
+                scale = self.guided_by.get("guidance_scale", own)
+                self.spec.check_guidance(1 + max(self.branches), scale, self.guided_by)
                 self.spec.check_latents(tuple(after.shape[1:]))
                 self.guidance_checked = True
             self.spec.check_branches(step_index, self.branches)

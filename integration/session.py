@@ -50,6 +50,10 @@ class Session:
         pipe: its `transformer` (and `transformer_2`) is the host, its `scheduler` the clock.
         controller: decides and keeps the state.
 
+    Attributes:
+        report: what the latest run did.
+        final: latents after the newest step; at the end of a run, its sample.
+
     Raises:
         UnsupportedHost: the pipeline has no transformer.
         ValueError: the host already has a cache or a session.
@@ -59,7 +63,11 @@ class Session:
         self.pipe = pipe
         self.controller = controller
         self.report = Report()
-        self.experts = {n: Expert(n, t, controller) for n, t in transformers_of(pipe).items()}
+        self.final: Tensor | None = None
+        self.experts = {
+            name: Expert(number, name, transformer, controller)
+            for number, (name, transformer) in enumerate(transformers_of(pipe).items())
+        }
         self._forms: dict[str, Callable[[Tensor], Any]] = {}
         self._reset_run()
         with contextlib.ExitStack() as installed:
@@ -80,6 +88,7 @@ class Session:
         self._frame: FrameType | None = None
         self._branches = Branches()
         self._pending: list[Seen] = []
+        self._asked: set[str] = set()  # calls whose image tokens are known
 
     def _open(self, sigmas: list[float]) -> None:
         self._reset_run()
@@ -91,7 +100,8 @@ class Session:
         self._num_steps = len(sigmas)
         self._sigmas = sigmas
         self.report.open(sigmas)
-        self.controller.guidance = guidance_of(frame)
+        self.controller.guided_by = guidance_of(frame)
+        self.controller.image_tokens = {}
         self.controller.open(sigmas)
         self._frame = frame
         self._open_run = True
@@ -110,6 +120,7 @@ class Session:
             step = self._step(index, seen.key, seen.x_t)
             self.controller.observe(seen.key, seen.call, step, seen.taps)
         self._pending = []
+        self.final = after
         self.controller.close(index, v, before, after)
         self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
         if index == self._num_steps - 1:
@@ -118,7 +129,8 @@ class Session:
             self.controller.finish(self.report)
 
     def _step(self, index: int, key: str, x_t: Tensor | None) -> Step:
-        return Step(index, self._sigmas[index], self._num_steps, self._branches.of(key), x_t)
+        branches, expert = self._branches.of(key), self._branches.expert_of(key)
+        return Step(index, self._sigmas[index], self._num_steps, branches, expert, x_t)
 
     def _route(self, expert: Expert, forward: Callable, args: tuple, kwargs: dict) -> Any:
         call = Call(expert.transformer, forward, args, kwargs)
@@ -132,7 +144,7 @@ class Session:
 
     def _answer(self, expert: Expert, call: Call) -> Any:
         started = time.perf_counter()
-        key = self._branches.key(expert.name, call.rows)
+        key = self._branches.key(expert.number, call.rows)
         step = self._step(self.clock.index, key, call.x_t)
         if not expert.proven:
             self._prove(expert, call)
@@ -158,6 +170,11 @@ class Session:
             output = call.run()
         self._keep(expert, key, found, output, call.x_t)
         expert.prove_rows(call, output)
+        if self.controller.wants_image_tokens and "hidden" in found and key not in self._asked:
+            self._asked.add(key)
+            mask = expert.image_tokens(call, found["hidden"])
+            if mask is not None:
+                self.controller.image_tokens = {**self.controller.image_tokens, key: mask}
         return output
 
     def _capturing(self, expert: Expert) -> contextlib.AbstractContextManager[dict[str, Tensor]]:

@@ -22,6 +22,8 @@ class Step:
         num_steps: steps of the whole run.
         branches: branch number of each equal part of the batch axis: `(0,)` without guidance,
             `(0, 1)` when both guidance branches share one call, `(1,)` in the second of two calls.
+        expert: number of the transformer called, where the pipeline has several, in the order in
+            which they run.
         x_t: the network's input at this step, only for predictors that list it in `needs`.
         tokens: what enters the first block at this step, likewise.
         modulation: the host's modulation vector at this step, likewise.
@@ -31,6 +33,7 @@ class Step:
     sigma: float
     num_steps: int
     branches: tuple[int, ...] = (0,)
+    expert: int = 0
     x_t: Tensor | None = None
     tokens: Tensor | None = None
     modulation: Tensor | None = None

@@ -171,7 +171,7 @@ def fail() -> None:
 def test_after_an_exception_a_recording_resumes_to_the_same_bytes(host, batch, tmp_path):
     options = {"taps": ("output", "hidden"), "features": "full", "num_items": 5}
     recorded(host, tmp_path / "whole", **options)
-    proof = 3  # calls that prove the replay, within the first step
+    proof = 4  # calls that prove the replay and ask for the image's tokens, within the first step
     pipe = stop_at(pipeline(host), proof + (batch * STEPS + 2) * CALLS_PER_STEP[host], fail)
     with pytest.raises(Interrupted):
         recorded(host, tmp_path / "broken", pipe=pipe, **options)

@@ -99,7 +99,8 @@ class L2PContinuousModule(lightning.LightningModule):
     def spec(self) -> PredictorSpec:
         """What the predictor was fitted on; anchors and sigmas are the first recording's."""
         digest = "+".join(header.recipe_hash for header in self.headers)
-        return spec_of(self.headers[0], self.tap, self.anchors, int(self.num_trajectories), digest)
+        count, others = int(self.num_trajectories), self.headers[1:]
+        return spec_of(self.headers[0], self.tap, self.anchors, count, digest, others)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Solve for the corrections."""
@@ -246,13 +247,16 @@ def anchor_lists(num_steps: int, num_lists: int, seed: int) -> list[list[int]]:
     return lists
 
 
+ALIKE = ("host", "scheduler", "num_branches", "guidance_scale", "guidance", "dtype", "branch_steps")
+
+
 def check_alike(first: PredictorSpec, other: PredictorSpec) -> None:
     """Raise unless two recordings differ in nothing but their grid.
 
     Raises:
         ValueError: names what differs.
     """
-    for name in ("host", "scheduler", "num_branches", "guidance_scale", "dtype"):
+    for name in ALIKE:
         here, there = getattr(first, name), getattr(other, name)
         if here != there:
             raise ValueError(

@@ -21,7 +21,6 @@ from ..predictors.any_anchors import L2PGram
 from ..predictors.base import Predictor
 from ..predictors.continuous import L2PContinuous
 from ..predictors.kan import with_pykan, without_pykan
-from ..predictors.linear import L2P
 from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import parted_l2p
 from ..trajectories.header import Header
@@ -30,7 +29,7 @@ from ..trajectories.shards import write_shard
 from .any_anchors import L2PGramModule
 from .continuous import L2PContinuousModule
 from .disca import DiscaModule
-from .l2p import L2PModule, spec_of
+from .l2p import L2PModule, rows_predictor, spec_of
 from .lesa import LesaModule
 from .parts import L2PPartsLeastSquares, recorded_partition
 
@@ -65,7 +64,9 @@ def export_command(checkpoint: str, out: str) -> None:
         predictor = fitted_l2p(settings, headers, state, checkpoint)
     digest = "+".join(header.recipe_hash for header in headers)
     count = int(state["num_trajectories"])
-    spec = spec_of(headers[0], settings["tap"], settings["anchors"], count, digest)
+    spec = spec_of(
+        headers[0], settings["tap"], settings["anchors"], count, digest, headers[1:]
+    )
     errors = validation_errors(state, checkpoint)
     _save(predictor, spec, recordings, out, errors, settings.get("partition"))
     total = sum(len(recording) for recording in recordings)
@@ -170,7 +171,7 @@ def predictor_of(settings: dict[str, Any], headers: Sequence[Header]) -> Predict
     if (name := settings.get("partition")) is not None:
         partition = recorded_partition(header, settings["tap"], name)
         return parted_l2p(num_steps, settings["anchors"], num_branches, partition)
-    return L2P(num_steps, settings["anchors"], num_branches)
+    return rows_predictor(header, settings["anchors"])
 
 
 def export_predictor(

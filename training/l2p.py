@@ -14,10 +14,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from ..checkpoints.spec import PredictorSpec
+from ..predictors.experts import L2PExperts
 from ..predictors.linear import L2P, fold
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
-from .rows import least_squares_rows, published_loss, reuse_weight
+from .rows import expert_rows, published_loss, reuse_weight
 
 
 class L2PModule(lightning.LightningModule):
@@ -33,16 +34,17 @@ class L2PModule(lightning.LightningModule):
     """
 
     fit_name = ""
+    fits_experts = False
 
     def __init__(self, recording: str, anchors: Sequence[int], tap: str = "output") -> None:
         super().__init__()
-        self.recording = open_recording(recording, tap)
+        self.recording = open_recording(recording, tap, self.fits_experts)
         header = self.recording.header
         self.save_hyperparameters(
             {"recording": recording, "anchors": list(anchors), "tap": tap, "fit": self.fit_name}
         )
         self.tap = tap
-        self.predictor = L2P(len(header.sigmas), anchors, header.num_branches)
+        self.predictor = rows_predictor(header, anchors)
         self.num_trajectories: Tensor
         self.register_buffer("num_trajectories", torch.tensor(0))
 
@@ -80,13 +82,32 @@ class L2PModule(lightning.LightningModule):
                 self.logger.experiment.add_scalar("val/error_by_step", error, step)
 
 
-def open_recording(folder: str, tap: str) -> Recording:
+def rows_predictor(header: Header, anchors: Sequence[int]) -> L2P:
+    """The predictor of a recording's rows: of one transformer, or of each of several."""
+    num_steps, num_branches = len(header.sigmas), header.num_branches
+    if len(header.expert_steps) == 1:
+        return L2P(num_steps, anchors, num_branches)
+    return L2PExperts(num_steps, anchors, num_branches, header.expert_steps)
+
+
+def open_recording(folder: str, tap: str, experts: bool = False) -> Recording:
     """A recording that has a tap.
 
+    Args:
+        folder: of the recording.
+        tap: recorded tap.
+        experts: whether it may be of a pipeline with several transformers.
+
     Raises:
-        ValueError: it lacks the tap.
+        ValueError: it lacks the tap, or has several transformers.
     """
     recording = Recording(folder)
+    steps = recording.header.expert_steps
+    if len(steps) > 1 and not experts:
+        raise ValueError(
+            f"{folder} was recorded of {len(steps)} transformers that take over at the steps "
+            f"{steps}; the fit that takes them apart is L2PLeastSquares."
+        )
     if tap not in recording.header.taps:
         raise ValueError(f"{folder} has the taps {recording.header.taps}, not {tap!r}; record it.")
     return recording
@@ -98,6 +119,7 @@ def spec_of(
     anchors: Sequence[int],
     num_trajectories: int,
     digest: str | None = None,
+    others: Sequence[Header] = (),
 ) -> PredictorSpec:
     """The circumstances of a fit on a recording with this header.
 
@@ -107,7 +129,9 @@ def spec_of(
         anchors: steps at which the network runs.
         num_trajectories: trajectories fitted on.
         digest: of all recordings, where there were several; None takes this one's.
+        others: headers of the other recordings, whose latents may have other shapes.
     """
+    shapes = dict.fromkeys(tuple(each.latent_shape) for each in (header, *others))
     return PredictorSpec(
         tap=tap,
         anchors=tuple(anchors),
@@ -119,6 +143,10 @@ def spec_of(
         dtype=header.dtype,
         recording_digest=header.recipe_hash if digest is None else digest,
         num_trajectories=num_trajectories,
+        guidance={name: float(value) for name, value in header.guidance.items()},
+        latent_shapes=tuple(shapes),
+        branch_steps=tuple(header.branch_steps),
+        expert_steps=tuple(header.expert_steps),
     )
 
 
@@ -192,6 +220,7 @@ class L2PLeastSquares(L2PModule):
     """
 
     fit_name = "lstsq"
+    fits_experts = True
 
     def __init__(
         self,
@@ -206,7 +235,8 @@ class L2PLeastSquares(L2PModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Solve for the rows."""
-        rows = least_squares_rows(batch["gram"], self.predictor.anchors, self.ridge)
+        steps = self.recording.header.expert_steps
+        rows = expert_rows(batch["gram"], self.predictor.anchors, steps, self.ridge)
         self.set_rows(rows)
         self.log("train/open_loop_error", open_loop_errors(batch["gram"], rows).mean())
 

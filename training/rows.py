@@ -75,6 +75,29 @@ def least_squares_rows(
     return rows
 
 
+def expert_rows(
+    grams: Float[Tensor, "n branches S S"],
+    anchors: Sequence[int],
+    expert_steps: Sequence[int],
+    ridge: float = 1e-4,
+) -> Float[Tensor, "branches S S"]:
+    """The least-squares rows of every transformer on its own steps and anchors.
+
+    Args:
+        grams: one Gram per trajectory and branch.
+        anchors: steps at which the network runs, the first of every transformer among them.
+        expert_steps: first step of each transformer, starting with 0.
+        ridge: see `least_squares_rows`.
+    """
+    num_steps = grams.shape[-1]
+    rows = torch.zeros_like(grams[0], dtype=torch.float64)
+    for first, end in zip(expert_steps, [*expert_steps[1:], num_steps], strict=True):
+        own = [anchor - first for anchor in anchors if first <= anchor < end]
+        block = least_squares_rows(grams[..., first:end, first:end], own, ridge)
+        rows[:, first:end, first:end] = block
+    return rows
+
+
 def reuse_weight(num_branches: int, num_steps: int) -> Float[Tensor, "branches S S"]:
     """The published initialisation: W[t, t-1] = 1."""
     return torch.diag(torch.ones(num_steps - 1), -1).repeat(num_branches, 1, 1)

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..integration.host import transformers_of
 from ..integration.session import Session
 from ..predictors.partition import Partition
+from .collector import Recorder
 from .prompts import Item, generate_batch
-from .recorder import Recorder, expand_taps
+from .recipe import expand_taps
 
 GRAM_BYTES = 8  # float64
 STATE_BYTES = 4  # states are kept in float32

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from .shards import write_atomically
 
 SCHEMA_VERSION = 1
 HEADER_FILE = "recording.json"
+LATER_FIELDS = {"guidance", "branch_steps", "expert_steps"}  # missing in older recordings
 FEATURE_MODES = ("none", "tokens", "full")
 
 
@@ -35,6 +36,9 @@ class Header:
         features: which features are stored: "none", "tokens" (a subset) or "full".
         states: whether the sampler states are stored.
         latent_shape: shape of one latent, without the batch axis.
+        guidance: further numbers of the pipeline call that guide, by argument.
+        branch_steps: steps each guidance branch lasts; empty where all last to the end.
+        expert_steps: first step of each transformer of the pipeline, starting with 0.
         recipe_hash: xxh3-128 of `recipe` as sorted JSON; computed when left empty.
         schema_version: version of this file's layout.
 
@@ -52,15 +56,18 @@ class Header:
     features: str
     states: bool
     latent_shape: list[int]
+    guidance: dict[str, float] = field(default_factory=dict)
+    branch_steps: list[int] = field(default_factory=list)
+    expert_steps: list[int] = field(default_factory=lambda: [0])
     recipe_hash: str = ""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        for name in ("recipe", "host", "scheduler"):
+        for name in ("recipe", "host", "scheduler", "guidance"):
             value = getattr(self, name)
             _require(isinstance(value, dict), name, value, "a dict")
             object.__setattr__(self, name, json.loads(canonical_json(value)))  # as read back
-        for name in ("sigmas", "taps", "latent_shape"):
+        for name in ("sigmas", "taps", "latent_shape", "branch_steps", "expert_steps"):
             value = getattr(self, name)
             _require(isinstance(value, list | tuple), name, value, "a list")
             object.__setattr__(self, name, list(value))
@@ -87,6 +94,14 @@ class Header:
         _require(isinstance(self.states, bool), "states", self.states, "true or false")
         sizes = all(_is_size(size) for size in self.latent_shape)
         _require(sizes, "latent_shape", self.latent_shape, "a list of ints >= 1")
+        numbers = all(map(_is_number, self.guidance.values()))
+        _require(numbers, "guidance", self.guidance, "numbers by name")
+        sizes = all(map(_is_size, self.branch_steps))
+        _require(sizes, "branch_steps", self.branch_steps, "a list of ints >= 1")
+        first, *later = self.expert_steps or [None]
+        rising = self.expert_steps == sorted(set(self.expert_steps))
+        holds = first == 0 and all(map(_is_size, later)) and rising
+        _require(holds, "expert_steps", self.expert_steps, "rising steps starting with 0")
         _require(isinstance(self.recipe_hash, str), "recipe_hash", self.recipe_hash, "a string")
         version = self.schema_version
         _require(version == SCHEMA_VERSION, "schema_version", version, f"{SCHEMA_VERSION}")
@@ -125,7 +140,7 @@ class Header:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise RecordingError(f"{path} has unknown keys {unknown}; expected {sorted(known)}.")
-        if missing := sorted(known - values.keys()):
+        if missing := sorted(known - LATER_FIELDS - values.keys()):
             raise RecordingError(f"{path} lacks the keys {missing}.")
         try:
             return cls(**values)

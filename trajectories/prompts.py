@@ -18,8 +18,8 @@ class Item:
     Args:
         index: number of the item in its list; ranks and splits go by it.
         seed: seed of the item's own generator.
-        inputs: per-sample keyword arguments of the pipeline: a label, a prompt, or tensors with a
-            leading axis of one.
+        inputs: per-sample keyword arguments of the pipeline: a label, a prompt, tensors with a
+            leading axis of one, or lists of one entry where the pipeline takes a list of tensors.
     """
 
     index: int
@@ -64,7 +64,11 @@ def _arguments(items: Sequence[Item]) -> dict[str, Any]:
 
 
 def _join(values: list[Any]) -> Any:
-    return torch.cat(values) if isinstance(values[0], Tensor) else values
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    if isinstance(values[0], list):
+        return [entry for value in values for entry in value]
+    return values
 
 
 def digest(items: Sequence[Item], settings: dict[str, Any]) -> str:

@@ -1,0 +1,176 @@
+"""What a recorder keeps of the run in progress, and what of it is stored.
+
+Shapes: B batch, S sampling steps, N tokens, D channels.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from ..integration.controller import Controller
+from ..predictors.base import Step
+from ..predictors.partition import Partition
+from .gram import gram, part_grams
+
+
+class Recorder(Controller):
+    """Keep the taps and states of the run in progress.
+
+    A branch that ends in mid-run, as truncated guidance does, keeps its last feature from there on:
+    its Gram repeats, and predictors never use the rows of those steps.
+
+    Args:
+        taps: taps to keep; `blocks.*` stands for the residual stream after every block.
+        partitions: partitions by `<tap>/<name>`, whose Grams are stored beside the tap's.
+    """
+
+    wants_image_tokens = True
+
+    def __init__(
+        self, taps: Sequence[str], partitions: Mapping[str, Partition] | None = None
+    ) -> None:
+        self.taps = frozenset(taps)
+        self.partitions = dict(partitions or {})
+        self.open([])
+
+    def open(self, sigmas: list[float]) -> None:
+        """Forget the last run."""
+        self.sigmas = sigmas
+        self.features: dict[str, list[dict[int, Tensor]]] = {}
+        self.experts: list[int] = []  # the one that ran at every step
+        self.masks: dict[int, Bool[Tensor, "B N"]] = {}  # image tokens of each branch
+        self.states: list[Tensor] = []
+        self.final: Tensor | None = None
+
+    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
+        """Keep one call's features, one entry per branch."""
+        if len(self.experts) == step.index:
+            self.experts.append(step.expert)
+        if key in self.image_tokens:
+            parts = self.image_tokens[key].chunk(len(step.branches))
+            self.masks.update(zip(step.branches, parts, strict=True))
+        for tap, feature in taps.items():
+            steps = self.features.setdefault(tap, [])
+            while len(steps) <= step.index:
+                steps.append({})
+            parts = feature.chunk(len(step.branches))
+            steps[step.index].update(zip(step.branches, parts, strict=True))
+
+    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+        """Keep the state a step started from, and the last one it ended at."""
+        self.states.append(before.detach().float())
+        self.final = after.detach().float()
+
+    @property
+    def num_branches(self) -> int:
+        """Guidance branches of the first step, which has them all."""
+        return len(self._steps()[0])
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the taps, such as `float32`."""
+        return str(next(iter(self._steps()[0].values())).dtype).removeprefix("torch.")
+
+    @property
+    def branch_steps(self) -> list[int]:
+        """Steps each branch lasts; empty where all last to the end.
+
+        Raises:
+            ValueError: a branch starts, or starts again, in mid-run.
+        """
+        steps = self._steps()
+        lasting = [sum(branch in step for step in steps) for branch in sorted(steps[0])]
+        for index, step in enumerate(steps):
+            expected = {branch for branch, last in enumerate(lasting) if index < last}
+            if set(step) != expected:
+                raise ValueError(
+                    f"step {index} has the guidance branches {sorted(step)}, expected "
+                    f"{sorted(expected)}: a branch that starts in mid-run (skip-layer guidance) "
+                    "has nothing to be forecast from there, so learned predictors have no rows for "
+                    "it. Record without it; the fixed formulas forecast it as it comes."
+                )
+        return [] if set(lasting) == {len(steps)} else lasting
+
+    @property
+    def expert_steps(self) -> list[int]:
+        """First step of each transformer.
+
+        Raises:
+            ValueError: they do not take turns in order.
+        """
+        if self.experts != sorted(self.experts) or self.experts[:1] != [0]:
+            raise ValueError(
+                f"the transformers ran in the order {self.experts}, expected all steps of the "
+                "first, then all of the second."
+            )
+        return [self.experts.index(expert) for expert in sorted(set(self.experts))]
+
+    def _steps(self) -> list[dict[int, Tensor]]:
+        return next(iter(self.features.values()))
+
+    def trajectory(self, sample: int, tap: str) -> list[Tensor]:
+        """The features of one sample at one tap, `(S, *shape)` of every branch.
+
+        Branches may differ in their number of tokens where the tap holds the text's.
+        """
+        steps = self.features[tap]
+        found: list[Tensor] = []
+        for branch in sorted(steps[0]):
+            own = [step[branch][sample] for step in steps if branch in step]
+            found.append(torch.stack(own + [own[-1]] * (len(steps) - len(own))))
+        return found
+
+    def image_trajectory(self, sample: int, tap: str) -> list[Tensor]:
+        """The same, without tokens that never enter the picture: text and padding."""
+        found = self.trajectory(sample, tap)
+        for branch, mask in self.masks.items():
+            features, wanted = found[branch], mask[sample]
+            if features.ndim == 3 and features.shape[1] == len(wanted):
+                found[branch] = features[:, wanted]
+        return found
+
+    def tensors(
+        self, sample: int, features: str, num_tokens: int, states: bool
+    ) -> dict[str, Tensor]:
+        """What is stored of one sample: Grams, and features and states as asked for.
+
+        Grams and token samples are of the image's tokens; full features are of all, since that is
+        what is forecast.
+        """
+        if self.final is None:
+            raise ValueError("no step was recorded: the pipeline never called scheduler.step.")
+        stored = {"final": self.final[sample]}
+        if states:
+            stored["states"] = torch.stack([*(s[sample] for s in self.states), self.final[sample]])
+        for tap in sorted(self.features):
+            image = self.image_trajectory(sample, tap)
+            stored[f"gram/{tap}"] = torch.stack([gram(branch.flatten(1)) for branch in image])
+            for name, partition in self.partitions.items():
+                if name.partition("/")[0] == tap:
+                    stored[f"gram/{name}"] = part_grams(_stacked(image, tap), partition)
+            if features == "full":
+                stored[f"feature/{tap}"] = _stacked(self.trajectory(sample, tap), tap)
+            elif features == "tokens" and image[0].ndim == 3:  # (S, N, D)
+                shown = _stacked(image, tap)
+                tokens = torch.linspace(0, shown.shape[2] - 1, num_tokens).round().long().unique()
+                stored[f"feature/{tap}"] = shown[:, :, tokens]
+                stored[f"tokens/{tap}"] = tokens
+        return stored
+
+
+def _stacked(branches: list[Tensor], tap: str) -> Tensor:
+    """One tensor, branch by branch.
+
+    Raises:
+        ValueError: they differ in shape.
+    """
+    if len({branch.shape for branch in branches}) > 1:
+        shapes = [tuple(branch.shape[1:]) for branch in branches]
+        raise ValueError(
+            f"the branches' features at the tap {tap} have the shapes {shapes}, since prompts of "
+            "other lengths are among their tokens; record Grams only (features: none), or pad the "
+            "prompts to one length."
+        )
+    return torch.stack(branches)

@@ -1,0 +1,118 @@
+"""What a recording says of itself: what was asked for, of which host, under which guidance."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..integration.fingerprint import host_fingerprint
+from ..integration.host import transformers_of
+from .collector import Recorder
+from .header import HEADER_FILE, Header, RecordingError
+from .prompts import Item
+from .recording import Recording
+
+
+def finished_items(out: str | Path, recipe: dict[str, Any], items: Sequence[Item] = ()) -> set[int]:
+    """Items already in the folder, which must be a recording with this recipe if it is one at all.
+
+    Raises:
+        RecordingError: it holds another recording, or one of `items` with another seed or input.
+    """
+    if not (Path(out) / HEADER_FILE).exists():
+        return set()
+    found = Recording(out)
+    if found.header.recipe != recipe:
+        told = found.header.recipe
+        names = sorted(n for n in recipe | told if recipe.get(n) != told.get(n))
+        raise RecordingError(
+            f"{out} holds a recording with another recipe: "
+            + ", ".join(f"{n} is {told.get(n)}, asked for {recipe.get(n)}" for n in names)
+            + ". Use the same settings to resume it, or another folder."
+        )
+    for item in items:
+        if item.index not in found.entries:
+            continue
+        meta, asked = found.meta(item.index), item_meta(item)
+        if meta != asked:
+            raise RecordingError(
+                f"{out} holds item {item.index} as {meta}, asked for {asked}; give it another "
+                "number or record into another folder."
+            )
+    return set(found.items)
+
+
+def expand_taps(transformer: nn.Module, taps: Sequence[str]) -> list[str]:
+    """The taps with `blocks.*` written out, after checking their names.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    lists = [m for _, m in transformer.named_children() if isinstance(m, nn.ModuleList)]
+    blocks = [f"blocks.{i}" for i in range(sum(len(blocks) for blocks in lists))]
+    known = ["output", "hidden", "residual", *blocks]
+    expanded = [name for tap in taps for name in (blocks if tap == "blocks.*" else [tap])]
+    unknown = [tap for tap in expanded if tap not in known]
+    if unknown or not expanded:
+        raise ValueError(f"unknown taps {unknown}; this host has {', '.join(known)} and blocks.*")
+    return expanded
+
+
+def describe_partitions(recorder: Recorder) -> dict[str, Any]:
+    """What a recipe tells of the partitions, which must be named after taps that are recorded.
+
+    Raises:
+        ValueError: a name is not `<tap>/<name>`.
+    """
+    for name in recorder.partitions:
+        tap, _, own = name.partition("/")
+        if tap not in recorder.taps or not own or "/" in own:
+            raise ValueError(
+                f"found a partition called {name!r}, expected <tap>/<name> with a tap of "
+                f"{sorted(recorder.taps)}, as in 'hidden/bands'."
+            )
+    return {name: partition.describe() for name, partition in sorted(recorder.partitions.items())}
+
+
+def describe(
+    pipe: Any, recorder: Recorder, recipe: dict[str, Any], settings: dict[str, Any]
+) -> Header:
+    """The header of a recording, read off the pipeline and the batch just run."""
+    if recorder.final is None:
+        raise ValueError("no step was recorded: the pipeline never called scheduler.step.")
+    given = recorder.guided_by.get("guidance_scale", getattr(pipe, "guidance_scale", None))
+    guidance_scale = settings.get("guidance_scale", 1.0) if given is None else given
+    config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
+    return Header(
+        recipe=recipe,
+        host=host_fingerprint(*transformers_of(pipe).values()),
+        scheduler={
+            "class": type(pipe.scheduler).__name__,
+            "config": json.dumps(config, sort_keys=True, default=str),
+            "guidance_scale": float(guidance_scale),
+        },
+        sigmas=recorder.sigmas,
+        taps=sorted(recorder.features),
+        num_branches=recorder.num_branches,
+        dtype=recorder.dtype,
+        features=recipe["features"],
+        states=recipe["states"],
+        latent_shape=list(recorder.final.shape[1:]),
+        guidance={n: v for n, v in recorder.guided_by.items() if n != "guidance_scale"},
+        branch_steps=recorder.branch_steps,
+        expert_steps=recorder.expert_steps,
+    )
+
+
+def item_meta(item: Item) -> dict[str, str | int | float]:
+    inputs = {n: value for n, value in item.inputs.items() if isinstance(value, str | int | float)}
+    return {"seed": item.seed, **inputs}
+
+
+def plain_or_name(value: Any) -> str | int | float | bool | None:
+    """A setting as JSON: itself if it is plain, else its type in angle brackets."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return f"<{type(value).__name__}>"
