@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/overhead.py
 
 The host `flux_70m` is a FLUX transformer of width 512 (8 heads of 64) with 4 double-stream and 8
-single-stream blocks, 71.2 M random parameters in float32, run by `FluxPipeline` on 256 image and 64
+single-stream blocks, 71.1 M random parameters in float32, run by `FluxPipeline` on 256 image and 64
 text tokens. Measured are foreseer's rules, the caches of diffusers and cache-dit's DBCache, each on
 its own copy of the host with shared weights, one after another in every round and in rotating
 order, in one process on one torch thread.

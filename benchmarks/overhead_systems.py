@@ -118,7 +118,7 @@ class System:
 
 
 def flux_70m() -> FluxTransformer2DModel:
-    """FLUX with 4 double-stream and 8 single-stream blocks of width 512, 71.2 M parameters."""
+    """FLUX with 4 double-stream and 8 single-stream blocks of width 512, 71.1 M parameters."""
     torch.manual_seed(0)
     return FluxTransformer2DModel(
         in_channels=64,

@@ -68,9 +68,9 @@ class Clock:
 
     Args:
         scheduler: a diffusers scheduler instance.
-        on_open: called with the new run's sigmas.
-        on_step: called after each scheduler step with its index, the model output, and the sample
-            before and after it.
+        on_open: called with the sigmas of all steps of the scheduler's new list.
+        on_step: called after each scheduler step with its index, counted from the first one that is
+            evaluated, the model output, and the sample before and after it.
     """
 
     def __init__(
@@ -88,12 +88,15 @@ class Clock:
 
     @property
     def index(self) -> int:
-        """The step now being evaluated, counted in the scheduler's own list of steps."""
-        return self.begin + self.steps_done
+        """The step now being evaluated, counted from the first one that is."""
+        return self.steps_done
 
     @property
     def begin(self) -> int:
-        """The first step that is evaluated; image-to-image leaves out those before it."""
+        """Steps of the scheduler's list that are left out at its start, as in image-to-image.
+
+        Pipelines tell after `set_timesteps`, before they call the network.
+        """
         return getattr(self.scheduler, "begin_index", None) or 0
 
     def _wrap(self) -> None:
@@ -112,7 +115,7 @@ class Clock:
             given = parameters.bind(scheduler, *args, **kwargs).arguments
             index = self.index
             if self.sigmas and self.steps_done == 0:
-                self._check_start(index, float(given["timestep"]))
+                self._check_start(self.begin, float(given["timestep"]))
             result = step(*args, **kwargs)
             self.steps_done += 1
             self.on_step(index, given["model_output"], given["sample"], step_output(result))

@@ -61,7 +61,7 @@ class Expert:
         return self.skipper(call.forward, call.args, call.kwargs, entering)
 
     def image_tokens(
-        self, call: Call, hidden: Float[Tensor, "B *shape"]
+        self, call: Call, hidden: Float[Tensor, " B *shape"]
     ) -> Bool[Tensor, "B N"] | None:
         """Which tokens of the head's input enter the prediction: the others are text and padding.
 

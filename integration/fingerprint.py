@@ -57,7 +57,7 @@ def _add_weights(digest: Any, transformer: nn.Module) -> None:
 
 
 def _parameters(transformer: nn.Module) -> list[tuple[str, Tensor]]:
-    """All parameters; those that accelerate keeps elsewhere between calls are fetched from there."""
+    """All parameters; those that accelerate keeps elsewhere between calls are fetched there."""
     found: list[tuple[str, Tensor]] = []
     for name, parameter in transformer.named_parameters():
         if parameter.is_meta:

@@ -2,43 +2,21 @@
 
 The trunk is the block lists; the head is the first module called after the last block whose first
 tensor argument has the block output's rank, batch and channels. Both are read from one traced
-forward; classes where that finds the wrong module have a row in `TRUNK_FACTS`.
+forward; classes where that finds nothing, or the wrong module, have a row in trunk_facts.py.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .trunk_facts import TRUNK_FACTS, Trunk
+
 
 class UnsupportedHost(ValueError):
     """The transformer's trunk and head could not be found, or replaying its tap is not exact."""
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """Where the blocks and the head of a transformer are.
-
-    Args:
-        block_lists: names of the root's `ModuleList`s of blocks, in calling order.
-        head: qualified name of the head module.
-        streams: where the last block takes what the block before it returned: positions and
-            keywords; empty where something happens in between.
-        place: which of the tensors that a block returns is the stream the head takes, counted
-            from the end: -1 for the last.
-    """
-
-    block_lists: tuple[str, ...]
-    head: str
-    streams: tuple[int | str, ...] = ()
-    place: int = -1
-
-
-TRUNK_FACTS: dict[str, Trunk | str] = {}
-"""Trunks of classes where tracing does not find them; a text says why there is none."""
 
 
 class SkippedBlocks(nn.ModuleList):
@@ -170,9 +148,7 @@ class TrunkTracer:
         self.calls.append((name, None if tensor is None else tensor.detach()))
         named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         self.streams[name] = tuple(
-            place
-            for place, value in named
-            if any(value is returned for returned in self.outputs)
+            place for place, value in named if any(value is returned for returned in self.outputs)
         )
 
     def _leaving(self, name: str, output: Any) -> None:
@@ -198,7 +174,7 @@ class TrunkTracer:
         name = type(self.transformer).__name__
         fact = TRUNK_FACTS.get(name)
         if isinstance(fact, str):
-            raise UnsupportedHost(f"{name} {fact}; use the `output` tap.")
+            raise UnsupportedHost(f"{name} {fact}: it is not supported.")
         if fact is not None:
             return fact
         called = [name for name, _ in self.calls]

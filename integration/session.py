@@ -85,6 +85,7 @@ class Session:
 
     def _reset_run(self) -> None:
         self._open_run = False
+        self._begun = False
         self._frame: FrameType | None = None
         self._branches = Branches()
         self._pending: list[Seen] = []
@@ -97,14 +98,19 @@ class Session:
             return  # another pipeline on the same scheduler
         for expert in self.experts.values():
             refuse_other_caches(expert.transformer)
-        self._num_steps = len(sigmas)
-        self._sigmas = sigmas
-        self.report.open(sigmas)
-        self.controller.guided_by = guidance_of(frame)
-        self.controller.image_tokens = {}
-        self.controller.open(sigmas)
+        self._announced = sigmas
         self._frame = frame
         self._open_run = True
+
+    def _begin(self) -> None:
+        """The first call of a run: the pipeline has said by now with which step it starts."""
+        self._sigmas = self._announced[self.clock.begin :]
+        self._num_steps = len(self._sigmas)
+        self.report.open(self._sigmas)
+        self.controller.guided_by = guidance_of(self._frame)
+        self.controller.image_tokens = {}
+        self.controller.open(self._sigmas)
+        self._begun = True
 
     def _is_ours(self, pipe: Any) -> bool:
         """Whether a pipeline runs the transformers this session is attached to."""
@@ -115,6 +121,8 @@ class Session:
         """Observe the step's calls, now that the sample tells how many branches each one held."""
         if not self._open_run:
             return
+        if not self._begun:
+            self._begin()
         self._branches.close(rows_per_branch(self.pipe, after))
         for seen in self._pending:
             step = self._step(index, seen.key, seen.x_t)
@@ -137,6 +145,8 @@ class Session:
         if not self._open_run or (self._frame is not None and not is_under_way(self._frame)):
             return call.run()
         try:
+            if not self._begun:
+                self._begin()
             return self._answer(expert, call)
         except BaseException:
             self._reset_run()

@@ -64,9 +64,7 @@ def export_command(checkpoint: str, out: str) -> None:
         predictor = fitted_l2p(settings, headers, state, checkpoint)
     digest = "+".join(header.recipe_hash for header in headers)
     count = int(state["num_trajectories"])
-    spec = spec_of(
-        headers[0], settings["tap"], settings["anchors"], count, digest, headers[1:]
-    )
+    spec = spec_of(headers[0], settings["tap"], settings["anchors"], count, digest, headers[1:])
     errors = validation_errors(state, checkpoint)
     _save(predictor, spec, recordings, out, errors, settings.get("partition"))
     total = sum(len(recording) for recording in recordings)

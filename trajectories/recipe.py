@@ -107,6 +107,7 @@ def describe(
 
 
 def item_meta(item: Item) -> dict[str, str | int | float]:
+    """What a manifest says of an item: its seed and those of its inputs that are plain."""
     inputs = {n: value for n, value in item.inputs.items() if isinstance(value, str | int | float)}
     return {"seed": item.seed, **inputs}
 

@@ -1,0 +1,38 @@
+"""What the trunk of a transformer is, and the trunks that cannot be traced, by class name."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """Where the blocks and the head of a transformer are.
+
+    Args:
+        block_lists: names of the root's `ModuleList`s of blocks, in calling order.
+        head: qualified name of the head module.
+        streams: where the last block takes what the block before it returned: positions and
+            keywords; empty where something happens in between.
+        place: which of the tensors that a block returns is the stream the head takes, counted
+            from the end: -1 for the last.
+    """
+
+    block_lists: tuple[str, ...]
+    head: str
+    streams: tuple[int | str, ...] = ()
+    place: int = -1
+
+
+TRUNK_FACTS: dict[str, Trunk | str] = {
+    # The modules of the face are called between the blocks.
+    "ConsisIDTransformer3DModel": Trunk(("transformer_blocks",), "norm_final", (), -2),
+    # The tokens get their place in the grid back before the head, which adds two axes.
+    "Kandinsky5Transformer3DModel": Trunk(
+        ("text_transformer_blocks", "visual_transformer_blocks"), "out_layer"
+    ),
+    # Spatial and temporal blocks take turns, with other axes as the batch.
+    "LatteTransformer3DModel": Trunk(
+        ("transformer_blocks", "temporal_transformer_blocks"), "norm_out"
+    ),
+    "LTX2VideoTransformer3DModel": "predicts sound beside the video, with a head for each",
+}
+"""The trunk of a class where tracing does not find it; a text where there is none to skip."""
