@@ -11,9 +11,10 @@ from .call import Call
 from .controller import Controller
 from .gate import FirstLook, LastBlock
 from .hook import LAST_BLOCK, TrunkSkipper
-from .host import Trunk, UnsupportedHost
+from .host import UnsupportedHost
 from .prediction import prediction
 from .proof import check_rows, prove
+from .trunk_facts import Trunk
 
 
 class Expert:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from .hook import block_list, exchanged, own
-from .host import SkippedBlocks, Trunk, UnsupportedHost, first_tensor, stream_of
+from .host import SkippedBlocks, UnsupportedHost, first_tensor, stream_of
+from .trunk_facts import Trunk
 
 Enter = Callable[[Tensor], Tensor]  # what enters the head, given what would have
 

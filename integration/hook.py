@@ -12,7 +12,8 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from .host import SeenBlocks, SkippedBlocks, Trunk, first_tensor, stream_of
+from .host import SeenBlocks, SkippedBlocks, first_tensor, stream_of
+from .trunk_facts import Trunk
 
 HOOK_NAME = "foreseer"
 CACHE_MODULES = ("_cache", "pyramid_attention_broadcast")  # of diffusers.hooks
@@ -20,11 +21,19 @@ LAST_BLOCK = "last_block"
 
 
 class RootHook(ModelHook):
-    """Route every call of the transformer through `route(forward, args, kwargs)`."""
+    """Route every call of the transformer through `route(forward, args, kwargs)`.
 
-    def __init__(self, route: Callable[[Callable, tuple, dict[str, Any]], Any]) -> None:
+    Args:
+        route: see above.
+        made_registry: whether the transformer had no registry of hooks before this one.
+    """
+
+    def __init__(
+        self, route: Callable[[Callable, tuple, dict[str, Any]], Any], made_registry: bool = True
+    ) -> None:
         super().__init__()
         self.route = route
+        self.made_registry = made_registry
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The routed call."""
@@ -32,7 +41,7 @@ class RootHook(ModelHook):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RootHook":
         """A copied transformer is its own: nothing is attached to it."""
-        copied = RootHook(as_it_is)
+        copied = RootHook(as_it_is, self.made_registry)
         memo[id(self)] = copied
         copied.fn_ref = copy.deepcopy(self.fn_ref, memo)
         return copied
@@ -50,13 +59,14 @@ def install(transformer: nn.Module, route: Callable) -> None:
         ValueError: another foreseer session or another cache is on it already.
     """
     refuse_other_caches(transformer)
+    made_registry = not hasattr(transformer, "_diffusers_hook")
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     found = registry.get_hook(HOOK_NAME)
     if found is not None and found.route is not as_it_is:
         raise ValueError("foreseer is already attached to this transformer; detach it first.")
     if found is not None:
         registry.remove_hook(HOOK_NAME, recurse=False)
-    registry.register_hook(RootHook(route), HOOK_NAME)
+    registry.register_hook(RootHook(route, made_registry), HOOK_NAME)
 
 
 def refuse_other_caches(transformer: nn.Module) -> None:
@@ -90,9 +100,11 @@ def _other_cache(transformer: nn.Module) -> str | None:
 def remove(transformer: nn.Module) -> None:
     """Take the root hook off; a transformer without other hooks is left as it was before."""
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    made_registry = registry.get_hook(HOOK_NAME).made_registry
     registry.remove_hook(HOOK_NAME, recurse=False)
     if not registry.hooks:
-        del transformer._diffusers_hook
+        if made_registry:
+            del transformer._diffusers_hook
         forward = transformer.__dict__.get("forward")
         if getattr(forward, "__func__", None) is type(transformer).forward:
             del transformer.forward

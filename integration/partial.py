@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..predictors.token_clusters import take
 from .hook import block_list, capturing, own, replacing
-from .host import Trunk, UnsupportedHost
+from .host import UnsupportedHost
+from .trunk_facts import Trunk
 
 SELF_ATTENTION = {
     "BasicTransformerBlock": ("attn1", "stream"),  # DiT, PixArt

@@ -14,8 +14,9 @@ from .adaptive import take_rows
 from .call import Call
 from .gate import FirstLook, LastBlock
 from .hook import LAST_BLOCK, TrunkSkipper, capturing
-from .host import Trunk, TrunkTracer, UnsupportedHost
+from .host import TrunkTracer, UnsupportedHost
 from .prediction import prediction
+from .trunk_facts import Trunk
 
 ROWS_TOLERANCE = 1e-2  # products of another batch size round differently, in bfloat16 by 4e-3
 
@@ -74,7 +75,12 @@ def check_residual(call: Call, trunk_in: Tensor, skipper: TrunkSkipper) -> None:
         UnsupportedHost: something else does, as where refiner blocks come before the trunk.
     """
     came: list[Tensor] = []
-    skipper(call.forward, call.args, call.kwargs, lambda tensor: came.append(tensor) or tensor)
+
+    def keep(tensor: Tensor) -> Tensor:
+        came.append(tensor)
+        return tensor
+
+    skipper(call.forward, call.args, call.kwargs, keep)
     if came[0].shape != trunk_in.shape or not torch.equal(came[0], trunk_in):
         raise UnsupportedHost(
             f"what enters the first block of {type(call.transformer).__name__} "

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..predictors.base import Predictor
 from .clock import Clock
 from .forecaster import Forecaster
-from .host import transformer_of
+from .host import transformers_of
 from .session import Session
 
 Run = Callable[[], Any]  # one call of the pipeline
@@ -196,7 +196,7 @@ def _seconds(run: Run, device: torch.device) -> float:
 
 def device_of(pipe: Any) -> torch.device:
     """Where a pipeline's transformer is."""
-    return next(transformer_of(pipe).parameters()).device
+    return next(next(iter(transformers_of(pipe).values())).parameters()).device
 
 
 def now(device: torch.device) -> float:

@@ -35,16 +35,17 @@ class Estimate:
     gram_bytes: int
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a pipeline call after its first step."""
 
 
-class _FirstStep(Recorder):
+class FirstStep(Recorder):
     """A recorder that has seen enough once the first step is over."""
 
     def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+        """Keep the step, then end the run."""
         super().close(step_index, v, before, after)
-        raise _Enough
+        raise Enough
 
 
 def estimate(
@@ -62,7 +63,7 @@ def estimate(
     Raises:
         ValueError: a tap is unknown, or the pipeline never stepped its scheduler.
     """
-    size = _count(first_step(pipe, item, taps, **settings), features, num_tokens, states)
+    size = count(first_step(pipe, item, taps, **settings), features, num_tokens, states)
     parts = sum(partition.num_parts for partition in (partitions or {}).values())
     return replace(size, trajectory_bytes=size.trajectory_bytes + parts * size.gram_bytes)
 
@@ -80,18 +81,19 @@ def first_step(pipe: Any, item: Item, taps: Sequence[str], **settings: Any) -> R
         ValueError: a tap is unknown, or the pipeline never stepped its scheduler.
     """
     host = next(iter(transformers_of(pipe).values()))
-    recorder = _FirstStep(expand_taps(host, taps))
+    recorder = FirstStep(expand_taps(host, taps))
     session = Session(pipe, recorder)
     try:
         generate_batch(pipe, [item], output_type="latent", **settings)
-    except _Enough:
+    except Enough:
         return recorder
     finally:
         session.detach()
     raise ValueError("the pipeline never called scheduler.step, so there is nothing to record.")
 
 
-def _count(recorder: Recorder, features: str, num_tokens: int, states: bool) -> Estimate:
+def count(recorder: Recorder, features: str, num_tokens: int, states: bool) -> Estimate:
+    """Bytes of one trajectory, given its first step; arguments as of `estimate`."""
     num_steps = len(recorder.sigmas)
     assert recorder.final is not None  # the first step is over
     total = STATE_BYTES * recorder.final.numel() * (1 + (num_steps + 1) * states)

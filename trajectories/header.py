@@ -98,9 +98,10 @@ class Header:
         _require(numbers, "guidance", self.guidance, "numbers by name")
         sizes = all(map(_is_size, self.branch_steps))
         _require(sizes, "branch_steps", self.branch_steps, "a list of ints >= 1")
-        first, *later = self.expert_steps or [None]
         rising = self.expert_steps == sorted(set(self.expert_steps))
-        holds = first == 0 and all(map(_is_size, later)) and rising
+        holds = (
+            self.expert_steps[:1] == [0] and all(map(_is_size, self.expert_steps[1:])) and rising
+        )
         _require(holds, "expert_steps", self.expert_steps, "rising steps starting with 0")
         _require(isinstance(self.recipe_hash, str), "recipe_hash", self.recipe_hash, "a string")
         version = self.schema_version

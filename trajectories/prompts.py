@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..integration.pipeline_call import joined
+
 
 @dataclass(frozen=True)
 class Item:
@@ -58,17 +60,9 @@ def generate_with_gradients(pipe: Any, items: Sequence[Item], **settings: Any) -
 
 def _arguments(items: Sequence[Item]) -> dict[str, Any]:
     """The items' inputs, joined, and a generator for each."""
-    names = items[0].inputs
-    inputs = {name: _join([item.inputs[name] for item in items]) for name in names}
-    return inputs | {"generator": [torch.Generator().manual_seed(item.seed) for item in items]}
-
-
-def _join(values: list[Any]) -> Any:
-    if isinstance(values[0], Tensor):
-        return torch.cat(values)
-    if isinstance(values[0], list):
-        return [entry for value in values for entry in value]
-    return values
+    return joined([item.inputs for item in items]) | {
+        "generator": [torch.Generator().manual_seed(item.seed) for item in items]
+    }
 
 
 def digest(items: Sequence[Item], settings: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from . import __version__, commands
+from . import __version__, commands, pipeline_commands
 
 TRAINER_WORDS = {
     "fit": "Train a predictor from a YAML file (LightningCLI).",
@@ -27,6 +27,12 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     )
 }
 
+OF_PIPELINES: dict[str, Callable[..., None]] = {
+    "inspect": pipeline_commands.inspect,
+    "verify": pipeline_commands.verify,
+}
+"""Commands on recordings that are also on pipelines, where `--pipeline` is among their words."""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run one sub-command.
@@ -43,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
     elif word == "--version":
         print(f"foreseer {__version__}")
+    elif word in OF_PIPELINES and any(w.partition("=")[0] == "--pipeline" for w in rest):
+        run_function(OF_PIPELINES[word], rest)
     elif word in FUNCTIONS:
         run_function(FUNCTIONS[word], rest)
     elif word == "teacher":

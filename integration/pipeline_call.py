@@ -1,0 +1,138 @@
+"""What a pipeline is called with from the command line: prompts or labels, and settings.
+
+Shapes: n samples.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+DEFAULT_PROMPT = "a photo of a cat"
+
+
+def samples(
+    pipe: Any,
+    prompts: str | Sequence[str] | None = None,
+    class_labels: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Per-sample arguments of a pipeline, one entry per sample.
+
+    Args:
+        pipe: the pipeline.
+        prompts: words; or a text file with a prompt per line; or a safetensors file of prompt
+            embeddings by argument, such as `prompt_embeds`, `(n, tokens, width)`.
+        class_labels: labels, for pipelines that draw classes.
+
+    Raises:
+        ValueError: the pipeline takes something else.
+    """
+    takes = inspect.signature(pipe.__call__).parameters
+    name = type(pipe).__name__
+    if prompts is None and class_labels is not None and takes_labels(pipe):
+        return [{"class_labels": int(label)} for label in class_labels]
+    if prompts is None:
+        asked = "class_labels" if "class_labels" in takes else "prompts"
+        raise ValueError(f"{name} draws from {asked}; give --{asked}.")
+    if isinstance(prompts, str) and prompts.endswith(".safetensors"):
+        return _rows(Path(prompts), set(takes), name)
+    if "prompt" not in takes:
+        raise ValueError(f"{name} takes no prompts; it takes {', '.join(takes)}.")
+    return [{"prompt": prompt} for prompt in _lines(prompts)]
+
+
+def first_samples(pipe: Any, prompts: str | None) -> dict[str, Any]:
+    """Per-sample arguments of one sample: the first asked for, or a default one."""
+    if prompts is None and takes_labels(pipe):
+        return samples(pipe, class_labels=[0])[0]
+    return samples(pipe, DEFAULT_PROMPT if prompts is None else prompts)[0]
+
+
+def takes_labels(pipe: Any) -> bool:
+    """Whether a pipeline draws classes and not prompts."""
+    return "class_labels" in inspect.signature(pipe.__call__).parameters
+
+
+def joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The per-sample arguments of several samples as those of one call.
+
+    Args:
+        entries: a mapping per sample, all with the same names: tensors with a leading axis of one,
+            lists of one entry, or plain values.
+    """
+    return {name: _join([entry[name] for entry in entries]) for name in entries[0]}
+
+
+def _join(values: list[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    if isinstance(values[0], list):
+        return [entry for value in values for entry in value]
+    return values
+
+
+def _lines(prompts: str | Sequence[str]) -> list[str]:
+    if not isinstance(prompts, str):
+        return list(prompts)
+    if not prompts.endswith(".txt"):
+        return [prompts]
+    path = Path(prompts)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; expected one with a prompt per line.")
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    if not any(lines):
+        raise ValueError(f"{path} holds no prompt; expected one per line.")
+    return [line for line in lines if line]
+
+
+def _rows(path: Path, takes: set[str], name: str) -> list[dict[str, Any]]:
+    """The rows of a file of embeddings, each with a leading axis of one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; expected prompt embeddings.")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}.") from error
+    unknown = sorted(tensors.keys() - takes)
+    lengths = {len(tensor) for tensor in tensors.values()}
+    if unknown or len(lengths) != 1:
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(tensors))} with {sorted(lengths)} rows; expected "
+            f"arguments of {name} with one row per sample (unknown: {unknown})."
+        )
+    return [
+        {key: tensor[row : row + 1] for key, tensor in tensors.items()}
+        for row in range(lengths.pop())
+    ]
+
+
+def call_settings(
+    pipe: Any,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Arguments of every call of a pipeline.
+
+    Args:
+        pipe: the pipeline.
+        num_inference_steps: sampler steps.
+        guidance_scale: guidance strength; None leaves the pipeline's default.
+        settings: further arguments, such as `height`, `true_cfg_scale`, `num_frames`.
+
+    Raises:
+        ValueError: the pipeline does not take one of them.
+    """
+    given: dict[str, Any] = {"num_inference_steps": num_inference_steps, **(settings or {})}
+    if guidance_scale is not None:
+        given["guidance_scale"] = guidance_scale
+    takes = inspect.signature(pipe.__call__).parameters
+    unknown = sorted(given.keys() - takes.keys())
+    if unknown:
+        raise ValueError(f"{type(pipe).__name__} takes no {unknown}; it takes {', '.join(takes)}.")
+    return given

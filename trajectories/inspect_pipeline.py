@@ -1,0 +1,144 @@
+"""`foreseer inspect --pipeline`: what a pipeline is made of, and what foreseer can do with it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..integration.host import UnsupportedHost, transformers_of
+from ..integration.pipeline_call import call_settings, first_samples
+from ..integration.pipelines import load_pipeline
+from ..integration.session import Session
+from ..integration.time_facts import modulation_width
+from .collector import Recorder
+from .estimate import Enough, FirstStep, count
+from .prompts import Item, generate_batch
+
+TAPS = ("output", "hidden", "residual")
+
+
+def inspect_pipeline_command(
+    pipeline: str,
+    prompts: str | None = None,
+    guidance_scale: float | None = None,
+    num_inference_steps: int = 50,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> None:
+    """Print what a pipeline is made of; `foreseer.pipeline_commands.inspect` tells the rest.
+
+    Raises:
+        SystemExit: with code 1 when no tap of it can be used.
+    """
+    pipe = load_pipeline(pipeline, getattr(torch, dtype), device)
+    given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
+    item = Item(0, 0, first_samples(pipe, prompts))
+    lines, supported = inspected(pipe, item, given)
+    print("\n".join(lines))
+    if not supported:
+        raise SystemExit(1)
+
+
+def inspected(pipe: Any, item: Item, settings: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """Lines for a person, and whether the pipeline is supported at all.
+
+    Args:
+        pipe: the pipeline, with nothing attached.
+        item: what to generate.
+        settings: keyword arguments of the call.
+    """
+    try:
+        transformers = transformers_of(pipe)
+    except UnsupportedHost as error:
+        return [f"NOT SUPPORTED: {error}"], False
+    lines = [f"pipeline    {type(pipe).__name__}, scheduler {type(pipe.scheduler).__name__}"]
+    for name, transformer in transformers.items():
+        total = sum(parameter.numel() for parameter in transformer.parameters()) / 1e6
+        lines.append(f"{name:<12}{type(transformer).__name__}, {total:,.1f} M parameters")
+    usable: list[str] = []
+    for tap in TAPS:
+        try:
+            session, recorder = first_step(pipe, item, tap, settings)
+        except (UnsupportedHost, ValueError) as error:
+            lines.append(f"{tap:<12}no: {error}")
+            continue
+        if not usable:
+            lines += _run_facts(recorder)
+        usable.append(tap)
+        lines += _tap_facts(tap, session, recorder)
+    if not usable:
+        return [*lines, "NOT SUPPORTED: none of the taps can be put back."], False
+    return [*lines, *_limits(pipe), f"SUPPORTED on the taps {', '.join(usable)}."], True
+
+
+def first_step(
+    pipe: Any, item: Item, tap: str, settings: Mapping[str, Any]
+) -> tuple[Session, Recorder]:
+    """What the first step of a run shows of a tap; the tap is proven on the way.
+
+    Raises:
+        UnsupportedHost: the tap cannot be put back.
+        ValueError: the pipeline never stepped its scheduler.
+    """
+    recorder = FirstStep([tap])
+    session = Session(pipe, recorder)
+    try:
+        generate_batch(pipe, [item], output_type="latent", **settings)
+    except Enough:
+        return session, recorder
+    finally:
+        session.detach()
+    raise ValueError("the pipeline never called scheduler.step.")
+
+
+def _run_facts(recorder: Recorder) -> list[str]:
+    assert recorder.final is not None  # the first step is over
+    sigmas, shape = recorder.sigmas, "x".join(map(str, recorder.final.shape[1:]))
+    guided = ", ".join(f"{name} {value:g}" for name, value in recorder.guided_by.items())
+    return [
+        f"run         {len(sigmas)} steps, sigma {sigmas[0]:.3f} to {sigmas[-1]:.3f}, latents "
+        f"{shape}",
+        f"guidance    {recorder.num_branches} branch(es) per step ({guided or 'no settings'})",
+    ]
+
+
+def _tap_facts(tap: str, session: Session, recorder: Recorder) -> list[str]:
+    """Shape, dtype and sizes of a tap, and where the host keeps it."""
+    feature = next(iter(recorder.features[tap][0].values()))[0]
+    shape = "x".join(map(str, feature.shape))
+    per_anchor = recorder.num_branches * feature.numel() * feature.element_size()
+    size = count(recorder, "none", 0, True)
+    lines = [
+        f"{tap:<12}{shape} {recorder.dtype}, {_mib(per_anchor)} a sample for each anchor kept; "
+        f"recorded: {_mib(size.trajectory_bytes)} as Grams and states, {_mib(size.full_bytes)} in "
+        "full"
+    ]
+    trunk = next(iter(session.experts.values())).trunk
+    if tap == "hidden" and trunk is not None:
+        lines.append(f"{'':<12}trunk {' + '.join(trunk.block_lists)}, head {trunk.head}")
+        if recorder.masks:
+            mask = next(iter(recorder.masks.values()))[0]
+            lines.append(
+                f"{'':<12}{int(mask.sum())} of {len(mask)} tokens are the picture's; Grams are of "
+                "those"
+            )
+    return lines
+
+
+def _limits(pipe: Any) -> list[str]:
+    """Which fits and methods do not serve this host."""
+    transformers = transformers_of(pipe)
+    if len(transformers) > 1:
+        return [
+            f"fits        L2PLeastSquares, each of the {len(transformers)} transformers its own"
+        ]
+    try:
+        modulation_width(next(iter(transformers.values())))
+    except UnsupportedHost as error:
+        return [f"fits        L2P and LESA; not DisCa and distillation: {error}"]
+    return ["fits        L2P, LESA and DisCa"]
+
+
+def _mib(count: int | float) -> str:
+    return f"{count / 2**20:,.2f} MiB"
