@@ -1,7 +1,6 @@
 """The systems of `overhead.py`: the host, each cache attached to a copy of it, what a skip runs."""
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +17,6 @@ from diffusers import (
 )
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.hooks.hooks import StateManager
-from diffusers.models.transformers.transformer_flux import (
-    FluxAttention,
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
 from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorSpec
@@ -46,40 +40,6 @@ ALWAYS_SKIP = 0.99  # from 1.0 on cache-dit leaves out the comparison that users
 
 Ran = tuple[int, int]  # blocks and attentions that ran in one call of the transformer
 FULL: Ran = (NUM_BLOCKS, NUM_BLOCKS)
-
-
-@dataclass
-class Counts:
-    """Forwards of blocks and of their attentions since the last `take`."""
-
-    blocks: int = 0
-    attentions: int = 0
-
-    def take(self) -> Ran:
-        """The counts, set back to zero."""
-        found = (self.blocks, self.attentions)
-        self.blocks = self.attentions = 0
-        return found
-
-
-def count_forwards() -> Counts:
-    """Let the classes of FLUX's blocks and attentions count what really runs, below every hook."""
-    counts = Counts()
-
-    def watch(kind: type[nn.Module], name: str) -> None:
-        own = kind.forward
-
-        @functools.wraps(own)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            setattr(counts, name, getattr(counts, name) + 1)
-            return own(self, *args, **kwargs)
-
-        kind.forward = forward
-
-    watch(FluxTransformerBlock, "blocks")
-    watch(FluxSingleTransformerBlock, "blocks")
-    watch(FluxAttention, "attentions")
-    return counts
 
 
 @dataclass

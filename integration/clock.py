@@ -3,13 +3,13 @@
 Convention: sigma runs 1 to 0, x_t = (1 - sigma) x_0 + sigma eps, v = eps - x_0.
 """
 
-import functools
 import inspect
-import types
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+from .watched import unwatch, watch
 
 
 def flow_sigmas(scheduler: Any) -> list[float]:
@@ -36,28 +36,6 @@ def flow_sigmas(scheduler: Any) -> list[float]:
         f"{type(scheduler).__name__} has neither flow sigmas nor alphas_cumprod, so its steps have "
         "no flow time; use a flow-matching scheduler, DDIM, DPM-Solver++ or UniPC."
     )
-
-
-class Watched:
-    """A scheduler's method replaced; deep copies of the scheduler get the method itself.
-
-    Args:
-        method: the bound method.
-        replacement: called instead of it; the signature and name stay the method's.
-    """
-
-    def __init__(self, method: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, method)
-        self.method: Any = method
-        self.replacement = replacement
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The replacement."""
-        return self.replacement(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        owner = memo.get(id(self.method.__self__), self.method.__self__)
-        return types.MethodType(self.method.__func__, owner)
 
 
 class Clock:
@@ -101,17 +79,16 @@ class Clock:
 
     def _wrap(self) -> None:
         scheduler = self.scheduler
-        set_timesteps, step = scheduler.set_timesteps, scheduler.step
         parameters = step_signature(scheduler)
 
-        def opening(*args: Any, **kwargs: Any) -> Any:
+        def opening(set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = set_timesteps(*args, **kwargs)
             self.steps_done = 0
             self.sigmas = flow_sigmas(scheduler)
             self.on_open(self.sigmas)
             return result
 
-        def closing(*args: Any, **kwargs: Any) -> Any:
+        def closing(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             given = parameters.bind(scheduler, *args, **kwargs).arguments
             index = self.index
             if self.sigmas and self.steps_done == 0:
@@ -121,8 +98,10 @@ class Clock:
             self.on_step(index, given["model_output"], given["sample"], step_output(result))
             return result
 
-        scheduler.set_timesteps = Watched(set_timesteps, opening)
-        scheduler.step = Watched(step, closing)
+        self._watched = {
+            "set_timesteps": watch(scheduler, "set_timesteps", opening),
+            "step": watch(scheduler, "step", closing),
+        }
 
     def _check_start(self, index: int, found: float) -> None:
         """Raise unless the run's first step is the one the scheduler says it is."""
@@ -136,8 +115,8 @@ class Clock:
 
     def detach(self) -> None:
         """Give the scheduler its own methods back."""
-        for name in ("set_timesteps", "step"):
-            self.scheduler.__dict__.pop(name, None)
+        for name, watched in self._watched.items():
+            unwatch(self.scheduler, name, watched)
 
 
 def step_signature(scheduler: Any) -> inspect.Signature:

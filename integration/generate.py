@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .forecasting import forecasting
 from .metrics import psnr
+from .pipeline_call import call_settings, joined, samples
 from .pipelines import load_pipeline
 from .report_plots import DIFFERENCE_GAIN, save_figure
 from .report_table import decibels
@@ -23,10 +24,14 @@ def generate_command(
     predictor: str | None,
     class_labels: Sequence[int],
     seed: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     num_inference_steps: int,
     out: str,
     compare: bool,
+    prompts: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
 ) -> None:
     """`foreseer generate`; the arguments are those of `foreseer.commands.generate`.
 
@@ -38,17 +43,18 @@ def generate_command(
         raise ValueError(
             "compare needs a predictor to compare with the full run: --predictor FOLDER"
         )
-    pipe = load_pipeline(pipeline)
-    settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    pipe = load_pipeline(pipeline, getattr(torch, dtype), device)
+    asked = samples(pipe, prompts, class_labels)
+    given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
     panels: dict[str, Tensor] = {}
     captions: list[str] = []
     if compare or predictor is None:
-        panels["full run"] = draw(pipe, class_labels, seed, **settings)
+        panels["full run"] = draw(pipe, asked, seed, **given)
     if predictor is not None:
         from ..checkpoints.format import load_predictor
 
         with forecasting(pipe, load_predictor(predictor)) as run:
-            panels["forecast"] = draw(pipe, class_labels, seed, **settings)
+            panels["forecast"] = draw(pipe, asked, seed, **given)
         print(run.report())
     if compare:
         difference = (panels["forecast"] - panels["full run"]).abs()
@@ -61,19 +67,22 @@ def generate_command(
 
 
 def draw(
-    pipe: Any, class_labels: Sequence[int], seed: int, **settings: Any
+    pipe: Any, asked: Sequence[Mapping[str, Any]], seed: int, **settings: Any
 ) -> Float[Tensor, "B C H W"]:
-    """One image in [0, 1] per label; sample i has its own noise from `seed + i`.
+    """One image in [0, 1] per sample, of a video its middle frame; sample i has noise `seed + i`.
 
     Args:
-        pipe: a class-to-image pipeline.
-        class_labels: labels.
+        pipe: a pipeline.
+        asked: per-sample arguments of the pipeline.
         seed: seed of the first sample.
         settings: further keyword arguments of the pipeline.
     """
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(class_labels))]
-    output = pipe(list(class_labels), generator=generators, output_type="pt", **settings)
-    images: Tensor = output.images
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(asked))]
+    output = pipe(**joined(asked), generator=generators, output_type="pt", **settings)
+    if hasattr(output, "frames"):  # (B, frames, C, H, W)
+        images: Tensor = output.frames[:, output.frames.shape[1] // 2]
+    else:
+        images = output.images
     return images.float().cpu().clamp(0, 1)
 
 

@@ -4,69 +4,59 @@ Nothing here decides anything: `Session` (session.py) says what each call does.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from .host import SeenBlocks, SkippedBlocks, first_tensor, stream_of
 from .trunk_facts import Trunk
+from .watched import unwatch, watch
 
-HOOK_NAME = "foreseer"
+MARK = "_foreseer_attached"
 CACHE_MODULES = ("_cache", "pyramid_attention_broadcast")  # of diffusers.hooks
 LAST_BLOCK = "last_block"
 
 
-class RootHook(ModelHook):
-    """Route every call of the transformer through `route(forward, args, kwargs)`.
+class Attached:
+    """A transformer whose calls go through `route(forward, args, kwargs)` until `remove`.
 
     Args:
+        transformer: the host.
         route: see above.
-        made_registry: whether the transformer had no registry of hooks before this one.
-    """
-
-    def __init__(
-        self, route: Callable[[Callable, tuple, dict[str, Any]], Any], made_registry: bool = True
-    ) -> None:
-        super().__init__()
-        self.route = route
-        self.made_registry = made_registry
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The routed call."""
-        return self.route(self.fn_ref.original_forward, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RootHook":
-        """A copied transformer is its own: nothing is attached to it."""
-        copied = RootHook(as_it_is, self.made_registry)
-        memo[id(self)] = copied
-        copied.fn_ref = copy.deepcopy(self.fn_ref, memo)
-        return copied
-
-
-def as_it_is(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The route of a hook that is attached to nothing."""
-    return forward(*args, **kwargs)
-
-
-def install(transformer: nn.Module, route: Callable) -> None:
-    """Put the root hook on a transformer.
 
     Raises:
         ValueError: another foreseer session or another cache is on it already.
     """
-    refuse_other_caches(transformer)
-    made_registry = not hasattr(transformer, "_diffusers_hook")
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    found = registry.get_hook(HOOK_NAME)
-    if found is not None and found.route is not as_it_is:
-        raise ValueError("foreseer is already attached to this transformer; detach it first.")
-    if found is not None:
-        registry.remove_hook(HOOK_NAME, recurse=False)
-    registry.register_hook(RootHook(route, made_registry), HOOK_NAME)
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        route: Callable[[Callable, tuple, dict[str, Any]], Any],
+    ) -> None:
+        refuse_other_caches(transformer)
+        if getattr(transformer, MARK, None) is not None:
+            raise ValueError("foreseer is already attached to this transformer; detach it first.")
+        self.transformer = transformer
+        self.watched = watch(
+            transformer,
+            "forward",
+            lambda forward, *args, **kwargs: route(forward, args, kwargs),
+        )
+        object.__setattr__(transformer, MARK, _Mark())
+
+    def remove(self) -> None:
+        """Give the transformer its own forward back."""
+        unwatch(self.transformer, "forward", self.watched)
+        object.__delattr__(self.transformer, MARK)
+
+
+class _Mark:
+    """Says that a session is attached; a copy of the transformer has none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
 
 
 def refuse_other_caches(transformer: nn.Module) -> None:
@@ -95,19 +85,6 @@ def _other_cache(transformer: nn.Module) -> str | None:
             if any(word in type(hook).__module__ for word in CACHE_MODULES):
                 return type(hook).__name__
     return None
-
-
-def remove(transformer: nn.Module) -> None:
-    """Take the root hook off; a transformer without other hooks is left as it was before."""
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    made_registry = registry.get_hook(HOOK_NAME).made_registry
-    registry.remove_hook(HOOK_NAME, recurse=False)
-    if not registry.hooks:
-        if made_registry:
-            del transformer._diffusers_hook
-        forward = transformer.__dict__.get("forward")
-        if getattr(forward, "__func__", None) is type(transformer).forward:
-            del transformer.forward
 
 
 class TrunkSkipper:

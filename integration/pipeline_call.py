@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 DEFAULT_PROMPT = "a photo of a cat"
+CLASS_GUIDANCE = 3.0
 
 
 def samples(
@@ -122,15 +123,18 @@ def call_settings(
     Args:
         pipe: the pipeline.
         num_inference_steps: sampler steps.
-        guidance_scale: guidance strength; None leaves the pipeline's default.
+        guidance_scale: guidance strength; None leaves the pipeline's default, 3 for one that draws
+            classes.
         settings: further arguments, such as `height`, `true_cfg_scale`, `num_frames`.
 
     Raises:
         ValueError: the pipeline does not take one of them.
     """
     given: dict[str, Any] = {"num_inference_steps": num_inference_steps, **(settings or {})}
+    if guidance_scale is None and takes_labels(pipe):
+        guidance_scale = CLASS_GUIDANCE
     if guidance_scale is not None:
-        given["guidance_scale"] = guidance_scale
+        given.setdefault("guidance_scale", guidance_scale)
     takes = inspect.signature(pipe.__call__).parameters
     unknown = sorted(given.keys() - takes.keys())
     if unknown:

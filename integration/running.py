@@ -15,23 +15,25 @@ GUIDANCE_WORDS = ("guidance", "cfg")
 
 def pipeline_call() -> FrameType | None:
     """The innermost pipeline call under way; None in a loop written by hand."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__":
-            if isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-                return frame
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def is_under_way(call: FrameType) -> bool:
-    """Whether the code now running was called from `call`."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame is call:
-            return True
+    while frame is not None and not _is_pipeline_call(frame):
         frame = frame.f_back
-    return False
+    return frame
+
+
+def is_innermost(call: FrameType) -> bool:
+    """Whether `call` is the innermost pipeline call that the code now running was called from."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call:
+        if _is_pipeline_call(frame):
+            return False
+        frame = frame.f_back
+    return frame is call
+
+
+def _is_pipeline_call(frame: FrameType) -> bool:
+    named = frame.f_code.co_name == "__call__"
+    return named and isinstance(frame.f_locals.get("self"), DiffusionPipeline)
 
 
 def guidance_of(call: FrameType | None) -> dict[str, float]:

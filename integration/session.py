@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..predictors.base import Step
@@ -25,11 +26,11 @@ from .call import Call
 from .clock import Clock
 from .controller import Controller
 from .expert import Expert
-from .hook import LAST_BLOCK, capturing, install, own, refuse_other_caches, remove
+from .hook import LAST_BLOCK, Attached, capturing, own, refuse_other_caches
 from .host import UnsupportedHost, transformers_of
 from .prediction import form_of, prediction
 from .report import Report
-from .running import guidance_of, is_under_way, pipeline_call
+from .running import guidance_of, is_innermost, pipeline_call
 from .time_facts import modulations
 
 
@@ -72,8 +73,8 @@ class Session:
         self._reset_run()
         with contextlib.ExitStack() as installed:
             for expert in self.experts.values():
-                install(expert.transformer, functools.partial(self._route, expert))
-                installed.callback(remove, expert.transformer)
+                route = functools.partial(self._route, expert)
+                installed.callback(Attached(expert.transformer, route).remove)
             self.clock = Clock(pipe.scheduler, self._open, self._close)
             self._installed = installed.pop_all()
 
@@ -113,7 +114,9 @@ class Session:
         self._begun = True
 
     def _is_ours(self, pipe: Any) -> bool:
-        """Whether a pipeline runs the transformers this session is attached to."""
+        """Whether a call of this pipeline is one of the session's: it may share its transformer."""
+        if isinstance(self.pipe, DiffusionPipeline):
+            return pipe is self.pipe
         experts = self.experts.items()
         return all(getattr(pipe, name, None) is expert.transformer for name, expert in experts)
 
@@ -142,7 +145,7 @@ class Session:
 
     def _route(self, expert: Expert, forward: Callable, args: tuple, kwargs: dict) -> Any:
         call = Call(expert.transformer, forward, args, kwargs)
-        if not self._open_run or (self._frame is not None and not is_under_way(self._frame)):
+        if not self._open_run or (self._frame is not None and not is_innermost(self._frame)):
             return call.run()
         try:
             if not self._begun:

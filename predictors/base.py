@@ -163,7 +163,12 @@ def combine(
         if isinstance(value, float) and value == 0.0:
             continue
         term = feature.to(dtype)
-        total = term * value if total is None else torch.add(total, term * value)
+        if total is None:
+            total = term * value
+        elif isinstance(value, float):
+            total = torch.add(total, term, alpha=value)  # one pass over memory, not two
+        else:
+            total = total + term * value
     if total is None:
         return torch.zeros_like(newest)
     return total.to(newest.dtype)

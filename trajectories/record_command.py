@@ -1,13 +1,15 @@
 """`foreseer record`: which items this process records, and whether they fit on the disk."""
 
-import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..integration.host import transformer_of
+from ..integration.pipeline_call import call_settings, samples, takes_labels
 from ..integration.pipelines import load_pipeline
 from .estimate import Estimate, estimate
 from .header import HEADER_FILE
@@ -23,7 +25,7 @@ LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 def record_command(
     pipeline: str,
     out: str,
-    guidance_scale: float,
+    guidance_scale: float | None,
     num_inference_steps: int,
     num_trajectories: int,
     first_item: int,
@@ -36,6 +38,10 @@ def record_command(
     world: int | None = None,
     bands: int | None = None,
     groups: str | None = None,
+    prompts: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
 ) -> Path:
     """Record this process's share of the items; see `foreseer.commands.record` for the arguments.
 
@@ -43,17 +49,15 @@ def record_command(
         The folder.
 
     Raises:
-        ValueError: the pipeline is not conditioned on classes, or an argument is out of range.
+        ValueError: the pipeline draws from something else, or an argument is out of range.
         OSError: the disk has less room than the recording needs.
     """
     rank, world = place(rank, world, os.environ)
-    pipe = load_pipeline(pipeline)
-    items = class_items(num_trajectories, number_of_classes(pipe), first_item)
-    settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-    if not items:
-        raise ValueError(f"num_trajectories is {num_trajectories}, expected at least 1.")
-    partitions = asked_partitions(pipe, items[0], taps, bands, groups, **settings)
-    size = estimate(pipe, items[0], taps, features, num_tokens, states, partitions, **settings)
+    pipe = load_pipeline(pipeline, getattr(torch, dtype), device)
+    items = asked_items(pipe, prompts, num_trajectories, first_item)
+    given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
+    partitions = asked_partitions(pipe, items[0], taps, bands, groups, **given)
+    size = estimate(pipe, items[0], taps, features, num_tokens, states, partitions, **given)
     check_room(out, items[rank::world], size)
     record(
         pipe,
@@ -67,7 +71,7 @@ def record_command(
         rank=rank,
         world=world,
         partitions=partitions,
-        **settings,
+        **given,
     )
     print(summary(Recording(out), size))
     return Path(out)
@@ -95,6 +99,29 @@ def place(rank: int | None, world: int | None, environment: Mapping[str, str]) -
     return rank, world
 
 
+def asked_items(
+    pipe: Any, prompts: str | None, num_trajectories: int, first_item: int
+) -> list[Item]:
+    """The items to record over all writers; item i has seed i.
+
+    Args:
+        pipe: the pipeline.
+        prompts: see `foreseer.commands.record`; None goes round the pipeline's classes.
+        num_trajectories: how many.
+        first_item: index of the first.
+
+    Raises:
+        ValueError: none are asked for, or the pipeline draws from something else.
+    """
+    if num_trajectories < 1:
+        raise ValueError(f"num_trajectories is {num_trajectories}, expected at least 1.")
+    if prompts is None:
+        return class_items(num_trajectories, number_of_classes(pipe), first_item)
+    entries = samples(pipe, prompts)
+    numbers = range(first_item, first_item + num_trajectories)
+    return [Item(i, i, entries[i % len(entries)]) for i in numbers]
+
+
 def number_of_classes(pipe: Any) -> int:
     """The number of classes a pipeline draws.
 
@@ -102,12 +129,11 @@ def number_of_classes(pipe: Any) -> int:
         ValueError: its calls take no class labels.
     """
     config: Any = transformer_of(pipe).config
-    classes = config.get("num_embeds_ada_norm")
-    if "class_labels" not in inspect.signature(pipe.__call__).parameters or not classes:
+    classes = config.get("num_embeds_ada_norm") if takes_labels(pipe) else None
+    if not classes:
         raise ValueError(
-            f"{type(pipe).__name__} takes no class labels, which this command records with. "
-            "For prompts call foreseer.trajectories.recorder.record from Python with items such as "
-            "Item(0, seed=0, inputs={'prompt': '...'}); see 'Bring your own pipeline' in README.md."
+            f"{type(pipe).__name__} takes no class labels; give --prompts, a .txt file with a "
+            "prompt per line or a .safetensors file of prompt embeddings."
         )
     return int(classes)
 

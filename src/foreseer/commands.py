@@ -5,13 +5,14 @@ imports its implementation when it is called, so that help answers at once.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 
 def record(
     pipeline: str,
     out: str,
-    guidance_scale: float = 3.0,
+    prompts: str | None = None,
+    guidance_scale: float | None = None,
     num_inference_steps: int = 50,
     num_trajectories: int = 64,
     first_item: int = 0,
@@ -24,6 +25,9 @@ def record(
     world: int | None = None,
     bands: int | None = None,
     groups: str | None = None,
+    settings: dict[str, Any] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str | None = None,
 ) -> None:
     """Run a pipeline at every step and record its trajectories.
 
@@ -31,9 +35,13 @@ def record(
     of writers may fill one folder, and the same command resumes.
 
     Args:
-        pipeline: folder of a class-to-image diffusers pipeline, or `zoo:<name>` for a bundled one.
+        pipeline: folder or hub name of a diffusers pipeline, or `zoo:<name>` for a bundled one.
         out: folder of the recording; made when missing.
-        guidance_scale: classifier-free guidance strength; at 1 or below there is one branch.
+        prompts: a .txt file with a prompt per line, or a .safetensors file of prompt embeddings by
+            argument of the pipeline, a row per prompt; item i draws prompt i, going round. None for
+            pipelines that draw classes.
+        guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
+            one that draws classes.
         num_inference_steps: sampler steps S per trajectory.
         num_trajectories: items to record, counted over all writers.
         first_item: index of the first item; recordings of other items do not overlap.
@@ -48,6 +56,9 @@ def record(
             `gram/<tap>/bands`; None stores none.
         groups: JSON file with the group of every channel, a list per tap, as in
             {"hidden": [0, 1, 0]}; their Grams are stored as `gram/<tap>/groups`.
+        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
+        dtype: dtype the pipeline is loaded in.
+        device: where to; None takes a GPU where there is one.
     """
     from .trajectories.record_command import record_command
 
@@ -67,6 +78,10 @@ def record(
         world=world,
         bands=bands,
         groups=groups,
+        prompts=prompts,
+        settings=settings,
+        dtype=dtype,
+        device=device,
     )
 
 
@@ -119,23 +134,32 @@ def generate(
     pipeline: str,
     predictor: str | None = None,
     class_labels: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+    prompts: Sequence[str] | None = None,
     seed: int = 0,
-    guidance_scale: float = 3.0,
+    guidance_scale: float | None = None,
     num_inference_steps: int = 50,
     out: str = "samples.png",
     compare: bool = False,
+    settings: dict[str, Any] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str | None = None,
 ) -> None:
     """Draw samples, with or without a predictor, into one image.
 
     Args:
         pipeline: folder or hub name of the diffusers pipeline.
         predictor: folder of a predictor checkpoint; None runs the network at every step.
-        class_labels: list of class labels, one sample each.
+        class_labels: list of class labels, one sample each, where the pipeline draws classes.
+        prompts: list of prompts, one sample each, where it draws those.
         seed: seed of the initial noise.
-        guidance_scale: classifier-free guidance strength.
+        guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
+            one that draws classes.
         num_inference_steps: sampler steps S.
-        out: PNG file.
+        out: PNG file; of a video its middle frame.
         compare: draw the full run's samples above, and print the error against them.
+        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
+        dtype: dtype the pipeline is loaded in.
+        device: where to; None takes a GPU where there is one.
     """
     from .integration.generate import generate_command
 
@@ -148,6 +172,10 @@ def generate(
         num_inference_steps=num_inference_steps,
         out=out,
         compare=compare,
+        prompts=prompts,
+        settings=settings,
+        dtype=dtype,
+        device=device,
     )
 
 
