@@ -1,6 +1,6 @@
-"""Which weights a pipeline runs on: a digest for checkpoints, and a quick mark that tells changes.
+"""Which weights a pipeline runs on.
 
-Both see a LoRA: its layers by their parameters, its strength by the scale of every adapter.
+A LoRA counts: its layers by their parameters, its strength by the scale of every adapter.
 """
 
 import hashlib
@@ -100,17 +100,3 @@ def _adapter_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in transformer.named_modules():
         if hasattr(module, "scaling") and hasattr(module, "merged_adapters"):
             yield name, module
-
-
-def weights_mark(*transformers: nn.Module) -> int:
-    """A number that changes when weights may have: cheap enough for every run.
-
-    It also changes when weights only move, as offloading moves them; then ask for the fingerprint.
-    """
-    marks = [
-        (name, p.data_ptr(), 0 if p.is_inference() else p._version)
-        for transformer in transformers
-        for name, p in transformer.named_parameters()
-    ]
-    adapters = [str(adapter_state(transformer)) for transformer in transformers]
-    return hash((tuple(marks), tuple(adapters)))

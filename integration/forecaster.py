@@ -9,7 +9,7 @@ from torch import Tensor
 from ..checkpoints.spec import PredictorSpec, check_host, check_run
 from ..predictors.base import History, Predictor, Step
 from .controller import Controller
-from .fingerprint import host_fingerprint, weights_mark
+from .fingerprint import host_fingerprint
 from .host import transformers_of
 from .schedule import check_anchors
 
@@ -43,7 +43,6 @@ class Forecaster(Controller):
         self.branches: set[int] = set()  # of the step in progress
         self.guidance_checked = False
         self.histories: dict[str, History] = {}
-        self._mark = self._weights_mark()
 
     def open(self, sigmas: list[float]) -> None:
         """Forget the last run and check the new one's grid and the weights it runs on.
@@ -59,18 +58,11 @@ class Forecaster(Controller):
             self._check_weights(self.spec)
         check_anchors(self.anchors, len(sigmas))
 
-    def _weights_mark(self) -> int | None:
-        if self.spec is None or self.pipe is None:
-            return None
-        return weights_mark(*transformers_of(self.pipe).values())
-
     def _check_weights(self, spec: PredictorSpec) -> None:
-        """Look closer when the weights may have changed: a LoRA loaded after attaching."""
-        mark = self._weights_mark()
-        if mark != self._mark:
+        """Look at the weights of this run: a LoRA may have been loaded since attaching."""
+        if self.pipe is not None:
             found = host_fingerprint(*transformers_of(self.pipe).values())
             check_host(spec, found, self.pipe.scheduler)
-            self._mark = mark
 
     def is_anchor(self, step: Step) -> bool:
         """Whether the step is in the list."""
@@ -128,7 +120,7 @@ class Forecaster(Controller):
             if not self.guidance_checked:
                 own = getattr(self.pipe, "guidance_scale", None)
                 scale = self.guided_by.get("guidance_scale", own)
-                self.spec.check_guidance(1 + max(self.branches), scale, self.guided_by)
+                self.spec.check_guidance(len(self.branches), scale, self.guided_by)
                 self.spec.check_latents(tuple(after.shape[1:]))
                 self.guidance_checked = True
             self.spec.check_branches(step_index, self.branches)

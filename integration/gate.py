@@ -17,6 +17,19 @@ from .trunk_facts import Trunk
 Enter = Callable[[Tensor], Tensor]  # what enters the head, given what would have
 
 
+def refuse_other_axes(transformer: nn.Module, trunk: Trunk) -> None:
+    """Raise where samples are not counted by a block's first axis.
+
+    Raises:
+        UnsupportedHost: they are counted by another.
+    """
+    if trunk.batch_axis:
+        raise UnsupportedHost(
+            f"the blocks of {type(transformer).__name__} take tokens before samples, so nothing "
+            "can be decided or checked per sample inside of them; use a list of anchors."
+        )
+
+
 class FirstLook:
     """Run a forward up to a statistic of its first block, then all of it or none of its trunk.
 
@@ -30,6 +43,7 @@ class FirstLook:
     """
 
     def __init__(self, transformer: nn.Module, trunk: Trunk, probe: str) -> None:
+        refuse_other_axes(transformer, trunk)
         self.transformer = transformer
         self.head = transformer.get_submodule(trunk.head)
         self.blocks = {name: block_list(transformer, name) for name in trunk.block_lists}
@@ -168,6 +182,7 @@ class LastBlock:
                 f"{type(transformer).__name__} does not hand the output of one block to the last "
                 "one as it is, so forecasts cannot be checked there; use another schedule."
             )
+        refuse_other_axes(transformer, trunk)
         self.transformer = transformer
         self.streams = trunk.streams
         self.head = transformer.get_submodule(trunk.head)

@@ -92,6 +92,7 @@ class TrunkSkipper:
 
     def __init__(self, transformer: nn.Module, trunk: Trunk) -> None:
         self.transformer = transformer
+        self.axis = trunk.batch_axis
         self.head = transformer.get_submodule(trunk.head)
         self.blocks = {name: block_list(transformer, name) for name in trunk.block_lists}
         self.empty = {name: SkippedBlocks(blocks) for name, blocks in self.blocks.items()}
@@ -104,7 +105,11 @@ class TrunkSkipper:
         entering: Callable[[Tensor], Tensor],
     ) -> Any:
         """The output of `forward` with the head's first tensor t replaced by `entering(t)`."""
-        with exchanged(self.transformer, self.blocks, self.empty, self.head, entering):
+
+        def enter(tensor: Tensor) -> Tensor:
+            return entering(tensor.transpose(0, self.axis)).transpose(0, self.axis)
+
+        with exchanged(self.transformer, self.blocks, self.empty, self.head, enter):
             return forward(*args, **kwargs)
 
 
@@ -172,7 +177,9 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
     handles: list[Any] = []
     if taps & {"hidden", "residual"}:
         head = transformer.get_submodule(trunk.head)
-        handles.append(head.register_forward_pre_hook(_keep(found, "hidden"), with_kwargs=True))
+        handles.append(
+            head.register_forward_pre_hook(_keep(found, "hidden", trunk), with_kwargs=True)
+        )
     if watch.wanted:
         seen = {n: SeenBlocks(b, n, watch.entering, watch.leaving) for n, b in lists.items()}
         transformer._modules.update(seen)
@@ -202,6 +209,7 @@ class _Watch:
     ) -> None:
         self.streams = trunk.streams
         self.place = trunk.place
+        self.axis = trunk.batch_axis
         self.found = found
         names = block_taps(transformer, trunk)
         self.outputs = {block: tap for tap, block in names.items() if tap in taps}
@@ -213,7 +221,7 @@ class _Watch:
     def entering(self, block: str, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep what enters the first and the last block."""
         if block == self.first and (tensor := first_tensor(args, kwargs)) is not None:
-            self.found["trunk_in"] = own(tensor)
+            self.found["trunk_in"] = own(tensor.transpose(0, self.axis))
         if block == self.last:
             for number, place in enumerate(self.streams):
                 value = args[place] if isinstance(place, int) else kwargs[place]
@@ -222,7 +230,7 @@ class _Watch:
     def leaving(self, block: str, output: Any) -> None:
         """Keep the stream after a block."""
         if block in self.outputs and (stream := stream_of(output, self.place)) is not None:
-            self.found[self.outputs[block]] = own(stream)
+            self.found[self.outputs[block]] = own(stream.transpose(0, self.axis))
 
 
 def block_list(transformer: nn.Module, name: str) -> nn.ModuleList:
@@ -242,11 +250,11 @@ def block_taps(transformer: nn.Module, trunk: Trunk) -> dict[str, str]:
     return {f"blocks.{i}": name for i, name in enumerate(names)}
 
 
-def _keep(found: dict[str, Tensor], tap: str) -> Callable:
+def _keep(found: dict[str, Tensor], tap: str, trunk: Trunk) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensor = first_tensor(args, kwargs)
         if tensor is not None:
-            found[tap] = own(tensor)
+            found[tap] = own(tensor.transpose(0, trunk.batch_axis))
 
     return hook
 

@@ -271,9 +271,9 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
             "transformers."
         )
     for name, module in found.items():
-        if hasattr(module, "_orig_mod"):
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise UnsupportedHost(
-                f"the whole {name} is compiled (torch.compile), which fixes one path through it; "
+                f"the whole {name} is compiled, which fixes one path through it; "
                 f"use pipe.{name}.compile_repeated_blocks(fullgraph=True) instead, which compiles "
                 "the blocks and keeps forecasting exact."
             )

@@ -49,6 +49,7 @@ def prove(call: Call, taps: set[str], probe: str | None) -> Proven:
     last_block = LastBlock(host, trunk) if LAST_BLOCK in taps else None
     with capturing(host, trunk, {"hidden"} | taps) as found:
         expected = prediction(call.run())
+    check_batch_axis(call, found["hidden"], expected)
     skipper = TrunkSkipper(host, trunk)
     replayed = skipper(forward, args, kwargs, lambda entering: found["hidden"])
     check_same(call, expected, replayed, f"replaying the head input ({trunk.head})")
@@ -64,6 +65,20 @@ def prove(call: Call, taps: set[str], probe: str | None) -> Proven:
             replayed, _ = first_look(forward, args, kwargs, judge, lambda entering: found["hidden"])
             check_same(call, expected, replayed, "looking at the first block")
     return Proven(trunk, skipper, first_look, last_block)
+
+
+def check_batch_axis(call: Call, hidden: Tensor, expected: Tensor) -> None:
+    """Raise unless a feature's first axis counts samples, as its parts by branch need.
+
+    Raises:
+        UnsupportedHost: it counts something else.
+    """
+    if len(hidden) != len(expected):
+        raise UnsupportedHost(
+            f"the head of {type(call.transformer).__name__} is given a tensor of shape "
+            f"{tuple(hidden.shape)} for {len(expected)} samples; expected samples first. Use the "
+            "`output` tap, or add a row with its batch_axis to integration/trunk_facts.py."
+        )
 
 
 def check_residual(call: Call, trunk_in: Tensor, skipper: TrunkSkipper) -> None:

@@ -37,7 +37,9 @@ class Watched:
 
 
 def watch(owner: Any, name: str, replacement: Callable[..., Any]) -> Watched:
-    """Replace a method on an instance alone.
+    """Replace a method on an instance alone, below any hook of diffusers or accelerate on it.
+
+    Those hooks come and go while a pipeline runs; what is below them stays.
 
     Args:
         owner: the instance.
@@ -47,16 +49,17 @@ def watch(owner: Any, name: str, replacement: Callable[..., Any]) -> Watched:
     Returns:
         What stands there now, for `unwatch`.
     """
-    watched = Watched(getattr(owner, name), replacement)
-    setattr(owner, name, watched)
+    own = ((holder, slot) for holder, slot in _slots(owner, name) if _is_own(holder, slot, owner))
+    holder, slot = next(own, (owner, name))
+    watched = Watched(getattr(holder, slot), replacement)
+    setattr(holder, slot, watched)
     return watched
 
 
 def unwatch(owner: Any, name: str, watched: Watched) -> None:
-    """Take a replacement out again, whatever was put above it since.
+    """Take a replacement out again, wherever it is by now.
 
-    Above it may be another replacement, a hook of diffusers (its registry keeps what it wraps), or
-    one of accelerate. Where something unknown holds on to it, it lets every call through.
+    Where something unknown holds on to it, it lets every call through.
 
     Args:
         owner: the instance.
@@ -64,29 +67,40 @@ def unwatch(owner: Any, name: str, watched: Watched) -> None:
         watched: what `watch` returned.
     """
     watched.replacement = _let_through
-    if vars(owner).get(name) is watched:
-        _put_back(owner, name, watched.method)
-        return
-    above = vars(owner).get(name)
-    while isinstance(above, Watched):
-        if above.method is watched:
-            above.method = watched.method
-        above = above.method
+    for holder, slot in _slots(owner, name):
+        found = getattr(holder, slot)
+        if found is watched:
+            _put_back(holder, slot, watched.method)
+        while isinstance(found, Watched):
+            if found.method is watched:
+                found.method = watched.method
+            found = found.method
+
+
+def _slots(owner: Any, name: str) -> list[tuple[Any, str]]:
+    """The places that hold a method or what is below a hook on it."""
     registry = getattr(owner, "_diffusers_hook", None)
+    found: list[tuple[Any, str]] = []
     for reference in getattr(registry, "_fn_refs", ()):
-        for attribute in ("forward", "original_forward"):
-            if getattr(reference, attribute, None) is watched:
-                setattr(reference, attribute, watched.method)
-    if getattr(owner, "_old_forward", None) is watched:
-        owner._old_forward = watched.method
+        inner = getattr(reference, "original_forward", None)
+        found.append((reference, "forward" if inner is None else "original_forward"))
+    if "_old_forward" in vars(owner):
+        found.append((owner, "_old_forward"))
+    return [*found, (owner, name)] if name == "forward" else [(owner, name)]
 
 
-def _put_back(owner: Any, name: str, method: Any) -> None:
+def _is_own(holder: Any, slot: str, owner: Any) -> bool:
+    """Whether a place holds the instance's own method, or a replacement of it."""
+    found = getattr(holder, slot)
+    return isinstance(found, Watched) or getattr(found, "__self__", None) is owner
+
+
+def _put_back(holder: Any, slot: str, method: Any) -> None:
     """The method as it was: nothing on the instance where it was the class's own."""
-    if getattr(method, "__func__", None) is getattr(type(owner), name, None):
-        delattr(owner, name)
+    if getattr(method, "__func__", None) is getattr(type(holder), slot, None):
+        delattr(holder, slot)
     else:
-        setattr(owner, name, method)
+        setattr(holder, slot, method)
 
 
 def _let_through(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -166,7 +166,7 @@ def combine(
         if total is None:
             total = term * value
         elif isinstance(value, float):
-            total = torch.add(total, term, alpha=value)  # one pass over memory, not two
+            total.add_(term, alpha=value)  # one pass over memory, and no new tensor
         else:
             total = total + term * value
     if total is None:
