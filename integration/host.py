@@ -174,7 +174,7 @@ class TrunkTracer:
         name = type(self.transformer).__name__
         fact = TRUNK_FACTS.get(name)
         if isinstance(fact, str):
-            raise UnsupportedHost(f"{name} {fact}: it is not supported.")
+            raise UnsupportedHost(f"{name} {fact}.")
         if fact is not None:
             return fact
         called = [name for name, _ in self.calls]

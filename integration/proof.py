@@ -49,6 +49,11 @@ def prove(call: Call, taps: set[str], probe: str | None) -> Proven:
     last_block = LastBlock(host, trunk) if LAST_BLOCK in taps else None
     with capturing(host, trunk, {"hidden"} | taps) as found:
         expected = prediction(call.run())
+    if "hidden" not in found:
+        raise UnsupportedHost(
+            f"the head {trunk.head!r} of {type(host).__name__} was not called with a tensor; its "
+            "row in integration/trunk_facts.py names another module."
+        )
     check_batch_axis(call, found["hidden"], expected)
     skipper = TrunkSkipper(host, trunk)
     replayed = skipper(forward, args, kwargs, lambda entering: found["hidden"])

@@ -33,10 +33,8 @@ TRUNK_FACTS: dict[str, Trunk | str] = {
     "Kandinsky5Transformer3DModel": Trunk(
         ("text_transformer_blocks", "visual_transformer_blocks"), "out_layer"
     ),
-    # Spatial and temporal blocks take turns, with other axes as the batch.
-    "LatteTransformer3DModel": Trunk(
-        ("transformer_blocks", "temporal_transformer_blocks"), "norm_out"
-    ),
-    "LTX2VideoTransformer3DModel": "predicts sound beside the video, with a head for each",
+    "LatteTransformer3DModel": "has frames and samples on one axis; use the `output` tap",
+    "LTX2VideoTransformer3DModel": "predicts sound beside the video, with a head for each; it is "
+    "not supported",
 }
-"""The trunk of a class where tracing does not find it; a text where there is none to skip."""
+"""The trunk of a class where tracing does not find it; a text says why there is none."""
