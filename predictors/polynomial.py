@@ -122,8 +122,16 @@ def clock_positions(history: History, step: Step, clock: str) -> tuple[list[floa
 
     Returns:
         The anchors, oldest first, and the step.
+
+    Raises:
+        ValueError: two anchors lie at one sigma.
     """
     if clock == "sigma":
+        if len(set(history.sigmas)) < len(history.sigmas):
+            raise ValueError(
+                f"the steps {history.steps} hold two anchors at one sigma, as samplers that "
+                "evaluate twice have them; use clock='step', or one anchor of each pair."
+            )
         nodes = [step.num_steps * (1 - sigma) for sigma in history.sigmas]
         return nodes, step.num_steps * (1 - step.sigma)
     return [float(index) for index in history.steps], float(step.index)

@@ -45,8 +45,9 @@ def generate(tmp_path, monkeypatch, capsys):
 
 def test_each_sample_has_its_own_seed_whatever_is_drawn_beside_it():
     settings = {"guidance_scale": 3.0, "num_inference_steps": 3}
-    pair = draw(tiny_pipeline(), [0, 2], 5, **settings)
-    alone = draw(tiny_pipeline(), [2], 6, **settings)
+    first, second = {"class_labels": 0}, {"class_labels": 2}
+    pair = draw(tiny_pipeline(), [first, second], 5, **settings)
+    alone = draw(tiny_pipeline(), [second], 6, **settings)
     torch.testing.assert_close(pair[1:], alone)
     assert not torch.allclose(pair[0], pair[1])
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..integration.host import transformers_of
 from ..integration.session import Session
 from ..predictors.partition import Partition
 from .collector import Recorder
@@ -80,8 +79,7 @@ def first_step(pipe: Any, item: Item, taps: Sequence[str], **settings: Any) -> R
     Raises:
         ValueError: a tap is unknown, or the pipeline never stepped its scheduler.
     """
-    host = next(iter(transformers_of(pipe).values()))
-    recorder = FirstStep(expand_taps(host, taps))
+    recorder = FirstStep(expand_taps(pipe, taps))
     session = Session(pipe, recorder)
     try:
         generate_batch(pipe, [item], output_type="latent", **settings)

@@ -44,13 +44,14 @@ def finished_items(out: str | Path, recipe: dict[str, Any], items: Sequence[Item
     return set(found.items)
 
 
-def expand_taps(transformer: nn.Module, taps: Sequence[str]) -> list[str]:
-    """The taps with `blocks.*` written out, after checking their names.
+def expand_taps(pipe: Any, taps: Sequence[str]) -> list[str]:
+    """The taps of a pipeline with `blocks.*` written out, after checking their names.
 
     Raises:
         ValueError: a name is unknown.
     """
-    lists = [m for _, m in transformer.named_children() if isinstance(m, nn.ModuleList)]
+    first = next(iter(transformers_of(pipe).values()))
+    lists = [m for _, m in first.named_children() if isinstance(m, nn.ModuleList)]
     blocks = [f"blocks.{i}" for i in range(sum(len(blocks) for blocks in lists))]
     known = ["output", "hidden", "residual", *blocks]
     expanded = [name for tap in taps for name in (blocks if tap == "blocks.*" else [tap])]

@@ -7,7 +7,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..integration.host import transformers_of
 from ..integration.session import Session
 from ..predictors.partition import Partition
 from .collector import Recorder
@@ -77,8 +76,7 @@ def record(
         "settings": {name: plain_or_name(value) for name, value in sorted(settings.items())},
         "settings_digest": digest([], settings),
     }
-    host = next(iter(transformers_of(pipe).values()))
-    recorder = Recorder(expand_taps(host, taps), partitions)
+    recorder = Recorder(expand_taps(pipe, taps), partitions)
     if recorder.partitions:
         recipe["partitions"] = describe_partitions(recorder)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]

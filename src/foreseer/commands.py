@@ -60,29 +60,10 @@ def record(
         dtype: dtype the pipeline is loaded in.
         device: where to; None takes a GPU where there is one.
     """
+    given = dict(locals())
     from .trajectories.record_command import record_command
 
-    record_command(
-        pipeline=pipeline,
-        out=out,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        num_trajectories=num_trajectories,
-        first_item=first_item,
-        batch_size=batch_size,
-        taps=taps,
-        features=features,
-        num_tokens=num_tokens,
-        states=states,
-        rank=rank,
-        world=world,
-        bands=bands,
-        groups=groups,
-        prompts=prompts,
-        settings=settings,
-        dtype=dtype,
-        device=device,
-    )
+    record_command(**given)
 
 
 def search(
