@@ -1,6 +1,6 @@
 """Put the host and overhead tables into docs/pipelines.md.
 
-    python benchmarks/pipelines_page.py
+python benchmarks/pipelines_page.py
 """
 
 import json

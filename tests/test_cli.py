@@ -132,6 +132,17 @@ def test_a_recording_needs_no_option_name(name, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["recording"] == "runs/recording"
 
 
+@pytest.mark.parametrize("name", ["inspect", "verify"])
+def test_a_word_on_pipelines_has_options_and_help_of_its_own(name, capsys):
+    assert exit_code([name, "--pipeline", "DIR", "--print_config"]) == 0
+    options = yaml.safe_load(capsys.readouterr().out)
+    assert options["pipeline"] == "DIR" and "settings" in options and "recording" not in options
+    assert exit_code([name, "--pipeline", "--help"]) == 0
+    assert "--settings" in capsys.readouterr().out
+    assert exit_code([name, "--help"]) == 0
+    assert "--pipeline" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "program"),
     [(["fit", "--help"], "foreseer"), (["teacher", "fit", "--help"], "foreseer teacher")],

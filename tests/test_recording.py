@@ -151,6 +151,18 @@ def test_a_header_with_a_wrong_field_is_refused_by_name(
         Recording(folder)
 
 
+def test_a_header_of_an_older_recording_has_one_transformer_and_lasting_branches(
+    folder: Path,
+) -> None:
+    path = folder / "recording.json"
+    values = json.loads(path.read_text())
+    for name in ("guidance", "branch_steps", "expert_steps"):
+        del values[name]
+    path.write_text(json.dumps(values))
+    header = Recording(folder).header
+    assert (header.guidance, header.branch_steps, header.expert_steps) == ({}, [], [0])
+
+
 def test_a_header_that_lacks_a_field_or_is_no_json_is_refused(folder: Path) -> None:
     path = folder / "recording.json"
     values = json.loads(path.read_text())

@@ -157,7 +157,7 @@ class Recorder(Controller):
                 tokens = torch.linspace(0, shown.shape[2] - 1, num_tokens).round().long().unique()
                 stored[f"feature/{tap}"] = shown[:, :, tokens]
                 stored[f"tokens/{tap}"] = tokens
-        return stored
+        return {name: tensor.cpu() for name, tensor in stored.items()}
 
 
 def _stacked(branches: list[Tensor], tap: str) -> Tensor:

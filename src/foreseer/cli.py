@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     elif word == "--version":
         print(f"foreseer {__version__}")
     elif word in OF_PIPELINES and any(w.partition("=")[0] == "--pipeline" for w in rest):
-        run_function(OF_PIPELINES[word], rest)
+        asked = {"-h", "--help"} & set(rest)  # also without the pipeline's name
+        run_function(OF_PIPELINES[word], ["--help"] if asked else rest)
     elif word in FUNCTIONS:
         run_function(FUNCTIONS[word], rest)
     elif word == "teacher":

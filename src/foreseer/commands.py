@@ -208,9 +208,9 @@ def bench(
 
 
 def inspect(recording: str, out: str | None = None, budgets: Sequence[int] = (11, 8, 6)) -> None:
-    """Show how a recording's features move and which rule suits it, or what a pipeline is made of.
+    """Show a recording's motion and the rule that suits it; what a pipeline is made of: --pipeline.
 
-    For a pipeline see `foreseer inspect --pipeline --help`.
+    For pipelines see `foreseer inspect --pipeline --help`.
 
     Needs neither the network nor features. Formulas and a least-squares fit are compared by the
     error they pile up on recorded features, on anchors searched for each and on uniform ones; the
@@ -228,10 +228,10 @@ def inspect(recording: str, out: str | None = None, budgets: Sequence[int] = (11
 
 
 def verify(recording: str) -> None:
-    """Check a recording for damage, or that foreseer is exact on a pipeline of yours.
+    """Check a recording for damage; that foreseer is exact on a pipeline of yours: --pipeline.
 
     Reads every shard of a recording and compares it with its hash; exits with code 1 on damage.
-    For a pipeline see `foreseer verify --pipeline --help`.
+    For pipelines see `foreseer verify --pipeline --help`.
 
     Args:
         recording: folder of the recording.
