@@ -49,6 +49,7 @@ class PartialForecaster(Controller):
 
     def open(self, sigmas: list[float]) -> None:
         """Forget the last run."""
+        self.base.guided_by = self.guided_by
         self.base.open(sigmas)
         self.policy.reset()
         self.attention, self._anchor = {}, []

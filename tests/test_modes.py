@@ -23,8 +23,10 @@ from foreseer.integration.verify import Replay, check_tap, plain_run
 from foreseer.predictors.polynomial import Newton, Reuse, Taylor
 from foreseer.training.continuous import L2PContinuousModule
 from foreseer.trajectories.collector import Recorder
+from foreseer.trajectories.header import RecordingError
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
+from foreseer.trajectories.recording import Recording
 
 EVERY = FAMILIES | MORE
 ANCHORS = [0, 2, 5]
@@ -85,6 +87,21 @@ def test_a_branch_that_stopped_repeats_its_last_feature(tmp_path):
     assert torch.equal(
         gram[:, last:, last:], gram[:, last:, last:][:, :1, :1].expand_as(gram[:, last:, last:])
     )
+
+
+def test_a_run_whose_guidance_stops_elsewhere_does_not_join_a_recording(tmp_path):
+    family, pipe = FAMILIES["lumina2"], FAMILIES["lumina2"].build()
+    ratios = iter([0.5, 0.75])
+
+    class Drifting(type(pipe)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs, cfg_trunc_ratio=next(ratios))
+
+    pipe.__class__ = Drifting
+    each = [Item(i, i, family.inputs(i)) for i in range(2)]
+    with pytest.raises(RecordingError, match="record runs of one kind"):
+        record(pipe, each, tmp_path / "r", batch_size=1, **family.settings)
+    assert Recording(tmp_path / "r").items == [0]
 
 
 def sd3_with_a_skipped_layer():

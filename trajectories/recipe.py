@@ -107,6 +107,21 @@ def describe(
     )
 
 
+def check_alike(recorder: Recorder, header: Header) -> None:
+    """Raise unless the run just recorded has the branches and transformers of the recording.
+
+    Raises:
+        RecordingError: guidance or a transformer stopped at another step.
+    """
+    found = (recorder.branch_steps, recorder.expert_steps)
+    if found != (header.branch_steps, header.expert_steps):
+        raise RecordingError(
+            f"this run's branches last {found[0] or 'to the end'} and its transformers start at "
+            f"{found[1]}, the recording has {header.branch_steps or 'to the end'} and "
+            f"{header.expert_steps}; record runs of one kind."
+        )
+
+
 def item_meta(item: Item) -> dict[str, str | int | float]:
     """What a manifest says of an item: its seed and those of its inputs that are plain."""
     inputs = {n: value for n, value in item.inputs.items() if isinstance(value, str | int | float)}

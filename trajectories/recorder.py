@@ -12,6 +12,7 @@ from ..predictors.partition import Partition
 from .collector import Recorder
 from .prompts import Item, digest, generate_batch
 from .recipe import (
+    check_alike,
     describe,
     describe_partitions,
     expand_taps,
@@ -105,6 +106,7 @@ def _record_batches(
             if writer is None:
                 header = describe(pipe, recorder, recipe, settings)
                 writer = stack.enter_context(RecordingWriter(out, header, rank))
+            check_alike(recorder, header)
             for sample, item in enumerate(batch):
                 if item.index not in done:
                     stored = recorder.tensors(sample, *stored_as)
