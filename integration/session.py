@@ -97,11 +97,20 @@ class Session:
         frame = pipeline_call()
         if frame is not None and not self._is_ours(frame.f_locals["self"]):
             return  # another pipeline on the same scheduler
-        for expert in self.experts.values():
-            refuse_other_caches(expert.transformer)
+        self._check_hosts()
         self._announced = sigmas
         self._frame = frame
         self._open_run = True
+
+    def _check_hosts(self) -> None:
+        """Raise if the pipeline runs something else than what this session is attached to."""
+        found = transformers_of(self.pipe)  # refuses one that was compiled since
+        for name, expert in self.experts.items():
+            refuse_other_caches(expert.transformer)
+            if found.get(name) is not expert.transformer:
+                raise ValueError(
+                    f"the pipeline's {name} was exchanged since attaching; detach and attach again."
+                )
 
     def _begin(self) -> None:
         """The first call of a run: the pipeline has said by now with which step it starts."""

@@ -235,6 +235,19 @@ def test_one_transformer_takes_one_predictor(own_scheduler):
     assert facts(pipe) == before
 
 
+def test_a_transformer_exchanged_after_attaching_is_noticed_at_the_next_run():
+    family = FAMILIES["flux"]
+    pipe = family.build()
+    own, other = pipe.transformer, family.build().transformer
+    with forecasting(pipe, Reuse(), ANCHORS, "hidden"):
+        forecast = call(family, pipe)
+        pipe.transformer = other
+        with pytest.raises(ValueError, match="attach"):
+            call(family, pipe)
+        pipe.transformer = own
+        assert torch.equal(call(family, pipe), forecast)
+
+
 def test_two_transformers_on_one_scheduler_can_be_attached_and_detached_in_any_order():
     family = FAMILIES["flux"]
     pipe, other = family.build(), family.build()
