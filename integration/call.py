@@ -45,3 +45,13 @@ class Call:
         if self.args:
             return self.args[0]
         return self.kwargs.get("hidden_states", first_tensor((), self.kwargs))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The taps of a call that was computed, kept until its step is over."""
+
+    key: str
+    call: int
+    taps: dict[str, Tensor]
+    x_t: Tensor | None

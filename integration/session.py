@@ -11,7 +11,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..predictors.base import Step
 from .adaptive import take_rows
 from .branches import Branches, rows_per_branch
-from .call import Call
+from .call import Call, Seen
 from .clock import Clock
 from .controller import Controller
 from .expert import Expert
@@ -32,16 +32,6 @@ from .prediction import form_of, prediction
 from .report import Report
 from .running import guidance_of, is_innermost, pipeline_call
 from .time_facts import modulations
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The taps of a call that was computed, kept until its step is over."""
-
-    key: str
-    call: int
-    taps: dict[str, Tensor]
-    x_t: Tensor | None
 
 
 class Session:

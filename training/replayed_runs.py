@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..integration.call import Call
+from ..integration.call import Call, Seen
 from ..integration.expert import Expert
 from ..integration.forecaster import Forecaster
 from ..integration.prediction import form_of, prediction
-from ..integration.session import Seen, Session
+from ..integration.session import Session
 from ..predictors.base import Predictor, Step
 from ..trajectories.prompts import Item, generate_batch
 
