@@ -158,6 +158,7 @@ def combine(
         rows = [combine(w, [p[i] for p in parts]) for i, w in enumerate(weights.unbind(1))]
         return torch.cat(rows)
     total: Tensor | None = None
+    product: Tensor | None = None  # one buffer for all terms: fresh memory costs more than the sum
     values = weights.flatten() if weights.requires_grad else weights.flatten().tolist()
     for value, feature in zip(values, features, strict=True):
         if isinstance(value, float) and value == 0.0:
@@ -165,10 +166,11 @@ def combine(
         term = feature.to(dtype)
         if total is None:
             total = term * value
-        elif isinstance(value, float):
-            total.add_(term, alpha=value)  # one pass over memory, and no new tensor
-        else:
+        elif term.requires_grad or not isinstance(value, float):
             total = total + term * value
+        else:
+            product = torch.mul(term, value, out=product)
+            total.add_(product)
     if total is None:
         return torch.zeros_like(newest)
     return total.to(newest.dtype)
