@@ -246,8 +246,7 @@ def transformer_of(pipe: Any) -> nn.Module:
     if len(found) > 1:
         raise UnsupportedHost(
             f"{type(pipe).__name__} has the experts {', '.join(found)}; this needs a pipeline with "
-            "one transformer. Recordings, L2P's Gram and least-squares fits and forecasting take "
-            "both."
+            "one transformer. Recording, L2PLeastSquares and forecasting take both."
         )
     return next(iter(found.values()))
 
