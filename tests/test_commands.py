@@ -94,9 +94,9 @@ def test_only_missing_trajectories_count_against_the_disk(pipeline, tmp_path, mo
         free = 2 * size.trajectory_bytes
 
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage)
-    check_room(tmp_path / "r", class_items(6, 3), size)
+    check_room(tmp_path / "r", class_items(6, 3), 0, 1, size)
     with pytest.raises(OSError, match="record fewer trajectories"):
-        check_room(tmp_path / "r", class_items(7, 3), size)
+        check_room(tmp_path / "r", class_items(7, 3), 0, 1, size)
 
 
 def test_the_place_of_a_process_is_given_launched_or_alone():
@@ -109,6 +109,52 @@ def test_the_place_of_a_process_is_given_launched_or_alone():
         place(3, 3, {})
     with pytest.raises(ValueError, match="give both or neither"):
         place(1, None, torchrun)
+
+
+def test_an_array_s_tasks_multiply_what_runs_in_each():
+    def array(task: int, first: int, last: int, count: int, **more: str) -> dict[str, str]:
+        numbers = {"ID": task, "MIN": first, "MAX": last, "COUNT": count}
+        return {f"SLURM_ARRAY_TASK_{name}": str(n) for name, n in numbers.items()} | more
+
+    assert place(None, None, array(0, 0, 7, 8)) == (0, 8)
+    assert place(None, None, array(7, 1, 7, 4)) == (3, 4)  # --array=1-7:2
+    assert place(None, None, array(5, 5, 5, 1)) == (0, 1)
+    srun = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    assert place(None, None, array(2, 0, 3, 4, **srun)) == (5, 8)
+    assert place(0, 1, array(2, 0, 3, 4, **srun)) == (0, 1)
+    found = {
+        place(None, None, array(task, 0, 2, 3, RANK=str(rank), WORLD_SIZE="2"))
+        for task in range(3)
+        for rank in range(2)
+    }
+    assert found == {(rank, 6) for rank in range(6)}
+    with pytest.raises(ValueError, match="3 tasks from 1 to 7, expected evenly spaced"):
+        place(None, None, array(3, 1, 7, 3))
+
+
+def test_writers_of_one_disk_are_warned_when_only_their_own_share_fits(
+    pipeline, tmp_path, capsys, monkeypatch
+):
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 4}
+    item = class_items(1, 3)[0]
+    size = estimate(load_pipeline(pipeline), item, ["output"], "none", 0, True, **settings)
+
+    class Usage:
+        free = 2 * size.trajectory_bytes
+
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage)
+    check_room(tmp_path / "r", class_items(4, 3), 1, 2, size)
+    assert "all 2 writers together need" in capsys.readouterr().out
+    check_room(tmp_path / "r", class_items(2, 3), 1, 2, size)
+    assert "together" not in capsys.readouterr().out
+    check_room("memory://run", class_items(100, 3), 0, 1, size)
+    assert "are sent to memory://run, one at a time" in capsys.readouterr().out
+
+
+def test_a_rank_without_items_ends_well(pipeline, tmp_path, capsys):
+    main(words(pipeline, tmp_path / "r", num_trajectories=2, rank=2, world=3))
+    assert "rank 2 of 3 has nothing to record" in capsys.readouterr().out
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_pipeline_without_classes_is_sent_to_the_python_call(pipeline):

@@ -16,6 +16,7 @@ from ..integration.report_plots import plot_timeline
 from ..trajectories.gram import step_errors
 from ..trajectories.motion import draw, facts, motion, table, tap_order
 from ..trajectories.recording import Recording
+from ..trajectories.storage import is_url
 from .offline import LEARNED, OfflineRow, Remembered, TapGrams, best_row, offline_rows, verdict
 from .rows import RULES
 
@@ -47,10 +48,12 @@ def inspect_command(
 
     Raises:
         RecordingError: the folder is no recording.
-        ValueError: a budget is below 1.
+        ValueError: a budget is below 1, or a URL comes without `out`.
     """
     if not budgets or min(budgets) < 1:
         raise ValueError(f"budgets are {list(budgets)}, expected numbers of evaluations >= 1.")
+    if out is None and is_url(recording):
+        raise ValueError(f"{recording} is a URL; name a folder of this machine for the plots: out.")
     opened = Recording(recording)
     print(facts(opened))
     if not len(opened):
@@ -60,7 +63,7 @@ def inspect_command(
     grams = {tap: opened.stack(f"gram/{tap}", items) for tap in opened.header.taps}
     motions = {tap: motion(grams[tap]) for tap in sorted(grams, key=tap_order)}
     print(table(motions))
-    folder = opened.folder / "plots" if out is None else Path(out)
+    folder = Path(opened.folder, "plots") if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     plots = draw(motions, folder)
     num_steps = opened.header.num_steps

@@ -26,7 +26,7 @@ class TrajectoryDataset(Dataset[dict[str, Any]]):
     The recording is opened on first use in each process, so the dataset is cheap to pickle.
 
     Args:
-        folder: recording folder.
+        folder: folder or URL of the recording.
         names: tensors of each example, as in ["gram/output"].
         items: which items, in this order; None takes all.
     """
@@ -34,7 +34,7 @@ class TrajectoryDataset(Dataset[dict[str, Any]]):
     def __init__(
         self, folder: str | Path, names: Sequence[str], items: Sequence[int] | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = folder
         self.names = list(names)
         self._items = None if items is None else list(items)
         self._opened: Recording | None = None
@@ -108,7 +108,7 @@ def trajectory_stream(
     it narrows float64 to float32. For bfloat16 as recorded take `TrajectoryDataset`.
 
     Args:
-        folder: recording folder.
+        folder: folder or URL of the recording.
         names: tensors of each example.
         items: which items, in this order; None takes all.
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import xxhash
 
+from ..checkpoints.strict import unique_keys
 from .shards import write_atomically
 
 SCHEMA_VERSION = 1
 HEADER_FILE = "recording.json"
+MAX_RECORDING_JSON_BYTES = 1_000_000
 LATER_FIELDS = {"guidance", "branch_steps", "expert_steps"}  # missing in older recordings
 FEATURE_MODES = ("none", "tokens", "full")
 
@@ -113,47 +115,56 @@ class Header:
         return len(self.sigmas)
 
     @classmethod
-    def read(cls, folder: Path) -> "Header":
-        """Read `recording.json`.
+    def parse(cls, content: bytes, where: str) -> "Header":
+        """The header in the bytes of a `recording.json`.
+
+        Args:
+            content: its bytes.
+            where: its place, for messages.
 
         Raises:
-            RecordingError: not a folder, no header, a newer schema, or a malformed field.
+            RecordingError: not JSON, a newer schema, or a malformed field.
         """
-        path = folder / HEADER_FILE
-        if not folder.is_dir():
-            raise RecordingError(f"{folder} is not a folder; expected one that `record` wrote.")
-        if not path.is_file():
-            raise RecordingError(f"{folder} has no {HEADER_FILE}; it is not a recording.")
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(content, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise RecordingError(
-                f"{path} is not JSON ({error}); restore or re-record it."
+                f"{where} is not JSON ({error}); restore or re-record it."
             ) from error
         if not isinstance(values, dict):
-            raise RecordingError(f"{path} holds {type(values).__name__}, expected a JSON object.")
+            raise RecordingError(f"{where} holds {type(values).__name__}, expected a JSON object.")
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise RecordingError(
-                f"{path} has schema_version {version!r}, this release reads {SCHEMA_VERSION}; "
+                f"{where} has schema_version {version!r}, this release reads {SCHEMA_VERSION}; "
                 "upgrade foreseer if the recording is newer."
             )
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
-            raise RecordingError(f"{path} has unknown keys {unknown}; expected {sorted(known)}.")
+            raise RecordingError(f"{where} has unknown keys {unknown}; expected {sorted(known)}.")
         if missing := sorted(known - LATER_FIELDS - values.keys()):
-            raise RecordingError(f"{path} lacks the keys {missing}.")
+            raise RecordingError(f"{where} lacks the keys {missing}.")
         try:
             return cls(**values)
         except ValueError as error:
-            raise RecordingError(f"{path}: {error}") from error
+            raise RecordingError(f"{where}: {error}") from error
 
     def write(self, folder: Path) -> None:
-        """Write `recording.json` atomically."""
-        text = json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
-        write_atomically(folder / HEADER_FILE, [text.encode()], mode=0o644)
+        """Write `recording.json` atomically.
 
-    def check_same(self, found: "Header", folder: Path) -> None:
+        Raises:
+            ValueError: it would be too large to be read.
+        """
+        text = json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        content = text.encode()
+        if len(content) > MAX_RECORDING_JSON_BYTES:
+            raise ValueError(
+                f"the header has {len(content)} bytes, the limit is {MAX_RECORDING_JSON_BYTES}; "
+                "shorten the settings."
+            )
+        write_atomically(folder / HEADER_FILE, [content], mode=0o644)
+
+    def check_same(self, found: "Header", folder: str | Path) -> None:
         """Refuse to continue a recording that was started with other settings.
 
         Raises:
@@ -172,6 +183,18 @@ class Header:
             f"{folder} was recorded with another recipe or host (recipe hash found "
             f"{found.recipe_hash}, expected {self.recipe_hash}). {what}. "
             "Record into a new folder, or restore the old settings."
+        )
+
+
+def check_size(size: int, limit: int, path: str | Path) -> None:
+    """Raise before reading what is over its limit.
+
+    Raises:
+        RecordingError: it is.
+    """
+    if size > limit:
+        raise RecordingError(
+            f"{path} has {size} bytes, the limit is {limit}; it was not written by `record`."
         )
 
 

@@ -3,13 +3,20 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.strict import unique_keys
 from .header import RecordingError, canonical_json
 
+MAX_LINE_BYTES = 65_536
+MAX_META_BYTES = 60_000
+MAX_MANIFEST_BYTES = 1 << 30
+MAX_INT = 1 << 63
 ENTRY_KEYS = {"item", "file", "xxh3", "bytes", "meta"}
+MANIFEST_NAME = re.compile(r"manifest\.[0-9]{5,}\.jsonl")
 SHARD_NAME = re.compile(r"shards(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
 HASH = re.compile(r"[0-9a-f]{32}")
 
@@ -60,53 +67,53 @@ def cut_half_line(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def read_manifests(folder: Path) -> dict[int, Entry]:
-    """Entries of all ranks by item, in item order; a half line at the end is not counted.
+def merge_manifests(manifests: Mapping[str, bytes], place: str) -> dict[int, Entry]:
+    """Entries of all writers by item, in item order; a half line at the end is not counted.
+
+    Args:
+        manifests: bytes of every manifest by its file name.
+        place: of the recording, for messages.
 
     Raises:
         RecordingError: a malformed line, a file outside `shards/`, or one item with two hashes.
     """
-    merged: dict[int, tuple[Entry, Path]] = {}
-    for path in sorted(folder.glob("manifest.*.jsonl")):
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            entry = _parse(line, f"{path}, line {number}")
-            kept, where = merged.setdefault(entry.item, (entry, path))
+    merged: dict[int, tuple[Entry, str]] = {}
+    for name, content in sorted(manifests.items()):
+        for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+            entry = parse_line(line, f"{place}/{name}, line {number}")
+            kept, where = merged.setdefault(entry.item, (entry, name))
             if kept.xxh3 != entry.xxh3:
                 raise RecordingError(
-                    f"item {entry.item} was recorded twice with different content: "
-                    f"{kept.file} ({where.name}) and {entry.file} ({path.name}). "
-                    "Delete the manifest line of one of them."
+                    f"item {entry.item} was recorded twice in {place} with different content: "
+                    f"{kept.file} ({where}) and {entry.file} ({name}). "
+                    "`foreseer verify --repair` keeps the first."
                 )
     return {item: merged[item][0] for item in sorted(merged)}
 
 
-def shard_path(folder: Path, entry: Entry) -> Path:
-    """Where the shard of an entry lies.
+def parse_line(line: bytes, where: str) -> Entry:
+    """One line of a manifest.
+
+    Args:
+        line: without its newline.
+        where: its place, for messages.
 
     Raises:
-        RecordingError: a symbolic link leads out of the folder.
+        RecordingError: it is too long, malformed, or names a file outside `shards/`.
     """
-    path = folder / entry.file
-    if not path.resolve().is_relative_to(folder.resolve() / "shards"):
-        raise RecordingError(
-            f"item {entry.item}: {path} is a link out of the recording; expected a plain file "
-            "under shards/. Copy the shard into the recording."
-        )
-    return path
-
-
-def _parse(line: bytes, where: str) -> Entry:
+    if len(line) > MAX_LINE_BYTES:
+        raise RecordingError(f"{where} has {len(line)} bytes, the limit is {MAX_LINE_BYTES}.")
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise RecordingError(
-            f"{where} is not JSON ({error}); delete the line and record again."
+            f"{where} is not JSON ({error}); run `foreseer verify --repair`, then record again."
         ) from error
     if not isinstance(values, dict) or values.keys() != ENTRY_KEYS:
         found = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise RecordingError(f"{where} holds {found}, expected the keys {sorted(ENTRY_KEYS)}.")
     for key in ("item", "bytes"):
-        if type(values[key]) is not int or values[key] < 0:
+        if type(values[key]) is not int or not 0 <= values[key] < MAX_INT:
             raise RecordingError(f"{where}: {key} is {values[key]!r}, expected an int >= 0.")
     if not _matches(HASH, values["xxh3"]):
         raise RecordingError(
@@ -133,6 +140,8 @@ def meta_problem(meta: Any) -> str | None:
             return f"meta[{key!r}] is {value!r}, expected a string, an int or a float."
         if isinstance(value, float) and not abs(value) < float("inf"):
             return f"meta[{key!r}] is {value!r}, expected a finite number."
+    if (size := len(canonical_json(meta))) > MAX_META_BYTES:
+        return f"meta has {size} bytes, the limit is {MAX_META_BYTES}; shorten it."
     return None
 
 

@@ -10,9 +10,10 @@ from torch import nn
 from ..integration.fingerprint import host_fingerprint
 from ..integration.host import transformers_of
 from .collector import Recorder
-from .header import HEADER_FILE, Header, RecordingError
+from .header import Header, RecordingError
 from .prompts import Item
 from .recording import Recording
+from .storage import exists
 
 
 def finished_items(out: str | Path, recipe: dict[str, Any], items: Sequence[Item] = ()) -> set[int]:
@@ -21,7 +22,7 @@ def finished_items(out: str | Path, recipe: dict[str, Any], items: Sequence[Item
     Raises:
         RecordingError: it holds another recording, or one of `items` with another seed or input.
     """
-    if not (Path(out) / HEADER_FILE).exists():
+    if not exists(out):
         return set()
     found = Recording(out)
     if found.header.recipe != recipe:

@@ -12,14 +12,18 @@ from ..integration.host import transformer_of
 from ..integration.pipeline_call import call_settings, samples, takes_labels
 from ..integration.pipelines import load_pipeline
 from .estimate import Estimate, estimate
-from .header import HEADER_FILE
 from .partitions import asked_partitions
 from .prompts import Item, class_items
 from .recorder import record
 from .recording import Recording
+from .remote import cache_folder
+from .storage import exists, is_url
 
 LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """Environment variables that tell a process its rank and the number of processes."""
+
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
+"""Environment variables that tell a process its place on its machine."""
 
 
 def record_command(
@@ -42,23 +46,23 @@ def record_command(
     settings: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     device: str | None = None,
-) -> Path:
+) -> None:
     """Record this process's share of the items; see `foreseer.commands.record` for the arguments.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: the pipeline draws from something else, or an argument is out of range.
         OSError: the disk has less room than the recording needs.
     """
     rank, world = place(rank, world, os.environ)
-    pipe = load_pipeline(pipeline, getattr(torch, dtype), device)
+    pipe = load_pipeline(pipeline, getattr(torch, dtype), device or own_device(os.environ))
     items = asked_items(pipe, prompts, num_trajectories, first_item)
+    if not items[rank::world]:
+        print(f"rank {rank} of {world} has nothing to record: there are {len(items)} trajectories")
+        return
     given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
     partitions = asked_partitions(pipe, items[0], taps, bands, groups, **given)
     size = estimate(pipe, items[0], taps, features, num_tokens, states, partitions, **given)
-    check_room(out, items[rank::world], size)
+    check_room(out, items, rank, world, size)
     record(
         pipe,
         items,
@@ -74,29 +78,61 @@ def record_command(
         **given,
     )
     print(summary(Recording(out), size))
-    return Path(out)
 
 
 def place(rank: int | None, world: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
     """This process's rank and the number of processes: as given, as launched, or alone.
 
+    A SLURM array multiplies what runs in each of its tasks: task a of n, with w processes of which
+    this is number r, is rank a w + r of n w.
+
     Args:
         rank: as given; None reads the environment.
         world: as given; None reads the environment.
         environment: `RANK` and `WORLD_SIZE` (torchrun, accelerate) or `SLURM_PROCID` and
-            `SLURM_NTASKS`.
+            `SLURM_NTASKS`, and `SLURM_ARRAY_TASK_ID` with its `MIN`, `MAX` and `COUNT`.
 
     Raises:
-        ValueError: only one of the two is known, or the rank is not in `[0, world)`.
+        ValueError: only one of the two is known, the rank is not in `[0, world)`, or an array's
+            numbers have gaps.
     """
     if (rank is None) != (world is None):
         raise ValueError(f"rank is {rank} and world is {world}; give both or neither.")
     if rank is None or world is None:
         found = [names for names in LAUNCHERS if all(name in environment for name in names)]
         rank, world = (int(environment[name]) for name in found[0]) if found else (0, 1)
+        task, num_tasks = array_task(environment)
+        rank, world = task * world + rank, num_tasks * world
     if not 0 <= rank < world:
         raise ValueError(f"rank is {rank} and world {world}, expected 0 <= rank < world.")
     return rank, world
+
+
+def array_task(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Place of this SLURM array task among those of its array, and their number; (0, 1) outside.
+
+    Raises:
+        ValueError: the array's numbers have gaps that are not all alike, as in `--array=1,3,7`.
+    """
+    names = [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "COUNT")]
+    if any(name not in environment for name in names):
+        return 0, 1
+    task, first, last, count = (int(environment[name]) for name in names)
+    stride = (last - first) // max(count - 1, 1) or 1
+    if first + stride * (count - 1) != last or (task - first) % stride:
+        raise ValueError(
+            f"this array has {count} tasks from {first} to {last}, expected evenly spaced numbers, "
+            "as in --array=0-7; or give --rank and --world."
+        )
+    return (task - first) // stride, count
+
+
+def own_device(environment: Mapping[str, str]) -> str:
+    """The GPU of this process among those of its machine, the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = next((environment[name] for name in LOCAL_RANKS if name in environment), "0")
+    return f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
 def asked_items(
@@ -138,32 +174,49 @@ def number_of_classes(pipe: Any) -> int:
     return int(classes)
 
 
-def check_room(out: str | Path, mine: Sequence[Item], size: Estimate) -> None:
+def check_room(
+    out: str | Path, items: Sequence[Item], rank: int, world: int, size: Estimate
+) -> None:
     """Say how much will be written, and refuse to start what cannot end.
 
     Args:
-        out: folder of the recording.
-        mine: this process's items, finished ones included.
+        out: folder or URL of the recording.
+        items: those of all writers, finished ones included.
+        rank: this writer.
+        world: number of writers.
         size: bytes per trajectory.
 
     Raises:
-        OSError: the disk has less room than the missing items need.
+        OSError: the disk has less room than this writer's missing items need; of a URL, than one
+            needs on its way.
     """
-    done = set(Recording(out).items) if (Path(out) / HEADER_FILE).exists() else set()
+    done = set(Recording(out).items) if exists(out) else set()
+    mine = items[rank::world]
     missing = sum(item.index not in done for item in mine)
-    needed = missing * size.trajectory_bytes
-    folder = Path(out).absolute()
+    of_all = sum(item.index not in done for item in items)
+    remote = is_url(out)
+    folder = cache_folder() if remote else Path(out).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
+    each, room = size.trajectory_bytes, f"of {megabytes(free)} free"
+    where = f"are sent to {out}, one at a time" if remote else room
+    who = f"rank {rank} of {world}: " if world > 1 else ""
     print(
-        f"{len(mine) - missing} of {len(mine)} trajectories are there; the other {missing} need "
-        f"about {megabytes(needed)} of {megabytes(free)} free"
+        f"{who}{len(mine) - missing} of {len(mine)} trajectories are there; the other {missing} "
+        f"need about {megabytes(missing * each)} {where}"
     )
+    needed = min(missing, 1) * each if remote else missing * each
     if needed > free:
         raise OSError(
             f"the disk of {folder} has {megabytes(free)} free, the recording needs about "
             f"{megabytes(needed)}; record fewer trajectories or taps, features: none, or elsewhere."
+        )
+    if not remote and of_all * each > free:
+        print(
+            f"all {world} writers together need about {megabytes(of_all * each)}, more than "
+            f"{folder} has: if they share this disk it will fill up, which stops them but loses "
+            "nothing; start them again with more room"
         )
 
 

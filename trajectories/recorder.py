@@ -20,6 +20,7 @@ from .recipe import (
     item_meta,
     plain_or_name,
 )
+from .uploads import open_writer
 from .writer import RecordingWriter
 
 
@@ -36,7 +37,7 @@ def record(
     world: int = 1,
     partitions: Mapping[str, Partition] | None = None,
     **settings: Any,
-) -> Path:
+) -> str | Path:
     """Run a pipeline over items and write a recording; run it again to resume after a break.
 
     The images are bit for bit the pipeline's own. Batches are cut from this rank's items in order
@@ -45,7 +46,7 @@ def record(
     Args:
         pipe: a diffusers pipeline.
         items: what to generate.
-        out: folder of the recording, new or begun with the same arguments.
+        out: folder or URL of the recording, new or begun with the same arguments.
         taps: `output`, `hidden`, `residual`, `blocks.<i>`, or `blocks.*` for all blocks.
         features: `none` stores Grams only, `full` adds all features, `tokens` a subset of tokens.
         num_tokens: tokens kept per feature when `features` is `tokens`.
@@ -58,7 +59,7 @@ def record(
         settings: keyword arguments of every call, such as `guidance_scale`, `num_inference_steps`.
 
     Returns:
-        The folder.
+        The folder or URL.
 
     Raises:
         RecordingError: the folder holds another recording.
@@ -81,15 +82,15 @@ def record(
     if recorder.partitions:
         recipe["partitions"] = describe_partitions(recorder)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    _record_batches(pipe, batches, recorder, Path(out), recipe, rank, settings)
-    return Path(out)
+    _record_batches(pipe, batches, recorder, out, recipe, rank, settings)
+    return out
 
 
 def _record_batches(
     pipe: Any,
     batches: list[list[Item]],
     recorder: Recorder,
-    out: Path,
+    out: str | Path,
     recipe: dict[str, Any],
     rank: int,
     settings: dict[str, Any],
@@ -101,11 +102,12 @@ def _record_batches(
     with contextlib.ExitStack() as stack:
         stack.callback(Session(pipe, recorder).detach)
         writer: RecordingWriter | None = None
-        for batch in tqdm(pending, desc=f"record {out.name}", unit="batch"):
+        name = str(out).rstrip("/").rsplit("/", 1)[-1]
+        for batch in tqdm(pending, desc=f"record {name}, rank {rank}", unit="batch"):
             generate_batch(pipe, batch, output_type="latent", **settings)
             if writer is None:
                 header = describe(pipe, recorder, recipe, settings)
-                writer = stack.enter_context(RecordingWriter(out, header, rank))
+                writer = stack.enter_context(open_writer(out, header, rank))
             check_alike(recorder, header)
             for sample, item in enumerate(batch):
                 if item.index not in done:

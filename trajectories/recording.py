@@ -8,23 +8,26 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
+from tqdm import tqdm
 
 from .header import Header as Header
 from .header import RecordingError as RecordingError
-from .manifest import Entry, read_manifests, shard_path
+from .manifest import Entry
 from .shards import CorruptShard as CorruptShard
-from .shards import hash_shard, read_shard, read_slice, shard_names
+from .shards import read_shard, read_slice, shard_names
+from .storage import Folder, read_entries, read_header, storage
 from .writer import RecordingWriter as RecordingWriter
 
 
 class Recording:
-    """The finished trajectories of a folder, over the manifests of all ranks.
+    """The finished trajectories of a folder or URL, over the manifests of all ranks.
 
     Holds no open file, so it can be pickled and used from several processes. Items finished after
-    it was opened are not seen.
+    it was opened are not seen. Of a URL, header and manifests are read now, and every shard is
+    downloaded whole into the local cache when it is first asked for.
 
     Args:
-        folder: a folder that `RecordingWriter` wrote.
+        folder: a folder that `RecordingWriter` wrote, or the URL of one.
 
     Raises:
         RecordingError: not a recording, a newer schema, a malformed header or manifest, a shard
@@ -32,11 +35,13 @@ class Recording:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.header = Header.read(self.folder)
-        self.entries = read_manifests(self.folder)
-        for entry in self.entries.values():
-            shard_path(self.folder, entry)
+        self.store = storage(folder)
+        self.folder = self.store.name
+        self.header = read_header(self.store)
+        self.entries = read_entries(self.store)
+        if isinstance(self.store, Folder):
+            for entry in self.entries.values():
+                self.store.shard(entry)
 
     def __len__(self) -> int:
         """Number of finished items."""
@@ -96,18 +101,27 @@ class Recording:
         return torch.stack(tensors)
 
     def verify(self) -> list[str]:
-        """Check size and hash of every shard; one message per damaged item, empty when intact."""
+        """Check size and hash of every shard, past the cache; a message per damaged item."""
         problems = []
-        for item, entry in self.entries.items():
-            path, size = self._locate(item)
+        entries = tqdm(self.entries.values(), desc=f"verify {self.folder}", unit="shard", delay=2)
+        for entry in entries:
             try:
-                shard_names(path, item, size)
-                if (found := hash_shard(path).xxh3) != entry.xxh3:
-                    problem = f"hash {found}, the manifest says {entry.xxh3} (flipped bits)"
-                    raise CorruptShard(path, item, problem)
+                self._check(entry)
             except CorruptShard as error:
                 problems.append(str(error))
         return problems
+
+    def _check(self, entry: Entry) -> None:
+        found = self.store.digest(entry)
+        place = f"{self.folder}/{entry.file}"
+        if found.bytes != entry.bytes:
+            kind = "truncated" if found.bytes < entry.bytes else "has trailing bytes"
+            raise CorruptShard(
+                place, entry.item, f"{kind}: {found.bytes} bytes, expected {entry.bytes}"
+            )
+        if found.xxh3 != entry.xxh3:
+            problem = f"hash {found.xxh3}, the manifest says {entry.xxh3} (flipped bits)"
+            raise CorruptShard(place, entry.item, problem)
 
     def _entry(self, item: int) -> Entry:
         if item not in self.entries:
@@ -120,7 +134,7 @@ class Recording:
 
     def _locate(self, item: int) -> tuple[Path, int]:
         entry = self._entry(item)
-        return shard_path(self.folder, entry), entry.bytes
+        return self.store.shard(entry), entry.bytes
 
 
 def split(items: Iterable[int], fractions: Sequence[float], seed: int = 0) -> list[list[int]]:

@@ -7,6 +7,7 @@ file under a random name. Every tensor has its own xxh3-128 in the metadata, so 
 small tensors of a large shard is checked without hashing the whole file.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,16 +26,17 @@ from ..checkpoints.strict import MAX_TENSORS as MAX_TENSORS
 from ..checkpoints.strict import MalformedFile, read_header
 
 HASHES_KEY = "tensor_xxh3"
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 class CorruptShard(ValueError):
     """A shard that cannot be trusted; the message names the file, the item and the way out."""
 
-    def __init__(self, path: Path, item: int | None, problem: str) -> None:
+    def __init__(self, path: str | Path, item: int | None, problem: str) -> None:
         where = f"shard {path}" + ("" if item is None else f" (item {item})")
         super().__init__(
-            f"{where}: {problem}. To redo the item, delete its line from the manifest and run the "
-            "same record command again."
+            f"{where}: {problem}. To redo the item, run `foreseer verify --repair` on the "
+            "recording, then the same record command again."
         )
 
 
@@ -81,6 +83,39 @@ def write_shard(
             "shorten the metadata."
         )
     return write_atomically(path, (header, *buffers.values()), mode=0o444)
+
+
+def copy_shard(source: Path, path: Path, item: int, expected: ShardDigest) -> ShardDigest:
+    """Give a shard a second place: a link to the same bytes where it is possible, else a copy.
+
+    Shards are never written to again, so a link is as good as a copy and takes no room.
+
+    Args:
+        source: the shard.
+        path: its new place, on any disk; its folder exists.
+        item: item number for the error message.
+        expected: size and hash it must have.
+
+    Raises:
+        CorruptShard: it is not what is expected; nothing is left at `path`.
+    """
+    shard_names(source, item, expected.bytes)
+    if (found := hash_shard(source)) != expected:
+        raise CorruptShard(source, item, f"hash {found.xxh3}, expected {expected.xxh3}")
+    path.unlink(missing_ok=True)  # what a killed recorder left without a line
+    try:
+        os.link(source.resolve(), path)
+        sync_folder(path.parent)
+        return found
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+    with open(source, "rb") as file:
+        copied = write_atomically(path, iter(lambda: file.read(1 << 20), b""), mode=0o444)
+    if copied != expected:
+        path.unlink()
+        raise CorruptShard(source, item, f"hash {copied.xxh3}, expected {expected.xxh3}")
+    return copied
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> ShardDigest:
@@ -169,6 +204,16 @@ def read_shard(
     if damaged:
         raise CorruptShard(path, item, f"tensors {damaged} do not match their hash (flipped bits)")
     return tensors
+
+
+def shard_metadata(path: Path) -> dict[str, str]:
+    """The strings a shard was written with.
+
+    Raises:
+        CorruptShard: the header is not acceptable.
+    """
+    with _opened(path, [], None, None) as (file, _):
+        return dict(file.metadata() or {})
 
 
 def read_slice(

@@ -1,20 +1,32 @@
-"""`foreseer verify`: whether a recording is intact."""
+"""`foreseer verify`: whether a recording is intact, and how to get there."""
 
 from .record_command import megabytes
 from .recording import Recording
+from .repair import leftovers, repair
+from .storage import is_url
 
 
-def verify_command(recording: str) -> None:
-    """Compare every shard with its hash and print what is damaged.
+def verify_command(recording: str, repaired: bool = False) -> None:
+    """Compare every shard with its hash and print what is damaged, repairing it first if asked.
 
     Raises:
         SystemExit: with code 1 when something is damaged.
     """
+    if repaired:
+        changes = repair(recording)
+        for change in changes:
+            print(change)
+        print(f"{len(changes)} changes made; what was taken out lies in {recording}/damaged")
     opened = Recording(recording)
     problems = opened.verify()
     for problem in problems:
         print(problem)
     total = sum(entry.bytes for entry in opened.entries.values())
     print(f"{len(problems)} of {len(opened)} trajectories damaged, {megabytes(total)} read")
+    left = [] if is_url(recording) else leftovers(recording, opened.entries.values())
+    if left:
+        print(
+            f"{len(left)} files belong to no finished trajectory: --repair adopts or removes them"
+        )
     if problems:
         raise SystemExit(1)

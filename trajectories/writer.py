@@ -2,22 +2,17 @@
 
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .header import HEADER_FILE, Header, RecordingError, canonical_json
-from .manifest import (
-    Entry,
-    append_entry,
-    cut_half_line,
-    manifest_path,
-    meta_problem,
-    read_manifests,
-)
-from .shards import sync_folder, write_shard
+from .manifest import MAX_INT, Entry, append_entry, cut_half_line, manifest_path, meta_problem
+from .remote import Remote
+from .shards import ShardDigest, copy_shard, sync_folder, write_shard
+from .storage import Folder, read_entries, read_header
 
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 TAP_PREFIXES = ("gram", "feature")
@@ -43,6 +38,7 @@ class RecordingWriter:
         if rank < 0:
             raise ValueError(f"rank must be >= 0, got {rank}.")
         self.folder = Path(folder)
+        self.store: Folder | Remote = Folder(self.folder)
         self.header = header
         self.rank = rank
         self._shards = self.folder / "shards" / f"{rank:05d}"
@@ -67,8 +63,7 @@ class RecordingWriter:
                 "or give each recorder its own rank."
             ) from error
         try:
-            self._claim_folder()
-            self._repair()
+            self._prepare()
             self._done = self.done()
         except BaseException:
             self._lock.release()
@@ -81,7 +76,11 @@ class RecordingWriter:
 
     def done(self) -> set[int]:
         """Items that are finished, over the manifests of all ranks."""
-        return set(read_manifests(self.folder))
+        return set(self.entries())
+
+    def entries(self) -> dict[int, Entry]:
+        """What the manifests of all ranks say of the finished items."""
+        return read_entries(self.store)
 
     def write(
         self, item: int, tensors: Mapping[str, Tensor], meta: Mapping[str, str | int | float]
@@ -100,28 +99,47 @@ class RecordingWriter:
                 nothing is written and earlier items are safe.
             OSError: the disk is full; nothing of this item is left.
         """
-        if not self._lock.is_locked:
-            raise RuntimeError(
-                "RecordingWriter holds no lock; use it as `with RecordingWriter(...)`."
-            )
         self._check_item(item, dict(meta))
         for name, tensor in tensors.items():
             self._check_tensor(item, name, tensor)
-        path = self._shards / f"item-{item:06d}.safetensors"
         metadata = {"item": str(item), "meta": canonical_json(dict(meta))}
         on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        self._store(item, dict(meta), lambda path: write_shard(path, on_cpu, metadata))
+
+    def adopt(self, entry: Entry, source: Path) -> None:
+        """Add the finished trajectory of another recording; it counts as if written here.
+
+        Args:
+            entry: its line there.
+            source: its shard; linked rather than copied where the disk is the same.
+
+        Raises:
+            RuntimeError: the writer was not entered with `with`.
+            ValueError: the item is already recorded.
+            CorruptShard: the shard is not what its line says; nothing is written.
+            OSError: the disk is full; nothing of this item is left.
+        """
+        self._check_item(entry.item, entry.meta)
+        expected = ShardDigest(entry.bytes, entry.xxh3)
+        self._store(
+            entry.item, entry.meta, lambda path: copy_shard(source, path, entry.item, expected)
+        )
+
+    def _store(
+        self,
+        item: int,
+        meta: dict[str, str | int | float],
+        make: Callable[[Path], ShardDigest],
+    ) -> None:
+        """Make the shard of an item, then its line; on failure nothing of it is left."""
+        path = self._shards / f"item-{item:06d}.safetensors"
         try:
-            digest = write_shard(path, on_cpu, metadata)
-            entry = Entry(
-                item=item,
-                file=path.relative_to(self.folder).as_posix(),
-                xxh3=digest.xxh3,
-                bytes=digest.bytes,
-                meta=dict(meta),
-            )
+            digest = make(path)
+            file = path.relative_to(self.folder).as_posix()
+            entry = Entry(item=item, file=file, xxh3=digest.xxh3, bytes=digest.bytes, meta=meta)
             try:
-                append_entry(manifest_path(self.folder, self.rank), entry)
-            except OSError:
+                self._commit(path, entry)
+            except BaseException:
                 path.unlink()
                 raise
         except OSError as error:
@@ -129,25 +147,37 @@ class RecordingWriter:
                 raise
             raise OSError(
                 error.errno,
-                f"disk full while writing item {item}: {len(self.done())} finished items are safe "
+                f"disk full while writing item {item}: {len(self._done)} finished items are safe "
                 "and nothing half-written is left. Free some space and run the same command again "
                 "to resume",
                 str(self.folder),
             ) from error
         self._done.add(item)
 
+    def _commit(self, path: Path, entry: Entry) -> None:
+        """Make a shard count; on failure the manifest is as before."""
+        append_entry(manifest_path(self.folder, self.rank), entry)
+
+    def _prepare(self) -> None:
+        """Claim the folder for the header and repair what a kill left; the rank is locked."""
+        self._claim_folder()
+        self._repair()
+
     def _claim_folder(self) -> None:
         """Write the header on first use; otherwise insist on the same one."""
         with FileLock(self.folder / "recording.lock"):  # ranks that start together
-            if (self.folder / HEADER_FILE).exists():
-                self.header.check_same(Header.read(self.folder), self.folder)
-            elif any(self.folder.glob("manifest.*.jsonl")):
+            if self.store.header() is not None:
+                self.header.check_same(read_header(self.store), self.store.name)
+            elif self.store.manifests():
                 raise RecordingError(
-                    f"{self.folder} has manifests but no {HEADER_FILE}; restore that file, or "
+                    f"{self.store.name} has manifests but no {HEADER_FILE}; restore that file, or "
                     "record into a new folder."
                 )
             else:
-                self.header.write(self.folder)
+                self._write_header()
+
+    def _write_header(self) -> None:
+        self.header.write(self.folder)
 
     def _repair(self) -> None:
         """Create this rank's files and remove what a killed recorder of this rank left."""
@@ -161,11 +191,15 @@ class RecordingWriter:
             sync_folder(folder)
 
     def _check_item(self, item: int, meta: dict[str, str | int | float]) -> None:
-        if item < 0:
+        if not self._lock.is_locked:
+            raise RuntimeError(
+                "RecordingWriter holds no lock; use it as `with RecordingWriter(...)`."
+            )
+        if not 0 <= item < MAX_INT:
             raise ValueError(f"item must be >= 0, got {item}.")
         if item in self._done:
             raise ValueError(
-                f"item {item} is already recorded in {self.folder}; skip what done() lists."
+                f"item {item} is already recorded in {self.store.name}; skip what done() lists."
             )
         if problem := meta_problem(meta):
             raise ValueError(f"item {item}: {problem}")

@@ -23,6 +23,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
         commands.bench,
         commands.inspect,
         commands.verify,
+        commands.merge,
         commands.demo,
     )
 }

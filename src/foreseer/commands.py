@@ -32,11 +32,12 @@ def record(
     """Run a pipeline at every step and record its trajectories.
 
     Item i belongs to the writer with i mod world = rank, and its seed follows from i, so any number
-    of writers may fill one folder, and the same command resumes.
+    of writers may fill one folder, and the same command resumes. Started by torchrun, accelerate,
+    srun or as a SLURM array, each process takes its own share and its own GPU.
 
     Args:
         pipeline: folder or hub name of a diffusers pipeline, or `zoo:<name>` for a bundled one.
-        out: folder of the recording; made when missing.
+        out: folder of the recording, made when missing, or a URL such as s3://bucket/run.
         prompts: a .txt file with a prompt per line, or a .safetensors file of prompt embeddings by
             argument of the pipeline, a row per prompt; item i draws prompt i, going round. None for
             pipelines that draw classes.
@@ -50,15 +51,15 @@ def record(
         features: keep beside the Grams no features, those of some tokens, or all of them.
         num_tokens: tokens kept per sample when `features` is `tokens`.
         states: keep the sampler's state x_t at every step, which closed-loop fits need.
-        rank: this writer's index in `[0, world)`; None reads what torchrun or SLURM set.
-        world: number of writers; None reads what torchrun or SLURM set.
+        rank: this writer's index in `[0, world)`; None reads what the launcher set.
+        world: number of writers; None reads what the launcher set.
         bands: also store the Grams of this many equal frequency bands of every tap, as
             `gram/<tap>/bands`; None stores none.
         groups: JSON file with the group of every channel, a list per tap, as in
             {"hidden": [0, 1, 0]}; their Grams are stored as `gram/<tap>/groups`.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
         dtype: dtype the pipeline is loaded in.
-        device: where to; None takes a GPU where there is one.
+        device: where to; None takes this process's own GPU where there is one.
     """
     given = dict(locals())
     from .trajectories.record_command import record_command
@@ -227,18 +228,36 @@ def inspect(recording: str, out: str | None = None, budgets: Sequence[int] = (11
     inspect_command(recording=recording, out=out, budgets=budgets)
 
 
-def verify(recording: str) -> None:
+def verify(recording: str, repair: bool = False) -> None:
     """Check a recording for damage; that foreseer is exact on a pipeline of yours: --pipeline.
 
     Reads every shard of a recording and compares it with its hash; exits with code 1 on damage.
     For pipelines see `foreseer verify --pipeline --help`.
 
     Args:
-        recording: folder of the recording.
+        recording: folder or URL of the recording.
+        repair: first take out lines and shards that are damaged, which moves them to `damaged/` in
+            the folder, give whole shards of killed recorders their line, and remove half-written
+            files; `foreseer record` then redoes what was taken out.
     """
     from .trajectories.verify_command import verify_command
 
-    verify_command(recording=recording)
+    verify_command(recording=recording, repaired=repair)
+
+
+def merge(out: str, recordings: Sequence[str]) -> None:
+    """Join recordings that were made apart, on disks or machines of their own.
+
+    They must be of the same pipeline and settings, with items of their own or the same ones alike.
+    The same command resumes, and adds what its recordings have gained since.
+
+    Args:
+        out: folder or URL, new or one of them.
+        recordings: list of folders or URLs.
+    """
+    from .trajectories.merge import merge_command
+
+    merge_command(out=out, recordings=recordings)
 
 
 def demo(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit") -> None:
