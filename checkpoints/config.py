@@ -2,18 +2,28 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .spec import PredictorSpec
-from .strict import unique_keys
+from .strict import MalformedFile, parse_json, read_plain
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_STEPS = 4096
+MAX_BRANCHES = 16
+MAX_STRING = 4096
+MAX_KEYS = 256
+MAX_REPLAY = 2**26
+"""Anchors squared times steps times branches: the numbers that replaying a golden pair may keep."""
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+Rule = tuple[Callable[[Any], bool], str]
+"""A test of a JSON value, and what it expects in words."""
 
 
 class CheckpointError(ValueError):
@@ -64,15 +74,15 @@ def read_config(folder: Path) -> Config:
             itself.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(
             f"{folder} has no {CONFIG_FILE}; expected a folder that `foreseer export` wrote."
         )
-    if (found := path.stat().st_size) > MAX_CONFIG_BYTES:
-        raise CheckpointError(
-            f"{path} has {found} bytes, the limit is {MAX_CONFIG_BYTES}; it is no predictor's."
-        )
-    return decode_config(path.read_bytes(), str(path))
+    try:
+        text = read_plain(path, MAX_CONFIG_BYTES)
+    except MalformedFile as error:
+        raise CheckpointError(f"{path}: {error}; it is no predictor's.") from error
+    return decode_config(text, str(path))
 
 
 def decode_config(text: str | bytes, where: str) -> Config:
@@ -86,25 +96,25 @@ def decode_config(text: str | bytes, where: str) -> Config:
         CheckpointError: see `read_config`.
     """
     try:
-        values = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(
             f"{where} is not JSON ({error}); download or export the predictor again."
         ) from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{where} holds {_short(values)}, expected a JSON object.")
+        raise CheckpointError(f"{where} holds {short(values)}, expected a JSON object.")
     version = values.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if is_int(version) and version > SCHEMA_VERSION:
         raise CheckpointError(
-            f"{where} has schema_version {version}, this release reads {SCHEMA_VERSION}; upgrade "
-            "foreseer."
+            f"{where} has schema_version {short(version)}, this release reads {SCHEMA_VERSION}; "
+            "upgrade foreseer."
         )
     _check_keys(values, {field.name for field in fields(Config)}, where)
-    _check_values(values, CONFIG_RULES, where)
+    check_values(values, CONFIG_RULES, where)
     spec = values["spec"]
     spec = LATER_FIELDS | spec
     _check_keys(spec, {field.name for field in fields(PredictorSpec)}, f"{where}, spec")
-    _check_values(spec, SPEC_RULES, f"{where}, spec")
+    check_values(spec, SPEC_RULES, f"{where}, spec")
     spec = spec | {
         "anchors": tuple(spec["anchors"]),
         "sigmas": tuple(float(sigma) for sigma in spec["sigmas"]),
@@ -116,6 +126,7 @@ def decode_config(text: str | bytes, where: str) -> Config:
     }
     config = Config(**values | {"spec": PredictorSpec(**spec)})
     _check_agreement(config, where)
+    _check_schedule(config.spec, f"{where}, spec")
     return config
 
 
@@ -132,93 +143,137 @@ def _check_agreement(config: Config, where: str) -> None:
         found = config.arguments.get(name, value)
         if json.dumps(found) != json.dumps(value):  # 1, 1.0 and true are different arguments
             raise CheckpointError(
-                f"{where} contradicts itself: argument {name} is {_short(found)}, but "
-                f"its spec says {_short(value)}; export the predictor again."
+                f"{where} contradicts itself: argument {name} is {short(found)}, but "
+                f"its spec says {short(value)}; export the predictor again."
             )
+
+
+def _check_schedule(spec: PredictorSpec, where: str) -> None:
+    """Steps must be steps of the run, and the golden pair must be replayed in bounded memory."""
+    num_steps = len(spec.sigmas)
+    for name, steps in {"anchors": spec.anchors, "expert_steps": spec.expert_steps}.items():
+        if list(steps) != sorted(set(steps)) or not 0 <= steps[0] <= steps[-1] < num_steps:
+            raise CheckpointError(
+                f"{where}: {name} is {short(steps)}, expected rising steps below {num_steps}, the "
+                "number of sigmas; export the predictor again."
+            )
+    if not all(1 <= steps <= num_steps for steps in spec.branch_steps):
+        raise CheckpointError(
+            f"{where}: branch_steps is {short(spec.branch_steps)}, expected numbers of steps from "
+            f"1 to {num_steps}; export the predictor again."
+        )
+    size = len(spec.anchors) ** 2 * num_steps * spec.num_branches
+    if size > MAX_REPLAY:
+        raise CheckpointError(
+            f"{where}: {len(spec.anchors)} anchors in {num_steps} steps of {spec.num_branches} "
+            f"branch(es) make {size} numbers (anchors squared times steps times branches), the "
+            f"limit is {MAX_REPLAY}; name fewer anchors."
+        )
 
 
 def _check_keys(values: dict[str, Any], expected: set[str], where: str) -> None:
     unknown, missing = sorted(values.keys() - expected), sorted(expected - values.keys())
     if unknown or missing:
         raise CheckpointError(
-            f"{where} has the unknown keys {unknown} and lacks {missing}; expected "
+            f"{where} has the unknown keys {short(unknown)} and lacks {missing}; expected "
             f"{sorted(expected)}. Export the predictor again with this release."
         )
 
 
-def _check_values(
-    values: dict[str, Any], rules: dict[str, tuple[Callable[[Any], bool], str]], where: str
-) -> None:
+def check_values(values: dict[str, Any], rules: dict[str, Rule], where: str) -> None:
+    """Raise unless every value that has a rule keeps it.
+
+    Args:
+        values: by name; there is one for every rule.
+        rules: a test and what it expects, in words, by name.
+        where: what to call the place in an error.
+
+    Raises:
+        CheckpointError: names the value, what was found and what was expected.
+    """
     for name, (holds, expected) in rules.items():
         if not holds(values[name]):
             raise CheckpointError(
-                f"{where}: {name} is {_short(values[name])}, expected {expected}; export the "
+                f"{where}: {name} is {short(values[name])}, expected {expected}; export the "
                 "predictor again."
             )
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """The value as text for an error, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether a JSON value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that float64 holds."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return _is_int(value) and abs(value) < 2**63
+    return is_int(value) and abs(value) < 2**63
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+def is_text(value: Any) -> bool:
+    """Whether a JSON value is a string of printable characters that is not too long."""
+    return isinstance(value, str) and len(value) <= MAX_STRING and value.isprintable()
 
 
-def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and 1 <= len(value) <= MAX_STEPS and all(map(of, value))
+def is_name(value: Any) -> bool:
+    """Whether a JSON value is such a string and not empty."""
+    return is_text(value) and bool(value)
+
+
+def is_list(value: Any, of: Callable[[Any], bool], least: int = 1, most: int = MAX_STEPS) -> bool:
+    """Whether a value is a list, or a tuple that becomes one, of so many values that pass `of`."""
+    return isinstance(value, list | tuple) and least <= len(value) <= most and all(map(of, value))
 
 
 def _is_dict(value: Any, of: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(of, value.values()))
+    known = isinstance(value, dict) and len(value) <= MAX_KEYS and all(map(is_name, value))
+    return known and all(map(of, value.values()))
 
 
-CONFIG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "schema_version": (lambda v: _is_int(v) and v == SCHEMA_VERSION, str(SCHEMA_VERSION)),
-    "predictor_class": (_is_name, "the name of a class"),
+CONFIG_RULES: dict[str, Rule] = {
+    "schema_version": (lambda v: is_int(v) and v == SCHEMA_VERSION, str(SCHEMA_VERSION)),
+    "predictor_class": (is_name, "the name of a class"),
     "arguments": (lambda v: isinstance(v, dict), "an object"),
     "spec": (lambda v: isinstance(v, dict), "an object"),
-    "versions": (lambda v: _is_dict(v, _is_name), "an object of strings"),
-    "model_sha256": (_is_name, "64 hexadecimal digits"),
+    "versions": (lambda v: _is_dict(v, is_name), "an object of strings"),
+    "model_sha256": (
+        lambda v: isinstance(v, str) and DIGEST.fullmatch(v) is not None,
+        "64 hexadecimal digits",
+    ),
 }
-SPEC_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+SPEC_RULES: dict[str, Rule] = {
     "tap": (lambda v: v in ("output", "hidden", "residual"), "'output', 'hidden' or 'residual'"),
-    "anchors": (lambda v: _is_list(v, _is_int), f"a list of 1 to {MAX_STEPS} steps"),
-    "sigmas": (lambda v: _is_list(v, _is_number), f"a list of 1 to {MAX_STEPS} numbers"),
+    "anchors": (lambda v: is_list(v, is_int), f"a list of 1 to {MAX_STEPS} steps"),
+    "sigmas": (lambda v: is_list(v, is_number), f"a list of 1 to {MAX_STEPS} numbers"),
     "host": (
-        lambda v: _is_dict(v, lambda entry: isinstance(entry, str) or _is_number(entry)),
+        lambda v: _is_dict(v, lambda entry: is_text(entry) or is_number(entry)),
         "an object of strings and numbers",
     ),
-    "scheduler": (_is_name, "the name of a class"),
-    "num_branches": (lambda v: _is_int(v) and 1 <= v <= 16, "a whole number from 1 to 16"),
-    "guidance_scale": (_is_number, "a number"),
-    "dtype": (_is_name, "a name such as 'float32'"),
-    "recording_digest": (lambda v: isinstance(v, str), "a string"),
-    "num_trajectories": (lambda v: _is_int(v) and v >= 0, "a whole number >= 0"),
-    "metrics": (lambda v: _is_dict(v, _is_number), "an object of numbers"),
-    "guidance": (lambda v: _is_dict(v, _is_number), "an object of numbers"),
+    "scheduler": (is_name, "the name of a class"),
+    "num_branches": (
+        lambda v: is_int(v) and 1 <= v <= MAX_BRANCHES,
+        f"a whole number from 1 to {MAX_BRANCHES}",
+    ),
+    "guidance_scale": (is_number, "a number"),
+    "dtype": (is_name, "a name such as 'float32'"),
+    "recording_digest": (is_text, "a string"),
+    "num_trajectories": (lambda v: is_int(v) and 0 <= v < 2**63, "a whole number >= 0"),
+    "metrics": (lambda v: _is_dict(v, is_number), "an object of numbers"),
+    "guidance": (lambda v: _is_dict(v, is_number), "an object of numbers"),
     "latent_shapes": (
-        lambda v: v == [] or _is_list(v, lambda shape: _is_list(shape, _is_int)),
+        lambda v: is_list(v, lambda shape: is_list(shape, is_int, most=8), least=0),
         "a list of shapes",
     ),
-    "branch_steps": (lambda v: v == [] or _is_list(v, _is_int), "a list of numbers of steps"),
+    "branch_steps": (lambda v: is_list(v, is_int, least=0), "a list of numbers of steps"),
     "expert_steps": (
-        lambda v: _is_list(v, _is_int) and v[0] == 0 and v == sorted(set(v)),
+        lambda v: is_list(v, is_int) and v[0] == 0 and v == sorted(set(v)),
         "rising steps starting with 0",
     ),
 }

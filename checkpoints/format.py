@@ -7,7 +7,9 @@ anywhere.
 
 import hashlib
 import inspect
+import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from ..predictors.lesa_values import LesaValues
 from ..predictors.linear import L2P
 from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import L2PBands, L2PGroups
+from .arguments import REFUSALS, check_arguments
 from .card import model_card
 from .config import CONFIG_FILE as CONFIG_FILE
 from .config import CheckpointError as CheckpointError
@@ -35,7 +38,7 @@ from .config import Config, decode_config, encode_config, read_config
 from .golden import check_golden, golden_pair
 from .hub import locate, upload
 from .spec import PredictorSpec
-from .strict import DTYPE_CODES, MalformedFile, read_header
+from .strict import DTYPE_CODES, MalformedFile, parse_header, read_header, read_plain
 
 CLASSES: dict[str, type[Predictor]] = {
     "L2P": L2P,
@@ -53,6 +56,7 @@ CLASSES: dict[str, type[Predictor]] = {
 
 MODEL_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+GRAMS_FILE = "grams.safetensors"
 MAX_MODEL_BYTES = 2**30
 STATE_PREFIX = "predictor."
 GOLDEN_NAMES = ("golden.features", "golden.forecasts")
@@ -152,8 +156,29 @@ def push_predictor(folder: str | Path, repo_id: str, private: bool = False) -> s
         CheckpointError: the folder holds no sound checkpoint, or the hub refused.
     """
     load_predictor(Path(folder))
-    names = (MODEL_FILE, CONFIG_FILE, CARD_FILE, "grams.safetensors")
+    names = (MODEL_FILE, CONFIG_FILE, CARD_FILE, GRAMS_FILE)
+    check_plain(Path(folder), names)
     return upload(Path(folder), repo_id, private, names)
+
+
+def check_plain(folder: Path, names: Sequence[str]) -> None:
+    """Raise unless the files to publish are files of the folder itself, and the Grams are tensors.
+
+    Raises:
+        CheckpointError: a link, which could publish any file of this machine, or no Grams.
+    """
+    for path in (folder / name for name in names):
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link, expected a plain file: publishing it would publish the file it "
+                "leads to. Copy that file here if that is what you want."
+            )
+    grams = folder / GRAMS_FILE
+    try:
+        if grams.exists():
+            read_header(grams)
+    except MalformedFile as error:
+        raise CheckpointError(f"{grams}: {error}; {AGAIN}") from error
 
 
 def argument_names(name: str) -> list[str]:
@@ -207,11 +232,14 @@ def _expected_state(
             f"{where}: arguments are {sorted(arguments)}, {name} takes {sorted(names)}; export the "
             "predictor again with this release."
         )
+    check_arguments(arguments, where)
     try:
         with torch.device("meta"):
             empty = CLASSES[name](**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{where}: {name} refuses its arguments: {error}") from error
+    except REFUSALS as error:
+        raise CheckpointError(
+            f"{where}: {name} refuses its arguments: {str(error)[:500]}; export again."
+        ) from error
     return _entries({STATE_PREFIX + n: tensor for n, tensor in empty.state_dict().items()})
 
 
@@ -224,13 +252,9 @@ def _read_model(
     path: Path, sha256: str, expected: dict[str, tuple[str, list[int]]]
 ) -> dict[str, Tensor]:
     """The tensors of a file, its limits, hash, names, shapes, dtypes and values checked."""
-    if path.is_file() and (size := path.stat().st_size) > MAX_MODEL_BYTES:
-        raise CheckpointError(
-            f"{path} has {size} bytes, the limit is {MAX_MODEL_BYTES}; it is no predictor's."
-        )
     try:
-        entries = read_header(path)
-        content = path.read_bytes()
+        content = read_plain(path, MAX_MODEL_BYTES)
+        entries = parse_header(io.BytesIO(content), len(content))
         if (found := hashlib.sha256(content).hexdigest()) != sha256:
             raise MalformedFile(f"SHA-256 is {found}, {CONFIG_FILE} says {sha256} (flipped bits)")
         tensors = parse_tensors(content)
@@ -256,5 +280,7 @@ def _refuse_pickles(folder: Path) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
+    partial.unlink(missing_ok=True)
+    with open(partial, "xb") as file:  # never through a link that lies there
+        file.write(content)
     os.replace(partial, path)

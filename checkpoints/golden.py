@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..predictors.base import History, Predictor, Step
+from .arguments import REFUSALS
 from .config import CheckpointError
 from .spec import PredictorSpec
 
@@ -23,13 +24,19 @@ def golden_pair(
 ) -> tuple[Float[Tensor, "K B N D"], Float[Tensor, "F B N D"]]:
     """Random features and the forecasts of every forecast step, float32."""
     generator = torch.Generator().manual_seed(GOLDEN_SEED)
+    features = torch.randn(_shapes(predictor, spec)[0], generator=generator)
+    return features, replay(predictor, spec, features)
+
+
+def _shapes(predictor: Predictor, spec: PredictorSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(K, B, N, D) and (F, B, N, D) of a pair: as small as the predictor takes."""
     partition = getattr(predictor, "partition", None)
     token_shape = (NUM_TOKENS, getattr(predictor, "width", NUM_CHANNELS))
     if partition is not None:
         token_shape = partition.smallest
-    shape = (len(spec.anchors), spec.num_branches, *token_shape)
-    features = torch.randn(shape, generator=generator)
-    return features, replay(predictor, spec, features)
+    rest = (spec.num_branches, *token_shape)
+    num_anchors = len(spec.anchors)
+    return (num_anchors, *rest), (len(spec.sigmas) - num_anchors, *rest)
 
 
 def replay(
@@ -76,21 +83,20 @@ def check_golden(
     Raises:
         CheckpointError: another shape, or another forecast, or none at all.
     """
-    lead = (len(spec.anchors), spec.num_branches)
-    if features.ndim != 4 or features.shape[:2] != lead:
-        raise CheckpointError(
-            f"{where}: golden.features has shape {tuple(features.shape)}, expected {lead} and two "
-            "more axes; export the predictor again."
-        )
+    expected = dict(zip(("features", "forecasts"), _shapes(predictor, spec), strict=True))
+    for name, tensor in {"features": features, "forecasts": forecasts}.items():
+        if tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"{where}: golden.{name} has shape {tuple(tensor.shape)}, expected "
+                f"{expected[name]}; export the predictor again."
+            )
     try:
         found = replay(predictor, spec, features)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: the golden pair cannot be replayed: {error}") from error
-    if found.shape != forecasts.shape:
+    except REFUSALS as error:
         raise CheckpointError(
-            f"{where}: golden.forecasts has shape {tuple(forecasts.shape)}, expected "
-            f"{tuple(found.shape)}; export the predictor again."
-        )
+            f"{where}: the golden pair cannot be replayed: {str(error)[:200]}; export the "
+            "predictor again."
+        ) from error
     if not found.numel():
         return
     gap = float((found - forecasts).abs().max())

@@ -7,6 +7,9 @@ from pathlib import Path
 from .config import CheckpointError
 from .zoo import resolve
 
+MAX_DOWNLOAD_BYTES = 2**30 + 2**21
+"""A model file, a configuration and a card at their limits."""
+
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -41,16 +44,28 @@ def locate(name: str | Path, revision: str | None, files: Sequence[str]) -> Path
         ) from error
 
 
-def download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
-    """Fetch the named files of a hub repository into the cache.
+def download(
+    repo_id: str, revision: str | None, files: Sequence[str], limit: int = MAX_DOWNLOAD_BYTES
+) -> Path:
+    """Fetch the named files of a hub repository, and no other, into the cache.
+
+    Args:
+        repo_id: `owner/name`.
+        revision: branch, tag or commit.
+        files: their names.
+        limit: bytes that may be fetched in all.
 
     Raises:
-        CheckpointError: the hub cannot be reached and the cache lacks them, or they do not exist.
+        CheckpointError: the hub cannot be reached and the cache lacks them, they do not exist, or
+            are over the limit.
     """
     from huggingface_hub import constants, snapshot_download
 
     try:
+        _check_sizes(repo_id, revision, files, limit)
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files)))
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
         offline = "on" if constants.HF_HUB_OFFLINE else "off"
         raise CheckpointError(
@@ -59,6 +74,28 @@ def download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
             f"{constants.HF_HUB_CACHE}. HF_HUB_OFFLINE is {offline}; check the name, the revision "
             "and the network, or give a folder."
         ) from error
+
+
+def _check_sizes(repo_id: str, revision: str | None, files: Sequence[str], limit: int) -> None:
+    """Raise before anything is fetched, if it is too much; without a hub nothing will be fetched.
+
+    Raises:
+        CheckpointError: the files are over the limit.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        found = snapshot_download(
+            repo_id, revision=revision, allow_patterns=list(files), dry_run=True
+        )
+    except DryRunError:  # not reachable: the cache has the files, or fetching says what is wrong
+        return
+    size = sum(file.file_size or 0 for file in found if file.will_download)
+    if size > limit:
+        raise CheckpointError(
+            f"{repo_id} has {size} bytes to fetch, the limit is {limit}; it is no predictor's."
+        )
 
 
 def upload(folder: Path, repo_id: str, private: bool, files: Sequence[str]) -> str:

@@ -1,6 +1,10 @@
-"""Read the header of a safetensors file that nobody vouches for, within limits checked first."""
+"""Read JSON and safetensors headers that nobody vouches for, within limits checked first."""
 
+import io
 import json
+import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,11 @@ import torch
 
 MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 4096
+MAX_NAME_LENGTH = 256
+MAX_AXES = 8
+MAX_NUMBERS = 2**63 - 1
+MAX_DEPTH = 16
+"""Levels of lists and objects inside each other in any JSON that is read."""
 
 DTYPE_CODES = {
     torch.float64: "F64",
@@ -19,10 +28,12 @@ DTYPE_CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+ITEM_BYTES = {code: dtype.itemsize for dtype, code in DTYPE_CODES.items()}
+ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 class MalformedFile(ValueError):
-    """A safetensors file that cannot be trusted; the message says what is wrong, not where."""
+    """A file that cannot be trusted; the message says what is wrong, not where."""
 
 
 def read_header(path: Path, size: int | None = None) -> dict[str, dict[str, Any]]:
@@ -33,36 +44,105 @@ def read_header(path: Path, size: int | None = None) -> dict[str, dict[str, Any]
         size: size in bytes it must have; None checks against the header only.
 
     Raises:
-        MalformedFile: the file is missing, cut short, too long, or its header is over a limit or is
-            no safetensors header.
+        MalformedFile: the file is missing, no plain file, cut short, too long, or its header is
+            over a limit or is no safetensors header.
     """
-    if not path.is_file():
-        raise MalformedFile("the file is missing")
-    found = path.stat().st_size
-    if size is not None and found != size:
-        kind = "truncated" if found < size else "has trailing bytes"
-        raise MalformedFile(f"{kind}: {found} bytes, expected {size}")
+    with open_plain(path) as file:
+        found = os.fstat(file.fileno()).st_size
+        if size is not None and found != size:
+            kind = "truncated" if found < size else "has trailing bytes"
+            raise MalformedFile(f"{kind}: {found} bytes, expected {size}")
+        return parse_header(file, found)
+
+
+def parse_header(file: io.BufferedIOBase, found: int) -> dict[str, dict[str, Any]]:
+    """The header at the start of a file of `found` bytes, see `read_header`.
+
+    Nothing is allocated for a tensor: its bytes must be in the file, which must hold nothing else.
+
+    Raises:
+        MalformedFile: see `read_header`.
+    """
     if found < 8:
         raise MalformedFile(f"truncated: {found} bytes, a header needs at least 8")
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise MalformedFile(f"header claims {length} bytes, the limit is {MAX_HEADER_BYTES}")
-        if length > found - 8:
-            raise MalformedFile(f"truncated: header of {length} bytes in a file of {found}")
-        text = file.read(length)
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise MalformedFile(f"header claims {length} bytes, the limit is {MAX_HEADER_BYTES}")
+    if length > found - 8:
+        raise MalformedFile(f"truncated: header of {length} bytes in a file of {found}")
     try:
-        entries = json.loads(text, object_pairs_hook=unique_keys)
-        entries.pop("__metadata__", None)
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise MalformedFile(f"malformed header ({error!r})") from error
+        entries = parse_json(file.read(length))
+    except ValueError as error:
+        raise MalformedFile(f"malformed header ({str(error)[:200]})") from error
+    if not isinstance(entries, dict):
+        raise MalformedFile(f"malformed header: it is a {type(entries).__name__}, no object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise MalformedFile("malformed header: __metadata__ is no object of strings")
     if len(entries) > MAX_TENSORS:
         raise MalformedFile(f"header lists {len(entries)} tensors, the limit is {MAX_TENSORS}")
+    end = _end_of_tensors(entries)
     if 8 + length + end != found:
         kind = "truncated" if found < 8 + length + end else "has trailing bytes"
         raise MalformedFile(f"{kind}: {found} bytes, its header says {8 + length + end}")
     return dict(sorted(entries.items()))
+
+
+def read_plain(path: Path, limit: int) -> bytes:
+    """The content of a plain file, if it is not over the limit.
+
+    Raises:
+        MalformedFile: it is missing, no plain file, or has more bytes.
+    """
+    with open_plain(path) as file:
+        found = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if found <= limit else b""
+    found = max(found, len(content))
+    if found > limit:
+        raise MalformedFile(f"has {found} bytes, the limit is {limit}")
+    return content
+
+
+def open_plain(path: Path) -> io.BufferedReader:
+    """Open a file for reading, unless it is a folder, a pipe or a device, which may never end.
+
+    Raises:
+        MalformedFile: it is missing, cannot be read or is no plain file.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise MalformedFile("is no plain file but a folder, pipe, socket or device")
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        raise MalformedFile("the file is missing") from error
+    except OSError as error:
+        raise MalformedFile(f"cannot be read ({error.strerror})") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, in which no key occurs twice and every number is finite.
+
+    Raises:
+        ValueError: it is not such a text, or nested deeper than `MAX_DEPTH`.
+    """
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=unique_keys,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [each for each in level if isinstance(each, dict | list)]
+        if not level:
+            return value
+        level = [
+            inner for each in level for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -71,3 +151,57 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key occurs twice")
     return result
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
+def _end_of_tensors(entries: dict[str, Any]) -> int:
+    """Bytes of all tensors, which must follow each other without a hole or an overlap."""
+    spans = sorted((*_span(name, entry), name) for name, entry in entries.items())
+    end = 0
+    for first, last, name in spans:
+        if first != end:
+            kind = "a hole" if first > end else "an overlap"
+            raise MalformedFile(f"malformed header: {kind} before tensor {name}")
+        end = last
+    return end
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    """Where the bytes of a tensor begin and end, as its shape and dtype say they must."""
+    if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+        raise MalformedFile(
+            f"malformed header: a tensor is called {name[:40]!r}, expected 1 to {MAX_NAME_LENGTH} "
+            "printable characters"
+        )
+    if not isinstance(entry, dict) or entry.keys() != ENTRY_KEYS:
+        raise MalformedFile(f"malformed header: tensor {name} has not the keys of a tensor")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in ITEM_BYTES:
+        raise MalformedFile(
+            f"malformed header: tensor {name} has the dtype {str(code)[:20]!r}, expected one of "
+            f"{list(ITEM_BYTES)}"
+        )
+    if not _are_sizes(shape) or len(shape) > MAX_AXES:
+        raise MalformedFile(f"malformed header: tensor {name} has no shape of {MAX_AXES} axes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise MalformedFile(f"malformed header: tensor {name} has no two data_offsets")
+    if math.prod(max(size, 1) for size in shape) * ITEM_BYTES[code] > MAX_NUMBERS:
+        raise MalformedFile(f"malformed header: the shape of tensor {name} is beyond 2^63 bytes")
+    if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[code]:
+        raise MalformedFile(
+            f"malformed header: tensor {name} is {code} {shape}, which is not the size of its "
+            "data_offsets"
+        )
+    return offsets[0], offsets[1]
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= MAX_NUMBERS for value in values
+    )

@@ -1,6 +1,5 @@
 """Load a pipeline from its folder, the bundled ones by name."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,18 +7,19 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ..checkpoints.strict import parse_json, read_plain
 from ..checkpoints.zoo import resolve
 from .pixel_pipeline import PixelDiTPipeline
 from .student_pipeline import StudentPipeline
 
 OURS = {each.__name__: each for each in (PixelDiTPipeline, StudentPipeline)}
-
-
+INDEX_FILE = "model_index.json"
+MAX_INDEX_BYTES = 1_000_000
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: str | None = "cpu") -> Any:
-    """A pipeline in diffusers format.
+    """A pipeline in diffusers format, of safetensors only: no pickle and no code of its own is run.
 
     Args:
         name: a folder, `zoo:<name>` for a bundled one, or a hub repository `owner/name`.
@@ -27,22 +27,49 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: str | N
         device: where to put it; None takes a GPU where there is one.
 
     Raises:
-        FileNotFoundError: the folder is missing or is no pipeline.
+        FileNotFoundError: the folder is missing, is no pipeline, or has no safetensors.
+        ValueError: it asks for code of its own, or its index is malformed.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if HUB_NAME.fullmatch(name) and not Path(name).exists():
-        pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype)
-    else:
-        pipe = _from_folder(resolve(name), dtype)
+    try:
+        if HUB_NAME.fullmatch(name) and not Path(name).exists():
+            pipe = DiffusionPipeline.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+        else:
+            pipe = _from_folder(resolve(name), dtype)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise FileNotFoundError(
+            f"{name} has weights that are no safetensors ({str(error)[:300]}); a pickle is never "
+            "opened here. If you trust it, load it with diffusers and write it again with "
+            "pipe.save_pretrained(FOLDER)."
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
-    index = folder / "model_index.json"
+    index = folder / INDEX_FILE
     if not index.exists():
-        raise FileNotFoundError(f"{folder} has no model_index.json; expected a diffusers pipeline.")
-    name = json.loads(index.read_text()).get("_class_name")
-    pipeline_class = OURS.get(name, DiffusionPipeline)
-    return pipeline_class.from_pretrained(folder, dtype=dtype, low_cpu_mem_usage=False)
+        raise FileNotFoundError(f"{folder} has no {INDEX_FILE}; expected a diffusers pipeline.")
+    return _class_of(index).from_pretrained(
+        folder, dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True, trust_remote_code=False
+    )
+
+
+def _class_of(index: Path) -> Any:
+    """The class to load a pipeline by: one of ours, or the diffusers one that finds the rest."""
+    try:
+        values = parse_json(read_plain(index, MAX_INDEX_BYTES))
+    except ValueError as error:
+        raise ValueError(f"{index} cannot be read: {error}; download it again.") from error
+    name = values.get("_class_name") if isinstance(values, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{index}: _class_name is {str(name)[:100]!r}, expected the name of a class: a "
+            "pipeline with code of its own is not loaded. Build it yourself and pass the object."
+        )
+    return OURS.get(name, DiffusionPipeline)

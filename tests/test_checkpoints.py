@@ -174,13 +174,13 @@ def test_a_hub_name_downloads_the_three_files_and_nothing_else(tmp_path, monkeyp
     save_predictor(predictor, spec_for(predictor), tmp_path)
     calls = []
 
-    def snapshot_download(repo_id, revision, allow_patterns):
+    def snapshot_download(repo_id, revision, allow_patterns, dry_run=False):
         calls.append((repo_id, revision, sorted(allow_patterns)))
-        return str(tmp_path)
+        return [] if dry_run else str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     loaded = load_predictor("owner/l2p-tiny", revision="v1")
-    assert calls == [("owner/l2p-tiny", "v1", FILES)]
+    assert calls == 2 * [("owner/l2p-tiny", "v1", FILES)]  # first the sizes
     assert torch.equal(loaded.weight, predictor.weight)
 
 

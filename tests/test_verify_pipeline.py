@@ -218,9 +218,10 @@ def test_a_pipeline_on_the_hub_is_found_by_its_name(folder, tmp_path, monkeypatc
     seen, made = [], load_pipeline(folder)
     monkeypatch.setattr(
         "foreseer.integration.pipelines.DiffusionPipeline.from_pretrained",
-        lambda name, dtype: seen.append((name, dtype)) or made,
+        lambda name, dtype, **safely: seen.append((name, dtype, safely)) or made,
     )
     load_pipeline("owner/name", torch.bfloat16)
-    assert seen == [("owner/name", torch.bfloat16)]
+    safely = {"use_safetensors": True, "trust_remote_code": False}
+    assert seen == [("owner/name", torch.bfloat16, safely)]
     with pytest.raises(FileNotFoundError, match="no folder missing"):
         load_pipeline("missing")
