@@ -104,7 +104,7 @@ def decode_config(text: str | bytes, where: str) -> Config:
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} holds {short(values)}, expected a JSON object.")
     version = values.get("schema_version")
-    if is_int(version) and version > SCHEMA_VERSION:
+    if isinstance(version, int) and version > SCHEMA_VERSION:
         raise CheckpointError(
             f"{where} has schema_version {short(version)}, this release reads {SCHEMA_VERSION}; "
             "upgrade foreseer."
