@@ -13,11 +13,21 @@ from torch import Tensor
 
 from ..predictors.partition import Partition
 
+GRAM_COLUMNS = 2048  # widened to float64 at once: 0.8 MB for 50 steps, which fits a cache
+
 
 def gram(features: Float[Tensor, "*lead S M"]) -> Float[Tensor, "*lead S S"]:
-    """<F_s, F_t> in float64 (float32 sums double the residual of a fit on smooth trajectories)."""
-    wide = features.double()
-    return wide @ wide.mT
+    """<F_s, F_t> in float64 (float32 sums double the residual of a fit on smooth trajectories).
+
+    Widened a few columns at a time: all at once they take four times the memory of bfloat16
+    features, 140 GiB for a run of HunyuanVideo, and two and a half times as long.
+    """
+    num_steps, size = features.shape[-2:]
+    total = features.new_zeros((*features.shape[:-1], num_steps), dtype=torch.float64)
+    for start in range(0, size, GRAM_COLUMNS):
+        wide = features[..., start : start + GRAM_COLUMNS].double()
+        total += wide @ wide.mT
+    return total
 
 
 def part_grams(
