@@ -6,7 +6,6 @@ Shapes: n trajectories, S sampling steps.
 from collections.abc import Sequence
 from typing import Any
 
-import lightning
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,10 +14,11 @@ from ..checkpoints.spec import PredictorSpec
 from ..integration.schedule import check_anchors
 from ..predictors.any_anchors import L2PGram
 from ..predictors.base import History, LinearPredictor, Step
+from .closed_form import ClosedForm, HeldOut
 from .l2p import open_loop_errors, open_recording, spec_of
 
 
-class L2PGramModule(lightning.LightningModule):
+class L2PGramModule(ClosedForm):
     """Average the Grams of the calibration trajectories (set `max_epochs: 1`).
 
     Args:
@@ -68,23 +68,30 @@ class L2PGramModule(lightning.LightningModule):
         return spec_of(header, self.tap, self.anchors, int(self.num_trajectories))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Average the Grams of the batch, which holds all of them (`GramDataModule`)."""
-        grams = batch["gram"]
-        self.num_trajectories.fill_(len(grams))
-        self.predictor.set_gram(grams.double().mean(0))
-        self.log("train/open_loop_error", self.open_loop_error(grams))
+        """Average the Grams of the batch, which is their sum (`GramDataModule`)."""
+        self.num_trajectories.fill_(batch["count"])
+        self.predictor.set_gram(batch["gram"][0] / batch["count"])
+        error = self.open_loop_errors(batch["gram"]).mean()
+        self.log("train/open_loop_error", error, batch_size=1)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last epoch's errors."""
+        self.held_out = HeldOut()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out error on the module's anchors."""
-        self.log("val/open_loop_error", self.open_loop_error(batch["gram"]))
+        self.held_out.add(self.open_loop_errors(batch["gram"]))
 
-    def open_loop_error(self, grams: Float[Tensor, "n branches S S"]) -> Float[Tensor, ""]:
-        """Mean relative error of the forecasts on the module's anchors."""
+    def on_validation_epoch_end(self) -> None:
+        """Log it."""
+        self.log("val/open_loop_error", self.held_out.by_step.mean())
+
+    def open_loop_errors(
+        self, grams: Float[Tensor, "n branches S S"]
+    ) -> Float[Tensor, "n branches S"]:
+        """Relative error of the forecasts on the module's anchors."""
         rows = rows_of(self.predictor, self.anchors, self.recording.header.sigmas)
-        return open_loop_errors(grams.double(), rows).mean()
-
-    def configure_optimizers(self) -> None:
-        """Nothing to optimise step by step."""
+        return open_loop_errors(grams, rows)
 
 
 def rows_of(

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..integration.pipelines import load_pipeline
+from ..trajectories.gram_sums import sum_grams
+from .closed_form import refuse_several_processes
 from .gauss_newton import Direction, Quadratics, directions, feature_bases, linearise
 from .l2p import L2PModule
 from .measure import References, closed_loop_errors
@@ -78,6 +80,7 @@ class L2PClosedLoop(L2PModule):
 
     def on_fit_start(self) -> None:
         """Choose the start and the base; a resumed fit goes on from its best rows."""
+        refuse_several_processes(self)
         super().on_fit_start()
         if self.pipe is None:
             self.pipe = load_pipeline(self.pipeline)
@@ -121,8 +124,10 @@ class L2PClosedLoop(L2PModule):
         return bases
 
     def _feature_bases(self) -> list[Tensor]:
-        grams = self.recording.stack(f"gram/{self.tap}", self.calibration.items)
-        return feature_bases(grams, self.predictor.anchors)
+        name = f"gram/{self.tap}"
+        total = sum_grams(self.recording, [name], self.calibration.items)[name]
+        mean = total / len(self.calibration.items)
+        return feature_bases(mean[None], self.predictor.anchors)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Linearise the sampler around the best rows so far, for one batch."""

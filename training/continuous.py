@@ -4,20 +4,21 @@ Shapes: n trajectories, S sampling steps, K history length, M corrections.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..checkpoints.spec import PredictorSpec
 from ..integration.schedule import check_anchors
 from ..predictors.continuous import L2PContinuous
 from ..trajectories.datamodule import GramDataModule
 from .any_anchors import rows_of
+from .closed_form import ClosedForm, HeldOut
 from .l2p import open_loop_errors, open_recording, spec_of
 
 FEWEST, MOST = 5, 12  # anchors of the lists fitted on
@@ -27,7 +28,7 @@ Equations = dict[int, tuple[Tensor, Tensor]]
 """Normal matrix (branches, M, M) and right side (branches, M), by the number of differences."""
 
 
-class L2PContinuousModule(lightning.LightningModule):
+class L2PContinuousModule(ClosedForm):
     """Fit the corrections on all recordings together, in closed form (set `max_epochs: 1`).
 
     Args:
@@ -104,34 +105,62 @@ class L2PContinuousModule(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Solve for the corrections."""
-        self.num_trajectories.fill_(sum(len(grams) for grams in batch["grams"]))
-        means = [grams.double().mean(0) for grams in batch["grams"]]
+        self.num_trajectories.fill_(sum(batch["counts"]))
+        pairs = zip(batch["grams"], batch["counts"], strict=True)
+        means = [total[0] / count for total, count in pairs]
         fit_continuous(self.predictor, means, self.num_lists, self.ridge, self.seed)
-        self.log("train/open_loop_error", self.open_loop_error(batch["grams"]))
+        errors = [self.open_loop_errors(total, i).mean() for i, total in enumerate(batch["grams"])]
+        self.log("train/open_loop_error", torch.stack(errors).mean(), batch_size=1)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last epoch's errors."""
+        self.held_out = [HeldOut() for _ in self.recordings]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Held-out error, on anchor lists that were not fitted on."""
-        self.log("val/open_loop_error", self.open_loop_error(batch["grams"]))
+        """Held-out error of some trajectories, on anchor lists that were not fitted on."""
+        place = batch["recording"]
+        self.held_out[place].add(self.open_loop_errors(batch["gram"], place))
 
-    def open_loop_error(self, grams: Sequence[Tensor]) -> Float[Tensor, ""]:
-        """Mean relative error over recordings and a few drawn anchor lists.
+    def on_validation_epoch_end(self) -> None:
+        """Log its mean over the recordings, which count alike."""
+        means = [errors.by_step.mean() for errors in self.held_out if errors.count]
+        self.log("val/open_loop_error", torch.stack(means).mean())
+
+    def open_loop_errors(
+        self, grams: Float[Tensor, "n branches S S"], place: int
+    ) -> Float[Tensor, "n branches S"]:
+        """Relative error of every step, averaged over a few drawn anchor lists.
 
         Args:
-            grams: (n, branches, S, S) of each recording.
+            grams: of trajectories of one recording.
+            place: which recording.
         """
+        sigmas = self.headers[place].sigmas
         errors = []
-        for each, header in zip(grams, self.headers, strict=True):
-            for anchors in anchor_lists(len(header.sigmas), VALIDATION_LISTS, self.seed + 1):
-                rows = rows_of(self.predictor, anchors, header.sigmas)
-                errors.append(open_loop_errors(each.double(), rows).mean())
-        return torch.stack(errors).mean()
+        for anchors in anchor_lists(len(sigmas), VALIDATION_LISTS, self.seed + 1):
+            errors.append(open_loop_errors(grams, rows_of(self.predictor, anchors, sigmas)))
+        return torch.stack(errors).mean(0)
 
-    def configure_optimizers(self) -> None:
-        """Nothing to optimise step by step."""
+
+class HeldOutOfSeveral(IterableDataset[dict[str, Any]]):
+    """Batches of each recording in turn: `gram` (n, branches, S, S) and `recording`, its place.
+
+    Args:
+        parts: the recordings, set up.
+    """
+
+    def __init__(self, parts: Sequence[GramDataModule]) -> None:
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The batches."""
+        for place, part in enumerate(self.parts):
+            for batch in part.val_grams:
+                yield {"gram": batch["gram"], "recording": place}
 
 
 class SeveralGrams(lightning.LightningDataModule):
-    """All Grams of one tap of several recordings in one batch.
+    """The Grams of one tap of several recordings: their sums, and those held out.
 
     Args:
         folders: recording folders.
@@ -151,7 +180,7 @@ class SeveralGrams(lightning.LightningDataModule):
         self.parts = [GramDataModule(f, tap, validation_fraction, seed) for f in folders]
 
     def setup(self, stage: str | None = None) -> None:
-        """Split the items of each recording and read their Grams.
+        """Split the items of each recording and sum their Grams.
 
         Raises:
             ValueError: see `GramDataModule.setup`.
@@ -160,16 +189,16 @@ class SeveralGrams(lightning.LightningDataModule):
             part.setup(stage)
 
     def train_dataloader(self) -> DataLoader:
-        """One batch: `grams`, a list of (n, branches, S, S)."""
-        grams = [part.train[0]["gram"] for part in self.parts]
-        return DataLoader([{"grams": grams}], batch_size=None)  # type: ignore[arg-type]
+        """One batch: `grams`, a list of sums (1, branches, S, S), and `counts`, of how many."""
+        sums = [part.train[0] for part in self.parts]
+        batch = {"grams": [s["gram"] for s in sums], "counts": [s["count"] for s in sums]}
+        return DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """One batch of the held-out trajectories, if any."""
-        if not all(part.val for part in self.parts):
+        """Batches of held-out trajectories of one recording each, if every one has some."""
+        if not all(part.val_items for part in self.parts):
             return []
-        grams = [part.val[0]["gram"] for part in self.parts]
-        return DataLoader([{"grams": grams}], batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(HeldOutOfSeveral(self.parts), batch_size=None)
 
 
 def fit_continuous(

@@ -1,6 +1,6 @@
 """L2P as Lightning modules: `L2PAdam`, the published recipe, and `L2PLeastSquares`, in closed form.
 
-Both need only the Grams of a recording. The closed-loop fit is in closed_loop.py.
+Both need only the summed Grams of a recording. The closed-loop fit is in closed_loop.py.
 Shapes: n trajectories, S sampling steps.
 """
 
@@ -18,6 +18,8 @@ from ..predictors.experts import L2PExperts
 from ..predictors.linear import L2P, fold
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
+from .closed_form import ClosedForm, HeldOut
+from .cross_validation import CrossValidation, cross_validate
 from .rows import expert_rows, published_loss, reuse_weight
 
 
@@ -71,13 +73,17 @@ class L2PModule(lightning.LightningModule):
             name = f"rows/branch_{branch}"
             self.logger.experiment.add_image(name, scaled[None], self.global_step)
 
-    def log_step_errors(self, grams: Float[Tensor, "n branches S S"]) -> None:
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last epoch's errors."""
+        self.held_out = HeldOut()
+
+    def log_step_errors(self) -> None:
         """Log the held-out open-loop error of every forecast step, and their mean."""
-        errors = open_loop_errors(grams, self.predictor.weight)
+        errors = self.held_out.by_step
         self.log("val/open_loop_error", errors.mean())
         if not isinstance(self.logger, TensorBoardLogger):
             return
-        for step, error in enumerate(errors.mean((0, 1)).tolist()):
+        for step, error in enumerate(errors.tolist()):
             if step not in self.predictor.anchors:
                 self.logger.experiment.add_scalar("val/error_by_step", error, step)
 
@@ -163,14 +169,13 @@ class L2PAdam(L2PModule):
     """The published recipe on Grams: all earlier steps, reuse init, full-batch Adam.
 
     Every step is teacher forced. 201 iterations at rate 0.01 are the release's (set
-    `max_epochs: 201`); the rows are folded onto the anchors exactly afterwards. One training batch
-    must hold all trajectories (`GramDataModule`).
+    `max_epochs: 201`); the rows are folded onto the anchors exactly afterwards. The batch is the
+    sum over all trajectories (`GramDataModule`).
 
     Args:
         recording: folder of the recording.
         anchors: steps at which the network runs.
         tap: recorded tap to forecast.
-        num_elements: elements of one feature; the loss is the mean over them.
         learning_rate: Adam's rate.
     """
 
@@ -190,10 +195,10 @@ class L2PAdam(L2PModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Float[Tensor, ""]:
         """The mean squared one-step error, each step relative to nothing: the paper's MSE."""
-        grams = batch["gram"]  # (n, branches, S, S)
-        scale = grams.diagonal(dim1=-2, dim2=-1).mean()
-        loss = published_loss(self.rows, grams.mean(0) / scale)
-        self.log("train/loss", loss, prog_bar=True)
+        (total,) = batch["gram"]  # (branches, S, S)
+        scale = total.diagonal(dim1=-2, dim2=-1).mean()  # its mean is what the loss is relative to
+        loss = published_loss(self.rows, total / scale)
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -202,21 +207,26 @@ class L2PAdam(L2PModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out error of the folded rows."""
-        self.log_step_errors(batch["gram"])
+        self.held_out.add(open_loop_errors(batch["gram"], self.predictor.weight))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log it."""
+        self.log_step_errors()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam as released: default betas, no decay."""
         return torch.optim.Adam([self.rows], self.learning_rate)
 
 
-class L2PLeastSquares(L2PModule):
+class L2PLeastSquares(ClosedForm, L2PModule):
     """The rows of least summed squared error on anchors, in closed form (set `max_epochs: 1`).
 
     Args:
         recording: folder of the recording.
         anchors: steps at which the network runs.
         tap: recorded tap to forecast.
-        ridge: shrinkage toward reuse, relative to each feature's squared norm.
+        ridge: shrinkage toward reuse, relative to each feature's squared norm; None takes the one
+            with the least error on trajectories left out, see `cross_validate`.
     """
 
     fit_name = "lstsq"
@@ -227,22 +237,42 @@ class L2PLeastSquares(L2PModule):
         recording: str,
         anchors: Sequence[int],
         tap: str = "output",
-        ridge: float = 1e-4,
+        ridge: float | None = 1e-4,
     ) -> None:
         super().__init__(recording, anchors, tap)
         self.automatic_optimization = False
         self.ridge = ridge
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Solve for the rows."""
-        steps = self.recording.header.expert_steps
-        rows = expert_rows(batch["gram"], self.predictor.anchors, steps, self.ridge)
+        """Solve for the rows; the error logged is that of all trajectories together."""
+        steps, ridge = self.recording.header.expert_steps, self.ridge
+        if ridge is None:
+            found = self.cross_validation(batch["gram"][0])
+            self.print("\n".join(found.lines()))
+            ridge = found.ridge
+        rows = expert_rows(batch["gram"], self.predictor.anchors, steps, ridge)
         self.set_rows(rows)
-        self.log("train/open_loop_error", open_loop_errors(batch["gram"], rows).mean())
+        error = open_loop_errors(batch["gram"], rows).mean()
+        self.log_dict({"train/open_loop_error": error, "train/ridge": ridge}, batch_size=1)
+
+    def cross_validation(self, total: Float[Tensor, "branches S S"]) -> CrossValidation:
+        """Leave every training trajectory out of the sum of all, by the data module's items.
+
+        Args:
+            total: summed Grams of the training trajectories.
+        """
+        batches = self.trainer.datamodule.train_grams  # type: ignore[attr-defined]
+        chunks = (
+            ([f"item {item}" for item in batch["items"]], batch["gram"].unsqueeze(2))
+            for batch in batches
+        )
+        steps = self.recording.header.expert_steps
+        return cross_validate(total[:, None], chunks, self.predictor.anchors, expert_steps=steps)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out error."""
-        self.log_step_errors(batch["gram"])
+        self.held_out.add(open_loop_errors(batch["gram"], self.predictor.weight))
 
-    def configure_optimizers(self) -> None:
-        """Nothing to optimise step by step."""
+    def on_validation_epoch_end(self) -> None:
+        """Log it."""
+        self.log_step_errors()

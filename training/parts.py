@@ -8,7 +8,6 @@ Shapes: n trajectories, P parts, S sampling steps.
 from collections.abc import Sequence
 from typing import Any
 
-import lightning
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,7 +18,8 @@ from ..predictors.partition import Partition
 from ..trajectories.gram import part_grams
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
-from .l2p import spec_of
+from .closed_form import ClosedForm, HeldOut
+from .l2p import open_recording, spec_of
 from .rows import least_squares_rows
 
 
@@ -107,7 +107,7 @@ def stack_part_grams(
     return torch.stack(grams)
 
 
-class L2PPartsLeastSquares(lightning.LightningModule):
+class L2PPartsLeastSquares(ClosedForm):
     """The rows of least summed squared error per part, in closed form (set `max_epochs: 1`).
 
     Its data are a `GramDataModule` with the tap `<tap>/<partition>`.
@@ -135,7 +135,7 @@ class L2PPartsLeastSquares(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.recording = Recording(recording)
+        self.recording = open_recording(recording, tap)
         header = self.recording.header
         parts = recorded_partition(header, tap, partition)
         self.save_hyperparameters(
@@ -164,15 +164,20 @@ class L2PPartsLeastSquares(lightning.LightningModule):
         self.num_trajectories.fill_(len(data.train_items))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Solve for the rows of every part."""
+        """Solve for the rows of every part; the error is that of all trajectories together."""
         rows = least_squares_parts(batch["gram"], self.predictor.anchors, self.ridge)
         self.predictor.weight.copy_(rows)
-        self.log("train/open_loop_error", part_errors(batch["gram"], rows).mean())
+        error = part_errors(batch["gram"], rows).mean()
+        self.log("train/open_loop_error", error, batch_size=1)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last epoch's errors."""
+        self.held_out = HeldOut()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out error."""
-        errors = part_errors(batch["gram"], self.predictor.weight)
-        self.log("val/open_loop_error", errors.mean())
+        self.held_out.add(part_errors(batch["gram"], self.predictor.weight))
 
-    def configure_optimizers(self) -> None:
-        """Nothing to optimise step by step."""
+    def on_validation_epoch_end(self) -> None:
+        """Log it."""
+        self.log("val/open_loop_error", self.held_out.by_step.mean())

@@ -98,6 +98,53 @@ def expert_rows(
     return rows
 
 
+def segments(
+    anchors: Sequence[int],
+    num_steps: int,
+    expert_steps: Sequence[int] = (0,),
+    window: int | None = None,
+) -> list[tuple[list[int], list[int]]]:
+    """The steps between two anchors, with the anchors all of them are forecast from.
+
+    Args:
+        anchors: steps at which the network runs, the first of every transformer among them.
+        num_steps: S.
+        expert_steps: first step of each transformer, starting with 0.
+        window: newest anchors to use; None uses all.
+
+    Returns:
+        (history, steps) of every segment that has steps.
+    """
+    found = []
+    for place, (anchor, end) in enumerate(zip(anchors, [*anchors[1:], num_steps], strict=True)):
+        first = max(step for step in expert_steps if step <= anchor)
+        history = [a for a in anchors[: place + 1] if a >= first]
+        if steps := list(range(anchor + 1, end)):
+            found.append((history if window is None else history[-window:], steps))
+    return found
+
+
+def formula_rows(
+    rule: LinearPredictor,
+    anchors: Sequence[int],
+    sigmas: Sequence[float],
+    expert_steps: Sequence[int] = (0,),
+) -> Float[Tensor, "S S"]:
+    """The rows of a formula, which begins anew with every transformer.
+
+    Args:
+        rule: the formula.
+        anchors: steps at which the network runs.
+        sigmas: flow time of every step.
+        expert_steps: first step of each transformer, starting with 0.
+    """
+    rows = torch.zeros(len(sigmas), len(sigmas), dtype=torch.float64)
+    for first, end in zip(expert_steps, [*expert_steps[1:], len(sigmas)], strict=True):
+        own = [anchor - first for anchor in anchors if first <= anchor < end]
+        rows[first:end, first:end] = tabulate(rule, own, sigmas[first:end])
+    return rows
+
+
 def reuse_weight(num_branches: int, num_steps: int) -> Float[Tensor, "branches S S"]:
     """The published initialisation: W[t, t-1] = 1."""
     return torch.diag(torch.ones(num_steps - 1), -1).repeat(num_branches, 1, 1)

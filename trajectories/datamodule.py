@@ -8,6 +8,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from .dataset import TrajectoryDataset
+from .gram_sums import GramBatches, shared_sum
 from .recording import Recording, split
 from .sampler import ResumableLoader
 
@@ -82,7 +83,11 @@ class RecordingDataModule(LightningDataModule):
 
 
 class GramDataModule(LightningDataModule):
-    """All Grams of one tap in one batch: what the open-loop fits are made from.
+    """The Grams of one tap, as the open-loop fits need them: their sum, and those held out.
+
+    The sum is a batch of one: whatever is quadratic in the features is the same of the sum as of
+    all trajectories. Memory does not grow with their number. Of several processes each reads its
+    share and all get the whole sum.
 
     Args:
         folder: recording folder.
@@ -92,7 +97,11 @@ class GramDataModule(LightningDataModule):
     """
 
     def __init__(
-        self, folder: str, tap: str = "output", validation_fraction: float = 0.25, seed: int = 0
+        self,
+        folder: str | Path,
+        tap: str = "output",
+        validation_fraction: float = 0.25,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.folder = folder
@@ -101,10 +110,11 @@ class GramDataModule(LightningDataModule):
         self.seed = seed
 
     def setup(self, stage: str | None = None) -> None:
-        """Split the items and read their Grams.
+        """Split the items and, to fit, sum the Grams of the training split.
 
         Raises:
             ValueError: fewer than two trajectories are left to fit on.
+            RecordingError: a Gram is not finite.
         """
         recording = Recording(self.folder)
         fractions = (1 - self.validation_fraction, self.validation_fraction)
@@ -115,14 +125,16 @@ class GramDataModule(LightningDataModule):
                 "fit on, expected at least 2; record more."
             )
         name = f"gram/{self.tap}"
-        self.train = [{"gram": recording.stack(name, self.train_items)}]
-        held_out = recording.stack(name, self.val_items) if self.val_items else None
-        self.val = [] if held_out is None else [{"gram": held_out}]
+        self.train_grams = GramBatches(recording, name, self.train_items)
+        self.val_grams = GramBatches(recording, name, self.val_items)
+        if stage in (None, "fit"):
+            total = shared_sum(recording, name, self.train_items)
+            self.train = [{"gram": total[None], "count": len(self.train_items)}]
 
     def train_dataloader(self) -> DataLoader:
-        """One batch: `gram` (n, branches, S, S)."""
+        """One batch: `gram`, the sum (1, branches, S, S), and `count`, of how many."""
         return DataLoader(self.train, batch_size=None)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """One batch of the held-out trajectories, if any."""
-        return DataLoader(self.val, batch_size=None) if self.val else []  # type: ignore[arg-type]
+        """Batches of the held-out trajectories, `gram` (n, branches, S, S), if there are any."""
+        return DataLoader(self.val_grams, batch_size=None) if self.val_items else []

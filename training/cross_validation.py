@@ -1,0 +1,155 @@
+"""Leave one trajectory out, from Grams: what a closed form is worth on what it was not fitted on.
+
+The rows without a trajectory are solved from the sum minus its Gram, so no refit reads anything.
+Shapes: n trajectories, P parts (1 of the whole feature), S sampling steps, K anchors, T steps of a
+segment, R ridges.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..predictors.any_anchors import FLOOR
+from .rows import segments
+
+RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+STANDS_OUT = 4.0
+"""Times the median left-out error from which a trajectory is named."""
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """Errors of trajectories that were left out of the fit.
+
+    Args:
+        ridges: strengths tried.
+        items: what to call each trajectory.
+        errors: relative error, mean over branches and steps, anchors included with 0.
+    """
+
+    ridges: tuple[float, ...]
+    items: tuple[str, ...]
+    errors: Float[Tensor, "R n"]
+
+    @property
+    def times_median(self) -> Float[Tensor, " n"]:
+        """Each trajectory's error over the median one, both at their best ridge."""
+        own = self.errors.amin(0)
+        return own / own.median()
+
+    @property
+    def standing_out(self) -> dict[str, float]:
+        """Trajectories with `STANDS_OUT` times the median error or more: damaged, or a rarity."""
+        times = self.times_median.tolist()
+        return {
+            item: time
+            for item, time in zip(self.items, times, strict=True)
+            if not time < STANDS_OUT
+        }
+
+    @property
+    def means(self) -> Float[Tensor, " R"]:
+        """Mean error of every ridge over the trajectories that do not stand out."""
+        return self.errors[:, self.times_median < STANDS_OUT].mean(1)
+
+    @property
+    def ridge(self) -> float:
+        """The ridge with the least mean error."""
+        return self.ridges[int(self.means.argmin())]
+
+    def lines(self) -> list[str]:
+        """The result in words: every ridge, the best, and what stands out."""
+        pairs = zip(self.ridges, self.means.tolist(), strict=True)
+        tried = ", ".join(f"{ridge:g}: {error:.5f}" for ridge, error in pairs)
+        return [
+            f"left-out error of {len(self.items)} trajectories by ridge: {tried}; least at "
+            f"{self.ridge:g}",
+            *(
+                f"{item} stands out: {time:.1f} times the median error; look at it, and record "
+                "without it if it is damaged"
+                for item, time in self.standing_out.items()
+            ),
+        ]
+
+
+def cross_validate(
+    total: Float[Tensor, "branches P S S"],
+    chunks: Iterable[tuple[Sequence[str], Float[Tensor, "n branches P S S"]]],
+    anchors: Sequence[int],
+    ridges: Sequence[float] = RIDGES,
+    expert_steps: Sequence[int] = (0,),
+    window: int | None = None,
+) -> CrossValidation:
+    """Leave every trajectory of the chunks out of `total`, one by one.
+
+    Args:
+        total: summed Grams of these trajectories and any others, at least two in all.
+        chunks: names and Grams of some trajectories at a time; one chunk is held.
+        anchors: steps at which the network runs, starting with 0.
+        ridges: strengths to try, relative to each feature's squared norm, >= 0.
+        expert_steps: first step of each transformer.
+        window: newest anchors to use; None uses all.
+
+    Raises:
+        ValueError: no trajectory, or a ridge that is negative.
+    """
+    names: list[str] = []
+    errors = []
+    if not ridges or min(ridges) < 0:
+        raise ValueError(f"the ridges are {list(ridges)}, expected some, all >= 0.")
+    for labels, grams in chunks:
+        names += labels
+        errors.append(left_out_errors(total, grams, anchors, ridges, expert_steps, window))
+    if not names:
+        raise ValueError("found no trajectories to leave out, expected at least one; record some.")
+    found = torch.cat(errors, 1)
+    if not found.isfinite().any():
+        raise ValueError(
+            f"nothing is left of the sum without any one of {len(names)} trajectories, expected at "
+            "least two in all; record more."
+        )
+    return CrossValidation(tuple(ridges), tuple(names), found)
+
+
+def left_out_errors(
+    total: Float[Tensor, "branches P S S"],
+    grams: Float[Tensor, "n branches P S S"],
+    anchors: Sequence[int],
+    ridges: Sequence[float],
+    expert_steps: Sequence[int] = (0,),
+    window: int | None = None,
+) -> Float[Tensor, "R n"]:
+    """`open_loop_errors` of each trajectory, by rows solved from all others, for every ridge.
+
+    All steps between two anchors share (G_hh + ridge diag G_hh), which one eigendecomposition
+    solves for every ridge. A trajectory without which nothing is left has the error inf.
+
+    Args:
+        total: summed Grams, these included.
+        grams: the trajectories to leave out.
+        anchors: steps at which the network runs.
+        ridges: strengths to try.
+        expert_steps: first step of each transformer.
+        window: newest anchors to use; None uses all.
+    """
+    norms = grams.diagonal(dim1=-2, dim2=-1).sum(2)  # (n, branches, S)
+    errors = torch.zeros(len(ridges), *norms.shape, dtype=torch.float64)
+    for history, steps in segments(anchors, total.shape[-1], expert_steps, window):
+        rest = (total - grams)[..., history, :]
+        inner, own = rest[..., history], grams[..., history, :]
+        scale = inner.diagonal(dim1=-2, dim2=-1)[..., None].clamp_min(0).rsqrt()  # (n, b, P, K, 1)
+        normal = torch.nan_to_num(inner * scale * scale.mT, 0.0, 0.0, 0.0)
+        values, vectors = torch.linalg.eigh(normal)
+        error = (rest[..., steps] - inner[..., -1:]) * scale  # (n, b, P, K, T)
+        projected = vectors.mT @ error
+        for place, ridge in enumerate(ridges):
+            weights = vectors @ (projected / (values + ridge + FLOOR)[..., None]) * scale
+            weights[..., -1, :] += 1.0
+            cross, bent = own[..., steps], own[..., history] @ weights
+            squared = grams.diagonal(dim1=-2, dim2=-1)[..., steps]
+            squared = squared + (weights * (bent - 2 * cross)).sum(-2)
+            errors[place][..., steps] = (squared.clamp_min(0).sum(2) / norms[..., steps]).sqrt()
+    return torch.nan_to_num(errors.mean((2, 3)), torch.inf, torch.inf)
