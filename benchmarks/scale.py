@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scale_estimates import estimates
 
 from foreseer.trajectories.dataset import TrajectoryDataset
 from foreseer.trajectories.gram import gram
@@ -152,8 +153,20 @@ def forget(folder: Path) -> None:
 
 
 def read_plainly(folder: Path) -> int:
-    """Every shard, read into memory as bytes."""
+    """Every shard, read into new memory as bytes."""
     return sum(len(path.read_bytes()) for path in sorted(folder.glob("shards/*/*")))
+
+
+BUFFER = bytearray(STEPS * ROW_BYTES + (1 << 20))
+
+
+def read_into_buffer(folder: Path) -> int:
+    """Every shard, read into the same memory."""
+    found = 0
+    for path in sorted(folder.glob("shards/*/*")):
+        with open(path, "rb", buffering=0) as file:
+            found += file.readinto(BUFFER) or 0
+    return found
 
 
 def load_all(place: str | Path) -> int:
@@ -199,6 +212,7 @@ def reading(scratch: Path) -> dict[str, Any]:
     load_all(folder)
     jobs = {
         "plain read, warm": lambda: read_plainly(folder),
+        "plain read into one buffer, warm": lambda: read_into_buffer(folder),
         "trajectories with hash check, warm": lambda: load_all(folder),
         "single rows, warm": lambda: load_rows(folder),
         "trajectories, 2 loader processes, warm": lambda: load_workers(folder),
@@ -235,6 +249,7 @@ def recorders(scratch: Path) -> dict[str, Any]:
                 [*words, "--rank", str(rank), "--world", str(world)],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
             )
             for rank in range(world)
         ]
@@ -303,6 +318,7 @@ def main() -> None:
             os.environ["FORESEER_CACHE"] = f"{scratch}/cache"
             found[section] = MEASURES[section](Path(scratch))
         print(section, json.dumps(found[section], indent=1), flush=True)
+        found["estimates"] = estimates(found)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
