@@ -17,7 +17,7 @@ from .rows import segments
 
 RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 STANDS_OUT = 4.0
-"""Times the median left-out error from which a trajectory is named."""
+"""Times the median left-out error, or the median norm, from which a trajectory is named."""
 
 
 @dataclass(frozen=True)
@@ -28,32 +28,36 @@ class CrossValidation:
         ridges: strengths tried.
         items: what to call each trajectory.
         errors: relative error, mean over branches and steps, anchors included with 0.
+        norms: of each trajectory's features over all steps. One far larger than the others rules
+            the sum, so that the others' errors rise to its own.
     """
 
     ridges: tuple[float, ...]
     items: tuple[str, ...]
     errors: Float[Tensor, "R n"]
+    norms: Float[Tensor, " n"]
 
     @property
-    def times_median(self) -> Float[Tensor, " n"]:
-        """Each trajectory's error over the median one, both at their best ridge."""
-        own = self.errors.amin(0)
-        return own / own.median()
+    def times_median(self) -> Float[Tensor, "2 n"]:
+        """Error, at its best ridge, and norm of each trajectory over the median ones."""
+        own = torch.stack([self.errors.amin(0), self.norms])
+        return own / own.median(1, keepdim=True).values
 
     @property
-    def standing_out(self) -> dict[str, float]:
-        """Trajectories with `STANDS_OUT` times the median error or more: damaged, or a rarity."""
-        times = self.times_median.tolist()
-        return {
-            item: time
-            for item, time in zip(self.items, times, strict=True)
-            if not time < STANDS_OUT
-        }
+    def standing_out(self) -> dict[str, str]:
+        """What trajectories have `STANDS_OUT` times the median of, or more: damaged, or rare."""
+        found = {}
+        for item, error, norm in zip(self.items, *self.times_median.tolist(), strict=True):
+            if not norm < STANDS_OUT:
+                found[item] = f"features of {norm:.1f} times the median norm"
+            elif not error < STANDS_OUT:
+                found[item] = f"a left-out error of {error:.1f} times the median"
+        return found
 
     @property
     def means(self) -> Float[Tensor, " R"]:
         """Mean error of every ridge over the trajectories that do not stand out."""
-        return self.errors[:, self.times_median < STANDS_OUT].mean(1)
+        return self.errors[:, (self.times_median < STANDS_OUT).all(0)].mean(1)
 
     @property
     def ridge(self) -> float:
@@ -68,9 +72,8 @@ class CrossValidation:
             f"left-out error of {len(self.items)} trajectories by ridge: {tried}; least at "
             f"{self.ridge:g}",
             *(
-                f"{item} stands out: {time:.1f} times the median error; look at it, and record "
-                "without it if it is damaged"
-                for item, time in self.standing_out.items()
+                f"{item} stands out with {what}; look at it, and record without it if it is damaged"
+                for item, what in self.standing_out.items()
             ),
         ]
 
@@ -97,12 +100,13 @@ def cross_validate(
         ValueError: no trajectory, or a ridge that is negative.
     """
     names: list[str] = []
-    errors = []
+    errors, norms = [], []
     if not ridges or min(ridges) < 0:
         raise ValueError(f"the ridges are {list(ridges)}, expected some, all >= 0.")
     for labels, grams in chunks:
         names += labels
         errors.append(left_out_errors(total, grams, anchors, ridges, expert_steps, window))
+        norms.append(grams.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1).sqrt())
     if not names:
         raise ValueError("found no trajectories to leave out, expected at least one; record some.")
     found = torch.cat(errors, 1)
@@ -111,7 +115,7 @@ def cross_validate(
             f"nothing is left of the sum without any one of {len(names)} trajectories, expected at "
             "least two in all; record more."
         )
-    return CrossValidation(tuple(ridges), tuple(names), found)
+    return CrossValidation(tuple(ridges), tuple(names), found, torch.cat(norms))
 
 
 def left_out_errors(
