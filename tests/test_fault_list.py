@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from source_files import ROOT
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 NAME = re.compile(r"test_case_(\d\d)_\w+")
 
 
