@@ -1,7 +1,7 @@
 """Turn a fitted module, or the Lightning checkpoint of one, into a predictor checkpoint.
 
-The Grams of the recording go with it, summed over trajectories: the closed-form fit needs nothing
-else, so others can add the Grams of their own prompts and fit again without the old features.
+The Grams of the recording go with it, summed over all its trajectories, held out or not: the closed
+form needs nothing else, so others can add their own prompts without the old features (`refit`).
 Shapes: S sampling steps.
 """
 
@@ -25,15 +25,15 @@ from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import parted_l2p
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
-from ..trajectories.shards import write_shard
+from ..trajectories.storage import exists
 from .any_anchors import L2PGramModule
 from .continuous import L2PContinuousModule
 from .disca import DiscaModule
 from .l2p import L2PModule, rows_predictor, spec_of
 from .lesa import LesaModule
 from .parts import L2PPartsLeastSquares, recorded_partition
+from .shipped import sums_of, write_sums
 
-GRAMS_FILE = "grams.safetensors"
 HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
 STATE = {"gram": "gram", "continuous": "theta", "disca": "out.weight"}
 """The tensor a fit learns; `weight` for the fits that are not named here."""
@@ -143,7 +143,7 @@ def open_recorded(checkpoint: str, folder: str) -> Recording:
     Raises:
         ValueError: it is gone.
     """
-    if not Path(folder).is_dir():
+    if not exists(folder):
         raise ValueError(
             f"{checkpoint} was fitted on the recording {folder}, which is not there; its header "
             "holds what a predictor must know. Restore it, or run export where `foreseer fit` ran "
@@ -242,21 +242,6 @@ def validation_errors(state: dict[str, Tensor], where: str) -> dict[str, float]:
     return {"val_error_db": best, "val_error_db_start": start}
 
 
-def summed_grams(recording: Recording, tap: str, partition: str | None = None) -> dict[str, Tensor]:
-    """`gram/<tap>`, float64 (branches, S, S), summed over trajectories; `count` is their number.
-
-    With the name of a recorded partition, also `gram/<tap>/<partition>`.
-    """
-    names = [f"gram/{tap}", *([f"gram/{tap}/{partition}"] if partition else [])]
-    total: dict[str, Tensor] = {}
-    for item in recording.items:
-        for name, gram in recording.load(item, names).items():
-            total[name] = total[name] + gram.double() if name in total else gram.double()
-    if not total:
-        raise ValueError(f"{recording.folder} holds no trajectories; record some.")
-    return {**total, "count": torch.tensor(len(recording))}
-
-
 def _save(
     predictor: Predictor,
     spec: PredictorSpec,
@@ -265,10 +250,8 @@ def _save(
     metrics: dict[str, float],
     partition: str | None,
 ) -> Path:
+    names = [f"gram/{spec.tap}", *([f"gram/{spec.tap}/{partition}"] if partition else [])]
+    sums = [sums_of(recording, names) for recording in recordings]
     folder = save_predictor(predictor, dataclasses.replace(spec, metrics=metrics), out)
-    grams = summed_grams(recordings[0], spec.tap, partition)
-    for place, recording in enumerate(recordings[1:], start=1):
-        more = summed_grams(recording, spec.tap)
-        grams |= {f"{name}/{place}": tensor for name, tensor in more.items()}
-    write_shard(folder / GRAMS_FILE, grams, {"recording_digest": spec.recording_digest})
+    write_sums(folder, sums, spec.recording_digest)
     return folder

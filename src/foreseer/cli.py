@@ -19,6 +19,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
         commands.record,
         commands.search,
         commands.export,
+        commands.refit,
         commands.generate,
         commands.bench,
         commands.inspect,

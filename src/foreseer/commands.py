@@ -112,6 +112,23 @@ def export(checkpoint: str, out: str) -> None:
     export_command(checkpoint=checkpoint, out=out)
 
 
+def refit(predictor: str, recordings: Sequence[str], out: str, ridge: float | None = None) -> None:
+    """Add recordings to a predictor: its rows are solved again, without its old trajectories.
+
+    The closed form (least squares) on the sum of the Grams beside the predictor and those of the
+    recordings, whatever fit the old rows came from. Recordings of a LoRA make a predictor for it.
+
+    Args:
+        predictor: folder of the predictor, or `zoo:<name>`.
+        recordings: list of folders or URLs, recorded with the predictor's settings.
+        out: folder of the new predictor.
+        ridge: shrinkage toward reuse; None takes the one that does best on trajectories left out.
+    """
+    from .training.refit_command import refit_command
+
+    refit_command(predictor=predictor, recordings=recordings, out=out, ridge=ridge)
+
+
 def generate(
     pipeline: str,
     predictor: str | None = None,

@@ -1,0 +1,234 @@
+"""Add recordings to a closed-form fit through its summed Grams: `foreseer refit`.
+
+The old trajectories are needed no more: their sum is beside the predictor. The rows are the least
+squares of all trajectories together, whatever fit the old rows came from.
+Shapes: n trajectories, P parts (1 of the whole feature), S sampling steps.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..checkpoints.card import model_card
+from ..checkpoints.config import CONFIG_FILE
+from ..checkpoints.format import (
+    CARD_FILE,
+    GRAMS_FILE,
+    MODEL_FILE,
+    argument_names,
+    load_predictor,
+    save_predictor,
+)
+from ..checkpoints.hub import locate
+from ..checkpoints.spec import PredictorSpec
+from ..predictors.any_anchors import L2PGram
+from ..predictors.base import Predictor
+from ..predictors.experts import L2PExperts
+from ..predictors.linear import L2P
+from ..predictors.parted import L2PBands, L2PGroups, PartedL2P
+from ..trajectories.gram_sums import GramBatches
+from ..trajectories.header import Header
+from ..trajectories.recording import Recording
+from .any_anchors import rows_of
+from .cross_validation import RIDGES, CrossValidation, cross_validate
+from .extends import check_extends, check_one_host
+from .parts import least_squares_parts, part_errors
+from .rows import RULES, expert_rows, formula_rows
+from .shipped import ShippedSums, read_sums, write_sums
+
+FROM_GRAMS = (L2P, L2PExperts, L2PGram, L2PBands, L2PGroups)
+"""The predictors that one sum of Grams determines."""
+
+RIVALS = ("reuse", "taylor_1")
+
+HOSTS = """
+## Summed Grams
+
+Least squares, ridge {ridge:g}, on the sum of {count} trajectories. `open_loop_error` is that of
+rows solved without the trajectory they are tested on, over the {added} added last.
+
+| weights | trajectories |
+| --- | --- |
+{hosts}
+"""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A predictor solved again, and what tells whether that was any good.
+
+    Args:
+        predictor: with `spec`.
+        sums: all trajectories.
+        validation: errors of the trajectories added, left out one by one.
+    """
+
+    predictor: Predictor
+    spec: PredictorSpec
+    sums: ShippedSums
+    validation: CrossValidation
+
+
+def refit_command(
+    predictor: str, recordings: Sequence[str], out: str, ridge: float | None = None
+) -> None:
+    """Refit, write the predictor and say what came of it; see `refit`."""
+    found = refit(predictor, recordings, ridge)
+    folder = save_predictor(found.predictor, found.spec, out, _card(found))
+    write_sums(folder, [found.sums], found.spec.recording_digest)
+    metrics, added = found.spec.metrics, len(found.validation.items)
+    print("\n".join(found.validation.lines()))
+    print(
+        f"relative error on the {added} added: {metrics['open_loop_error']:.5f} with ridge "
+        f"{metrics['ridge']:g}, before {metrics['before_open_loop_error']:.5f}; "
+        + ", ".join(f"{rival} {metrics[f'open_loop_error_{rival}']:.5f}" for rival in RIVALS)
+    )
+    print(
+        f"{out}: {added} trajectories of {', '.join(map(str, recordings))} added to "
+        f"{found.sums.count - added} of {predictor}"
+    )
+
+
+def refit(name: str, recordings: Sequence[str | Path], ridge: float | None = None) -> Refit:
+    """Solve a predictor's rows again on its own trajectories and those of recordings.
+
+    Args:
+        name: of the predictor: a folder, `zoo:<name>` or a hub repository.
+        recordings: folders or URLs; all of one host, whose weights may be others than those of the
+            predictor: the new one is then of that host.
+        ridge: shrinkage toward reuse, relative to each feature's squared norm; None takes the one
+            with the least error on the trajectories added, each left out in turn.
+
+    Raises:
+        CheckpointError: the predictor has no sums, or they are not its own.
+        ValueError: the predictor is of a kind that no sum determines, a recording is of other
+            circumstances, or some of its trajectories are in the sums already.
+    """
+    old: Any = load_predictor(name)
+    if type(old) not in FROM_GRAMS:
+        raise ValueError(
+            f"{name} is a {type(old).__name__}, expected one of "
+            f"{[kind.__name__ for kind in FROM_GRAMS]}: a sum of Grams determines no other. Fit it "
+            "on the recordings with `foreseer fit`."
+        )
+    if not recordings:
+        raise ValueError("no recordings were given; name the folders to add.")
+    parts = old.partition if isinstance(old, PartedL2P) else None
+    folder = locate(name, None, (MODEL_FILE, CONFIG_FILE, CARD_FILE, GRAMS_FILE))
+    sums = read_sums(folder, old.spec, None if parts is None else parts.num_parts)
+    gram = list(sums.grams)[-1]  # of the parts, where there are any
+    opened = [Recording(place) for place in recordings]
+    for recording in opened:
+        check_extends(old.spec, recording, gram, None if parts is None else parts.describe())
+        check_one_host(opened[0], recording)
+        sums = sums.plus(recording)
+    total = _with_parts(sums.grams[gram], parts is not None)
+    validation = cross_validate(
+        total,
+        _chunks(opened, gram, parts is not None),
+        old.spec.anchors,
+        RIDGES if ridge is None else [ridge],
+        old.spec.expert_steps,
+        old.window if isinstance(old, L2PGram) else None,
+    )
+    new = solved(old, total, sums.count, validation.ridge)
+    metrics = {
+        "open_loop_error": float(validation.errors[_place(validation)].mean()),
+        "ridge": validation.ridge,
+        **formula_errors(old, _chunks(opened, gram, parts is not None)),
+    }
+    spec = _spec(old.spec, [recording.header for recording in opened], sums, metrics)
+    return Refit(new, spec, sums, validation)
+
+
+def _place(validation: CrossValidation) -> int:
+    return validation.ridges.index(validation.ridge)
+
+
+def _chunks(
+    recordings: Sequence[Recording], gram: str, parted: bool
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and Grams (n, branches, P, S, S) of all trajectories, some at a time."""
+    for recording in recordings:
+        for batch in GramBatches(recording, gram, recording.items):
+            names = [f"item {item} of {recording.folder}" for item in batch["items"]]
+            yield names, _with_parts(batch["gram"], parted)
+
+
+def _with_parts(gram: Tensor, parted: bool) -> Tensor:
+    return gram if parted else gram.unsqueeze(-3)
+
+
+def solved(old: Any, total: Float[Tensor, "branches P S S"], count: int, ridge: float) -> Predictor:
+    """A predictor like `old` with the closed form of a sum.
+
+    Args:
+        old: of one of `FROM_GRAMS`, with `spec`.
+        total: summed Grams.
+        count: of how many trajectories.
+        ridge: shrinkage toward reuse.
+    """
+    arguments = {name: getattr(old, name) for name in argument_names(type(old).__name__)}
+    if isinstance(old, L2PGram):
+        new: Any = L2PGram(**arguments | {"ridge": ridge})
+        new.set_gram(total[:, 0] / count)
+        return new
+    new = type(old)(**arguments)
+    anchors, steps = old.spec.anchors, old.spec.expert_steps
+    if isinstance(old, PartedL2P):
+        new.weight.copy_(least_squares_parts(total[None], anchors, ridge))
+    else:
+        new.weight.copy_(expert_rows(total[None, :, 0], anchors, steps, ridge))
+    return new
+
+
+def formula_errors(
+    old: Any, chunks: Iterator[tuple[list[str], Float[Tensor, "n branches P S S"]]]
+) -> dict[str, float]:
+    """Mean relative errors of the old predictor and the formulas, measured as the new one's."""
+    anchors, sigmas, steps = old.spec.anchors, old.spec.sigmas, old.spec.expert_steps
+    if isinstance(old, L2PGram):
+        rows = {"before_open_loop_error": rows_of(old, anchors, sigmas)[:, None]}
+    else:
+        before = _with_parts(old.weight, isinstance(old, PartedL2P))
+        rows = {"before_open_loop_error": before}
+    for rival in RIVALS:
+        table = formula_rows(RULES[rival], anchors, sigmas, steps)
+        rows[f"open_loop_error_{rival}"] = table.expand_as(rows["before_open_loop_error"])
+    totals, count = dict.fromkeys(rows, 0.0), 0
+    for _, grams in chunks:
+        count += len(grams)
+        for name, table in rows.items():
+            totals[name] += float(part_errors(grams, table).mean((1, 2)).sum())
+    return {name: total / count for name, total in totals.items()}
+
+
+def _spec(
+    old: PredictorSpec, headers: Sequence[Header], sums: ShippedSums, metrics: dict[str, float]
+) -> PredictorSpec:
+    shapes = dict.fromkeys([*old.latent_shapes, *(tuple(h.latent_shape) for h in headers)])
+    return dataclasses.replace(
+        old,
+        host=headers[0].host,
+        recording_digest=sums.digest,
+        num_trajectories=sums.count,
+        metrics=metrics,
+        latent_shapes=tuple(shapes) if old.latent_shapes else (),
+    )
+
+
+def _card(found: Refit) -> str:
+    """The model card, with the hosts of the sums."""
+    hosts = "\n".join(f"| {host} | {count} |" for host, count in found.sums.hosts.items())
+    told = HOSTS.format(
+        ridge=found.validation.ridge,
+        count=found.sums.count,
+        added=len(found.validation.items),
+        hosts=hosts,
+    )
+    return model_card(found.predictor, found.spec) + told
