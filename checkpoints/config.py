@@ -18,7 +18,7 @@ MAX_STEPS = 4096
 MAX_BRANCHES = 16
 MAX_STRING = 4096
 MAX_KEYS = 256
-MAX_REPLAY = 2**26
+MAX_REPLAY = 2**24
 """Anchors squared times steps times branches: the numbers that replaying a golden pair may keep."""
 
 DIGEST = re.compile(r"[0-9a-f]{64}")

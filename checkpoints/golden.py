@@ -39,6 +39,7 @@ def _shapes(predictor: Predictor, spec: PredictorSpec) -> tuple[tuple[int, ...],
     return (num_anchors, *rest), (len(spec.sigmas) - num_anchors, *rest)
 
 
+@torch.no_grad()  # with gradients, a folded predictor would be folded anew at every step
 def replay(
     predictor: Predictor, spec: PredictorSpec, features: Float[Tensor, "K B N D"]
 ) -> Float[Tensor, "F B N D"]:

@@ -234,7 +234,7 @@ def test_a_golden_pair_that_would_be_replayed_for_hours_is_refused(predictor) ->
         config["spec"]["sigmas"] = [1 - step / 4096 for step in range(4096)]
 
     change_config(predictor, change)
-    with pytest.raises(CheckpointError, match="anchors squared times .*, the limit is 67108864"):
+    with pytest.raises(CheckpointError, match="anchors squared times .*, the limit is 16777216"):
         load_predictor(predictor)
 
 
