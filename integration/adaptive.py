@@ -18,9 +18,15 @@ class ProbeSchedule:
     Attributes:
         probe: `modulated`, what enters the attention of the first block, or `first_block`, what the
             first block adds to the stream.
+        kept: the probe of an earlier step that the next one is compared with.
     """
 
     probe: str
+    kept: Tensor | None = None
+
+    def state_bytes(self) -> int:
+        """Bytes kept between steps."""
+        return 0 if self.kept is None else self.kept.numel() * self.kept.element_size()
 
     def open(self, num_steps: int) -> None:
         """Forget the last run."""
@@ -64,19 +70,19 @@ class TeaCache(ProbeSchedule):
     def open(self, num_steps: int) -> None:
         """Forget the last run."""
         self.last = num_steps - 1
-        self.before: Tensor | None = None
+        self.kept = None
         self.total = 0.0
 
     def judge(self, index: int, statistic: Tensor, planned: bool) -> bool:
         """Add this step's change; see the base class."""
-        first = self.before is None
-        if self.before is not None:
-            change = relative_l1(statistic, self.before)
+        first = self.kept is None
+        if self.kept is not None:
+            change = relative_l1(statistic, self.kept)
             mapped = 0.0
             for coefficient in self.coefficients:
                 mapped = mapped * change + coefficient
             self.total += mapped
-        self.before = statistic
+        self.kept = statistic
         if planned or first or index == self.last or self.total >= self.threshold:
             self.total = 0.0
             return True
@@ -103,14 +109,14 @@ class FirstBlock(ProbeSchedule):
 
     def open(self, num_steps: int) -> None:
         """Forget the last run."""
-        self.computed: Tensor | None = None
+        self.kept = None
 
     def judge(self, index: int, statistic: Tensor, planned: bool) -> bool:
         """Compare with the last anchor; see the base class."""
-        if not planned and self.computed is not None:
-            if relative_l1(statistic, self.computed) < self.threshold:
+        if not planned and self.kept is not None:
+            if relative_l1(statistic, self.kept) < self.threshold:
                 return False
-        self.computed = statistic
+        self.kept = statistic
         return True
 
 

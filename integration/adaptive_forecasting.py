@@ -15,7 +15,8 @@ from ..checkpoints.spec import PredictorSpec
 from ..predictors.base import History, Predictor, Step
 from .adaptive import ProbeSchedule, SpeCa, relative_errors
 from .forecaster import Forecaster, check_shape
-from .hook import LAST_BLOCK
+from .hook import LAST_BLOCK, own
+from .memory import most_bytes
 from .report import Report
 
 
@@ -67,6 +68,18 @@ class ProbedForecaster(Forecaster):
         planned = step.index in self.anchors
         self.decided[step.index] = self.schedule.judge(step.index, statistic, planned)
         return self.decided[step.index]
+
+    def to_come(self, index: int, num_steps: int) -> int:
+        """Every later step may be an anchor."""
+        return num_steps - 1 - index
+
+    def state_bytes(self) -> int:
+        """Bytes of all histories and of what the schedule compares with."""
+        return super().state_bytes() + self.schedule.state_bytes()
+
+    def most_bytes(self, index: int, num_steps: int) -> int:
+        """Bytes of all histories at most, and of what the schedule compares with."""
+        return super().most_bytes(index, num_steps) + self.schedule.state_bytes()
 
 
 class VerifiedForecaster(Forecaster):
@@ -144,7 +157,7 @@ class VerifiedForecaster(Forecaster):
                 (key, tap), [History(self.predictor.window) for _ in self.runs]
             )
             for place, i in enumerate(samples):
-                mine = rows[place :: len(samples)]
+                mine = own(rows[place :: len(samples)])  # a view would keep the whole batch
                 check_shape(histories[i], mine, tap, step)
                 histories[i].push(step, mine)
 
@@ -210,6 +223,11 @@ class VerifiedForecaster(Forecaster):
     def state_bytes(self) -> int:
         """Bytes of all histories."""
         return sum(h.state_bytes() for all_ in self.sample_histories.values() for h in all_)
+
+    def most_bytes(self, index: int, num_steps: int) -> int:
+        """Bytes of all histories at most: every later step may be an anchor of every sample."""
+        to_come = num_steps - 1 - index
+        return sum(most_bytes(h, to_come) for all_ in self.sample_histories.values() for h in all_)
 
     def finish(self, report: Report) -> None:
         """Tell what was checked, and warn where checking decided nothing."""

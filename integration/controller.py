@@ -19,6 +19,7 @@ class Controller:
         wants_image_tokens: whether the session shall find out which tokens of the head's input
             enter the picture.
         image_tokens: those tokens, `(rows, tokens)` of bool, of every call that has others too.
+        memory_budget: bytes that cached features may take; None for what the device has.
         guided_by: how the pipeline call in progress is guided, by the names of its arguments; set
             before `open`.
     """
@@ -29,6 +30,7 @@ class Controller:
     wants_image_tokens: bool = False
     image_tokens: Mapping[str, Tensor] = {}
     guided_by: Mapping[str, float] = {}
+    memory_budget: int | None = None
 
     def open(self, sigmas: list[float]) -> None:
         """A new run starts on this grid of sigmas; forget the last one."""
@@ -73,6 +75,10 @@ class Controller:
 
     def state_bytes(self) -> int:
         """Bytes of cached features."""
+        return 0
+
+    def most_bytes(self, index: int, num_steps: int) -> int:
+        """Bytes of cached features at most by the end of the run, known after a step `index`."""
         return 0
 
     def finish(self, report: Report) -> None:

@@ -11,6 +11,7 @@ from ..predictors.base import History, Predictor, Step
 from .controller import Controller
 from .fingerprint import host_fingerprint
 from .host import transformers_of
+from .memory import most_bytes
 from .schedule import check_anchors
 
 
@@ -129,6 +130,18 @@ class Forecaster(Controller):
     def state_bytes(self) -> int:
         """Bytes of all histories."""
         return sum(history.state_bytes() for history in self.histories.values())
+
+    def to_come(self, index: int, num_steps: int) -> int:
+        """Anchors after a step, at most."""
+        return sum(anchor > index for anchor in self.anchors)
+
+    def most_bytes(self, index: int, num_steps: int) -> int:
+        """Bytes of all histories at most; those without an anchor at this step get no more."""
+        to_come = self.to_come(index, num_steps)
+        return sum(
+            most_bytes(history, to_come if history.steps[-1] == index else 0)
+            for history in self.histories.values()
+        )
 
 
 def check_shape(history: History, feature: Tensor, tap: str, step: Step) -> None:

@@ -11,6 +11,7 @@ from .adaptive_forecasting import ProbedForecaster, VerifiedForecaster
 from .fingerprint import host_fingerprint
 from .forecaster import Forecaster
 from .host import transformers_of
+from .memory import check_budget
 from .report import Report
 from .session import Session
 
@@ -36,6 +37,7 @@ def attach(
     anchors: Sequence[int] | None = None,
     tap: str | None = None,
     schedule: Schedule | None = None,
+    memory_budget: int | None = None,
 ) -> Run:
     """Make a pipeline forecast with `predictor` until `detach`.
 
@@ -47,6 +49,8 @@ def attach(
             `hidden` under `SpeCa`.
         schedule: chooses further anchors while the run goes on; the predictor's own stay anchors,
             and a predictor without any starts with step 0.
+        memory_budget: bytes that cached features may take; None for what is available on the
+            device. A run that needs more ends after its first step, before it stores more.
 
     Returns:
         The run, for its report and for detaching.
@@ -55,7 +59,9 @@ def attach(
         PredictorMismatch: a learned predictor was fitted on another model.
         ValueError: no anchors are known, or the host has a cache enabled.
     """
+    check_budget(memory_budget)
     controller = checked_forecaster(pipe, predictor, anchors, tap, schedule)
+    controller.memory_budget = memory_budget
     return Run(Session(pipe, controller))
 
 
@@ -123,9 +129,10 @@ def forecasting(
     anchors: Sequence[int] | None = None,
     tap: str | None = None,
     schedule: Schedule | None = None,
+    memory_budget: int | None = None,
 ) -> Iterator[Run]:
     """`attach` for the length of a `with` block; the pipeline is its old self afterwards."""
-    run = attach(pipe, predictor, anchors, tap, schedule)
+    run = attach(pipe, predictor, anchors, tap, schedule, memory_budget)
     try:
         yield run
     finally:

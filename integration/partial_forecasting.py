@@ -23,6 +23,7 @@ from .expert import Expert
 from .forecaster import Forecaster
 from .forecasting import Run, checked_forecaster
 from .host import transformer_of
+from .memory import check_budget, most_bytes
 from .partial import PartialTrunk, Pick
 from .report import Report
 from .session import Session
@@ -106,6 +107,15 @@ class PartialForecaster(Controller):
         """Bytes of the base, of all attention histories and of the policy."""
         attention = sum(history.state_bytes() for history in self.attention.values())
         return self.base.state_bytes() + attention + self.policy.state_bytes()
+
+    def most_bytes(self, index: int, num_steps: int) -> int:
+        """Bytes at most of the base, of all attention histories and of the policy."""
+        to_come = self.base.to_come(index, num_steps)
+        attention = sum(
+            most_bytes(history, to_come if history.steps[-1] == index else 0)
+            for history in self.attention.values()
+        )
+        return self.base.most_bytes(index, num_steps) + attention + self.policy.state_bytes()
 
 
 @dataclass
@@ -199,6 +209,7 @@ def attach_partially(
     policy: TokenPolicy,
     anchors: Sequence[int] | None = None,
     attention_rule: LinearPredictor | None = None,
+    memory_budget: int | None = None,
 ) -> Run:
     """Make a pipeline forecast its hidden tap, computing the policy's tokens, until `detach`.
 
@@ -208,6 +219,7 @@ def attach_partially(
         policy: which tokens are computed at which forecast steps.
         anchors: steps at which the network runs; None takes the predictor's own.
         attention_rule: how attention outputs are forecast; None reuses the newest anchor's.
+        memory_budget: bytes that features and attention outputs may take, see `attach`.
 
     Raises:
         PredictorMismatch: a learned predictor was fitted on another model or tap.
@@ -219,6 +231,7 @@ def attach_partially(
             f"the predictor was fitted on the tap {spec.tap!r}; computed tokens need one fitted on "
             "'hidden', the stream that enters the head."
         )
+    check_budget(memory_budget)
     rule = attention_rule or Reuse()
     if rule.learned:
         raise ValueError(
@@ -227,6 +240,7 @@ def attach_partially(
         )
     base = checked_forecaster(pipe, predictor, anchors, None if spec is not None else "hidden")
     controller = PartialForecaster(base, policy, rule)
+    controller.memory_budget = memory_budget
     return Run(PartialSession(pipe, controller))
 
 
@@ -237,9 +251,10 @@ def partially(
     policy: TokenPolicy,
     anchors: Sequence[int] | None = None,
     attention_rule: LinearPredictor | None = None,
+    memory_budget: int | None = None,
 ) -> Iterator[Run]:
     """`attach_partially` for the length of a `with` block."""
-    run = attach_partially(pipe, predictor, policy, anchors, attention_rule)
+    run = attach_partially(pipe, predictor, policy, anchors, attention_rule, memory_budget)
     try:
         yield run
     finally:

@@ -13,6 +13,8 @@ class Report:
         anchors: steps at which the network ran.
         forecasts: steps that were forecast.
         state_bytes: largest size of the cached features, in bytes.
+        predicted_bytes: largest size they could reach, known after the first step; they reach it
+            unless the schedule decides on its way or guidance stops.
         checked: forecasts that were checked, counted per sample.
         accepted: those of them that were accepted.
         evaluations: steps computed for each sample, where samples have anchors of their own.
@@ -23,6 +25,7 @@ class Report:
     anchors: list[int] = field(default_factory=list)
     forecasts: list[int] = field(default_factory=list)
     state_bytes: int = 0
+    predicted_bytes: int = 0
     checked: int = 0
     accepted: int = 0
     evaluations: list[int] = field(default_factory=list)
@@ -31,7 +34,8 @@ class Report:
     def open(self, sigmas: list[float]) -> None:
         """Start over for a new run."""
         self.num_steps = len(sigmas)
-        self.anchors, self.forecasts, self.state_bytes = [], [], 0
+        self.anchors, self.forecasts = [], []
+        self.state_bytes, self.predicted_bytes = 0, 0
         self.checked, self.accepted, self.evaluations = 0, 0, []
         self.seconds = {"anchor": [], "forecast": []}
 

@@ -28,6 +28,7 @@ from .controller import Controller
 from .expert import Expert
 from .hook import LAST_BLOCK, Attached, capturing, own, refuse_other_caches
 from .host import UnsupportedHost, transformers_of
+from .memory import check_memory
 from .prediction import form_of, prediction
 from .report import Report
 from .running import guidance_of, is_innermost, pipeline_call
@@ -133,6 +134,7 @@ class Session:
         self.final = after
         self.controller.close(index, v, before, after)
         self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
+        check_memory(self.controller, self.report, index, v.device)
         if index == self._num_steps - 1:
             self._open_run = False
             self._frame = None
