@@ -27,6 +27,7 @@ from .l2p import spec_of
 from .lesa_rates import rate_factor
 from .lesa_samples import open_features
 from .measure import References, generate, item_of, log_error
+from .processes import check_strategy
 from .replayed_runs import Forced, draw_anchors, replayed, velocity_error
 
 PHASES = ("mse", "gan", "closed")
@@ -168,6 +169,7 @@ class DiscaModule(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Start the clock."""
+        check_strategy(self)
         self._started = time.perf_counter()
 
     def on_train_epoch_end(self) -> None:

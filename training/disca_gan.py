@@ -18,6 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from ..integration.host import stream_of
 from ..integration.time_facts import time_facts
+from .processes import mean_over_processes
 from .replayed_runs import Forced
 
 DEPTHS = (1 / 6, 1 / 3, 1 / 2)
@@ -92,7 +93,8 @@ class Adversary(nn.Module):
         for real, made in self._logits(seen, detached=True):
             losses.append(nn.functional.relu(1 - real).mean() + nn.functional.relu(1 + made).mean())
             right.append(((real > 0).float().mean() + (made < 0).float().mean()) / 2)
-        self.accuracy.lerp_(torch.stack(right).mean().detach(), 1 - MEMORY)
+        accuracy = mean_over_processes(torch.stack(right).mean().detach())
+        self.accuracy.lerp_(accuracy, 1 - MEMORY)
         return torch.stack(losses).mean()
 
     def predictor_loss(self, seen: Seen) -> Float[Tensor, ""]:

@@ -41,6 +41,7 @@ from .lesa_samples import (
 )
 from .lesa_start import LesaFactory, description, untrained
 from .measure import References, item_of, log_error
+from .processes import check_strategy
 
 
 class LesaModule(lightning.LightningModule):
@@ -185,6 +186,7 @@ class LesaModule(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Start the clock."""
+        check_strategy(self)
         self._started = time.perf_counter()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from .dataset import TrajectoryDataset
 from .gram_sums import GramBatches, shared_sum
 from .recording import Recording, split
-from .sampler import ResumableLoader
+from .sampler import ResumableLoader, everything
 
 
 class RecordingDataModule(LightningDataModule):
@@ -19,7 +19,7 @@ class RecordingDataModule(LightningDataModule):
     Args:
         folder: recording folder.
         names: tensors of each example, as in ["gram/output"].
-        batch_size: trajectories per batch, >= 1.
+        batch_size: trajectories per batch over all processes, >= 1.
         validation_fraction: share of trajectories held out, in [0, 1); 0 means no validation.
         seed: seed of the split and of the order of training trajectories.
         num_workers: loader processes; 0 loads in the main process.
@@ -40,7 +40,7 @@ class RecordingDataModule(LightningDataModule):
         super().__init__()
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}.")
-        self.folder = Path(folder)
+        self.folder = folder
         self.names = list(names)
         self.batch_size = batch_size
         self.validation_fraction = validation_fraction
@@ -70,13 +70,14 @@ class RecordingDataModule(LightningDataModule):
         return ResumableLoader(dataset, self.batch_size, self.seed, self.num_workers)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Batches in item order; no loader when nothing is held out."""
+        """Batches in item order, all of them on every process; no loader when none are held out."""
         if not self.val_items:
             return []
         dataset = TrajectoryDataset(self.folder, self.names, self.val_items)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
+            sampler=everything(dataset),
             num_workers=self.num_workers,
             generator=torch.Generator(),  # leaves the global random state to the model
         )

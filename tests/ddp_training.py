@@ -1,0 +1,86 @@
+"""Script: train LESA and DisCa on recordings, alone or as one of several processes.
+
+Usage: ddp_training.py LESA_RECORDING DISCA_RECORDING OUT, with or without torchrun. Writes the
+state of every training after its last update to OUT/<name>-<rank>.pt, as this rank sees it.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lesa_training_cases import QUIET, factory
+from test_disca import ANCHORS, NAMES, STEPS
+from test_disca import module_for as disca_module
+from tiny_hosts import pipeline
+
+from foreseer.training import disca
+from foreseer.training.lesa import LesaModule
+from foreseer.training.processes import UNUSED
+from foreseer.trajectories.datamodule import RecordingDataModule
+from foreseer.trajectories.recording import Recording
+
+LESA_ANCHORS = (0, 1, 4, 8)
+PHASES: dict[str, dict[str, Any]] = {
+    "lesa_feature": {"open_loop_epochs": 2, "closed_loop_epochs": 1, "steps_per_update": 2},
+    "lesa_sample": {
+        "open_loop_epochs": 1,
+        "closed_loop_epochs": 2,
+        "closed_loop_target": "sample",
+        "shuffle_steps": True,
+    },
+    "disca": {"mse_epochs": 1, "gan_epochs": 2, "closed_epochs": 1, "order": 1},
+}
+EPOCHS = {"lesa_feature": 3, "lesa_sample": 3, "disca": 4}
+
+
+def made(name: str, recording: str) -> tuple[lightning.LightningModule, RecordingDataModule]:
+    """A module and its data; a batch is 4 trajectories over all processes."""
+    lightning.seed_everything(0, verbose=False)
+    if name == "disca":
+        module: Any = disca_module(Path(recording), **PHASES[name])
+        module.adversary.accuracy.fill_(1.0)  # so that its verdict counts from the first update
+        return module, RecordingDataModule(recording, NAMES, 4, 0.25, 3)
+    predictor = factory()
+    module = LesaModule(recording, "none", LESA_ANCHORS, predictor, **PHASES[name])
+    module.pipe = pipeline("dit_guided")
+    return module, RecordingDataModule(recording, ["feature/hidden", "final"], 4, 0.3, 3)
+
+
+def train(name: str, recording: str, out: Path) -> None:
+    """Train, and save what came of it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    module, data = made(name, recording)
+    strategy = UNUSED if world > 1 else "auto"
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS[name],
+        devices=world,
+        strategy=strategy,
+        enable_checkpointing=False,
+        **{"logger": False, **QUIET},
+    )
+    trainer.fit(module, datamodule=data)
+    kept = {
+        "state": module.state_dict(),
+        "start": module.start_error,
+        "metrics": {n: v for n, v in trainer.callback_metrics.items() if n.startswith("val/")},
+        "steps": trainer.global_step,
+        "anchors": [ANCHORS, STEPS],
+        "items": len(Recording(recording)),
+    }
+    torch.save(kept, out / f"{name}-{trainer.global_rank}.pt")
+
+
+def main(lesa: str, disca_recording: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    disca.load_pipeline = lambda _: pipeline("dit_guided")  # type: ignore[assignment]
+    for name in PHASES:
+        train(name, disca_recording if name == "disca" else lesa, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
