@@ -12,6 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.format import load_predictor, save_predictor
+from foreseer.checkpoints.zoo import ZOO
 from foreseer.cli import main
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.spectrum import equal_bands
@@ -262,6 +263,29 @@ def test_rows_of_parts_are_solved_on_the_grams_of_the_parts(tmp_path):
     plain = made(tmp_path / "plain", 8, 2)
     with pytest.raises(ValueError, match="partition is None, expected"):
         refit(str(tmp_path / "new"), [plain])
+
+
+@pytest.mark.parametrize("budget", [6, 8, 11])
+def test_rows_fitted_in_closed_loop_are_not_replaced_by_least_squares(budget):
+    with pytest.raises(ValueError, match="was fitted otherwise"):
+        refit(f"zoo:fashion_dit_l2p_{budget}", ["anywhere"])
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-1])
+def test_rows_of_any_usual_ridge_count_as_the_closed_form(place, tmp_path, ridge):
+    grams = Recording(str(place / "a")).stack("gram/output")
+    module = L2PLeastSquares(str(place / "a"), ANCHORS)
+    module.set_rows(least_squares_rows(grams[:4], ANCHORS, ridge))  # one was held out
+    export_predictor(module, tmp_path / "predictor", {})
+    refit(str(tmp_path / "predictor"), [str(place / "b")], RIDGE)
+
+
+def test_the_bundled_predictor_for_any_anchors_can_be_extended():
+    predictor: Any = load_predictor("zoo:fashion_dit_l2p_any")
+    sums = read_sums(ZOO / "fashion_dit_l2p_any", predictor.spec)
+    assert sums.count == 96 and list(sums.hosts.values()) == [96]
+    # Fitted on 65 of these 96, so the mean is only about that of all.
+    assert torch.allclose(sums.grams["gram/hidden"] / 96, predictor.gram, rtol=0.2)
 
 
 def test_a_predictor_that_no_sum_determines_is_refused():

@@ -1,7 +1,8 @@
 """Add recordings to a closed-form fit through its summed Grams: `foreseer refit`.
 
 The old trajectories are needed no more: their sum is beside the predictor. The rows are the least
-squares of all trajectories together, whatever fit the old rows came from.
+squares of all trajectories together; rows that came from another fit, in closed loop say, are not
+replaced by those, which would lose what that fit gained.
 Shapes: n trajectories, P parts (1 of the whole feature), S sampling steps.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,6 +45,13 @@ from .shipped import ShippedSums, read_sums, write_sums
 
 FROM_GRAMS = (L2P, L2PExperts, L2PGram, L2PBands, L2PGroups)
 """The predictors that one sum of Grams determines."""
+
+OTHER_FIT = 0.2
+"""How far, in open-loop errors of the closed form, rows may be from it to count as such a fit. Fits
+on three of four trajectories or more are up to 0.07 away, bundled closed-loop fits 0.64 to 0.84."""
+
+USUAL_RIDGES = (*RIDGES, 3e-3, 3e-2, 3e-1, 1.0, 3.0)
+"""Of closed forms that rows are compared with; the steps are fine enough to be 0.05 apart."""
 
 RIVALS = ("reuse", "taylor_1")
 
@@ -106,8 +115,8 @@ def refit(name: str, recordings: Sequence[str | Path], ridge: float | None = Non
 
     Raises:
         CheckpointError: the predictor has no sums, or they are not its own.
-        ValueError: the predictor is of a kind that no sum determines, a recording is of other
-            circumstances, or some of its trajectories are in the sums already.
+        ValueError: the predictor is of a kind or fit that no sum determines, a recording is of
+            other circumstances, or some of its trajectories are in the sums already.
     """
     old: Any = load_predictor(name)
     if type(old) not in FROM_GRAMS:
@@ -122,6 +131,7 @@ def refit(name: str, recordings: Sequence[str | Path], ridge: float | None = Non
     folder = locate(name, None, (MODEL_FILE, CONFIG_FILE, CARD_FILE, GRAMS_FILE))
     sums = read_sums(folder, old.spec, None if parts is None else parts.num_parts)
     gram = list(sums.grams)[-1]  # of the parts, where there are any
+    check_closed_form(name, old, _with_parts(sums.grams[gram], parts is not None))
     opened = [Recording(place) for place in recordings]
     for recording in opened:
         check_extends(old.spec, recording, gram, None if parts is None else parts.describe())
@@ -185,6 +195,36 @@ def solved(old: Any, total: Float[Tensor, "branches P S S"], count: int, ridge: 
     else:
         new.weight.copy_(expert_rows(total[None, :, 0], anchors, steps, ridge))
     return new
+
+
+def check_closed_form(name: str, old: Any, total: Float[Tensor, "branches P S S"]) -> None:
+    """Raise unless a predictor's rows are about the closed form of its own sum.
+
+    Args:
+        name: of the predictor.
+        old: of one of `FROM_GRAMS`, with `spec`.
+        total: its summed Grams.
+
+    Raises:
+        ValueError: they come from another fit.
+    """
+    if isinstance(old, L2PGram):
+        return  # solves while sampling
+    parted = isinstance(old, PartedL2P)
+    rows, unit = _with_parts(old.weight, parted), torch.eye(total.shape[-1], dtype=torch.float64)
+    distances = []
+    for ridge in USUAL_RIDGES:
+        closed: Any = solved(old, total, 1, ridge)
+        form = _with_parts(closed.weight, parted)
+        apart = part_errors(total[None], unit + form - rows).mean()  # of the two forecasts
+        distances.append(float(apart / part_errors(total[None], form).mean().clamp_min(1e-6)))
+    if min(distances) > OTHER_FIT:
+        raise ValueError(
+            f"the forecasts of {name} are {min(distances):.2f} open-loop errors away from those of "
+            f"the closed form of its own sum of Grams, expected at most {OTHER_FIT}: it was fitted "
+            "otherwise (in closed loop, by Adam), and least squares would lose what that gained. "
+            "Fit again with `foreseer fit` on all recordings, or refit a least-squares predictor."
+        )
 
 
 def formula_errors(

@@ -116,7 +116,7 @@ def refit(predictor: str, recordings: Sequence[str], out: str, ridge: float | No
     """Add recordings to a predictor: its rows are solved again, without its old trajectories.
 
     The closed form (least squares) on the sum of the Grams beside the predictor and those of the
-    recordings, whatever fit the old rows came from. Recordings of a LoRA make a predictor for it.
+    recordings; rows of another fit are refused. Recordings of a LoRA make a predictor for it.
 
     Args:
         predictor: folder of the predictor, or `zoo:<name>`.
