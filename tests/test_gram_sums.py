@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning import Trainer
 from recording_cases import small_header
 
+from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares
 from foreseer.trajectories import gram_sums
 from foreseer.trajectories.datamodule import GramDataModule
@@ -220,10 +221,39 @@ def test_processes_that_see_different_items_are_refused(tmp_path):
         assert "the 2 ranks see different items" in found["error"]
 
 
+class TwoProcesses:
+    """A trainer of which only the number of processes is asked."""
+
+    world_size = 2
+
+
+def test_a_fit_by_the_network_refuses_several_processes(recording):
+    module = L2PClosedLoop(recording.folder, "zoo:fashion_dit", ANCHORS)
+    trainer = TwoProcesses()
+    module.trainer = trainer
+    with pytest.raises(ValueError, match="L2PClosedLoop was started in 2 processes, expected one"):
+        module.on_fit_start()
+
+
+def test_a_closed_form_has_a_parameter_for_ddp_and_saves_none(recording):
+    module = L2PLeastSquares(recording.folder, ANCHORS)
+    trainer = TwoProcesses()
+    module.trainer = trainer
+    module.setup("fit")
+    assert sum(parameter.numel() for parameter in module.parameters()) == 1
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    plain = L2PLeastSquares(recording.folder, ANCHORS)
+    plain.load_state_dict(checkpoint["state_dict"], strict=True)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=True)
+
+
 SCRIPT = """
 import sys
 import torch
 from lightning import Trainer
+from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares
 from foreseer.trajectories.datamodule import GramDataModule
 
