@@ -9,25 +9,28 @@ import pytest
 import torch
 from checkpoint_cases import tiny_pipe
 from peft import LoraConfig, inject_adapter_in_model
+from recording_cases import small_header
 
 from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.zoo import ZOO
 from foreseer.cli import main
 from foreseer.integration.forecasting import forecasting
+from foreseer.predictors.experts import L2PExperts
 from foreseer.predictors.spectrum import equal_bands
 from foreseer.training.any_anchors import L2PGramModule, rows_of
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PLeastSquares, open_loop_errors
 from foreseer.training.parts import L2PPartsLeastSquares, least_squares_parts
 from foreseer.training.refit_command import refit, refit_command
-from foreseer.training.rows import analytic_rows, least_squares_rows
+from foreseer.training.rows import analytic_rows, expert_rows, least_squares_rows
 from foreseer.training.shipped import read_sums, trajectory_digests, write_sums
 from foreseer.trajectories.merge import merge
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 from foreseer.trajectories.shards import read_shard, write_shard
+from foreseer.trajectories.writer import RecordingWriter
 
 ANCHORS = [0, 1, 3]
 SETTINGS: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 6}
@@ -263,6 +266,41 @@ def test_rows_of_parts_are_solved_on_the_grams_of_the_parts(tmp_path):
     plain = made(tmp_path / "plain", 8, 2)
     with pytest.raises(ValueError, match="partition is None, expected"):
         refit(str(tmp_path / "new"), [plain])
+
+
+def of_two_transformers(folder: Path, items: range) -> str:
+    """A synthetic recording whose second transformer starts at step 3."""
+    guided = {"class": "FlowMatchEulerDiscreteScheduler", "guidance_scale": 3.0}
+    header = small_header(taps=["output"], scheduler=guided, expert_steps=[0, 3], dtype="float32")
+    t = torch.linspace(0, 1, len(header.sigmas), dtype=torch.float64)[:, None]
+    with RecordingWriter(folder, header) as writer:
+        for item in items:
+            random = torch.Generator().manual_seed(item)
+            a, b = torch.randn(2, 2, 1, 30, dtype=torch.float64, generator=random)
+            noise = torch.randn(2, len(t), 30, dtype=torch.float64, generator=random)
+            features = a + b * t + 0.05 * noise
+            writer.write(item, {"gram/output": features @ features.mT}, {"seed": item})
+    return str(folder)
+
+
+def test_rows_of_several_transformers_stay_apart(tmp_path):
+    anchors = [0, 1, 3, 5]
+    recordings = [
+        of_two_transformers(tmp_path / "a", range(4)),
+        of_two_transformers(tmp_path / "b", range(4, 8)),
+    ]
+    grams = torch.cat([Recording(each).stack("gram/output") for each in recordings])
+    module = L2PLeastSquares(recordings[0], anchors)
+    module.set_rows(expert_rows(grams[:4], anchors, [0, 3], RIDGE))
+    export_predictor(module, tmp_path / "predictor", {})
+    found: Any = refit(str(tmp_path / "predictor"), recordings[1:], RIDGE)
+    assert type(found.predictor) is L2PExperts
+    expected = expert_rows(grams, anchors, [0, 3], RIDGE)
+    torch.testing.assert_close(found.predictor.weight, expected, **CLOSE)
+    assert not found.predictor.weight[:, 3:, :3].any()
+    load_predictor(write(found, tmp_path / "new"))
+    with pytest.raises(ValueError, match="2 transformers that take over at the steps"):
+        L2PPartsLeastSquares(recordings[0], anchors, "output", "bands")
 
 
 @pytest.mark.parametrize("budget", [6, 8, 11])
