@@ -271,8 +271,9 @@ def test_rows_of_parts_are_solved_on_the_grams_of_the_parts(tmp_path):
 def of_two_transformers(folder: Path, items: range) -> str:
     """A synthetic recording whose second transformer starts at step 3."""
     guided = {"class": "FlowMatchEulerDiscreteScheduler", "guidance_scale": 3.0}
-    header = small_header(taps=["output"], scheduler=guided, expert_steps=[0, 3], dtype="float32")
-    t = torch.linspace(0, 1, len(header.sigmas), dtype=torch.float64)[:, None]
+    kind: dict[str, Any] = {"scheduler": guided, "dtype": "float32", "expert_steps": [0, 3]}
+    header = small_header(taps=["output"], sigmas=[1 - step / 8 for step in range(8)], **kind)
+    t = torch.linspace(0, 1, 8, dtype=torch.float64)[:, None]
     with RecordingWriter(folder, header) as writer:
         for item in items:
             random = torch.Generator().manual_seed(item)
