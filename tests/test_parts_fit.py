@@ -245,7 +245,7 @@ def fitted(request, recording) -> tuple[L2PPartsLeastSquares, Path]:
     trainer = Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, **quiet)
     data = GramDataModule(str(recording.folder), f"hidden/{request.param}", 0.0)
     trainer.fit(module, datamodule=data)
-    path = recording.folder.parent / f"{request.param}.ckpt"
+    path = Path(recording.folder).parent / f"{request.param}.ckpt"
     trainer.save_checkpoint(path)
     return module, path
 
