@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..predictors.lesa import LesaPredictor
+from ..trajectories.gram_sums import sum_grams
 from ..trajectories.prompts import Item
 from ..trajectories.recording import Recording
 from .lesa_samples import Sample, collect
@@ -84,7 +85,8 @@ def refit(
         The predictor of the first phase, then one per run.
     """
     sigmas = recording.header.sigmas
-    grams = recording.stack(f"gram/{tap}", train_items)
+    name = f"gram/{tap}"
+    grams = sum_grams(recording, [name], train_items)[name][None]  # both only need the sum
     boundaries = find_stages(grams, sigmas, (window,) * num_stages, anchors)
     starts = stage_starts(sigmas, boundaries)
     quadratic = from_grams(grams, window, anchors)
