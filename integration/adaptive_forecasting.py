@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoints.spec import PredictorSpec
 from ..predictors.base import History, Predictor, Step
 from .adaptive import ProbeSchedule, SpeCa, relative_errors
-from .forecaster import Forecaster, check_shape
+from .forecaster import Forecaster, check_shape, is_finite
 from .hook import LAST_BLOCK, own
 from .memory import most_bytes
 from .report import Report
@@ -60,7 +60,7 @@ class ProbedForecaster(Forecaster):
 
     def judge(self, step: Step, statistic: Tensor) -> bool:
         """Ask the schedule; its answer holds for all calls of the step."""
-        if not torch.isfinite(statistic.sum()):
+        if not is_finite(statistic):
             raise ValueError(
                 f"the first block of step {step.index} holds NaN or Inf, so nothing can be decided "
                 "from it. Check the model's dtype and inputs."

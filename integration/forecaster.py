@@ -43,6 +43,8 @@ class Forecaster(Controller):
         self.pipe = pipe
         self.branches: set[int] = set()  # of the step in progress
         self.guidance_checked = False
+        self.last_step = -1  # of the run
+        self.narrow = False  # whether forecasts are float16, whose largest number is 65504
         self.histories: dict[str, History] = {}
 
     def open(self, sigmas: list[float]) -> None:
@@ -54,6 +56,7 @@ class Forecaster(Controller):
         self.histories = {}
         self.branches = set()
         self.guidance_checked = False
+        self.last_step, self.narrow = len(sigmas) - 1, False
         if self.spec is not None:
             check_run(self.spec, self.predictor, sigmas)
             self._check_weights(self.spec)
@@ -93,7 +96,8 @@ class Forecaster(Controller):
             self.spec.check_expert(step.index, step.expert)
             self.spec.check_dtype(str(feature.dtype).removeprefix("torch."))
         self.branches.update(step.branches)
-        if not torch.isfinite(feature.sum()):
+        self.narrow = feature.dtype == torch.float16
+        if not is_finite(feature):
             raise ValueError(
                 f"the network's {self.tap} at step {step.index} holds NaN or Inf; forecasting "
                 "from it would spread it over the run. Check the model's dtype and inputs."
@@ -112,11 +116,18 @@ class Forecaster(Controller):
         return self.tap, self.predictor(history, step)
 
     def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Check the guidance now that the step has shown all its branches.
+        """Check the guidance, now that the step has shown all its branches, and the last sample.
 
         Raises:
             PredictorMismatch: a learned predictor meets other branches, another scale or size.
+            ValueError: a forecast left the range of float16 after the last anchor.
         """
+        if self.narrow and step_index == self.last_step and not is_finite(after):
+            raise ValueError(
+                f"the sample of the run holds NaN or Inf, though the network's {self.tap} did not: "
+                "a forecast left the range of float16, 65504. Run the model in bfloat16 or "
+                "float32, or use more anchors or a lower order."
+            )
         if self.spec is not None:
             if not self.guidance_checked:
                 own = getattr(self.pipe, "guidance_scale", None)
@@ -142,6 +153,12 @@ class Forecaster(Controller):
             most_bytes(history, to_come if history.steps[-1] == index else 0)
             for history in self.histories.values()
         )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf, by its sum in float32 or wider."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)  # float16 sums overflow at 65504
+    return bool(torch.isfinite(tensor.sum(dtype=wide)))
 
 
 def check_shape(history: History, feature: Tensor, tap: str, step: Step) -> None:

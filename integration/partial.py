@@ -200,6 +200,8 @@ class PartialTrunk:
 
         try:
             self(forward, args, kwargs, half, lambda name, pick: pick(attention[name]), merge)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, IndexError, ValueError) as error:
             raise UnsupportedHost(
                 f"{kind} does not run on a part of its tokens ({error}); use `forecasting`."

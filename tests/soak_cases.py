@@ -81,7 +81,12 @@ class Enough(Exception):
     pass
 
 
-ABORTS = {"callback": Broken, "block": KeyboardInterrupt, "head": RuntimeError, "enough": Enough}
+ABORTS = {
+    "callback": Broken,
+    "block": KeyboardInterrupt,
+    "head": torch.OutOfMemoryError,
+    "enough": Enough,
+}
 
 
 # --------------------------------------------------------------------------------------- pipelines
@@ -191,7 +196,7 @@ SETUPS: dict[str, tuple[Callable[[], Predictor] | str, dict[str, Any]]] = {
     **{name: (name, {}) for name in LEARNED},
     "gram_list": ("gram", {"anchors": LISTS["mask"]}),
     "gram_first_block": ("gram", {"schedule": lambda: FirstBlock(0.6)}),
-    "gram_speca": ("gram", {"schedule": lambda: SpeCa(0.05)}),
+    "gram_speca": ("gram", {"schedule": lambda: SpeCa(0.02)}),
     "l2p_teacache": ("l2p_hidden", {"schedule": lambda: TeaCache(0.1)}),
 }
 """Name of what can be attached: its predictor, or the name of a learned one, and its arguments."""
