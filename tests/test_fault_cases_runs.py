@@ -18,12 +18,18 @@ from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.clock import flow_sigmas
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.memory import most_bytes
+from foreseer.integration.partial import PartialTrunk
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Newton, Reuse, Taylor
 
 pytestmark = pytest.mark.fault
 ANCHORS = (0, 1, 4)
+
+
+@functools.cache
+def on_a_new_pipeline(wanted: Call) -> dict[str, str]:
+    return fresh(wanted, {})
 
 
 def fitted(slot: str, setup: str = "l2p_output") -> tuple[Any, Any]:
@@ -96,6 +102,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:SpeCa")
 @pytest.mark.parametrize(
     ("slot", "setup"),
     [("flux", "taylor"), ("flux", "clusters"), ("sd3", "speca"), ("sd3", "first_block")],
@@ -107,7 +114,7 @@ def test_case_09_every_change_in_mid_session_is_like_a_fresh_run(slot, setup):
     session = Predictors({}).attach(setup, slot, pipe)
     for change in [{}, *changes, {}, {}]:
         wanted = Call(slot, setup, **change)
-        assert outcome(pipe, session, wanted) == fresh(wanted, {}), change
+        assert outcome(pipe, session, wanted) == on_a_new_pipeline(wanted), change
     session.detach()
 
 
@@ -252,12 +259,26 @@ def test_case_17_memory_of_flux_at_1024_pixels(window, mib):
     assert most_bytes(history, 12) == mib * 2**20  # 13 anchors
 
 
+def test_case_17_memory_that_runs_out_in_a_proof_is_told_as_that(monkeypatch):
+    pipe = build("flux")["flux"]
+    session = Predictors({}).attach("clusters", "flux", pipe)
+
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    monkeypatch.setattr(PartialTrunk, "__call__", no_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="9 GiB"):
+        image(pipe, Call("flux", "clusters"))
+    session.detach()
+
+
 # ------------------------------------------------------------------------- 22: exceptions in a call
 
 
-@pytest.mark.parametrize("step", [0, 2, 4])
+@pytest.mark.filterwarnings("ignore:SpeCa")
+@pytest.mark.parametrize("step", [0, 3])
 @pytest.mark.parametrize("kind", [*ABORTS, "interrupt"])
-@pytest.mark.parametrize("setup", ["taylor", "speca", "clusters", "teacache", "reuse"])
+@pytest.mark.parametrize("setup", ["taylor", "speca", "clusters", "teacache"])
 def test_case_22_after_an_exception_the_next_call_is_a_fresh_one(setup, kind, step):
     pipe = build("flux")["flux"]
     before = soak.footprint(pipe)
@@ -271,8 +292,7 @@ def test_case_22_after_an_exception_the_next_call_is_a_fresh_one(setup, kind, st
         assert not any("Blocks" in name for name in modules), modules
         assert soak.footprint(pipe)["transformer.norm_out"] == before["transformer.norm_out"]
         usual = Call("flux", setup)
-        assert outcome(pipe, session, usual) == fresh(usual, {})
+        assert outcome(pipe, session, usual) == on_a_new_pipeline(usual)
     session.detach()
-    image(pipe, Call("flux", None))
-    assert outcome(pipe, None, Call("flux", None)) == fresh(Call("flux", None), {})
+    assert outcome(pipe, None, Call("flux", None)) == on_a_new_pipeline(Call("flux", None))
     assert soak.footprint(pipe).keys() == before.keys()
