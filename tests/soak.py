@@ -250,12 +250,14 @@ class Soak:
     def turn(self) -> None:
         """What happens before a call: something is exchanged, taken off, or nothing at all."""
         slot, chance = self.rng.choice(SLOTS), self.rng.random()
-        if chance < 0.5:
+        if chance < 0.35:
             self.swap(slot)
-        elif chance < 0.6:
+        elif chance < 0.42:
             self.quiet()
-        elif chance < 0.7 and self.attached:
+        elif chance < 0.5 and self.attached:
             self.detach(self.rng.choice(sorted(self.attached)))
+        elif self.attached:
+            slot = self.rng.choice(sorted(self.attached))  # once more with what is there
         self.call(slot)
 
     def quiet(self) -> None:

@@ -29,5 +29,5 @@ def test_two_hundred_calls_are_each_like_the_first_of_a_process():
     assert found["completed"] + found["refused"] + aborted == CALLS
     assert found["completed"] > CALLS // 2 and found["distinct_configurations"] > CALLS // 3
     assert found["aborted"].keys() == ABORTS.keys() and found["interrupted"]
-    assert found["swaps"] > 50 and found["detached"] == found["attached"] and found["quiet"] > 20
+    assert found["swaps"] > 50 and found["detached"] == found["attached"] and found["quiet"] > 10
     assert found["resident_mib"]["end"] - found["resident_mib"]["quarter"] < 20
