@@ -10,13 +10,13 @@ Shapes: B batch.
 from collections.abc import Mapping
 from typing import Any
 
-import lightning
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..integration.average_velocity import Conditioning, IntervalConditioner, conditioner_for
 from ..integration.pipelines import load_pipeline
+from ..training.resuming import Drawing
 from .guidance import Conditions, class_conditions, guided, guided_velocity
 from .meanflow import AverageVelocity, Target, expand
 from .points import Points, Runs
@@ -28,7 +28,7 @@ from .times import Times
 WEIGHT_FLOOR = 1e-3  # c of the adaptive weight 1 / (error + c)^p
 
 
-class DistillModule(lightning.LightningModule):
+class DistillModule(Drawing):
     """Train a student u(x_t, r, t, c, g) that starts at the conditional teacher.
 
     It starts exactly there without a `band_limit`, and about there with one. The loss is the mean

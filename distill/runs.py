@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..integration.fingerprint import host_fingerprint
 from ..integration.pipelines import load_pipeline
 from ..trajectories.sampler import ResumableLoader
-from ..trajectories.shards import write_shard
+from ..trajectories.shards import write_atomically, write_shard
 from .guidance import Conditions, class_conditions, guided_velocity
 
 FACTS_FILE = "runs.json"
@@ -145,7 +145,7 @@ class TeacherRuns(lightning.LightningDataModule):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / FACTS_FILE
         if not path.exists():
-            path.write_text(json.dumps(facts, indent=1) + "\n")
+            write_atomically(path, ((json.dumps(facts, indent=1) + "\n").encode(),), mode=0o644)
         found = json.loads(path.read_text())
         if found != facts:
             other = sorted(key for key in facts if found.get(key) != facts[key])

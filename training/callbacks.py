@@ -38,8 +38,9 @@ class ClockCosine(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Start the clock."""
+        """Start the clock; where nothing of the budget is left, train no more."""
         self._last = time.monotonic()
+        trainer.should_stop = trainer.should_stop or self.elapsed_s >= self.budget_s
 
     def on_train_batch_start(
         self,

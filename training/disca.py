@@ -7,11 +7,9 @@ Shapes: B batch, S sampling steps.
 
 import math
 import random
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import lightning
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,19 +19,19 @@ from ..integration.pipelines import load_pipeline
 from ..integration.schedule import check_anchors
 from ..integration.time_facts import modulation_width
 from ..predictors.neural import DiscaPredictor
+from .descent import Descent
 from .disca_gan import Adversary
 from .frozen_runs import final_latents
 from .l2p import spec_of
 from .lesa_rates import rate_factor
 from .lesa_samples import open_features
 from .measure import References, generate, item_of, log_error
-from .processes import check_strategy
 from .replayed_runs import Forced, draw_anchors, replayed, velocity_error
 
 PHASES = ("mse", "gan", "closed")
 
 
-class DiscaModule(lightning.LightningModule):
+class DiscaModule(Descent):
     """Train a `DiscaPredictor` on recorded runs of a frozen pipeline, student or not.
 
     Anchors of the first two phases are drawn anew for every batch, with gaps in sigma up to
@@ -118,19 +116,8 @@ class DiscaModule(lightning.LightningModule):
         self.adversary = Adversary(self.pipe, width) if gan_epochs else None
         told = {"recording": recording, "anchors": list(anchors), "tap": self.tap}
         self.save_hyperparameters(told | {"fit": self.fit_name, "arguments": arguments})
-        self._add_measures()
+        self.add_measures()
         self.errors: list[Tensor] = []
-
-    def _add_measures(self) -> None:
-        """Buffers of what is measured, which the checkpoint keeps."""
-        self.num_trajectories: Tensor
-        self.fit_seconds: Tensor
-        self.start_error: Tensor
-        self.val_error: Tensor
-        self.register_buffer("num_trajectories", torch.tensor(0))
-        for name in ("fit_seconds", "start_error", "val_error"):
-            start = 0.0 if name == "fit_seconds" else math.inf
-            self.register_buffer(name, torch.tensor(start, dtype=torch.float64))
 
     def spec(self) -> PredictorSpec:
         """What the predictor was fitted on."""
@@ -166,15 +153,6 @@ class DiscaModule(lightning.LightningModule):
         if not math.isfinite(float(self.start_error)) and data.val_items:
             errors = [self.closed_errors(batch) for batch in data.val_dataloader()]
             self.start_error.fill_(torch.cat(errors).mean())
-
-    def on_train_epoch_start(self) -> None:
-        """Start the clock."""
-        check_strategy(self)
-        self._started = time.perf_counter()
-
-    def on_train_epoch_end(self) -> None:
-        """Add the epoch's time."""
-        self.fit_seconds.add_(time.perf_counter() - self._started)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One update on all forecasts of a batch of runs."""

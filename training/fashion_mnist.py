@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from ..trajectories.sampler import ResumableLoader
+
 DEFAULT_FOLDER = "/usr/share/datasets/fashion-mnist"
 CLASS_NAMES = (
     "t-shirt", "trouser", "pullover", "dress", "coat",
@@ -25,25 +27,27 @@ class FashionMNIST(lightning.LightningDataModule):
         folder: folder of the four `*-ubyte.gz` files, which Debian's `dataset-fashion-mnist`
             package installs.
         batch_size: samples per batch.
+        seed: seed of the training order.
     """
 
-    def __init__(self, folder: str = DEFAULT_FOLDER, batch_size: int = 64) -> None:
+    def __init__(self, folder: str = DEFAULT_FOLDER, batch_size: int = 64, seed: int = 0) -> None:
         super().__init__()
         self.folder = Path(folder)
         self.batch_size = batch_size
+        self.seed = seed
 
     def setup(self, stage: str) -> None:
         """Read the images and labels into memory (60 MB)."""
         self.train = TensorDataset(*load_split(self.folder, "train"))
         self.test = TensorDataset(*load_split(self.folder, "t10k"))
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled training batches `(images (B, 1, 32, 32) in [-1, 1], labels (B,))`."""
-        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled batches `(images (B, 1, 32, 32) in [-1, 1], labels (B,))`, all of one size."""
+        return ResumableLoader(self.train, self.batch_size, self.seed, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         """Test batches in file order."""
-        return DataLoader(self.test, self.batch_size)
+        return DataLoader(self.test, self.batch_size, generator=torch.Generator())
 
 
 def load_split(folder: Path, name: str) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,9 @@ Shapes: B batch, S sampling steps.
 
 import math
 import random
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import lightning
 import torch
 from jaxtyping import Float
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -26,6 +24,7 @@ from ..integration.schedule import check_anchors
 from ..predictors.kan import with_pykan, without_pykan
 from ..predictors.lesa import LesaPredictor
 from ..predictors.lesa_values import LesaValues
+from .descent import Descent
 from .frozen_runs import final_latents
 from .l2p import spec_of
 from .lesa_figures import gate_figure
@@ -41,10 +40,9 @@ from .lesa_samples import (
 )
 from .lesa_start import LesaFactory, description, untrained
 from .measure import References, item_of, log_error
-from .processes import check_strategy
 
 
-class LesaModule(lightning.LightningModule):
+class LesaModule(Descent):
     """Train a `LesaPredictor` for one anchor list; set `max_epochs` to the epochs of both phases.
 
     An epoch of the second phase runs the pipeline once per trajectory, forecasting with the weights
@@ -127,19 +125,8 @@ class LesaModule(lightning.LightningModule):
         self.save_hyperparameters(told)
         self.predictor = plain if pykan_seed is None else with_pykan(plain, pykan_seed)
         self.pipe: Any = None
-        self._add_measures()
+        self.add_measures()
         self.closed_errors: list[Tensor] = []
-
-    def _add_measures(self) -> None:
-        """Buffers of what is measured, which the checkpoint keeps."""
-        self.num_trajectories: Tensor
-        self.fit_seconds: Tensor
-        self.start_error: Tensor
-        self.val_error: Tensor
-        self.register_buffer("num_trajectories", torch.tensor(0))
-        for name in ("fit_seconds", "start_error", "val_error"):
-            start = 0.0 if name == "fit_seconds" else math.inf
-            self.register_buffer(name, torch.tensor(start, dtype=torch.float64))
 
     def deployed(self) -> LesaPredictor:
         """The predictor without pykan, as it is exported."""
@@ -183,11 +170,6 @@ class LesaModule(lightning.LightningModule):
             for batch in data.val_dataloader():
                 errors.append(self.run(batch)[1])
             self.start_error.fill_(torch.cat(errors).mean())
-
-    def on_train_epoch_start(self) -> None:
-        """Start the clock."""
-        check_strategy(self)
-        self._started = time.perf_counter()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Update on every forecast step of a batch, a few at a time, or once on its samples."""
@@ -251,10 +233,6 @@ class LesaModule(lightning.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = factor * group["first_rate"]
         self.log("train/tap_rate", optimizer.param_groups[0]["lr"], batch_size=1)
-
-    def on_train_epoch_end(self) -> None:
-        """Add the epoch's time."""
-        self.fit_seconds.add_(time.perf_counter() - self._started)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out errors per stage, guided and in closed loop, and that of the final latents."""

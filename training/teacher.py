@@ -6,16 +6,16 @@ Source: Liu et al., arXiv 2209.03003 (rectified flow); Esser et al., arXiv 2403.
 (logit-normal times); Peebles & Xie, arXiv 2212.09748 (adaLN-Zero, label dropout).
 """
 
-import lightning
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..integration.pixel_pipeline import PixelDiTPipeline
+from .resuming import Drawing
 
 
-class TeacherModule(lightning.LightningModule):
+class TeacherModule(Drawing):
     """Train a `DiTTransformer2DModel` to predict v = eps - x_0.
 
     Args:
@@ -62,9 +62,9 @@ class TeacherModule(lightning.LightningModule):
             batch_idx: not used.
         """
         x_0, labels = batch
-        eps = torch.randn_like(x_0)
-        sigma = torch.randn(len(x_0), device=x_0.device).sigmoid()
-        dropped = torch.rand(len(x_0), device=x_0.device) < self.label_dropout
+        eps = torch.randn(x_0.shape).to(x_0)  # drawn on the CPU: the same on every device
+        sigma = torch.randn(len(x_0)).to(x_0).sigmoid()
+        dropped = (torch.rand(len(x_0)) < self.label_dropout).to(x_0.device)
         loss = self._loss(x_0, eps, sigma, labels.masked_fill(dropped, self.num_classes))
         self.log("train/loss", loss, prog_bar=True)
         return loss

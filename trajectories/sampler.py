@@ -27,13 +27,20 @@ class EpochSampler(DistributedSampler[int]):
         batch_size: examples per batch over all processes.
         rank: this process.
         world: number of processes; divides `batch_size`.
+        drop_last: leave a smaller last batch out of the epoch.
 
     Attributes:
         position: examples of this epoch already delivered to all processes; the whole state.
     """
 
     def __init__(
-        self, size: int, seed: int, batch_size: int = 1, rank: int = 0, world: int = 1
+        self,
+        size: int,
+        seed: int,
+        batch_size: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
     ) -> None:
         super().__init__(range(size), num_replicas=world, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.size = size
@@ -42,7 +49,8 @@ class EpochSampler(DistributedSampler[int]):
         self.position = 0
         # Examples of a smaller last batch that cannot be dealt evenly are left out of the epoch:
         # gradients are averaged over processes, which counts right only if all have as many.
-        self.used = size - size % batch_size % world
+        rest = size % batch_size
+        self.used = size - (rest if drop_last else rest % world)
 
     def __len__(self) -> int:
         """Number of examples of a whole epoch on this process."""
@@ -84,13 +92,20 @@ class ResumableLoader(DataLoader[Any]):
             smaller.
         seed: seed of the permutations.
         num_workers: worker processes; 0 loads in this process.
+        drop_last: leave a smaller last batch out of the epoch.
 
     Raises:
-        ValueError: the processes cannot share a batch evenly, or an epoch has not one for each.
+        ValueError: the processes cannot share a batch evenly, or an epoch has not one for each, or
+            no whole batch where only whole ones are wanted.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int, seed: int, num_workers: int = 0
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        drop_last: bool = False,
     ) -> None:
         rank, world = (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
         size = len(dataset)  # type: ignore[arg-type]
@@ -99,7 +114,12 @@ class ResumableLoader(DataLoader[Any]):
                 f"batch_size is {batch_size} over all {world} processes, and there are {size} "
                 f"trajectories; expected a multiple of {world}, and at least {world} trajectories."
             )
-        self.position_sampler = EpochSampler(size, seed, batch_size, rank, world)
+        if drop_last and size < batch_size:
+            raise ValueError(
+                f"batch_size is {batch_size}, expected at most the {size} examples there are: only "
+                "whole batches are trained on."
+            )
+        self.position_sampler = EpochSampler(size, seed, batch_size, rank, world, drop_last)
         self._resuming = False
         super().__init__(
             dataset,

@@ -1,0 +1,99 @@
+"""What a training needs to go on, after a kill, with the bits of one that was never killed."""
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+RANDOM_STATE = "random_state"
+WEIGHTS = "current_model_state"  # where Lightning's weight averaging keeps those being trained
+
+
+class Resumable(lightning.LightningModule):
+    """A training that goes on from a checkpoint of any batch."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Mend what Lightning mistakes; it reads its loops' state afterwards."""
+        close_epoch(checkpoint)
+
+
+class Drawing(Resumable):
+    """A training that draws from torch's own random numbers, whose state its checkpoint keeps.
+
+    It is of one process: several would draw the same numbers for their different examples.
+    """
+
+    _resumed = False
+    _random_state: Tensor | None = None
+    _weights: dict[str, Tensor] | None = None
+
+    def on_fit_start(self) -> None:
+        """Refuse several processes.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if (world := self.trainer.world_size) > 1:
+            raise ValueError(
+                f"{type(self).__name__} was started in {world} processes, expected one: all would "
+                "draw the same noise. Set `trainer.devices: 1` and `num_nodes: 1`."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of torch's random numbers, and weights that nothing was added to.
+
+        Where nothing is left to train, weight averaging puts the average in the weights' place
+        before Lightning writes the checkpoint again.
+        """
+        checkpoint[RANDOM_STATE] = torch.get_rng_state()
+        if self._weights is not None:
+            checkpoint[WEIGHTS] = self._weights
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the state until training starts."""
+        super().on_load_checkpoint(checkpoint)
+        self._resumed, self._random_state = True, checkpoint.get(RANDOM_STATE)
+        self._weights = checkpoint.get(WEIGHTS)
+
+    def on_train_start(self) -> None:
+        """Go on with the numbers that the checkpoint had left.
+
+        Raises:
+            ValueError: it does not say.
+        """
+        if not self._resumed:
+            return
+        if self._random_state is None:
+            raise ValueError(
+                f"the checkpoint of {type(self).__name__} has no {RANDOM_STATE}, so the numbers "
+                "drawn before would be drawn again; it is of an older version: train anew."
+            )
+        torch.set_rng_state(self._random_state)
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """From here on the checkpoint's weights are old."""
+        self._weights = None
+
+
+def close_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a checkpoint written after the last batch of an epoch be one between two epochs.
+
+    Lightning (2.6) takes it for one in the middle, does not count the epoch that follows, and
+    after a second kill begins that epoch anew with what it had left. The validation that was due
+    is left out in either case.
+
+    Args:
+        checkpoint: Lightning's, changed in place.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    batches, epochs = loop.get("epoch_loop.batch_progress"), loop.get("epoch_progress")
+    if not batches or not batches["is_last_batch"]:
+        return
+    if batches["current"]["completed"] != batches["current"]["processed"] - 1:
+        return
+    batches["total"]["completed"] = batches["total"]["processed"]
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
+    for counts in (epochs["total"], epochs["current"]):
+        counts["processed"] = counts["completed"] = counts["started"]
