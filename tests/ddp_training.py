@@ -1,7 +1,9 @@
 """Script: train LESA and DisCa on recordings, alone or as one of several processes.
 
-Usage: ddp_training.py LESA_RECORDING DISCA_RECORDING OUT, with or without torchrun. Writes the
-state of every training after its last update to OUT/<name>-<rank>.pt, as this rank sees it.
+Usage: ddp_training.py LESA_RECORDING DISCA_RECORDING OUT [OTHER], with or without torchrun. Writes
+the state of every training after its last update to OUT/<name>-<rank>.pt, as this rank sees it,
+and a checkpoint after the first batch of its second epoch to OUT/<name>.ckpt. Some also go on from
+the checkpoints in OTHER, of another number of processes, to OUT/crossed_<name>-<rank>.pt.
 """
 
 import logging
@@ -34,6 +36,7 @@ PHASES: dict[str, dict[str, Any]] = {
     },
     "disca": {"mse_epochs": 1, "gan_epochs": 2, "closed_epochs": 1, "order": 1},
 }
+CROSSED = ("lesa_sample", "disca")
 EPOCHS = {"lesa_feature": 3, "lesa_sample": 3, "disca": 4}
 
 
@@ -50,8 +53,20 @@ def made(name: str, recording: str) -> tuple[lightning.LightningModule, Recordin
     return module, RecordingDataModule(recording, ["feature/hidden", "final"], 4, 0.3, 3)
 
 
-def train(name: str, recording: str, out: Path) -> None:
-    """Train, and save what came of it."""
+class MidEpoch(lightning.Callback):
+    """Saves a checkpoint in the middle of the second epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
+        """Save after its first batch."""
+        if trainer.current_epoch == 1 and arguments[-1] == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def train(name: str, recording: str, out: Path, start: Path | None = None) -> None:
+    """Train, from a checkpoint if there is one, and save what came of it."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     module, data = made(name, recording)
     strategy = UNUSED if world > 1 else "auto"
@@ -60,9 +75,10 @@ def train(name: str, recording: str, out: Path) -> None:
         devices=world,
         strategy=strategy,
         enable_checkpointing=False,
+        callbacks=[] if start else [MidEpoch(out / f"{name}.ckpt")],
         **{"logger": False, **QUIET},
     )
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=start)
     kept = {
         "state": module.state_dict(),
         "start": module.start_error,
@@ -71,16 +87,20 @@ def train(name: str, recording: str, out: Path) -> None:
         "anchors": [ANCHORS, STEPS],
         "items": len(Recording(recording)),
     }
-    torch.save(kept, out / f"{name}-{trainer.global_rank}.pt")
+    prefix = "crossed_" if start else ""
+    torch.save(kept, out / f"{prefix}{name}-{trainer.global_rank}.pt")
 
 
-def main(lesa: str, disca_recording: str, out: Path) -> None:
+def main(lesa: str, disca_recording: str, out: Path, other: Path | None) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     disca.load_pipeline = lambda _: pipeline("dit_guided")  # type: ignore[assignment]
     for name in PHASES:
-        train(name, disca_recording if name == "disca" else lesa, out)
+        recording = disca_recording if name == "disca" else lesa
+        train(name, recording, out)
+        if other and name in CROSSED:
+            train(name, recording, out, other / f"{name}.ckpt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]) if sys.argv[4:] else None)

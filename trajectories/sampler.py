@@ -112,7 +112,7 @@ class ResumableLoader(DataLoader[Any]):
         if batch_size % world or size < world:
             raise ValueError(
                 f"batch_size is {batch_size} over all {world} processes, and there are {size} "
-                f"trajectories; expected a multiple of {world}, and at least {world} trajectories."
+                f"examples; expected a multiple of {world}, and at least {world} examples."
             )
         if drop_last and size < batch_size:
             raise ValueError(
