@@ -133,7 +133,7 @@ def test_a_folder_without_recording_is_refused(tmp_path: Path) -> None:
         ({"schema_version": 2}, "schema_version 2, this release reads 1; upgrade"),
         ({"colour": 1}, r"unknown keys \['colour'\]"),
         ({"sigmas": "x"}, "sigmas: found 'x', expected a list"),
-        ({"sigmas": [1.0, float("nan")]}, "sigmas"),
+        ({"sigmas": [1.0, float("nan")]}, "NaN is no finite number"),
         ({"num_branches": 0}, "num_branches: found 0"),
         ({"features": "some"}, "features: found 'some'"),
         ({"taps": ["a", "a"]}, "taps"),

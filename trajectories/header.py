@@ -8,12 +8,13 @@ from typing import Any
 
 import xxhash
 
-from ..checkpoints.strict import unique_keys
+from ..checkpoints.strict import parse_json
 from .shards import write_atomically
 
 SCHEMA_VERSION = 1
 HEADER_FILE = "recording.json"
 MAX_RECORDING_JSON_BYTES = 1_000_000
+MAX_INT = 1 << 63
 LATER_FIELDS = {"guidance", "branch_steps", "expert_steps"}  # missing in older recordings
 FEATURE_MODES = ("none", "tokens", "full")
 
@@ -100,10 +101,9 @@ class Header:
         _require(numbers, "guidance", self.guidance, "numbers by name")
         sizes = all(map(_is_size, self.branch_steps))
         _require(sizes, "branch_steps", self.branch_steps, "a list of ints >= 1")
-        rising = self.expert_steps == sorted(set(self.expert_steps))
-        holds = (
-            self.expert_steps[:1] == [0] and all(map(_is_size, self.expert_steps[1:])) and rising
-        )
+        first, others = self.expert_steps[:1], self.expert_steps[1:]
+        holds = first == [0] and all(map(_is_size, others))
+        holds = holds and self.expert_steps == sorted(set(self.expert_steps))
         _require(holds, "expert_steps", self.expert_steps, "rising steps starting with 0")
         _require(isinstance(self.recipe_hash, str), "recipe_hash", self.recipe_hash, "a string")
         version = self.schema_version
@@ -126,8 +126,8 @@ class Header:
             RecordingError: not JSON, a newer schema, or a malformed field.
         """
         try:
-            values = json.loads(content, object_pairs_hook=unique_keys)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(content)
+        except ValueError as error:
             raise RecordingError(
                 f"{where} is not JSON ({error}); restore or re-record it."
             ) from error
@@ -146,7 +146,7 @@ class Header:
             raise RecordingError(f"{where} lacks the keys {missing}.")
         try:
             return cls(**values)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise RecordingError(f"{where}: {error}") from error
 
     def write(self, folder: Path) -> None:
@@ -213,12 +213,14 @@ def _short(value: Any) -> str:
 
 def _require(holds: bool, name: str, found: Any, expected: str) -> None:
     if not holds:
-        raise ValueError(f"{name}: found {found!r}, expected {expected}.")
+        raise ValueError(f"{name}: found {_short(found)}, expected {expected}.")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < MAX_INT
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < MAX_INT

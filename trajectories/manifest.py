@@ -1,6 +1,5 @@
 """`manifest.<rank>.jsonl`: one line per finished trajectory, append-only, merged by reading all."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -8,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.strict import unique_keys
-from .header import RecordingError, canonical_json
+from ..checkpoints.strict import parse_json
+from .header import MAX_INT, RecordingError, canonical_json
 
 MAX_LINE_BYTES = 65_536
 MAX_META_BYTES = 60_000
 MAX_MANIFEST_BYTES = 1 << 30
-MAX_INT = 1 << 63
 ENTRY_KEYS = {"item", "file", "xxh3", "bytes", "meta"}
 MANIFEST_NAME = re.compile(r"manifest\.[0-9]{5,}\.jsonl")
 SHARD_NAME = re.compile(r"shards(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
@@ -104,8 +102,8 @@ def parse_line(line: bytes, where: str) -> Entry:
     if len(line) > MAX_LINE_BYTES:
         raise RecordingError(f"{where} has {len(line)} bytes, the limit is {MAX_LINE_BYTES}.")
     try:
-        values = json.loads(line, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(line)
+    except ValueError as error:
         raise RecordingError(
             f"{where} is not JSON ({error}); run `foreseer verify --repair`, then record again."
         ) from error

@@ -8,8 +8,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .header import HEADER_FILE, Header, RecordingError, canonical_json
-from .manifest import MAX_INT, Entry, append_entry, cut_half_line, manifest_path, meta_problem
+from .header import HEADER_FILE, MAX_INT, Header, RecordingError, canonical_json
+from .manifest import Entry, append_entry, cut_half_line, manifest_path, meta_problem
 from .remote import Remote
 from .shards import ShardDigest, copy_shard, sync_folder, write_shard
 from .storage import Folder, read_entries, read_header
