@@ -103,6 +103,17 @@ GAN = DISCA | {
 }
 EPOCHS = [Kill("batch", 0, 1), Kill("batch", 1, 2), Kill("write", 0), Kill("batch", 3, 1)]
 STEPS = [Kill("batch", 0, 2), Kill("batch", 1, 0), Kill("batch", 1, 1), Kill("saved", 3)]
+PYKAN = OURS | {
+    "model.init_args.pykan_seed": 0,
+    "model.init_args.open_loop_epochs": 1,
+    "model.init_args.closed_loop_epochs": 1,
+    "trainer.max_epochs": 2,
+}
+CLOSED = {
+    "model.init_args.anchors": [0, 2],
+    "model.init_args.num_probe": 2,
+    "data.init_args.batch_size": 2,
+}
 DISTILL = {
     "data.init_args.num_runs": 10,
     "data.init_args.num_validation": 2,
@@ -118,14 +129,12 @@ DISTILL = {
 # Five batches to an epoch and a checkpoint every second: after a batch, and at an epoch's end.
 CLOCK = [Kill("batch", 0, 3), Kill("write", 1), Kill("batch", 2, 0), Kill("saved", 1)]
 CASES = {
-    "l2p": Case(
+    "l2p": Case("fit/l2p", [Kill("batch", 1, 1), Kill("write", 0)], CLOSED),
+    "l2p_output": Case(  # on this tap it tracks the full run before
         "fit/l2p",
-        [Kill("batch", 1, 1), Kill("write", 0)],
-        {
-            "model.init_args.anchors": [0, 2],
-            "model.init_args.num_probe": 2,
-            "data.init_args.batch_size": 2,
-        },
+        [Kill("batch", 0, 1), Kill("batch", 1, 0), Kill("batch", 1, 2)],
+        CLOSED | {"model.init_args.tap": "output"},
+        1,
     ),
     "l2p_adam": Case(
         "fit/l2p_adam",
@@ -138,9 +147,10 @@ CASES = {
     "l2p_gram": Case("fit/l2p_gram", ONCE),
     "l2p_continuous": Case("fit/l2p_continuous", ONCE, {"model.init_args.num_lists": 6}),
     "lesa": Case("fit/lesa", EPOCHS, OURS),
+    "lesa_pykan": Case("fit/lesa", [Kill("batch", 0, 1), Kill("batch", 1, 2)], PYKAN, 1),
     "lesa_published": Case("fit/lesa_published", STEPS, PUBLISHED, 1),
     "disca": Case("fit/disca", EPOCHS, TWO_PHASES),
-    "disca_published": Case("fit/disca_published", STEPS, GAN, 1),
+    "disca_published": Case("fit/disca_published", [*STEPS, Kill("batch", 3, 2)], GAN, 1),
     "guidance": Case("distill/guidance", CLOCK, DISTILL),
     "chord": Case("distill/chord", CLOCK[::2], DISTILL),
     "meanflow": Case("distill/meanflow", CLOCK[::2], DISTILL),
@@ -219,7 +229,7 @@ def configuration(case: Case, sources: dict[str, Any], folder: Path) -> str:
         if callback["class_path"].endswith("ModelCheckpoint"):
             if "every_n_train_steps" in keeps:
                 keeps["every_n_train_steps"] = 2
-            elif case.steps is not None and keeps["filename"] == "last":
+            elif case.steps is not None and keeps["filename"] in ("last", "epoch"):
                 keeps["every_n_train_steps"] = case.steps
     return yaml.safe_dump(content, sort_keys=False)
 

@@ -17,13 +17,15 @@ from .closed_form import refuse_several_processes
 from .gauss_newton import Direction, Quadratics, directions, feature_bases, linearise
 from .l2p import L2PModule
 from .measure import References, closed_loop_errors
+from .resuming import Resumable
 from .rows import analytic_rows
 from .tracking import track
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+LINEARISED = "linearised"  # what the checkpoint keeps of an epoch's batches
 
 
-class L2PClosedLoop(L2PModule):
+class L2PClosedLoop(Resumable, L2PModule):
     """Fit rows on the error of the finished sample, never ending below the best analytic rule.
 
     1. The formula (or AB2) with the least closed-loop error on these anchors is the start.
@@ -129,8 +131,17 @@ class L2PClosedLoop(L2PModule):
         mean = total / len(self.calibration.items)
         return feature_bases(mean[None], self.predictor.anchors)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the epoch's batches have told so far."""
+        checkpoint[LINEARISED] = [dict(vars(part)) for part in self.parts]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with it; a checkpoint between two epochs has none."""
+        super().on_load_checkpoint(checkpoint)
+        self.parts = [Quadratics(**part) for part in checkpoint.get(LINEARISED, [])]
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Linearise the sampler around the best rows so far, for one batch."""
+        """Linearise the sampler around the best rows so far, for one batch; step after the last."""
         references = self._references([int(item) for item in batch["item"]])
         part = linearise(
             self.pipe,
@@ -144,8 +155,18 @@ class L2PClosedLoop(L2PModule):
         )
         self.parts.append(part)
         self.log("train/error_db", 10 * part.constant.log10().mean(), prog_bar=True, batch_size=1)
+        if self.trainer.is_last_batch:
+            self._move()
+        self.optimizers().step()  # type: ignore[union-attr]
 
     def on_train_epoch_end(self) -> None:
+        """Move by what there is of an epoch that was cut short, and log."""
+        if self.parts:
+            self._move()
+        self.log("val/error_db", self.best_error, prog_bar=True)
+        self.log("val/gain_over_start_db", self.start_error - self.best_error, prog_bar=True)
+
+    def _move(self) -> None:
         """Take the Gauss-Newton step that does best on the validation split, if any does."""
         quadratics = Quadratics.join(self.parts)
         self.parts = []
@@ -156,8 +177,6 @@ class L2PClosedLoop(L2PModule):
             error = self._error(rows, self.validation)
             self.print(f"ridge {ridge:g}: {error:.2f} dB, best so far {float(self.best_error):.2f}")
             self._consider(rows, error)
-        self.log("val/error_db", self.best_error, prog_bar=True)
-        self.log("val/gain_over_start_db", self.start_error - self.best_error, prog_bar=True)
 
     def on_train_end(self) -> None:
         """Say what came of it."""
@@ -167,8 +186,12 @@ class L2PClosedLoop(L2PModule):
         else:
             self.print(f"no gain over {self.start_name}: its rows are returned unchanged")
 
-    def configure_optimizers(self) -> None:
-        """Steps are solved for, not descended to."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One that changes nothing, since steps are solved for: Lightning counts its steps.
+
+        Without a count its `ModelCheckpoint` takes every epoch for one that is saved already.
+        """
+        return torch.optim.SGD([self.predictor.weight], lr=0.0)
 
     def _consider(self, rows: Float[Tensor, "branches S S"], error: float) -> None:
         if error < float(self.best_error):
