@@ -20,6 +20,7 @@ class Controller:
             enter the picture.
         image_tokens: those tokens, `(rows, tokens)` of bool, of every call that has others too.
         memory_budget: bytes that cached features may take; None for what the device has.
+        to_need_less: what a user can do, besides fewer samples, when that is too little.
         guided_by: how the pipeline call in progress is guided, by the names of its arguments; set
             before `open`.
     """
@@ -31,6 +32,10 @@ class Controller:
     image_tokens: Mapping[str, Tensor] = {}
     guided_by: Mapping[str, float] = {}
     memory_budget: int | None = None
+    to_need_less: str = (
+        "use a predictor that looks at fewer anchors (Reuse at 1, Taylor(1) at 2); memory_budget "
+        "sets another limit"
+    )
 
     def open(self, sigmas: list[float]) -> None:
         """A new run starts on this grid of sigmas; forget the last one."""

@@ -72,8 +72,7 @@ def advice(controller: Controller) -> str:
     ways = ["draw fewer samples per call"]
     if controller.taps != {"output"}:
         ways.append("forecast the tap 'output'")
-    ways.append("use a predictor that looks at fewer anchors (Reuse at 1, Taylor(1) at 2)")
-    return f"To need less, {', '.join(ways[:-1])} or {ways[-1]}; memory_budget sets another limit."
+    return f"To need less, {', '.join(ways)} or {controller.to_need_less}."
 
 
 def available_bytes(device: torch.device) -> int | None:

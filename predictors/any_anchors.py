@@ -106,7 +106,7 @@ def solve_weights(
     known = list(anchors)
     total = gram.detach().cpu().double()
     inner = total[:, known][:, :, known]
-    scale = inner.diagonal(dim1=-2, dim2=-1).rsqrt()
+    scale = inner.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
     normal = inner * scale[:, :, None] * scale[:, None, :]
     normal = normal + (ridge + FLOOR) * torch.eye(len(known), dtype=torch.float64)
     error = total[:, known, step] - inner[:, :, -1]

@@ -277,3 +277,19 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
         recorded("dit", tmp_path, pipe=pipe)
     assert Recording(tmp_path).items == []
     assert "forward" not in vars(pipe.transformer)
+
+
+def test_a_recording_that_cannot_be_held_is_refused_after_its_first_step(tmp_path, monkeypatch):
+    pipe, batch = pipeline("dit_guided"), items("dit_guided", 2)
+    held = []
+
+    def available(device: torch.device) -> int:
+        held.append(device)
+        return 1000
+
+    monkeypatch.setattr("foreseer.integration.memory.available_bytes", available)
+    with pytest.raises(MemoryError, match="going to cache up to .* after step 0.*or record fewer"):
+        record(pipe, batch, tmp_path / "r", taps=["hidden"], **settings("dit_guided"))
+    assert len(held) == 1 and not (tmp_path / "r").exists()
+    monkeypatch.setattr("foreseer.integration.memory.available_bytes", lambda device: 1 << 40)
+    record(pipe, batch, tmp_path / "r", taps=["hidden"], **settings("dit_guided"))

@@ -67,7 +67,7 @@ def least_squares_rows(
             continue
         inner = total[:, history][:, :, history]
         error = total[:, history, t] - inner[:, :, -1]
-        scale = inner.diagonal(dim1=-2, dim2=-1).rsqrt()
+        scale = inner.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
         normal = inner * scale[:, :, None] * scale[:, None, :]
         normal = normal + (ridge + 1e-12) * torch.eye(len(history), dtype=torch.float64)
         rows[:, t, history] = torch.linalg.solve(normal, error * scale) * scale

@@ -27,6 +27,7 @@ class Recorder(Controller):
     """
 
     wants_image_tokens = True
+    to_need_less = "record fewer taps"
 
     def __init__(
         self, taps: Sequence[str], partitions: Mapping[str, Partition] | None = None
@@ -109,6 +110,15 @@ class Recorder(Controller):
 
     def _steps(self) -> list[dict[int, Tensor]]:
         return next(iter(self.features.values()))
+
+    def state_bytes(self) -> int:
+        """Bytes of the features kept of the run so far."""
+        steps = [step for steps in self.features.values() for step in steps]
+        return sum(t.numel() * t.element_size() for step in steps for t in step.values())
+
+    def most_bytes(self, index: int, num_steps: int) -> int:
+        """All steps keep what the first one keeps: a Gram's rows need all earlier features."""
+        return self.state_bytes() * num_steps // (index + 1)
 
     def trajectory(self, sample: int, tap: str) -> list[Tensor]:
         """The features of one sample at one tap, `(S, *shape)` of every branch.
