@@ -241,7 +241,7 @@ def recorders(scratch: Path) -> dict[str, Any]:
     found = {}
     for world in (1, 2):
         out = scratch / f"recorders-{world}"
-        options = "--pipeline zoo:fashion_dit --guidance_scale 3 --num_trajectories 32"
+        options = "--pipeline zoo:fashion_dit --guidance_scale 3 --num_trajectories 48"
         words = [sys.executable, "-m", "foreseer", "record", *options.split(), "--out", str(out)]
         started = time.perf_counter()
         running = [

@@ -49,7 +49,7 @@ def recorders(section: dict[str, Any]) -> str:
         ]
         for name, r in section.items()
     ]
-    head = ["", "trajectories/s", "rows/s", "of one process", "seconds for 32, start included"]
+    head = ["", "trajectories/s", "rows/s", "of one process", "seconds for 48, start included"]
     return table(head, rows)
 
 
