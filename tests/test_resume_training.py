@@ -18,7 +18,15 @@ from foreseer.training.resuming import RANDOM_STATE, close_epoch
 from foreseer.training.teacher import TeacherModule
 
 HERE = Path(__file__).parent
-SOLVED = {"l2p", "l2p_output", "l2p_lstsq", "l2p_bands", "l2p_groups", "l2p_gram", "l2p_continuous"}
+SOLVED = {
+    "l2p",
+    "l2p_batches",
+    "l2p_lstsq",
+    "l2p_bands",
+    "l2p_groups",
+    "l2p_gram",
+    "l2p_continuous",
+}
 FROM_THE_START = {"judge"}  # its configuration goes on from no checkpoint
 
 

@@ -23,6 +23,7 @@ from .tracking import track
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 LINEARISED = "linearised"  # what the checkpoint keeps of an epoch's batches
+MOVES = "moves"  # and of the start: LAPACK may round otherwise in another process
 
 
 class L2PClosedLoop(Resumable, L2PModule):
@@ -89,6 +90,8 @@ class L2PClosedLoop(Resumable, L2PModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.validation = self._references(data.val_items)
         self.calibration = self._references(data.train_items)
+        if self.moves:
+            return
         start = self._choose_start()
         bases = self._track(start) if self.tap == "output" else self._feature_bases()
         ramps = self.tap != "output"
@@ -132,13 +135,18 @@ class L2PClosedLoop(Resumable, L2PModule):
         return feature_bases(mean[None], self.predictor.anchors)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the epoch's batches have told so far."""
+        """Keep what was found at the start, and what the epoch's batches have told so far."""
         checkpoint[LINEARISED] = [dict(vars(part)) for part in self.parts]
+        moves = [dict(vars(move)) for move in self.moves]
+        checkpoint[MOVES] = {"start_name": self.start_name, "moves": moves}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with it; a checkpoint between two epochs has none."""
         super().on_load_checkpoint(checkpoint)
         self.parts = [Quadratics(**part) for part in checkpoint.get(LINEARISED, [])]
+        if found := checkpoint.get(MOVES):
+            self.start_name = found["start_name"]
+            self.moves = [Direction(**move) for move in found["moves"]]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Linearise the sampler around the best rows so far, for one batch; step after the last."""
