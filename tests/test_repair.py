@@ -142,7 +142,20 @@ def test_the_command_repairs_reports_and_exits_well(
         main(["verify", str(folder)])
     printed = capsys.readouterr().out
     assert "1 of 3 trajectories damaged" in printed and "1 files belong to no finished" in printed
-    main(["verify", str(folder), "--repair", "true"])
+    main(["verify", "--repair", str(folder)])
     printed = capsys.readouterr().out
     assert "dropped line 2 of manifest.00000.jsonl" in printed and "adopted" in printed
     assert "2 changes made" in printed and "0 of 3 trajectories damaged" in printed
+
+
+@pytest.mark.parametrize("words", [["--repair"], ["--repair", "true"], ["--repair=true"]])
+def test_repair_needs_no_value(folder: Path, words: list[str]) -> None:
+    spoil(shard(folder, 1), b"")
+    main(["verify", str(folder), *words])
+    assert Recording(folder).items == [0, 2, 3]
+
+
+def test_repair_can_be_switched_off(folder: Path) -> None:
+    spoil(shard(folder, 1), b"")
+    with pytest.raises(SystemExit):
+        main(["verify", str(folder), "--repair", "false"])

@@ -29,6 +29,9 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     )
 }
 
+FLAGS = ("--repair",)
+"""Options that are switched on by being named."""
+
 OF_PIPELINES: dict[str, Callable[..., None]] = {
     "inspect": pipeline_commands.inspect,
     "verify": pipeline_commands.verify,
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         asked = {"-h", "--help"} & set(rest)  # also without the pipeline's name
         run_function(OF_PIPELINES[word], ["--help"] if asked else rest)
     elif word in FUNCTIONS:
-        run_function(FUNCTIONS[word], rest)
+        run_function(FUNCTIONS[word], with_values(rest))
     elif word == "teacher":
         run_trainer(rest, "foreseer teacher")
     elif word == "distill":
@@ -96,6 +99,15 @@ def run_function(function: Callable[..., None], words: list[str]) -> None:
 
     lone = function in (commands.inspect, commands.verify)
     auto_cli(function, words, as_positional=lone, prog=f"foreseer {function.__name__}")
+
+
+def with_values(words: list[str]) -> list[str]:
+    """`--repair` alone stands for `--repair true`: jsonargparse wants a value of every option."""
+    following = [*words[1:], ""]
+    return [
+        f"{word}=true" if word in FLAGS and after not in ("true", "false") else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 def run_trainer(words: list[str], prog: str) -> None:
