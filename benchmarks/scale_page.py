@@ -75,7 +75,7 @@ def estimates(rows: list[dict[str, Any]]) -> str:
     lines = [
         [
             row["model"],
-            *(f"{row[f'hours_{gpus}']:,.1f}" for gpus in GPUS),
+            *(f"{row[f'hours_{gpus}']:,.2f}" for gpus in GPUS),
             f"{row['all_grams_bytes'] / 1e6:,.0f} MB",
             f"{row['feature_bytes_each'] / 1e9:,.1f} GB",
             f"{row['all_features_bytes'] / 1e12:,.2f} TB",
