@@ -148,7 +148,7 @@ def test_writers_of_one_disk_are_warned_when_only_their_own_share_fits(
     check_room(tmp_path / "r", class_items(2, 3), 1, 2, size)
     assert "together" not in capsys.readouterr().out
     check_room("memory://run", class_items(100, 3), 0, 1, size)
-    assert "are sent to memory://run, one at a time" in capsys.readouterr().out
+    assert "and are sent to memory://run one at a time" in capsys.readouterr().out
 
 
 def test_a_rank_without_items_ends_well(pipeline, tmp_path, capsys):

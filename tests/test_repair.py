@@ -145,7 +145,11 @@ def test_the_command_repairs_reports_and_exits_well(
     main(["verify", "--repair", str(folder)])
     printed = capsys.readouterr().out
     assert "dropped line 2 of manifest.00000.jsonl" in printed and "adopted" in printed
-    assert "2 changes made" in printed and "0 of 3 trajectories damaged" in printed
+    assert (
+        "changes made: 2" in printed
+        and "lies in" in printed
+        and "0 of 3 trajectories damaged" in printed
+    )
 
 
 @pytest.mark.parametrize("words", [["--repair"], ["--repair", "true"], ["--repair=true"]])

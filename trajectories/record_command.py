@@ -200,7 +200,7 @@ def check_room(
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     each, room = size.trajectory_bytes, f"of {megabytes(free)} free"
-    where = f"are sent to {out}, one at a time" if remote else room
+    where = f"and are sent to {out} one at a time" if remote else room
     who = f"rank {rank} of {world}: " if world > 1 else ""
     print(
         f"{who}{len(mine) - missing} of {len(mine)} trajectories are there; the other {missing} "

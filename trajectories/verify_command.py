@@ -1,8 +1,10 @@
 """`foreseer verify`: whether a recording is intact, and how to get there."""
 
+from pathlib import Path
+
 from .record_command import megabytes
 from .recording import Recording
-from .repair import leftovers, repair
+from .repair import DAMAGED, leftovers, repair
 from .storage import is_url
 
 
@@ -16,7 +18,9 @@ def verify_command(recording: str, repaired: bool = False) -> None:
         changes = repair(recording)
         for change in changes:
             print(change)
-        print(f"{len(changes)} changes made; what was taken out lies in {recording}/damaged")
+        print(f"changes made: {len(changes)}")
+        if (aside := Path(recording, DAMAGED)).exists():
+            print(f"what was taken out lies in {aside}")
     opened = Recording(recording)
     problems = opened.verify()
     for problem in problems:
