@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lightning.pytorch import Trainer
 from foreseer.checkpoints.format import load_predictor
 from foreseer.integration.forecasting import forecasting
 from foreseer.training.closed_loop import L2PClosedLoop
-from foreseer.training.export import export_command, export_predictor
+from foreseer.training.export import export_command, export_predictor, read_checkpoint
 from foreseer.training.l2p import L2PLeastSquares
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.prompts import Item
@@ -157,3 +158,24 @@ def test_a_malicious_checkpoint_runs_no_code(tmp_path):
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file .*a.ckpt; expected the .ckpt"):
         export_command(str(tmp_path / "a.ckpt"), str(tmp_path / "l2p"))
+
+
+def test_a_damaged_checkpoint_is_named_whatever_its_bytes(tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save({"hyper_parameters": {"fit": "lstsq"}, "state_dict": {"a": torch.ones(3)}}, path)
+    content = path.read_bytes()
+    draw = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(draw.randint(1, 4)):
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged[: draw.choice([len(damaged), draw.randrange(len(damaged))])])
+        with pytest.raises(ValueError, match="last.ckpt"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("key", ["hyper_parameters", "state_dict"])
+def test_a_checkpoint_whose_parts_are_no_dicts_is_named(tmp_path, key):
+    torch.save({"hyper_parameters": {}, "state_dict": {}, key: [1]}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="last.ckpt has .* expected dicts"):
+        read_checkpoint(tmp_path / "last.ckpt")

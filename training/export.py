@@ -8,6 +8,7 @@ Shapes: S sampling steps.
 import dataclasses
 import math
 import pickle
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,18 @@ def export_predictor(
     return _save(predictor, module.spec(), recordings, out, metrics, partition)
 
 
+DAMAGED = (  # what torch.load and the zip and pickle readers below it raise on damaged bytes
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    struct.error,
+)
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A Lightning checkpoint of an L2P, LESA or DisCa fit, read with `weights_only`.
 
@@ -206,16 +219,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no file {path}; expected the .ckpt that `foreseer fit` wrote.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{path} is no checkpoint that can be read without running code ({str(error)[:200]}); "
             "expected the .ckpt that `foreseer fit` wrote."
         ) from error
     values = content if isinstance(content, dict) else {}
-    missing = [n for n in HYPER_PARAMETERS if n not in values.get("hyper_parameters", {})]
-    fit = values.get("hyper_parameters", {}).get("fit", "")
-    learned = f"predictor.{STATE.get(fit, 'weight')}"
-    if missing or learned not in values.get("state_dict", {}):
+    told, state = (values.get(name, {}) for name in ("hyper_parameters", "state_dict"))
+    if not isinstance(told, dict) or not isinstance(state, dict):
+        raise ValueError(
+            f"{path} has hyper_parameters of type {type(told).__name__} and a state_dict of type "
+            f"{type(state).__name__}, expected dicts; it is no checkpoint of a fit."
+        )
+    missing = [name for name in HYPER_PARAMETERS if name not in told]
+    learned = f"predictor.{STATE.get(str(told.get('fit', '')), 'weight')}"
+    if missing or learned not in state:
         raise ValueError(
             f"{path} lacks the hyper-parameters {missing} or the tensor {learned}; expected "
             "a checkpoint of an L2P, LESA or DisCa fit."
