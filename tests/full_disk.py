@@ -1,4 +1,4 @@
-"""Script: two recorders whose shares fit a small disk singly and fill it together.
+"""Script: two recorders on a small disk that somebody else fills once they have looked at it.
 
 Mounts a file system of memory (as root, or inside `unshare -rm`), records there with the real
 command until it is full, makes room and runs the same commands again. Prints what was seen as JSON.
@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ITEMS = 40
@@ -28,16 +29,21 @@ def command(pipeline: str, out: Path, **more: object) -> list[str]:
     return [sys.executable, "-m", "foreseer", "record", *words]
 
 
-def run(commands: list[list[str]]) -> list[dict]:
-    """Run at the same time; exit code and words of each."""
+def run(commands: list[list[str]], then: Callable[[], None] = lambda: None) -> list[dict]:
+    """Run at the same time; `then` is called once all have said what they need."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = [
-        subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            each, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
         for each in commands
     ]
+    said = [process.stdout.readline() for process in started if process.stdout]
+    then()
     ended = [process.communicate() for process in started]
     return [
-        {"code": process.returncode, "out": out, "error": error.strip().splitlines()[-1:]}
-        for process, (out, error) in zip(started, ended, strict=True)
+        {"code": process.returncode, "out": first + out, "error": error.strip().splitlines()[-1:]}
+        for process, first, (out, error) in zip(started, said, ended, strict=True)
     ]
 
 
@@ -49,7 +55,7 @@ def main(folder: Path, pipeline: str) -> None:
     each = next(iter(Recording(one).entries.values())).bytes
     disk = folder / "disk"
     disk.mkdir()
-    size = int(ITEMS * each * 0.7)  # of one share 1.4 times what it needs
+    size = int(ITEMS * each * 1.5)
     mounted = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
     if subprocess.run(mounted, capture_output=True).returncode:
         print(json.dumps({"mounted": False}))
@@ -57,7 +63,12 @@ def main(folder: Path, pipeline: str) -> None:
     try:
         out = disk / "run"
         commands = [command(pipeline, out, rank=rank) for rank in range(2)]
-        full = run(commands)
+
+        def fill() -> None:
+            left = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 5 * each
+            (disk / "filler").write_bytes(b"\0" * left)
+
+        full = run(commands, fill)
         recording = Recording(out)
         seen = {
             "mounted": True,
@@ -69,8 +80,7 @@ def main(folder: Path, pipeline: str) -> None:
             "left": [p.name for p in out.glob("shards/*/.*")],
             "unlisted": len(list(out.glob("shards/*/item-*"))) - len(recording),
         }
-        again = [*mounted[:3], "-o", f"remount,size={size * 2}", "tmpfs", str(disk)]
-        subprocess.run(again, check=True)
+        (disk / "filler").unlink()
         seen["resumed"] = run(commands)
         seen["items"], seen["damaged_after"] = Recording(out).items, Recording(out).verify()
         print(json.dumps(seen))
