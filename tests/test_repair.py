@@ -163,3 +163,31 @@ def test_repair_can_be_switched_off(folder: Path) -> None:
     spoil(shard(folder, 1), b"")
     with pytest.raises(SystemExit):
         main(["verify", str(folder), "--repair", "false"])
+
+
+def test_a_link_leads_neither_repair_nor_record_out_of_the_folder(folder: Path) -> None:
+    mine = folder.parent / "mine"
+    mine.mkdir()
+    for name in (".notes.partial", "item-000009.safetensors"):
+        (mine / name).write_text("mine")
+    line = json.loads((folder / "manifest.00000.jsonl").read_text().splitlines()[0])
+    line |= {"item": 9, "file": "shards/00007/item-000009.safetensors"}
+    (folder / "manifest.00007.jsonl").write_text(json.dumps(line) + "\n")
+    for place in ("shards/00007", "shards/00000/deeper", "damaged"):
+        (folder / place).symlink_to(mine)
+        with pytest.raises(RecordingError, match="is a link to another folder"):
+            repair(folder)
+        (folder / "manifest.00007.jsonl").rename(folder.parent / "aside")
+        with pytest.raises(RecordingError, match="is a link to another folder"):
+            record(folder, [10], rank=7)
+        (folder.parent / "aside").rename(folder / "manifest.00007.jsonl")
+        (folder / place).unlink()
+    assert {p.name: p.read_text() for p in mine.iterdir()} == {
+        ".notes.partial": "mine",
+        "item-000009.safetensors": "mine",
+    }
+
+
+def test_a_strange_manifest_name_is_no_manifest(folder: Path) -> None:
+    (folder / "manifest.mine.jsonl").write_text("notes")
+    assert repair(folder) == [] and len(Recording(folder)) == 4

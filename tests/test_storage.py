@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 from recording_cases import record, small_header, trajectory
@@ -244,10 +243,6 @@ def test_a_folder_needs_no_network_package(folder: Path) -> None:
     run = [sys.executable, "-c", code]
     found = subprocess.run(run, capture_output=True, text=True, env=environment, check=True)
     assert found.stdout.split() == ["5", "False"]
-
-
-def test_protocols_of_this_machine_are_known_to_fsspec() -> None:
-    assert {"s3", "gs", "hf", "http", "memory", "file"} <= set(fsspec.available_protocols())
 
 
 def test_the_writer_of_a_folder_is_the_plain_one(tmp_path: Path) -> None:

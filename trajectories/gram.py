@@ -20,7 +20,7 @@ def gram(features: Float[Tensor, "*lead S M"]) -> Float[Tensor, "*lead S S"]:
     """<F_s, F_t> in float64 (float32 sums double the residual of a fit on smooth trajectories).
 
     Widened a few columns at a time: all at once they take four times the memory of bfloat16
-    features, 140 GiB for a run of HunyuanVideo, and two and a half times as long.
+    features, 136 GiB for one branch of HunyuanVideo at 720p, and longer (docs/scale.md).
     """
     num_steps, size = features.shape[-2:]
     total = features.new_zeros((*features.shape[:-1], num_steps), dtype=torch.float64)

@@ -24,7 +24,7 @@ from .shards import (
     sync_folder,
     write_atomically,
 )
-from .storage import Folder, is_url, read_header, storage
+from .storage import Folder, is_url, read_header, refuse_links, storage
 
 DAMAGED = "damaged"
 RANK_FOLDER = re.compile(r"[0-9]{5,}")
@@ -45,7 +45,8 @@ def repair(folder: str | Path) -> list[str]:
         One line per change.
 
     Raises:
-        RecordingError: it is no recording, its header is damaged, or it is behind a URL.
+        RecordingError: it is no recording, its header is damaged, a folder in it is a link, or it
+            is behind a URL.
         RuntimeError: a recorder is at work on it.
     """
     store = storage(folder)
@@ -55,6 +56,7 @@ def repair(folder: str | Path) -> list[str]:
             "the copy."
         )
     read_header(store)
+    refuse_links(store.path)
     with _all_ranks(store.path):
         changes = [f"removed the half-written {path}" for path in _remove_partials(store.path)]
         listed: dict[int, Entry] = {}
@@ -76,7 +78,9 @@ def _all_ranks(folder: Path) -> Iterator[None]:
     """Hold the lock of every rank that has written to a recording."""
     names = [path.name for path in folder.glob("shards/*") if RANK_FOLDER.fullmatch(path.name)]
     ranks = {int(name) for name in names}
-    ranks |= {int(path.name.split(".")[1]) for path in folder.glob("manifest.*.jsonl")}
+    ranks |= {int(name.split(".")[1]) for name in Folder(folder).manifests()}
+    locks = folder.glob("rank-*.lock")
+    ranks |= {int(path.stem[5:]) for path in locks if RANK_FOLDER.fullmatch(path.stem[5:])}
     with contextlib.ExitStack() as stack:
         for rank in sorted(ranks):
             try:

@@ -61,6 +61,21 @@ def read_entries(store: "Folder | Remote") -> dict[int, Entry]:
     return merge_manifests(store.manifests(), store.name)
 
 
+def refuse_links(folder: Path) -> None:
+    """Raise before a folder in which a link could lead writing, moving or removing elsewhere.
+
+    Raises:
+        RecordingError: `shards`, a folder in it, or `damaged` is a symbolic link.
+    """
+    inside = [path for path in folder.glob("shards/**/*") if path.is_dir() or path.is_symlink()]
+    for path in (folder / "shards", folder / "damaged", *inside):
+        if path.is_symlink() and path.is_dir():
+            raise RecordingError(
+                f"{path} is a link to another folder, expected a plain one; nothing was changed. "
+                "Copy what it leads to into the recording."
+            )
+
+
 class Folder:
     """A recording on a disk of this machine.
 

@@ -12,7 +12,7 @@ from .header import HEADER_FILE, MAX_INT, Header, RecordingError, canonical_json
 from .manifest import Entry, append_entry, cut_half_line, manifest_path, meta_problem
 from .remote import Remote
 from .shards import ShardDigest, copy_shard, sync_folder, write_shard
-from .storage import Folder, read_entries, read_header
+from .storage import Folder, read_entries, read_header, refuse_links
 
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 TAP_PREFIXES = ("gram", "feature")
@@ -180,7 +180,12 @@ class RecordingWriter:
         self.header.write(self.folder)
 
     def _repair(self) -> None:
-        """Create this rank's files and remove what a killed recorder of this rank left."""
+        """Create this rank's files and remove what a killed recorder of this rank left.
+
+        Raises:
+            RecordingError: a folder in the recording is a link.
+        """
+        refuse_links(self.folder)
         self._shards.mkdir(parents=True, exist_ok=True)
         for stale in self._shards.glob(".*.partial"):
             stale.unlink()
