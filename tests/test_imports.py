@@ -13,7 +13,7 @@ from source_files import PACKAGE, module_name, source_files
 ORDER = ("predictors", "checkpoints", "integration", "trajectories", "training", "distill")
 LIGHTNING = {"lightning", "pytorch_lightning"}
 HUGGING_FACE = {"diffusers", "transformers"}
-RECIPE = {"training/teacher.py", "training/callbacks.py"}  # the bundled model's own training
+RECIPE = {"training/teacher.py", "training/text_teacher.py"}  # how the bundled models are made
 # Import names that differ from the package's name.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit_learn", "kan": "pykan"}
 
@@ -87,7 +87,8 @@ def test_a_forbidden_import_is_found(path, line):
 
 def test_every_third_party_import_is_a_declared_dependency():
     pyproject = Path(__file__).parents[1] / "pyproject.toml"
-    declared = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+    project = tomllib.loads(pyproject.read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["text"]
     names = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in declared}
     for path in source_files():
         roots = {name.split(".")[0] for name in imported((PACKAGE / path).read_text(), path)}

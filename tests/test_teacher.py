@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import foreseer
 from foreseer.cli import main
 from foreseer.integration.pixel_pipeline import PixelDiTPipeline
-from foreseer.training import callbacks
-from foreseer.training.callbacks import ClockCosine, SampleGrid, sample_grid
+from foreseer.training import callbacks, teacher
+from foreseer.training.callbacks import ClockCosine, SampleGrid
 from foreseer.training.fashion_mnist import FashionMNIST, load_split
-from foreseer.training.teacher import TeacherModule
+from foreseer.training.teacher import TeacherModule, class_grid
 from foreseer.training.teacher_export import export_teacher, save_weights
 
 CONFIGS = Path(foreseer.__file__).parent / "configs" / "teacher"
@@ -171,9 +171,9 @@ def test_grids_are_drawn_with_the_averaged_weights(tmp_path, monkeypatch):
     def noting(pipe, *args):
         assert not pipe.transformer.training
         drawn_with.append(pipe.transformer.proj_out_2.bias.clone())
-        return sample_grid(pipe, *args)
+        return class_grid(pipe, *args)
 
-    monkeypatch.setattr(callbacks, "sample_grid", noting)
+    monkeypatch.setattr(teacher, "class_grid", noting)
     grid = WeightRecorder(every_n_steps=2, columns=2, num_inference_steps=1)
     trainer = quiet_trainer(
         tmp_path,

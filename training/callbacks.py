@@ -5,14 +5,10 @@ import time
 from typing import Any
 
 import lightning
-import torch
-from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
-from ..integration.pixel_pipeline import PixelDiTPipeline
-from .teacher import TeacherModule
+from .flow_teacher import FlowTeacher
 
 
 class ClockCosine(Callback):
@@ -73,7 +69,7 @@ class ClockCosine(Callback):
 
 
 class SampleGrid(Callback):
-    """Draw a grid of a teacher's samples, one row per class, every few steps.
+    """Draw a grid of a teacher's samples, a row per class or one of each prompt, every few steps.
 
     It goes into TensorBoard; a run without `TensorBoardLogger` draws none. With a `WeightAveraging`
     callback in the trainer the averaged weights draw, as they do in validation: its validation
@@ -82,7 +78,7 @@ class SampleGrid(Callback):
 
     Args:
         every_n_steps: optimiser steps between grids.
-        columns: samples per class.
+        columns: samples per row.
         num_inference_steps: sampler steps per grid.
         guidance_scale: classifier-free guidance scale.
     """
@@ -111,44 +107,19 @@ class SampleGrid(Callback):
         logger = trainer.logger
         if trainer.global_step % self.every_n_steps or not isinstance(logger, TensorBoardLogger):
             return
-        if not isinstance(pl_module, TeacherModule):
-            raise TypeError(f"SampleGrid draws a TeacherModule, got {type(pl_module).__name__}.")
+        if not isinstance(pl_module, FlowTeacher):
+            raise TypeError(f"SampleGrid draws a FlowTeacher, got {type(pl_module).__name__}.")
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         averages = [each for each in callbacks if isinstance(each, WeightAveraging)]
         for average in averages:
             average.on_validation_epoch_start(trainer, pl_module)
         pl_module.transformer.eval()
         try:
-            grid = sample_grid(
-                pl_module.pipeline(), self.columns, self.num_inference_steps, self.guidance_scale
+            grid = pl_module.sample_grid(
+                self.columns, self.num_inference_steps, self.guidance_scale
             )
         finally:
             pl_module.transformer.train()
             for average in averages:
                 average.on_validation_epoch_end(trainer, pl_module)
         logger.experiment.add_image("samples", grid, trainer.global_step)
-
-
-def sample_grid(
-    pipe: PixelDiTPipeline, columns: int, num_inference_steps: int, guidance_scale: float
-) -> Float[Tensor, "C height width"]:
-    """One image in [0, 1] that shows `columns` samples of every class, a class per row; seed 0.
-
-    Args:
-        pipe: its progress bar is switched off.
-        columns: samples per class.
-        num_inference_steps: sampler steps.
-        guidance_scale: classifier-free guidance scale.
-    """
-    pipe.set_progress_bar_config(disable=True)
-    num_classes = pipe.transformer.config.num_embeds_ada_norm
-    images = pipe(
-        [label for label in range(num_classes) for _ in range(columns)],
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-        return_dict=False,
-    )[0]
-    rows = images.unflatten(0, (num_classes, columns))  # (rows, columns, C, H, W)
-    return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

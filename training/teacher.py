@@ -8,14 +8,14 @@ Source: Liu et al., arXiv 2209.03003 (rectified flow); Esser et al., arXiv 2403.
 
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from ..integration.pixel_pipeline import PixelDiTPipeline
-from .resuming import Drawing
+from .flow_teacher import FlowTeacher, initialise_linear
 
 
-class TeacherModule(Drawing):
+class TeacherModule(FlowTeacher):
     """Train a `DiTTransformer2DModel` to predict v = eps - x_0.
 
     Args:
@@ -38,11 +38,9 @@ class TeacherModule(Drawing):
         label_dropout: float = 0.1,
         learning_rate: float = 1e-3,
     ) -> None:
-        super().__init__()
+        super().__init__(label_dropout, learning_rate)
         self.save_hyperparameters()
         self.num_classes = num_classes
-        self.label_dropout = label_dropout
-        self.learning_rate = learning_rate
         self.transformer = DiTTransformer2DModel(
             num_attention_heads=num_attention_heads,
             attention_head_dim=64,
@@ -54,54 +52,27 @@ class TeacherModule(Drawing):
         )
         initialise_adaln_zero(self.transformer)
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Float[Tensor, ""]:
-        """Mean squared error of v at logit-normal sigma, with labels dropped once per sample.
-
-        Args:
-            batch: images `(B, C, H, W)` in [-1, 1] and labels `(B,)`.
-            batch_idx: not used.
-        """
-        x_0, labels = batch
-        eps = torch.randn(x_0.shape).to(x_0)  # drawn on the CPU: the same on every device
-        sigma = torch.randn(len(x_0)).to(x_0).sigmoid()
-        dropped = (torch.rand(len(x_0)) < self.label_dropout).to(x_0.device)
-        loss = self._loss(x_0, eps, sigma, labels.masked_fill(dropped, self.num_classes))
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Log the same error on test images, with all labels and the same noise every time.
-
-        Args:
-            batch: images `(B, C, H, W)` in [-1, 1] and labels `(B,)`.
-            batch_idx: seed of the noise.
-        """
-        x_0, labels = batch
-        generator = torch.Generator().manual_seed(batch_idx)
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-        sigma = torch.randn(len(x_0), generator=generator).to(x_0).sigmoid()
-        self.log("val/loss", self._loss(x_0, eps, sigma, labels), prog_bar=True)
-
-    def _loss(
+    def velocity(
         self,
-        x_0: Float[Tensor, "B C H W"],
-        eps: Float[Tensor, "B C H W"],
+        x_t: Float[Tensor, "B C H W"],
         sigma: Float[Tensor, " B"],
-        labels: Int[Tensor, " B"],
-    ) -> Float[Tensor, ""]:
-        x_t = torch.lerp(x_0, eps, sigma[:, None, None, None])
-        v = self.transformer(x_t, timestep=1000 * sigma, class_labels=labels).sample
-        return nn.functional.mse_loss(v.float(), eps - x_0)
+        conditions: list[Tensor],
+        dropped: Bool[Tensor, " B"],
+    ) -> Float[Tensor, "B C H W"]:
+        """The transformer's v; the null class stands where a label is dropped."""
+        labels = conditions[0].masked_fill(dropped, self.num_classes)
+        v: Tensor = self.transformer(x_t, timestep=1000 * sigma, class_labels=labels).sample
+        return v
 
     def pipeline(self) -> PixelDiTPipeline:
         """A pipeline around this module's transformer itself, with the Euler flow scheduler."""
         return PixelDiTPipeline(self.transformer, FlowMatchEulerDiscreteScheduler())
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW without weight decay; the rate follows `ClockCosine`."""
-        return torch.optim.AdamW(
-            self.parameters(), self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-        )
+    def sample_grid(
+        self, columns: int, num_inference_steps: int, guidance_scale: float
+    ) -> Float[Tensor, "C height width"]:
+        """`columns` samples of every class, a class per row; seed 0."""
+        return class_grid(self.pipeline(), columns, num_inference_steps, guidance_scale)
 
 
 def initialise_adaln_zero(transformer: DiTTransformer2DModel) -> None:
@@ -110,15 +81,33 @@ def initialise_adaln_zero(transformer: DiTTransformer2DModel) -> None:
     diffusers leaves the modulation and the output layer at their default initialisation, and lets
     each block drop labels on its own in training mode (DiT, section 3.2, drops once per sample).
     """
-    for module in transformer.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
     zeroed = [transformer.proj_out_1, transformer.proj_out_2]
     for block in transformer.transformer_blocks:
         zeroed.append(block.norm1.linear)
         block.norm1.emb.class_embedder.dropout_prob = 0.0
-    for layer in zeroed:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    initialise_linear(transformer, zeroed)
+
+
+def class_grid(
+    pipe: PixelDiTPipeline, columns: int, num_inference_steps: int, guidance_scale: float
+) -> Float[Tensor, "C height width"]:
+    """One image in [0, 1] that shows `columns` samples of every class, a class per row; seed 0.
+
+    Args:
+        pipe: its progress bar is switched off.
+        columns: samples per class.
+        num_inference_steps: sampler steps.
+        guidance_scale: classifier-free guidance scale.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    num_classes = pipe.transformer.config.num_embeds_ada_norm
+    images = pipe(
+        [label for label in range(num_classes) for _ in range(columns)],
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        return_dict=False,
+    )[0]
+    rows = images.unflatten(0, (num_classes, columns))  # (rows, columns, C, H, W)
+    return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

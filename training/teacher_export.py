@@ -14,8 +14,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..integration.pixel_pipeline import PixelDiTPipeline
-from .callbacks import sample_grid
-from .teacher import TeacherModule
+from .teacher import TeacherModule, class_grid
 from .teacher_card import write_card
 
 LOSS_WINDOW = 50  # logged values in the running mean of the loss
@@ -49,7 +48,7 @@ def export_teacher(checkpoint: str, out: str) -> None:
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     plot_loss(steps, losses, folder / "loss_curve.png")
     pipe = PixelDiTPipeline.from_pretrained(folder, dtype=torch.float32)
-    grid = sample_grid(pipe, columns=8, num_inference_steps=50, guidance_scale=3.0)
+    grid = class_grid(pipe, columns=8, num_inference_steps=50, guidance_scale=3.0)
     save_image(grid, folder / "samples.png", scale=2)
     write_card(folder)
 
