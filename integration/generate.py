@@ -3,6 +3,7 @@
 Shapes: B samples, C channels, H height, W width.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .pipelines import load_pipeline
 from .report_plots import DIFFERENCE_GAIN, save_figure
 from .report_table import decibels
 
+TITLE_WIDTH, TITLE_LINES = 16, 4  # what fits above a sample
+
 
 def generate_command(
     pipeline: str,
@@ -28,7 +31,7 @@ def generate_command(
     num_inference_steps: int,
     out: str,
     compare: bool,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     device: str | None = None,
@@ -63,7 +66,13 @@ def generate_command(
         captions = [f"{decibels(float(value))} dB" for value in error]
         print(f"PSNR against the full run: {' '.join(captions)}")
         print(f"mean PSNR: {decibels(float(error.mean()))} dB")
-    print(f"wrote {save_panels(panels, Path(out), captions)}")
+    print(f"wrote {save_panels(panels, Path(out), captions, titles(asked))}")
+
+
+def titles(asked: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each sample was asked for, in a few short lines; empty where that is no words."""
+    words = [str(sample.get("prompt", "")) for sample in asked]
+    return ["\n".join(textwrap.wrap(each, TITLE_WIDTH)[:TITLE_LINES]) for each in words]
 
 
 def draw(
@@ -87,7 +96,10 @@ def draw(
 
 
 def save_panels(
-    panels: Mapping[str, Float[Tensor, "B C H W"]], path: Path, captions: Sequence[str] = ()
+    panels: Mapping[str, Float[Tensor, "B C H W"]],
+    path: Path,
+    captions: Sequence[str] = (),
+    headings: Sequence[str] = (),
 ) -> Path:
     """Write rows of images, one column per sample.
 
@@ -95,6 +107,7 @@ def save_panels(
         panels: label to images in [0, 1], one row each, all with the same number of samples.
         path: PNG to write; its folder is made when missing.
         captions: words under each column; empty for none.
+        headings: words above each column; empty for none.
     """
     from matplotlib.figure import Figure
 
@@ -111,5 +124,7 @@ def save_panels(
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     for axes, caption in zip(grid[-1], captions, strict=False):
         axes.set_xlabel(caption, fontsize=8)
+    for axes, heading in zip(grid[0], headings, strict=False):
+        axes.set_title(heading, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     return save_figure(figure, path)

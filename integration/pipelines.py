@@ -9,10 +9,11 @@ from diffusers import DiffusionPipeline
 
 from ..checkpoints.strict import parse_json, read_plain
 from ..checkpoints.zoo import resolve
+from .pixel_flux_pipeline import PixelFluxPipeline
 from .pixel_pipeline import PixelDiTPipeline
 from .student_pipeline import StudentPipeline
 
-OURS = {each.__name__: each for each in (PixelDiTPipeline, StudentPipeline)}
+OURS = {each.__name__: each for each in (PixelDiTPipeline, PixelFluxPipeline, StudentPipeline)}
 INDEX_FILE = "model_index.json"
 MAX_INDEX_BYTES = 1_000_000
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

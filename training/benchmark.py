@@ -25,7 +25,8 @@ from ..integration.report_rows import BenchRow, load_rows
 from ..integration.report_table import best_rows, gaps, verdict
 from ..predictors.base import LinearPredictor, Predictor
 from ..predictors.linear import L2P, tabulate
-from ..trajectories.prompts import Item, class_items, digest, generate_batch
+from ..trajectories.prompts import Item, digest, generate_batch
+from ..trajectories.record_command import asked_items
 from .bench_plan import COMMON_LISTS, Entry, plan, spec_of
 from .bench_runs import Samples, Tick, run_entry, score
 from .bench_store import ROWS_FILE, RowLog, load_samples, save_samples
@@ -139,6 +140,7 @@ def bench_command(
     methods: Sequence[str] | None,
     batch_size: int,
     num_threads: int,
+    prompts: str | None = None,
 ) -> None:
     """`foreseer bench`; the arguments are those of `foreseer.commands.bench`.
 
@@ -148,10 +150,9 @@ def bench_command(
     options = dict(locals())
     torch.set_num_threads(num_threads)
     pipe = load_pipeline(pipeline)
-    num_classes: int = pipe.transformer.config.num_embeds_ada_norm
     page = bench(
         pipe,
-        class_items(num_samples, num_classes, first_item=FIRST_ITEM),
+        asked_items(pipe, prompts, num_samples, FIRST_ITEM),
         out,
         budgets,
         load_learned(predictors),

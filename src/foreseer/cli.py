@@ -29,7 +29,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     )
 }
 
-FLAGS = ("--repair",)
+FLAGS = ("--repair", "--compare")
 """Options that are switched on by being named."""
 
 OF_PIPELINES: dict[str, Callable[..., None]] = {
@@ -102,7 +102,7 @@ def run_function(function: Callable[..., None], words: list[str]) -> None:
 
 
 def with_values(words: list[str]) -> list[str]:
-    """`--repair` alone stands for `--repair true`: jsonargparse wants a value of every option."""
+    """A flag alone stands for `--flag true`: jsonargparse wants a value of every option."""
     following = [*words[1:], ""]
     return [
         f"{word}=true" if word in FLAGS and after not in ("true", "false") else word

@@ -133,7 +133,7 @@ def generate(
     pipeline: str,
     predictor: str | None = None,
     class_labels: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     seed: int = 0,
     guidance_scale: float | None = None,
     num_inference_steps: int = 50,
@@ -149,13 +149,15 @@ def generate(
         pipeline: folder or hub name of the diffusers pipeline.
         predictor: folder of a predictor checkpoint; None runs the network at every step.
         class_labels: list of class labels, one sample each, where the pipeline draws classes.
-        prompts: list of prompts, one sample each, where it draws those.
+        prompts: a prompt or a list of prompts, one sample each, where it draws those; or a .txt
+            file with one per line, or a .safetensors file of prompt embeddings.
         seed: seed of the initial noise.
         guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
             one that draws classes.
         num_inference_steps: sampler steps S.
         out: PNG file; of a video its middle frame.
-        compare: draw the full run's samples above, and print the error against them.
+        compare: draw the full run's samples, the forecast ones and their difference side by side,
+            and print the error.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
         dtype: dtype the pipeline is loaded in.
         device: where to; None takes a GPU where there is one.
@@ -181,6 +183,7 @@ def generate(
 def bench(
     pipeline: str,
     out: str,
+    prompts: str | None = None,
     budgets: Sequence[int] = (11, 8, 6),
     num_samples: int = 64,
     guidance_scale: float = 3.0,
@@ -198,6 +201,9 @@ def bench(
     Args:
         pipeline: folder of the diffusers pipeline, or `zoo:NAME` for a bundled one.
         out: folder of the report: table, plots, contact sheet.
+        prompts: held-out prompts: a .txt file with one per line, or a .safetensors file of prompt
+            embeddings; they come in turn, with new seeds. Not needed where the pipeline draws
+            classes.
         budgets: list of network evaluations per sample to compare at.
         num_samples: held-out samples per row, at least 1.
         guidance_scale: classifier-free guidance strength.
@@ -222,6 +228,7 @@ def bench(
         methods=methods,
         batch_size=batch_size,
         num_threads=num_threads,
+        prompts=prompts,
     )
 
 
