@@ -13,10 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from .. import __version__
-from ..integration.pixel_pipeline import PixelDiTPipeline
-from .teacher import TeacherModule, class_grid
-from .teacher_card import write_card
+from . import teacher_card, text_card
+from .teacher import TeacherModule
+from .text_teacher import TextTeacherModule
 
+KINDS = {each.__name__: each for each in (TeacherModule, TextTeacherModule)}
+CARDS = {"TeacherModule": teacher_card.write_card, "TextTeacherModule": text_card.write_card}
 LOSS_WINDOW = 50  # logged values in the running mean of the loss
 MAX_WEIGHT_BYTES = 20_000_000
 
@@ -29,7 +31,8 @@ def export_teacher(checkpoint: str, out: str) -> None:
     TensorBoard events are read from the checkpoint's folder.
 
     Args:
-        checkpoint: Lightning checkpoint of a `TeacherModule` trained with `EMAWeightAveraging`.
+        checkpoint: Lightning checkpoint of a `TeacherModule` or a `TextTeacherModule` trained with
+            `EMAWeightAveraging`.
         out: folder to write; a `judge.json` already there goes into the card.
 
     Raises:
@@ -42,18 +45,21 @@ def export_teacher(checkpoint: str, out: str) -> None:
     if not recipe.exists():
         raise FileNotFoundError(f"no config.yaml in {run}; export from the folder of the run.")
     steps, losses = read_loss(run, state["global_step"])
-    save_weights(state, folder)
+    asked = yaml.safe_load(recipe.read_text())
+    kind = asked["model"]["class_path"].rpartition(".")[2]
+    module = save_weights(state, folder, kind)
     shutil.copyfile(recipe, folder / "recipe.yaml")
-    facts = training_facts(state, yaml.safe_load(recipe.read_text()), steps, losses)
+    facts = training_facts(state, asked, steps, losses)
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     plot_loss(steps, losses, folder / "loss_curve.png")
-    pipe = PixelDiTPipeline.from_pretrained(folder, dtype=torch.float32)
-    grid = class_grid(pipe, columns=8, num_inference_steps=50, guidance_scale=3.0)
+    grid = module.float().sample_grid(columns=8, num_inference_steps=50, guidance_scale=3.0)
     save_image(grid, folder / "samples.png", scale=2)
-    write_card(folder)
+    CARDS[kind](folder)
 
 
-def save_weights(state: dict, folder: Path) -> None:
+def save_weights(
+    state: dict, folder: Path, kind: str = "TeacherModule"
+) -> TeacherModule | TextTeacherModule:
     """Save the averaged weights of a checkpoint as a bfloat16 pipeline.
 
     Lightning's `WeightAveraging` puts the averaged weights under `state_dict` and the current ones
@@ -62,6 +68,10 @@ def save_weights(state: dict, folder: Path) -> None:
     Args:
         state: the loaded checkpoint.
         folder: pipeline folder to write.
+        kind: `TeacherModule` or `TextTeacherModule`.
+
+    Returns:
+        The module, with the weights that were written.
 
     Raises:
         ValueError: the checkpoint holds no averaged weights, or the weights are over 20 MB.
@@ -71,7 +81,8 @@ def save_weights(state: dict, folder: Path) -> None:
             "the checkpoint holds no averaged weights; train with the EMAWeightAveraging callback."
         )
     arguments = {k: v for k, v in state["hyper_parameters"].items() if not k.startswith("_")}
-    module = TeacherModule(**arguments)
+    module = KINDS[kind](**arguments)
+    module.setup("export")
     module.load_state_dict(state["state_dict"])
     module.to(torch.bfloat16).eval()
     module.pipeline().save_pretrained(folder, safe_serialization=True)
@@ -81,6 +92,7 @@ def save_weights(state: dict, folder: Path) -> None:
             f"the weights take {size} bytes, expected at most {MAX_WEIGHT_BYTES}; "
             "ship a smaller transformer."
         )
+    return module
 
 
 def read_loss(run: Path, last_step: int) -> tuple[list[int], list[float]]:
@@ -138,9 +150,10 @@ def plot_loss(steps: list[int], losses: list[float], path: Path) -> None:
 
 
 def save_image(image: Tensor, path: Path, scale: int) -> None:
-    """Save a grey image `(1, H, W)` in [0, 1] as PNG, every pixel repeated `scale` times."""
-    pixels = (255 * image[0].clamp(0, 1)).round().byte().numpy()
-    Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1)).save(path)
+    """Save an image `(C, H, W)` in [0, 1] as PNG, every pixel repeated `scale` times."""
+    pixels = (255 * image.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
+    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
 
 
 if __name__ == "__main__":
