@@ -1,0 +1,193 @@
+"""The bundled text-to-image model: record, search, fit all three kinds, bench on held-out prompts.
+
+    python benchmarks/emoji_flux.py record
+    python benchmarks/emoji_flux.py search
+    python benchmarks/emoji_flux.py fit
+    python benchmarks/emoji_flux.py bench
+    python benchmarks/emoji_flux.py sheet
+
+Every stage is made of commands of foreseer's and resumes; stages of different budgets may run at
+the same time. Predictors are fitted on captions the model was trained on
+(configs/record/emoji_prompts.txt); the benchmark's prompts (benchmarks/emoji_held_out.txt) were
+kept from the model's training and from every fit. `bench --final true` writes
+benchmarks/results/emoji_flux.json.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+
+from foreseer.checkpoints.format import load_predictor
+from foreseer.cli import main
+from foreseer.integration.forecasting import forecasting
+from foreseer.integration.generate import draw, save_panels, titles
+from foreseer.integration.metrics import psnr
+from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.report_rows import load_meta, load_rows, save_meta, save_rows
+from foreseer.integration.report_table import markdown_table, short_table, verdict
+
+PIPELINE = "zoo:emoji_flux"
+RECORDING = "runs/record/emoji_flux"
+FEATURES = "runs/record/emoji_flux_features"
+HELD_OUT_PROMPTS = "benchmarks/emoji_held_out.txt"
+ROOT = Path("runs/emoji_flux")
+RESULT = Path("benchmarks/results/emoji_flux.json")
+SHEET = Path("docs/images/emoji_flux.png")
+GUIDANCE_SCALE = 3.0
+BUDGETS = (11, 8)
+NEURAL_BUDGET = 8  # LESA and DisCa are trained on one list
+SOLVERS = ("euler", "ab2", "dpmpp_2m", "unipc")
+FORMULAS = ("reuse", "taylor_1", "taylor_2")
+METHODS = [
+    *(f"{solver}|none" for solver in SOLVERS),
+    *(f"{rule}|{tap}" for rule in FORMULAS for tap in ("output", "hidden")),
+]
+LIST_OF = "taylor_1|hidden"  # the searched list that all fits take, so that they share anchors
+SHEET_PROMPTS = (
+    "grinning face",
+    "crying face",
+    "panda face",
+    "octopus",
+    "sunflower",
+    "red apple",
+    "slice of pizza",
+    "soccer ball",
+)
+
+
+def record(kinds: Sequence[str] = ("emoji_flux", "emoji_flux_features")) -> None:
+    """Record the calibration trajectories: Grams and states; features for LESA and DisCa.
+
+    Args:
+        kinds: configurations of configs/record.
+    """
+    for kind in kinds:
+        main(["record", "--config", f"configs/record/{kind}.yaml"])
+
+
+def search(budgets: Sequence[int] = BUDGETS, num_samples: int = 12, num_moves: int = 4) -> None:
+    """Search the anchors of every method at every budget on calibration trajectories.
+
+    Args:
+        budgets: network evaluations.
+        num_samples: calibration trajectories.
+        num_moves: single moves tried from the best list.
+    """
+    for budget in budgets:
+        words = ["--recording", RECORDING, "--pipeline", PIPELINE, "--out", str(searched(budget))]
+        words += ["--num_anchors", f"[{budget}]", "--methods", json.dumps(METHODS)]
+        effort = ["--num_samples", str(num_samples), "--num_moves", str(num_moves)]
+        main(["search", *words, *effort])
+
+
+def searched(budget: int) -> Path:
+    """Where the searched lists of a budget lie."""
+    return ROOT / f"searched_{budget}.json"
+
+
+def fit(
+    budgets: Sequence[int] = BUDGETS, methods: Sequence[str] = ("l2p", "lesa", "disca")
+) -> None:
+    """Fit what is not there yet: L2P in closed loop at every budget, LESA and DisCa at one.
+
+    Args:
+        budgets: network evaluations.
+        methods: what to fit.
+    """
+    for method in methods:
+        for budget in budgets:
+            out = predictor_folder(method, budget)
+            if (out / "config.json").exists() or (method != "l2p" and budget != NEURAL_BUDGET):
+                continue
+            anchors = json.loads(searched(budget).read_text())[f"{LIST_OF}|{budget}"]
+            work = Path(f"runs/fit/emoji_{method}_{budget}")
+            config = redirected(f"emoji_{method}", work)
+            main(["fit", "--config", str(config), "--model.anchors", json.dumps(anchors)])
+            kept = work / ("last.ckpt" if method == "l2p" else "best.ckpt")
+            main(["export", "--checkpoint", str(kept), "--out", str(out)])
+
+
+def redirected(name: str, work: Path) -> Path:
+    """A shipped configuration that writes to a folder of its own."""
+    text = Path(f"configs/fit/{name}.yaml").read_text()
+    path = work.with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    version = f"version: {name}"
+    path.write_text(
+        text.replace(f"runs/fit/{name}\n", f"{work}\n").replace(version, f"version: {work.name}")
+    )
+    return path
+
+
+def predictor_folder(method: str, budget: int) -> Path:
+    """Where a fitted predictor lies."""
+    return ROOT / "predictors" / f"{method}_{budget}"
+
+
+def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 64, final: bool = False) -> None:
+    """Run everything on the held-out prompts.
+
+    Args:
+        budgets: network evaluations.
+        num_samples: (prompt, seed) pairs.
+        final: whether to publish the rows in benchmarks/results.
+    """
+    lists: dict[str, list[int]] = {}
+    for budget in budgets:
+        lists |= json.loads(searched(budget).read_text())
+    name = "_".join(map(str, budgets))
+    path = ROOT / f"searched_{name}_all.json"
+    path.write_text(json.dumps(lists, indent=1) + "\n")
+    learned = [
+        f"{method}={predictor_folder(method, budget)}"
+        for method in ("l2p", "lesa", "disca")
+        for budget in budgets
+        if predictor_folder(method, budget).exists()
+    ]
+    out = ROOT / f"bench_{name}"
+    words = ["--pipeline", PIPELINE, "--prompts", HELD_OUT_PROMPTS, "--out", str(out)]
+    words += ["--budgets", json.dumps(list(budgets)), "--num_samples", str(num_samples)]
+    words += ["--guidance_scale", str(GUIDANCE_SCALE), "--searched", str(path)]
+    words += ["--predictors", json.dumps(learned), "--methods", json.dumps([*SOLVERS, *FORMULAS])]
+    main(["bench", *words])
+    if final:
+        publish(out)
+
+
+def publish(out: Path) -> None:
+    """Copy a report's rows and table to benchmarks/results."""
+    rows = load_rows(out / "results.json")
+    save_rows(rows, RESULT)
+    save_meta(load_meta(out / "results.json"), RESULT)
+    table = f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
+    RESULT.with_suffix(".md").write_text(table)
+    shutil.copyfile(out / "pareto.png", RESULT.with_name("emoji_flux_pareto.png"))
+
+
+@torch.no_grad()
+def sheet(prompts: Sequence[str] = SHEET_PROMPTS, seed: int = 0) -> None:
+    """Draw the README's sheet: the full run and the forecasts at 11 and 8 evaluations.
+
+    Args:
+        prompts: prompts that are stored with the model.
+        seed: seed of the first picture.
+    """
+    pipe = load_pipeline(PIPELINE)
+    asked = [{"prompt": prompt} for prompt in prompts]
+    settings = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": 50}
+    panels = {"50 evaluations": draw(pipe, asked, seed, **settings)}
+    for budget in BUDGETS:
+        predictor = load_predictor(f"zoo:emoji_flux_l2p_{budget}")
+        with forecasting(pipe, predictor):
+            images = draw(pipe, asked, seed, **settings)
+        mean = float(psnr(images, panels["50 evaluations"]).mean())
+        panels[f"{budget} evaluations\n{mean:.1f} dB"] = images
+    print(f"wrote {save_panels(panels, SHEET, headings=titles(asked))}")
+
+
+if __name__ == "__main__":
+    auto_cli([record, search, fit, bench, sheet])
