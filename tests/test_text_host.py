@@ -1,7 +1,9 @@
 """Prompts through the whole road: record, search, fit in closed loop, generate, bench."""
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,16 +11,30 @@ from lightning import Trainer
 from matplotlib.image import imread
 from tiny_text import PROMPTS, tiny_text_pipeline
 
+from foreseer.checkpoints.format import load_predictor
 from foreseer.cli import main
+from foreseer.integration.forecasting import forecasting
 from foreseer.integration.generate import draw, titles
+from foreseer.integration.pipelines import load_pipeline
 from foreseer.integration.report_rows import load_rows
+from foreseer.predictors.lesa import LesaPredictor
 from foreseer.training.closed_loop import L2PClosedLoop
+from foreseer.training.disca import DiscaModule
 from foreseer.training.export import export_predictor
+from foreseer.training.lesa import LesaModule
 from foreseer.trajectories.datamodule import RecordingDataModule
+from foreseer.trajectories.prompts import Item
+from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 
 STEPS = 6
 SETTINGS = ["--num_inference_steps", str(STEPS), "--guidance_scale", "2.0"]
+
+
+def quiet_trainer(max_epochs: int, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
+    return Trainer(accelerator="cpu", max_epochs=max_epochs, **quiet, **options)
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +48,7 @@ def folder(tmp_path_factory) -> Path:
     main(["record", *words, *out, *SETTINGS])
     recording = str(root / "recording")
     module = L2PClosedLoop(recording, str(root / "pipe"), (0, 2, 4), num_probe=2, batch_size=4)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    trainer = quiet_trainer(1, limit_val_batches=0)
     trainer.fit(module, datamodule=RecordingDataModule(recording, ["final"], 4, 0.4, 0))
     assert float(module.best_error) <= float(module.start_error)
     export_predictor(module, root / "predictor", metrics={})
@@ -98,6 +106,38 @@ def test_anchors_are_searched_on_prompts(folder):
     found = json.loads(out.read_text())
     assert set(found) == {"ab2|none|3", "taylor_1|output|3", "l2p_closed_loop|output|3"}
     assert all(anchors[0] == 0 and len(anchors) == 3 for anchors in found.values())
+
+
+@pytest.fixture(scope="module")
+def features(folder) -> str:
+    """A recording with all features of both taps."""
+    items = [Item(i, i, {"prompt": PROMPTS[1 + i % 3]}) for i in range(10)]
+    settings = {"guidance_scale": 2.0, "num_inference_steps": STEPS}
+    taps = {"taps": ["output", "hidden"], "features": "full", "batch_size": 5}
+    record(load_pipeline(str(folder / "pipe")), items, folder / "features", **taps, **settings)
+    return str(folder / "features")
+
+
+@pytest.mark.parametrize("kind", ["lesa", "disca"])
+def test_neural_predictors_are_trained_and_deployed_on_prompts(folder, features, kind):
+    pipeline = str(folder / "pipe")
+    if kind == "lesa":
+        predictor = functools.partial(LesaPredictor, taps=[2, 2, 2], hidden=[4], bias=False)
+        epochs = {"open_loop_epochs": 1, "closed_loop_epochs": 1, "find_boundaries": True}
+        module = LesaModule(features, pipeline, (0, 2, 4), predictor=predictor, **epochs)
+    else:
+        narrow = {"num_heads": 1, "width_mult": 0.5, "order": 1, "max_gap": 0.5}
+        epochs = {"mse_epochs": 1, "closed_epochs": 1}
+        module = DiscaModule(features, pipeline, (0, 2, 4), **narrow, **epochs)
+    names = ["feature/hidden", "feature/output", "final"]
+    data = RecordingDataModule(features, names, 2, 0.4, 0)
+    quiet_trainer(2).fit(module, datamodule=data)
+    export_predictor(module, folder / kind, metrics={})
+    pipe = load_pipeline(pipeline)
+    with forecasting(pipe, load_predictor(str(folder / kind))) as run:
+        images = draw(pipe, [{"prompt": "a cat"}], 0, num_inference_steps=STEPS, guidance_scale=2.0)
+    assert run.report().anchors == [0, 2, 4]
+    assert torch.isfinite(images).all()
 
 
 def test_a_bench_without_prompts_says_what_it_needs(folder):

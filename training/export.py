@@ -11,7 +11,7 @@ import pickle
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ from .shipped import sums_of, write_sums
 HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
 STATE = {"gram": "gram", "continuous": "theta", "disca": "out.weight"}
 """The tensor a fit learns; `weight` for the fits that are not named here."""
+Fitted: TypeAlias = (
+    L2PModule
+    | L2PPartsLeastSquares
+    | L2PGramModule
+    | L2PContinuousModule
+    | LesaModule
+    | DiscaModule
+)
 
 
 def export_command(checkpoint: str, out: str) -> None:
@@ -174,7 +182,7 @@ def predictor_of(settings: dict[str, Any], headers: Sequence[Header]) -> Predict
 
 
 def export_predictor(
-    module: L2PModule | L2PPartsLeastSquares | L2PGramModule | L2PContinuousModule | LesaModule,
+    module: Fitted,
     out: str | Path,
     metrics: dict[str, float],
 ) -> Path:

@@ -90,7 +90,7 @@ def retrieval(
     known: Float[Tensor, "n features"],
     places: Sequence[int],
     pictures: Sequence[Picture],
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """How often the nearest of `known` suits the caption, next to chance and to the real picture.
 
     Args:

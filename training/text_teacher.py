@@ -3,6 +3,8 @@
 Shapes: B batch, C channels, H height, W width, L text tokens, E text channels.
 """
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from jaxtyping import Bool, Float
@@ -40,7 +42,7 @@ class TextTeacherModule(FlowTeacher):
         sample_size: int = 32,
         text_dropout: float = 0.1,
         learning_rate: float = 1e-3,
-        prompts: tuple[str, ...] = (),
+        prompts: Sequence[str] = (),
     ) -> None:
         super().__init__(text_dropout, learning_rate)
         self.save_hyperparameters()
@@ -116,7 +118,7 @@ def zeroed_layers(transformer: FluxTransformer2DModel) -> list[nn.Linear]:
 
 def prompt_grid(
     pipe: PixelFluxPipeline,
-    prompts: tuple[str, ...],
+    prompts: Sequence[str],
     columns: int,
     num_inference_steps: int,
     guidance_scale: float,

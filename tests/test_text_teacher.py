@@ -1,0 +1,168 @@
+"""The text teacher's data, recipe, export and judge, on a package of a few drawn pictures."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foreseer.cli import main
+from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.sentence_encoder import SentenceEncoder, encode, plain
+from foreseer.training.emoji import CaptionedEmoji, Picture, read_pictures, split
+from foreseer.training.teacher_export import export_teacher
+from foreseer.training.text_judge import content_words, judge_text_teacher, retrieval, sharing
+from foreseer.training.text_teacher import TextTeacherModule, zeroed_layers
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "teacher"
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square", "flag", "heart", "cat", "dog", "fish", "tree", "star", "book", "cup")
+
+
+def png(colour: str, place: int) -> bytes:
+    """A colour on a transparent ground; the opaque part tells pictures apart."""
+    picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    picture.paste(colour, (0, 0, 20 + 4 * place, 32))
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    """44 pictures in the form of the npm package."""
+    path = tmp_path_factory.mktemp("package") / "package.tgz"
+    named = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    entries, files = [], {}
+    for i, (colour, shape) in enumerate(named):
+        short = f"{shape}_{colour}"
+        entry = {"name": f"{colour} {shape}".upper(), "short_name": short, "image": f"{i}.png"}
+        entries.append(entry | {"category": "Symbols"})
+        files[f"package/img/google/64/{i}.png"] = png(colour, i % len(SHAPES))
+    files["package/emoji.json"] = json.dumps(entries).encode()
+    with tarfile.open(path, "w:gz") as package:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            package.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_pictures_lie_on_white_with_both_names(archive):
+    pictures = read_pictures(archive, 32)
+    assert len(pictures) == 44 and pictures[0].captions == ("blue book", "book blue")
+    circle = next(p for p in pictures if p.captions[0] == "red circle")
+    assert circle.image.shape == (3, 32, 32)
+    assert circle.image[:, 0, 0].tolist() == [1.0, -1.0, -1.0]
+    assert circle.image[:, 31, 31].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_one_picture_in_twenty_is_kept_from_training_with_all_its_names(archive):
+    data = CaptionedEmoji(str(archive), batch_size=4)
+    data.setup("fit")
+    train, held_out = split(read_pictures(archive, 32))
+    assert [len(train), len(held_out)] == [41, 3]
+    assert len(data.train) == 82 and len(data.test) == 6
+    names = {caption for picture in train for caption in picture.captions}
+    assert not names & {caption for picture in held_out for caption in picture.captions}
+    image, embeds, pooled = data.train[1]
+    assert torch.equal(image, train[0].image)
+    expected = encode([train[0].captions[1]])
+    torch.testing.assert_close(embeds, expected[0][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pooled, expected[1][0], rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_end_in_zeros_and_their_mean_counts_words_only():
+    embeds, pooled = encode(["a cat", "a very small brown dog on a red chair"])
+    used = embeds.abs().sum(-1) > 0
+    assert used.sum(1).tolist() == [4, 11]  # with the encoder's two marks
+    torch.testing.assert_close(pooled[0], embeds[0, :4].mean(0))
+    unit = torch.nn.functional.normalize(encode(["grinning face", "smiling face", "a lorry"])[1])
+    assert unit[0] @ unit[1] > unit[0] @ unit[2] + 0.2
+
+
+def test_known_prompts_are_what_the_encoder_makes_of_them():
+    encoder = SentenceEncoder.knowing(["A  Cat ", "a dog"])
+    assert list(encoder.known) == ["", "a cat", "a dog"]
+    mixed = encoder(["a dog", "a cow", "A DOG"])
+    assert torch.equal(mixed[0][0], mixed[0][2])
+    torch.testing.assert_close(mixed[0], encode(["a dog", "a cow", "a dog"])[0])
+    assert plain("  A\n Cat") == "a cat"
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_a_package_that_cannot_be_read_is_named(archive, tmp_path, damage):
+    path = tmp_path / "package.tgz"
+    if damage == "cut":
+        path.write_bytes(archive.read_bytes()[:-2000])
+    if damage == "other":
+        with tarfile.open(path, "w:gz") as package:
+            package.addfile(tarfile.TarInfo("package/readme"))
+    error = FileNotFoundError if damage == "missing" else ValueError
+    with pytest.raises(error, match="emoji-datasource-google"):
+        read_pictures(path, 32)
+
+
+def test_a_dropped_caption_is_the_empty_one():
+    module = TextTeacherModule(1, 1, 1, sample_size=16)
+    module.setup("fit")
+    for layer in zeroed_layers(module.transformer):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    x_t, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.3])
+    words = encode(["a cat", "a cat"])
+    null = module.text_encoder[0](["", ""])
+    dropped = module.velocity(x_t, sigma, list(words), torch.tensor([True, False]))
+    without = module.velocity(x_t, sigma, list(null), torch.tensor([False, False]))
+    assert torch.equal(dropped[0], without[0]) and not torch.allclose(dropped[1], without[1])
+
+
+def test_training_starts_at_zero_velocity():
+    module = TextTeacherModule(1, 2, 1, sample_size=16)
+    module.setup("fit")
+    assert float(module.velocity(
+        torch.randn(1, 3, 16, 16), torch.rand(1), list(encode(["a cat"])), torch.tensor([False])
+    ).abs().max()) == 0.0  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_shipped_recipe_trains_resumes_and_exports(archive, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # the recipe writes to runs/ in the current folder
+    sizes = ["--model.num_layers=1", "--model.num_single_layers=1", "--model.num_attention_heads=1"]
+    sizes += ['--model.prompts=["red cat", "blue dog", "green cup"]', "--model.sample_size=16"]
+    data = [f"--data.archive={archive}", "--data.sample_size=16", "--data.batch_size=8"]
+    config = ["--config", str(CONFIGS / "emoji_flux.yaml"), "--trainer.log_every_n_steps=1"]
+    for steps in (2, 3):  # the second command goes on from the first one's checkpoint
+        main(["teacher", "fit", *config, *sizes, *data, f"--trainer.max_steps={steps}"])
+    checkpoint = tmp_path / "runs" / "teacher" / "emoji_flux" / "last.ckpt"
+    out = tmp_path / "out"
+    export_teacher(str(checkpoint), str(out))
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    pipe = load_pipeline(str(out))
+    for name, weight in pipe.transformer.state_dict().items():
+        assert torch.equal(weight, state[f"transformer.{name}"].bfloat16().float()), name
+    assert list(pipe.text_encoder.known) == ["", "red cat", "blue dog", "green cup"]
+    facts = json.loads((out / "training.json").read_text())
+    assert (facts["steps"], facts["samples_seen"]) == (3, 3 * 8)
+    assert "Not measured yet" in (out / "README.md").read_text()
+    assert np.array(Image.open(out / "samples.png")).shape == (32, 16 * 8 * 2, 3)
+    judge_text_teacher(str(out), str(archive), num_inference_steps=2)
+    judged = json.loads((out / "judge.json").read_text())
+    assert [row["count"] for row in judged["splits"].values()] == [3, 3]
+    assert "| shares a word | chance |" in (out / "README.md").read_text()
+
+
+def test_retrieval_counts_shared_words_and_the_very_picture():
+    names = (("red cat", "cat"), ("red dog", "dog"), ("blue cup", "cup"), ("tea cup", "tea"))
+    pictures = [Picture(each, "", torch.zeros(3, 4, 4)) for each in names]
+    known = torch.eye(4)
+    found = torch.stack([known[1], known[2]])  # nearest: the dog, asked for the cat; the cup itself
+    result = retrieval(found, known, [0, 2], pictures)
+    assert result["shares_a_word"] == 1.0  # "red"; "cup"
+    assert result["exact"] == 0.5 and result["exact_chance"] == 0.25
+    assert result["chance"] == 0.5  # each shares a word with itself and one more of four
+    assert sharing([0], pictures).tolist() == [[True, True, False, False]]
+    assert content_words("flag of the sea: part 2") == {"flag", "sea", "part", "2"}
