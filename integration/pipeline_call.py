@@ -51,7 +51,13 @@ def first_samples(pipe: Any, prompts: str | None) -> dict[str, Any]:
     """Per-sample arguments of one sample: the first asked for, or a default one."""
     if prompts is None and takes_labels(pipe):
         return samples(pipe, class_labels=[0])[0]
-    return samples(pipe, DEFAULT_PROMPT if prompts is None else prompts)[0]
+    return samples(pipe, default_prompt(pipe) if prompts is None else prompts)[0]
+
+
+def default_prompt(pipe: Any) -> str:
+    """A prompt that a pipeline can draw as it is; one that it stores, where it stores some."""
+    known = getattr(getattr(pipe, "text_encoder", None), "known", {})
+    return next((prompt for prompt in known if prompt), DEFAULT_PROMPT)
 
 
 def takes_labels(pipe: Any) -> bool:

@@ -7,6 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_text import PROMPTS, tiny_text_pipeline
 
+from foreseer.integration.pipeline_call import first_samples
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.integration.pixel_flux_pipeline import PixelFluxPipeline, image_ids, pack, unpack
 
@@ -93,6 +94,11 @@ def test_a_saved_pipeline_draws_the_same_with_no_encoder_installed(tmp_path, mon
     )
     with pytest.raises(ModuleNotFoundError, match=r"'a cow' .*foreseer\[text\].*'a cat', 'a dog'"):
         call(loaded, ["a cat", "a cow"])
+
+
+def test_what_a_pipeline_is_tried_with_needs_no_encoder():
+    assert first_samples(tiny_text_pipeline(), None) == {"prompt": "a cat"}
+    assert first_samples(tiny_text_pipeline(), "a horse") == {"prompt": "a horse"}
 
 
 @pytest.mark.parametrize(
