@@ -5,6 +5,7 @@
     python benchmarks/emoji_flux.py fit
     python benchmarks/emoji_flux.py bench
     python benchmarks/emoji_flux.py sheet
+    python benchmarks/emoji_flux.py page
 
 Every stage is made of commands of foreseer's and resumes; stages of different budgets may run at
 the same time. Predictors are fitted on captions the model was trained on
@@ -14,6 +15,7 @@ benchmarks/results/emoji_flux.json.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +39,7 @@ HELD_OUT_PROMPTS = "benchmarks/emoji_held_out.txt"
 ROOT = Path("runs/emoji_flux")
 RESULT = Path("benchmarks/results/emoji_flux.json")
 SHEET = Path("docs/images/emoji_flux.png")
+PAGE = Path("docs/text_to_image.md")
 GUIDANCE_SCALE = 3.0
 BUDGETS = (11, 8)
 NEURAL_BUDGET = 8  # LESA and DisCa are trained on one list
@@ -189,5 +192,13 @@ def sheet(prompts: Sequence[str] = SHEET_PROMPTS, seed: int = 0) -> None:
     print(f"wrote {save_panels(panels, SHEET, headings=titles(asked))}")
 
 
+def page() -> None:
+    """Write the table of docs/text_to_image.md from the published rows."""
+    text = PAGE.read_text()
+    rows = load_rows(RESULT)
+    block = f"<!-- emoji -->\n{verdict(rows)}\n\n{short_table(rows)}<!-- /emoji -->"
+    PAGE.write_text(re.sub("<!-- emoji -->.*<!-- /emoji -->", lambda _: block, text, flags=re.S))
+
+
 if __name__ == "__main__":
-    auto_cli([record, search, fit, bench, sheet])
+    auto_cli([record, search, fit, bench, sheet, page])
