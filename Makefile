@@ -42,10 +42,12 @@ test-source: editable
 
 # The sdist is built first and the wheel from it. The tests run where no source lies beside them.
 test-wheel: .venv-test/.installed
-	rm -rf build dist src/foreseer.egg-info
+	rm -rf build dist src/foreseer.egg-info packages/foreseer-zoo/build
 	mkdir build
 	$(TEST) -m build --no-isolation --outdir dist . > build/log 2>&1 || { cat build/log; exit 1; }
-	$(TEST) $(PIP_INSTALL) --no-deps --force-reinstall dist/foreseer-*.whl
+	$(TEST) -m build --no-isolation --wheel --outdir dist packages/foreseer-zoo > build/log 2>&1 \
+	|| { cat build/log; exit 1; }
+	$(TEST) $(PIP_INSTALL) --no-deps --force-reinstall dist/foreseer-*.whl dist/foreseer_zoo-*.whl
 	@set -e; elsewhere=$$(mktemp -d); trap 'rm -rf "$$elsewhere"' EXIT; \
 	cp -r tests pyproject.toml "$$elsewhere"; cd "$$elsewhere"; \
 	"$(CURDIR)/$(TEST)" -c "import foreseer; f = foreseer.__file__; print('testing', f); \
@@ -53,7 +55,7 @@ test-wheel: .venv-test/.installed
 	"$(CURDIR)/$(TEST)" -m pytest -q -m "not slow and not fault"
 
 clean:
-	rm -rf .venv .venv-test build dist src/foreseer.egg-info
+	rm -rf .venv .venv-test build dist src/foreseer.egg-info packages/foreseer-zoo/build
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear .venv

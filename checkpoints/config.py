@@ -10,8 +10,9 @@ from typing import Any
 
 from .spec import PredictorSpec
 from .strict import MalformedFile, parse_json, read_plain
+from .upgrade import PREDICTOR, NewerVersion, upgraded
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_STEPS = 4096
@@ -103,16 +104,13 @@ def decode_config(text: str | bytes, where: str) -> Config:
         ) from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} holds {short(values)}, expected a JSON object.")
-    version = values.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{where} has schema_version {short(version)}, this release reads {SCHEMA_VERSION}; "
-            "upgrade foreseer."
-        )
+    try:
+        values = upgraded(values, PREDICTOR)
+    except NewerVersion as error:
+        raise CheckpointError(f"{where} {error}") from error
     _check_keys(values, {field.name for field in fields(Config)}, where)
     check_values(values, CONFIG_RULES, where)
     spec = values["spec"]
-    spec = LATER_FIELDS | spec
     _check_keys(spec, {field.name for field in fields(PredictorSpec)}, f"{where}, spec")
     check_values(spec, SPEC_RULES, f"{where}, spec")
     spec = spec | {
@@ -277,10 +275,3 @@ SPEC_RULES: dict[str, Rule] = {
         "rising steps starting with 0",
     ),
 }
-LATER_FIELDS: dict[str, Any] = {
-    "guidance": {},
-    "latent_shapes": [],
-    "branch_steps": [],
-    "expert_steps": [0],
-}
-"""What checkpoints of earlier releases, which lack these, stand for."""

@@ -1,9 +1,25 @@
 """Where the bundled pipelines and predictors are, and what a name stands for."""
 
+import importlib.util
 from pathlib import Path
 
 ZOO = Path(__file__).resolve().parent / "zoo"
 """Folder of the bundled pipelines and predictors."""
+
+APART = ("fashion_dit_student", "fashion_dit_student_disca")
+"""Those that are in a package of their own: foreseer's wheel would be too large with them."""
+
+APART_PACKAGE = "foreseer_zoo"
+
+
+def bundled() -> dict[str, Path]:
+    """Folders by name: of a checkout all, of an installed foreseer those that were installed."""
+    places = [ZOO]
+    found = importlib.util.find_spec(APART_PACKAGE)
+    if found is not None and found.origin is not None:
+        places.insert(0, Path(found.origin).parent / "zoo")
+    folders = [folder for place in places for folder in place.glob("*") if folder.is_dir()]
+    return {folder.name: folder for folder in sorted(folders, key=lambda folder: folder.name)}
 
 
 def resolve(name: str) -> Path:
@@ -12,14 +28,16 @@ def resolve(name: str) -> Path:
     Raises:
         FileNotFoundError: nothing is there; the message lists what is bundled.
     """
-    bundled = sorted(path.name for path in ZOO.glob("*") if path.is_dir())
-    if name.startswith("zoo:"):
-        found = name.removeprefix("zoo:") in bundled
-        folder = ZOO / name.removeprefix("zoo:")
-    else:
-        folder = Path(name)
-        found = folder.is_dir()
-    if not found:
-        names = ", ".join(f"zoo:{entry}" for entry in bundled)
-        raise FileNotFoundError(f"no folder {folder}; bundled are {names or 'none'}.")
-    return folder
+    known = bundled()
+    folder, entry = Path(name), name.removeprefix("zoo:")
+    if entry != name and entry in known:
+        return known[entry]
+    if entry == name and folder.is_dir():
+        return folder
+    if entry != name and entry in APART:
+        raise FileNotFoundError(
+            f"{name} is in the package foreseer-zoo, which is not installed: "
+            'pip install "foreseer[students]", or work in a checkout.'
+        )
+    names = ", ".join(f"zoo:{each}" for each in known)
+    raise FileNotFoundError(f"no folder {name}; bundled are {names or 'none'}.")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from foreseer.checkpoints import hub, zoo
 from foreseer.checkpoints.card import model_card, verdict
+from foreseer.checkpoints.config import SCHEMA_VERSION
 from foreseer.checkpoints.format import (
     CheckpointError,
     load_predictor,
@@ -96,7 +97,7 @@ def test_the_files_hold_the_documented_keys(tmp_path):
         "model_sha256",
     }
     assert config["arguments"] == {"num_steps": 8, "anchors": [0, 1, 3, 6], "num_branches": 2}
-    assert config["schema_version"] == 1
+    assert config["schema_version"] == SCHEMA_VERSION
 
 
 def test_the_golden_forecasts_are_the_rows_applied_to_the_golden_features(tmp_path):

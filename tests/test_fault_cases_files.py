@@ -219,7 +219,7 @@ CONFIGS: dict[str, tuple[Callable, str]] = {
         lambda c: c["arguments"].update(num_branches="2"),
         "argument num_branches is '2', but its spec says 2",
     ),
-    "newer schema": (lambda c: c.update(schema_version=2), "schema_version 2.*upgrade foreseer"),
+    "newer schema": (lambda c: c.update(schema_version=9), "schema_version 9.*upgrade foreseer"),
     "unknown class": (lambda c: c.update(predictor_class="X"), "predictor_class is 'X', expected"),
 }
 

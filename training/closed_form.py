@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .verdict_callbacks import OpenLoopVerdict, Verdict
+
 ONE_PARAMETER = "needed_by_ddp"
 
 
@@ -39,6 +41,10 @@ class ClosedForm(lightning.LightningModule):
     It may run on several processes: each gets the whole sum of the Grams (`GramDataModule`) and
     solves for the same rows.
     """
+
+    def configure_callbacks(self) -> list[Verdict]:
+        """End the fit with its verdict."""
+        return [OpenLoopVerdict()]
 
     def setup(self, stage: str) -> None:
         """Give DistributedDataParallel the parameter without which it refuses a module."""

@@ -20,6 +20,7 @@ from .measure import References, closed_loop_errors
 from .resuming import Resumable
 from .rows import analytic_rows
 from .tracking import track
+from .verdict_callbacks import StartVerdict, Verdict
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 LINEARISED = "linearised"  # what the checkpoint keeps of an epoch's batches
@@ -80,6 +81,10 @@ class L2PClosedLoop(Resumable, L2PModule):
             self.register_buffer(name, torch.tensor(float("inf"), dtype=torch.float64))
         self.moves: list[Direction] = []
         self.parts: list[Quadratics] = []
+
+    def configure_callbacks(self) -> list[Verdict]:
+        """End the fit with its verdict."""
+        return [StartVerdict()]
 
     def on_fit_start(self) -> None:
         """Choose the start and the base; a resumed fit goes on from its best rows."""
@@ -185,14 +190,6 @@ class L2PClosedLoop(Resumable, L2PModule):
             error = self._error(rows, self.validation)
             self.print(f"ridge {ridge:g}: {error:.2f} dB, best so far {float(self.best_error):.2f}")
             self._consider(rows, error)
-
-    def on_train_end(self) -> None:
-        """Say what came of it."""
-        gain = float(self.start_error - self.best_error)
-        if gain > 0:
-            self.print(f"validation: {gain:.2f} dB better than its start ({self.start_name})")
-        else:
-            self.print(f"no gain over {self.start_name}: its rows are returned unchanged")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One that changes nothing, since steps are solved for: Lightning counts its steps.

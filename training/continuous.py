@@ -17,9 +17,9 @@ from ..checkpoints.spec import PredictorSpec
 from ..integration.schedule import check_anchors
 from ..predictors.continuous import L2PContinuous
 from ..trajectories.datamodule import GramDataModule
-from .any_anchors import rows_of
 from .closed_form import ClosedForm, HeldOut
 from .l2p import open_loop_errors, open_recording, spec_of
+from .rows import rows_of
 
 FEWEST, MOST = 5, 12  # anchors of the lists fitted on
 VALIDATION_LISTS = 4

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .processes import check_strategy
 from .resuming import Resumable
+from .verdict_callbacks import RivalsVerdict, Verdict
 
 
 class Descent(Resumable):
@@ -24,6 +25,10 @@ class Descent(Resumable):
     fit_seconds: Tensor
     start_error: Tensor
     val_error: Tensor
+
+    def configure_callbacks(self) -> list[Verdict]:
+        """End the training with its verdict."""
+        return [RivalsVerdict()]
 
     def add_measures(self) -> None:
         """Buffers of what is measured, which the checkpoint keeps."""

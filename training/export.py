@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..checkpoints.config import is_number
 from ..checkpoints.format import CLASSES, save_predictor
 from ..checkpoints.spec import PredictorSpec
 from ..predictors.any_anchors import L2PGram
@@ -34,6 +35,7 @@ from .l2p import L2PModule, rows_predictor, spec_of
 from .lesa import LesaModule
 from .parts import L2PPartsLeastSquares, recorded_partition
 from .shipped import sums_of, write_sums
+from .verdict_callbacks import CHECKPOINT_KEY
 
 HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
 STATE = {"gram": "gram", "continuous": "theta", "disca": "out.weight"}
@@ -74,7 +76,7 @@ def export_command(checkpoint: str, out: str) -> None:
     digest = "+".join(header.recipe_hash for header in headers)
     count = int(state["num_trajectories"])
     spec = spec_of(headers[0], settings["tap"], settings["anchors"], count, digest, headers[1:])
-    errors = validation_errors(state, checkpoint)
+    errors = validation_errors(state, checkpoint) | content.get(CHECKPOINT_KEY, {})
     _save(predictor, spec, recordings, out, errors, settings.get("partition"))
     total = sum(len(recording) for recording in recordings)
     folders = ", ".join(str(recording.folder) for recording in recordings)
@@ -239,6 +241,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} has hyper_parameters of type {type(told).__name__} and a state_dict of type "
             f"{type(state).__name__}, expected dicts; it is no checkpoint of a fit."
         )
+    judged = values.get(CHECKPOINT_KEY, {})
+    if not isinstance(judged, dict) or not all(map(is_number, judged.values())):
+        raise ValueError(f"{path} has the verdict {str(judged)[:80]}, expected numbers; fit again.")
     missing = [name for name in HYPER_PARAMETERS if name not in told]
     learned = f"predictor.{STATE.get(str(told.get('fit', '')), 'weight')}"
     if missing or learned not in state:

@@ -21,6 +21,7 @@ from ..trajectories.recording import Recording
 from .closed_form import ClosedForm, HeldOut
 from .cross_validation import CrossValidation, cross_validate
 from .rows import expert_rows, published_loss, reuse_weight
+from .verdict_callbacks import OpenLoopVerdict, Verdict
 
 
 class L2PModule(lightning.LightningModule):
@@ -49,6 +50,10 @@ class L2PModule(lightning.LightningModule):
         self.predictor = rows_predictor(header, anchors)
         self.num_trajectories: Tensor
         self.register_buffer("num_trajectories", torch.tensor(0))
+
+    def configure_callbacks(self) -> list[Verdict]:
+        """End the fit with its verdict."""
+        return [OpenLoopVerdict()]
 
     def set_rows(self, rows: Float[Tensor, "branches S S"]) -> None:
         """Make these rows the predictor's."""

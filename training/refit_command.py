@@ -22,7 +22,6 @@ from ..checkpoints.format import (
     CARD_FILE,
     GRAMS_FILE,
     MODEL_FILE,
-    argument_names,
     load_predictor,
     save_predictor,
 )
@@ -36,12 +35,13 @@ from ..predictors.parted import L2PBands, L2PGroups, PartedL2P
 from ..trajectories.gram_sums import GramBatches
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
-from .any_anchors import rows_of
 from .cross_validation import RIDGES, CrossValidation, cross_validate
 from .extends import check_extends, check_one_host
-from .parts import least_squares_parts, part_errors
-from .rows import RULES, expert_rows, formula_rows
+from .left_out import leave_one_out, solved
+from .parts import part_errors
+from .rows import RULES, formula_rows, rows_of
 from .shipped import ShippedSums, read_sums, write_sums
+from .verdict import Estimate, open_loop_line
 
 FROM_GRAMS = (L2P, L2PExperts, L2PGram, L2PBands, L2PGroups)
 """The predictors that one sum of Grams determines."""
@@ -75,12 +75,14 @@ class Refit:
         predictor: with `spec`.
         sums: all trajectories.
         validation: errors of the trajectories added, left out one by one.
+        estimate: what its verdict is made of, on the same trajectories left out.
     """
 
     predictor: Predictor
     spec: PredictorSpec
     sums: ShippedSums
     validation: CrossValidation
+    estimate: Estimate
 
 
 def refit_command(
@@ -101,6 +103,7 @@ def refit_command(
         f"{out}: {added} trajectories of {', '.join(map(str, recordings))} added to "
         f"{found.sums.count - added} of {predictor}"
     )
+    print(open_loop_line([found.estimate]))
 
 
 def refit(name: str, recordings: Sequence[str | Path], ridge: float | None = None) -> Refit:
@@ -152,8 +155,13 @@ def refit(name: str, recordings: Sequence[str | Path], ridge: float | None = Non
         "ridge": validation.ridge,
         **formula_errors(old, _chunks(opened, gram, parts is not None)),
     }
-    spec = _spec(old.spec, [recording.header for recording in opened], sums, metrics)
-    return Refit(new, spec, sums, validation)
+    left_out = leave_one_out(
+        old, total, sums.count, validation.ridge, _chunks(opened, gram, parts is not None)
+    )
+    spec = _spec(
+        old.spec, [recording.header for recording in opened], sums, metrics | left_out.metrics()
+    )
+    return Refit(new, spec, sums, validation, left_out)
 
 
 def _place(validation: CrossValidation) -> int:
@@ -172,29 +180,6 @@ def _chunks(
 
 def _with_parts(gram: Tensor, parted: bool) -> Tensor:
     return gram if parted else gram.unsqueeze(-3)
-
-
-def solved(old: Any, total: Float[Tensor, "branches P S S"], count: int, ridge: float) -> Predictor:
-    """A predictor like `old` with the closed form of a sum.
-
-    Args:
-        old: of one of `FROM_GRAMS`, with `spec`.
-        total: summed Grams.
-        count: of how many trajectories.
-        ridge: shrinkage toward reuse.
-    """
-    arguments = {name: getattr(old, name) for name in argument_names(type(old).__name__)}
-    if isinstance(old, L2PGram):
-        new: Any = L2PGram(**arguments | {"ridge": ridge})
-        new.set_gram(total[:, 0] / count)
-        return new
-    new = type(old)(**arguments)
-    anchors, steps = old.spec.anchors, old.spec.expert_steps
-    if isinstance(old, PartedL2P):
-        new.weight.copy_(least_squares_parts(total[None], anchors, ridge))
-    else:
-        new.weight.copy_(expert_rows(total[None, :, 0], anchors, steps, ridge))
-    return new
 
 
 def check_closed_form(name: str, old: Any, total: Float[Tensor, "branches P S S"]) -> None:

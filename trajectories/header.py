@@ -9,13 +9,13 @@ from typing import Any
 import xxhash
 
 from ..checkpoints.strict import parse_json
+from ..checkpoints.upgrade import RECORDING, NewerVersion, upgraded
 from .shards import write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 HEADER_FILE = "recording.json"
 MAX_RECORDING_JSON_BYTES = 1_000_000
 MAX_INT = 1 << 63
-LATER_FIELDS = {"guidance", "branch_steps", "expert_steps"}  # missing in older recordings
 FEATURE_MODES = ("none", "tokens", "full")
 
 
@@ -133,16 +133,14 @@ class Header:
             ) from error
         if not isinstance(values, dict):
             raise RecordingError(f"{where} holds {type(values).__name__}, expected a JSON object.")
-        version = values.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise RecordingError(
-                f"{where} has schema_version {version!r}, this release reads {SCHEMA_VERSION}; "
-                "upgrade foreseer if the recording is newer."
-            )
+        try:
+            values = upgraded(values, RECORDING)
+        except NewerVersion as error:
+            raise RecordingError(f"{where} {error}") from error
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise RecordingError(f"{where} has unknown keys {unknown}; expected {sorted(known)}.")
-        if missing := sorted(known - LATER_FIELDS - values.keys()):
+        if missing := sorted(known - values.keys()):
             raise RecordingError(f"{where} lacks the keys {missing}.")
         try:
             return cls(**values)

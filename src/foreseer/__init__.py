@@ -1,3 +1,3 @@
 """Learned feature caching for diffusion transformers: record, train, deploy."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

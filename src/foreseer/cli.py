@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from . import __version__, commands, pipeline_commands
+from . import commands, pipeline_commands
 
 TRAINER_WORDS = {
     "fit": "Train a predictor from a YAML file (LightningCLI).",
@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     if word in ("-h", "--help"):
         print(usage())
     elif word == "--version":
-        print(f"foreseer {__version__}")
+        from .environment import version_report
+
+        print(version_report())
     elif word in OF_PIPELINES and any(w.partition("=")[0] == "--pipeline" for w in rest):
         asked = {"-h", "--help"} & set(rest)  # also without the pipeline's name
         run_function(OF_PIPELINES[word], ["--help"] if asked else rest)
@@ -83,7 +85,7 @@ def usage() -> str:
             *listed,
             "",
             "  foreseer COMMAND --help lists the options; --print_config prints them as YAML.",
-            "  foreseer --version prints the version.",
+            "  foreseer --version prints the version, and what a bug report must say.",
         ]
     )
 

@@ -1,0 +1,65 @@
+"""Files of earlier layouts, brought in memory to the layout that this release writes.
+
+A layout has a number, `schema_version`. One function per number leads to the next, for each kind of
+file; a file goes through all that it needs. Nothing is guessed: what an earlier layout did not say
+becomes what it stood for.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Values = dict[str, Any]
+Upgrade = Callable[[Values], Values]
+
+ONE_TRANSFORMER: Values = {"guidance": {}, "branch_steps": [], "expert_steps": [0]}
+"""What a run stands for that names no further guidance, branches that stop or transformers."""
+
+
+class NewerVersion(ValueError):
+    """A file of a later release: what was found, what is read here, and what to do."""
+
+
+def upgraded(values: Values, upgrades: Mapping[int, Upgrade]) -> Values:
+    """The values in the newest layout; as they are where their version is none that is known.
+
+    Args:
+        values: a JSON object, not checked yet; it is left as it is.
+        upgrades: by version, the function that leads from it to the next.
+
+    Raises:
+        NewerVersion: the version is above the newest.
+    """
+    newest = max(upgrades) + 1
+    version = values.get("schema_version")
+    if type(version) is not int:
+        return values
+    if version > newest:
+        raise NewerVersion(
+            f"has schema_version {str(version)[:20]}, this release reads {min(upgrades)} to "
+            f"{newest}; upgrade foreseer (pip install --upgrade foreseer)."
+        )
+    while version in upgrades:
+        values = upgrades[version](values)
+        version += 1
+        values = values | {"schema_version": version}
+    return values
+
+
+def _predictor_from_1(values: Values) -> Values:
+    """2026-11-28: several transformers, branches that stop, guidance numbers, sizes of latents."""
+    spec = values.get("spec")
+    if not isinstance(spec, dict):
+        return values
+    return values | {"spec": ONE_TRANSFORMER | {"latent_shapes": []} | spec}
+
+
+def _recording_from_1(values: Values) -> Values:
+    """2026-11-28: several transformers, branches that stop, guidance numbers."""
+    return ONE_TRANSFORMER | values
+
+
+PREDICTOR: dict[int, Upgrade] = {1: _predictor_from_1}
+"""Of the `config.json` of a predictor checkpoint."""
+
+RECORDING: dict[int, Upgrade] = {1: _recording_from_1}
+"""Of the `recording.json` of a recording."""
