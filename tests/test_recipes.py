@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from recipe_cases import PIPELINES
+from recipe_cases import PIPELINES, with_few_text_tokens
 from source_files import PACKAGE
 
 from foreseer.checkpoints.format import load_predictor
@@ -49,7 +49,7 @@ GUIDANCE: dict[str, tuple[int, float, dict[str, float]]] = {  # branches, scale,
     "sd35_large": (2, 3.5, {}),
     "qwen_image": (2, 1.0, {"true_cfg_scale": 4.0}),
     "wan22_t2v": (2, 4.0, {"guidance_scale_2": 3.0}),
-    "hunyuan_video15": (2, 6.0, {}),
+    "hunyuan_video15": (2, 1.0, {"guider.guidance_scale": 6.0}),
 }
 SEND = """
 import sys
@@ -149,7 +149,12 @@ def options(words: dict[str, int]) -> list[str]:
 @pytest.fixture(scope="module", params=sorted(PIPELINES))
 def ran(request, tmp_path_factory) -> Iterator[Ran]:
     """A recipe after its script has run on its tiny pipeline, in a directory of its own."""
-    model, folder = request.param, tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        with_few_text_tokens(patch)
+        yield after_the_script(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def after_the_script(model: str, folder: Path) -> Ran:
     PIPELINES[model]().save_pretrained(folder / "pipeline")
     shell, printed = Shell(folder), io.StringIO()
     overrides = ["--pipeline", str(folder / "pipeline"), "--num_inference_steps", str(STEPS)]
