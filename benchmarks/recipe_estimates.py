@@ -5,12 +5,11 @@
 Builds every transformer with its published configuration on torch's meta device, where tensors have
 shapes and no contents, and counts the matrix products of one call at the recipe's size. Everything
 else follows from shapes, the recipe's own YAML and three assumptions: the GPU's peak, the share of
-it that is reached, and its price. Writes `results/recipes.json` and the tables in `docs/recipes.md`.
+it that is reached, and its price. Writes `results/recipes.json` and tables into `docs/recipes.md`.
 """
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ BYTES = 2  # of a bfloat16 number
 VERIFY_EVALUATIONS = 40 * 8  # `foreseer verify` calls the pipeline some forty times at 8 steps
 
 Shapes = Mapping[str, Any]  # the keyword arguments of one call of the transformer
-Counted = tuple[StepFlops, tuple[int, ...]]  # of one call, and the shape of the hidden tap
+Counted = tuple[StepFlops, Tensor]  # of one call, and what enters its head: the hidden tap
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,11 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def counted(transformer: nn.Module, call: Shapes) -> Counted:
     """One call, counted as a whole."""
-    shapes: list[tuple[int, ...]] = []
+    entering: list[Tensor] = []
     head = transformer.get_submodule("norm_out")
-    handle = head.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    handle = head.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
     try:
-        return step_flops(transformer, ((), dict(call)), "output"), shapes[0]
+        return step_flops(transformer, ((), dict(call)), "output"), entering[0]
     finally:
         handle.remove()
 
@@ -106,7 +105,7 @@ def counted_in_parts(transformer: Any, call: Shapes) -> Counted:
         block(entering, text, temb, mask, rope)
     blocks = len(transformer.transformer_blocks)
     total = once.get_total_flops() + blocks * each.get_total_flops()
-    return StepFlops(total, 0, output.numel()), tuple(entering.shape)
+    return StepFlops(total, 0, output.numel()), entering
 
 
 TEXTS = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
@@ -268,10 +267,11 @@ def facts(model: Model) -> dict[str, Any]:
         "transformers": model.transformers,
         "other_parameters": round(model.others * 1e9),
         "branches": model.branches,
-        "tokens": hidden[1],
+        "tokens": hidden.shape[1],
         "step_flops": calls * cost.full,
         "output_elements": calls * cost.elements,  # of all branches
-        "hidden_elements": calls * math.prod(hidden),
+        "output_bytes": calls * BYTES * cost.elements,
+        "hidden_bytes": calls * hidden.numel() * hidden.element_size(),  # in Wan of float32
     }
 
 
@@ -283,7 +283,7 @@ def derived(fact: Mapping[str, Any], told: Mapping[str, Any], given: Mapping[str
     step_s = fact["step_flops"] / (given["peak_tflops"] * 1e12 * given["share"])
     gram = GRAM_BYTES * fact["branches"] * steps**2
     latents = fact["output_elements"] // fact["branches"]
-    elements = sum(fact[f"{tap}_elements"] for tap in taps)
+    held = sum(fact[f"{tap}_bytes"] for tap in taps)
     weights = fact["transformers"] * fact["transformer_parameters"] + fact["other_parameters"]
     record_s = count * steps * step_s
     return {
@@ -295,12 +295,11 @@ def derived(fact: Mapping[str, Any], told: Mapping[str, Any], given: Mapping[str
         "run_flops": steps * fact["step_flops"],
         "shares": {str(n): fast / full for n, (fast, full) in runs.items()},
         "history_bytes": {
-            tap: {str(n): n * BYTES * fact[f"{tap}_elements"] for n in BUDGETS}
-            for tap in ("output", "hidden")
+            tap: {str(n): n * fact[f"{tap}_bytes"] for n in BUDGETS} for tap in ("output", "hidden")
         },
         "recorder_bytes": {
-            "as recorded": steps * BYTES * elements,
-            "hidden alone": steps * BYTES * fact["hidden_elements"],
+            "as recorded": steps * held,
+            "hidden alone": steps * fact["hidden_bytes"],
         },
         "trajectory_bytes": len(taps) * gram + STATE_BYTES * latents,
         "recording_bytes": count * (len(taps) * gram + STATE_BYTES * latents),
@@ -328,16 +327,21 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def seconds(count: float) -> str:
+    """Seconds, with a decimal while it tells something."""
+    return f"{count:,.0f} s" if count >= 100 else f"{count:.1f} s"
+
+
 def overview(content: Mapping[str, Any]) -> str:
     """One row per model."""
     head = ("estimate", "a full run", *(f"at {n} evaluations" for n in BUDGETS))
     head += ("recording", "GPU hours to record", "US$")
     rows = []
     for row in content["rows"]:
-        fast = [f"{row['forecast_run_s'][str(n)]:,.0f} s" for n in BUDGETS]
+        fast = [seconds(row["forecast_run_s"][str(n)]) for n in BUDGETS]
         record = f"{row['trajectories']} runs, {size(row['recording_bytes'])}"
         hours, cost = f"{row['record_hours']:.2f}", f"{row['record_cost']:.2f}"
-        rows.append((row["model"], f"{row['run_s']:,.0f} s", *fast, record, hours, cost))
+        rows.append((row["model"], seconds(row["run_s"]), *fast, record, hours, cost))
     return table(rows, head)
 
 

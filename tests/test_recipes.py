@@ -1,6 +1,7 @@
 """The recipes for real models run as printed, on tiny whole pipelines of the same classes."""
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -8,7 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import HunyuanVideo15Pipeline
 from recipe_cases import PIPELINES, with_few_text_tokens
 from source_files import PACKAGE
 
@@ -29,6 +31,7 @@ from foreseer.integration.pipelines import load_pipeline
 from foreseer.trajectories.recording import Recording
 
 RECIPES = PACKAGE / "configs" / "recipes"
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 STEPS, BUDGET = 8, 4
 SIZES: dict[str, dict[str, int]] = {
     "flux_dev": {"height": 32, "width": 32},
@@ -146,12 +149,22 @@ def options(words: dict[str, int]) -> list[str]:
     return [word for name, n in words.items() for word in (f"--settings.{name}", str(n))]
 
 
-@pytest.fixture(scope="module", params=sorted(PIPELINES))
-def ran(request, tmp_path_factory) -> Iterator[Ran]:
-    """A recipe after its script has run on its tiny pipeline, in a directory of its own."""
+@pytest.fixture(scope="module", autouse=True)
+def few_text_tokens() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         with_few_text_tokens(patch)
-        yield after_the_script(request.param, tmp_path_factory.mktemp(request.param))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory) -> Callable[[str], Ran]:
+    """A recipe after its script has run on its tiny pipeline, in a directory of its own."""
+    return functools.cache(lambda model: after_the_script(model, tmp_path_factory.mktemp(model)))
+
+
+@pytest.fixture(params=sorted(PIPELINES))
+def ran(request, run_of) -> Ran:
+    return run_of(request.param)
 
 
 def after_the_script(model: str, folder: Path) -> Ran:
@@ -173,6 +186,12 @@ def test_the_script_gives_the_commands_of_the_page(ran):
 def test_the_pipeline_is_of_the_class_the_recipe_is_for_and_is_supported(ran):
     assert re.search(rf"^pipeline +{CLASSES[ran.model]},", ran.printed, re.MULTILINE)
     assert "SUPPORTED on the taps output, hidden, residual." in ran.printed
+
+
+def test_a_folder_is_loaded_in_half_precision_but_for_what_its_class_keeps(ran):
+    found = {parameter.dtype for parameter in ran.pipe.transformer.parameters()}
+    kept = {torch.float32} if ran.model == "wan22_t2v" else set()  # modulation and norms
+    assert found == {torch.bfloat16} | kept
 
 
 def test_what_is_recorded_is_what_the_recipe_says(ran):
@@ -220,6 +239,35 @@ def test_another_size_is_refused(ran):
     with forecasting(pipe, load_predictor(str(ran.out / f"l2p_{BUDGET}"))):
         with pytest.raises(PredictorMismatch):
             ran.draw(pipe, height=2 * SIZES[ran.model]["height"])
+
+
+def test_the_code_of_the_page_draws_with_the_exported_predictor(run_of, tmp_path, monkeypatch):
+    if not PAGE.exists():
+        pytest.skip("the wheel holds no docs")
+    model = "hunyuan_video15"
+    ran = run_of(model)
+    told = yaml.safe_load((RECIPES / model / "call.yaml").read_text())
+    told |= {"num_inference_steps": STEPS, "settings": SIZES[model]}
+    config = tmp_path / "configs" / "recipes" / model / "call.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text(yaml.safe_dump(told))
+    (tmp_path / "runs" / "recipes" / model).mkdir(parents=True)
+    (tmp_path / "runs" / "recipes" / model / "l2p_8").symlink_to(ran.out / f"l2p_{BUDGET}")
+    asked: list[str] = []
+
+    def from_pretrained(name: str, dtype: torch.dtype) -> Any:
+        asked.append(name)
+        return load_pipeline(str(ran.folder / "pipeline"), dtype)
+
+    monkeypatch.setattr(HunyuanVideo15Pipeline, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(HunyuanVideo15Pipeline, "enable_model_cpu_offload", lambda pipe: None)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, str(PAGE), "exec"), names)
+    assert asked == [told["pipeline"]]
+    assert len(names["run"].report().anchors) == BUDGET
+    assert torch.as_tensor(names["output"].frames).isfinite().all()
 
 
 def test_a_command_that_fails_ends_the_script(tmp_path, capfd):
