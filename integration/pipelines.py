@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import is_accelerate_available
 
 from ..checkpoints.strict import parse_json, read_plain
 from ..checkpoints.zoo import resolve
@@ -56,8 +57,13 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
     index = folder / INDEX_FILE
     if not index.exists():
         raise FileNotFoundError(f"{folder} has no {INDEX_FILE}; expected a diffusers pipeline.")
+    # Without accelerate it cannot be had, and diffusers would warn; Wan in half precision needs it.
     return _class_of(index).from_pretrained(
-        folder, dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True, trust_remote_code=False
+        folder,
+        dtype=dtype,
+        low_cpu_mem_usage=is_accelerate_available(),
+        use_safetensors=True,
+        trust_remote_code=False,
     )
 
 

@@ -55,7 +55,7 @@ def inspected(pipe: Any, item: Item, settings: Mapping[str, Any]) -> tuple[list[
     lines = [f"pipeline    {type(pipe).__name__}, scheduler {type(pipe.scheduler).__name__}"]
     for name, transformer in transformers.items():
         total = sum(parameter.numel() for parameter in transformer.parameters()) / 1e6
-        lines.append(f"{name:<12}{type(transformer).__name__}, {total:,.1f} M parameters")
+        lines.append(f"{name:<11} {type(transformer).__name__}, {total:,.1f} M parameters")
     usable: list[str] = []
     for tap in TAPS:
         try:

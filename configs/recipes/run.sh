@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# One recipe from the first check to pictures side by side:
+#
+#     bash run.sh MODEL [OPTIONS]        # MODEL is a folder beside this file: flux_dev, ...
+#
+# OPTIONS go to every command that draws, after those of call.yaml: `--pipeline FOLDER`,
+# `--settings.height 512`, `--dtype float16`. What has been recorded is not recorded again. Of the
+# environment: TRAJECTORIES to record, BUDGETS of network evaluations ("11 8"), TAP to forecast,
+# COMPARE as many held-out prompts, PYTHON. Everything lands in runs/recipes/MODEL.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+model=${1:-}
+recipe=$here/$model
+if [ -z "$model" ] || [ ! -f "$recipe/call.yaml" ]; then
+    echo "found no recipe '$model'; expected one of: $(cd "$here" && echo */)" >&2
+    exit 2
+fi
+shift
+out=runs/recipes/$model
+tap=${TAP:-output}
+pipeline=$(sed -n 's/^pipeline: *//p' "$recipe/call.yaml")
+call=(--pipeline "$pipeline" --config "$recipe/call.yaml" "$@")
+budgets=${BUDGETS:-11 8}
+
+run() {
+    echo "+ $*"
+    "$@"
+}
+
+# Anchors for so many evaluations: the list that the offline search found best for least squares;
+# where two transformers take turns, which it does not know of, even lists over the steps of each.
+anchors() {
+    "${PYTHON:-python}" - "$out" "$1" "$tap" <<'END'
+import json
+import sys
+from pathlib import Path
+
+from foreseer.integration.schedule import uniform
+
+folder, count, tap = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+header = json.loads((folder / "recording" / "recording.json").read_text())
+starts, steps = header.get("expert_steps") or [0], len(header["sigmas"])
+if len(starts) > 1:
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], steps], strict=True)]
+    shares = [max(1, round(count * length / steps)) for length in lengths[:-1]]
+    shares.append(count - sum(shares))
+    parts = zip(starts, shares, lengths, strict=True)
+    chosen = [start + step for start, share, n in parts for step in uniform(share, n)]
+else:
+    rows = json.loads((folder / "inspect" / "offline.json").read_text())["rows"]
+    wanted = {"method": "l2p_lstsq", "anchors_name": "searched", "tap": tap, "num_anchors": count}
+    found = [row for row in rows if wanted.items() <= row.items()]
+    if not found:
+        sys.exit(f"{folder}/inspect/offline.json has no list for {wanted}: record more.")
+    chosen = found[0]["anchors"]
+print(json.dumps(chosen))
+END
+}
+
+run foreseer inspect "${call[@]}" --prompts "$here/calibration.txt"
+run foreseer record --config "$recipe/record.yaml" "${call[@]}" --prompts "$here/calibration.txt" \
+    --out "$out/recording" ${TRAJECTORIES:+--num_trajectories "$TRAJECTORIES"}
+run foreseer inspect "$out/recording" --out "$out/inspect" --budgets "[${budgets// /, }]"
+for budget in $budgets; do
+    chosen=$(anchors "$budget")
+    run foreseer fit --config "$recipe/fit.yaml" \
+        --model.init_args.anchors "$chosen" --model.init_args.tap "$tap" --data.init_args.tap "$tap" \
+        --trainer.callbacks.init_args.dirpath "$out/fit_$budget"
+    run foreseer export --checkpoint "$out/fit_$budget/last.ckpt" --out "$out/l2p_$budget"
+    for number in $(seq "${COMPARE:-2}"); do
+        prompt=$(sed -n "${number}p" "$here/held_out.txt")
+        run foreseer generate "${call[@]}" --predictor "$out/l2p_$budget" --compare true \
+            --prompts "[\"$prompt\"]" --seed $((100000 + number)) \
+            --out "$out/compare_${budget}_$number.png"
+    done
+done
