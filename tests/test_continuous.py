@@ -17,7 +17,6 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.continuous import L2PContinuous, basis, exponents, sigma_at
 from foreseer.predictors.polynomial import Newton
-from foreseer.training.any_anchors import rows_of
 from foreseer.training.continuous import (
     L2PContinuousModule,
     SeveralGrams,
@@ -27,6 +26,7 @@ from foreseer.training.continuous import (
     fit_continuous,
 )
 from foreseer.training.export import export_command, export_predictor
+from foreseer.training.weight_rows import rows_of
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 from foreseer.trajectories.shards import read_shard

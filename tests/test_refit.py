@@ -18,13 +18,14 @@ from foreseer.cli import main
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.experts import L2PExperts
 from foreseer.predictors.spectrum import equal_bands
-from foreseer.training.any_anchors import L2PGramModule, rows_of
+from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PLeastSquares, open_loop_errors
 from foreseer.training.parts import L2PPartsLeastSquares, least_squares_parts
 from foreseer.training.refit_command import refit, refit_command
 from foreseer.training.rows import analytic_rows, expert_rows, least_squares_rows
 from foreseer.training.shipped import read_sums, trajectory_digests, write_sums
+from foreseer.training.weight_rows import rows_of
 from foreseer.trajectories.merge import merge
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record

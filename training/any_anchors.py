@@ -13,9 +13,10 @@ from torch import Tensor
 from ..checkpoints.spec import PredictorSpec
 from ..integration.schedule import check_anchors
 from ..predictors.any_anchors import L2PGram
-from ..predictors.base import History, LinearPredictor, Step
 from .closed_form import ClosedForm, HeldOut
+from .fit_figures import HELD_OUT, log_figures
 from .l2p import open_loop_errors, open_recording, spec_of
+from .weight_rows import rows_of
 
 
 class L2PGramModule(ClosedForm):
@@ -83,8 +84,10 @@ class L2PGramModule(ClosedForm):
         self.held_out.add(self.open_loop_errors(batch["gram"]))
 
     def on_validation_epoch_end(self) -> None:
-        """Log it."""
-        self.log("val/open_loop_error", self.held_out.by_step.mean())
+        """Log it, and draw it beside the weights on the module's anchors."""
+        errors = self.held_out.by_step
+        self.log("val/open_loop_error", errors.mean())
+        log_figures(self, self.anchors, {HELD_OUT: errors})
 
     def open_loop_errors(
         self, grams: Float[Tensor, "n branches S S"]
@@ -92,29 +95,3 @@ class L2PGramModule(ClosedForm):
         """Relative error of the forecasts on the module's anchors."""
         rows = rows_of(self.predictor, self.anchors, self.recording.header.sigmas)
         return open_loop_errors(grams, rows)
-
-
-def rows_of(
-    predictor: LinearPredictor, anchors: Sequence[int], sigmas: Sequence[float]
-) -> Float[Tensor, "branches S S"]:
-    """The weights of every branch of a learned predictor on given anchors, as rows over all steps.
-
-    The row of an anchor is its unit row.
-
-    Args:
-        predictor: the predictor; it has `num_branches`.
-        anchors: steps at which the network runs.
-        sigmas: flow time of every step.
-    """
-    branches = tuple(range(predictor.num_branches))  # type: ignore[arg-type]
-    num_steps = len(sigmas)
-    rows = torch.zeros(len(branches), num_steps, num_steps, dtype=torch.float64)
-    history = History(predictor.window)
-    for t in range(num_steps):
-        step = Step(t, sigmas[t], num_steps, branches)
-        if t in anchors:
-            history.push(step, torch.empty(0))
-            rows[:, t, t] = 1.0
-        else:
-            rows[:, t, history.steps] = predictor.coefficients(history, step).double().mT
-    return rows

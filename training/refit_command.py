@@ -36,12 +36,12 @@ from ..predictors.parted import L2PBands, L2PGroups, PartedL2P
 from ..trajectories.gram_sums import GramBatches
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
-from .any_anchors import rows_of
 from .cross_validation import RIDGES, CrossValidation, cross_validate
 from .extends import check_extends, check_one_host
 from .parts import least_squares_parts, part_errors
 from .rows import RULES, expert_rows, formula_rows
 from .shipped import ShippedSums, read_sums, write_sums
+from .weight_rows import rows_of
 
 FROM_GRAMS = (L2P, L2PExperts, L2PGram, L2PBands, L2PGroups)
 """The predictors that one sum of Grams determines."""
