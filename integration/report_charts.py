@@ -14,7 +14,8 @@ from .report_template import island
 
 LOOKS = {"learned": "wwwww", "solver": "kkkk", "formula": "gggg"}  # hues: warm, cold, grey
 DASHES = 4
-Band = Sequence[tuple[float, float, float]]  # x, low, high
+Number = int | float
+Band = Sequence[tuple[Number, Number, Number]]  # x, low, high
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Curve:
     """
 
     label: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[Number, Number]]
     look: str = "k0"
     strong: bool = False
     note: str = ""
@@ -117,12 +118,12 @@ class Scale:
         log: whether it is logarithmic.
     """
 
-    low: float
-    high: float
+    low: Number
+    high: Number
     log: bool
 
     @classmethod
-    def around(cls, values: Sequence[float], log: bool) -> "Scale":
+    def around(cls, values: Sequence[Number], log: bool) -> "Scale":
         """One that holds all values, with some room."""
         low, high = min(values), max(values)
         if log:
@@ -130,12 +131,12 @@ class Scale:
         room = 0.06 * (high - low) or 0.5
         return cls(low - room, high + room, False)
 
-    def height(self, value: float) -> float:
+    def height(self, value: Number) -> float:
         """Where a value is, from 0 at the top to 1 at the bottom."""
         read = math.log10 if self.log else float
         return (read(self.high) - read(value)) / (read(self.high) - read(self.low))
 
-    def ticks(self) -> list[float]:
+    def ticks(self) -> list[Number]:
         """Round values to mark."""
         if not self.log:
             return list(_round_steps(self.low, self.high))
@@ -149,12 +150,12 @@ class Scale:
         return found or [self.low, self.high]
 
 
-def drawable(value: float, log: bool) -> bool:
+def drawable(value: Number, log: bool) -> bool:
     """Whether a value has a place on the axis."""
     return math.isfinite(value) and (value > 0 or not log)
 
 
-def _round_steps(low: float, high: float) -> Iterator[float]:
+def _round_steps(low: Number, high: Number) -> Iterator[Number]:
     """Multiples of 1, 2 or 5 times a power of ten: four to nine of them."""
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(k * power for k in (1, 2, 5, 10) if (high - low) / (k * power) <= 8)
@@ -167,7 +168,7 @@ def _y_ticks(scale: Scale) -> Iterator[str]:
         yield f'<span style="top:{100 * scale.height(value):.2f}%">{value:.4g}</span>'
 
 
-def _x_ticks(xs: Sequence[float], places: Mapping[float, float]) -> Iterator[str]:
+def _x_ticks(xs: Sequence[Number], places: Mapping[Number, float]) -> Iterator[str]:
     if len(xs) < 12:
         marked = list(xs)
     else:
@@ -180,7 +181,7 @@ def _x_ticks(xs: Sequence[float], places: Mapping[float, float]) -> Iterator[str
 
 def _drawing(
     curves: Sequence[Curve],
-    places: Mapping[float, float],
+    places: Mapping[Number, float],
     scale: Scale,
     label: str,
     band: Band,
@@ -215,9 +216,9 @@ def _drawing(
     )
 
 
-def _runs(curve: Curve, log: bool) -> Iterator[list[tuple[float, float]]]:
+def _runs(curve: Curve, log: bool) -> Iterator[list[tuple[Number, Number]]]:
     """The unbroken pieces of a line."""
-    run: list[tuple[float, float]] = []
+    run: list[tuple[Number, Number]] = []
     for x, y in curve.points:
         if drawable(y, log):
             run.append((x, y))
@@ -239,7 +240,7 @@ def _legend(curves: Sequence[Curve]) -> str:
     return f'<ul class="legend" aria-label="Curves; press one to see it alone">\n{items}\n</ul>'
 
 
-def _values(xs: Sequence[float], curves: Sequence[Curve], axes: Axes) -> str:
+def _values(xs: Sequence[Number], curves: Sequence[Curve], axes: Axes) -> str:
     """The numbers of a chart as a table."""
     heads = "".join(f'<th scope="col">{escape(curve.label)}</th>' for curve in curves)
     found = [dict(curve.points) for curve in curves]
@@ -258,10 +259,10 @@ def _values(xs: Sequence[float], curves: Sequence[Curve], axes: Axes) -> str:
 
 
 def _told(
-    xs: Sequence[float],
+    xs: Sequence[Number],
     curves: Sequence[Curve],
     axes: Axes,
-    places: Mapping[float, float],
+    places: Mapping[Number, float],
     scale: Scale,
     label: str,
 ) -> dict[str, object]:
@@ -288,7 +289,7 @@ def _told(
     }
 
 
-def _shown(value: float | None, axes: Axes) -> str:
+def _shown(value: Number | None, axes: Axes) -> str:
     """A value in words."""
     if value is None or math.isnan(value):
         return "–"

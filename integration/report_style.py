@@ -31,11 +31,12 @@ a { color: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .2rem; }
 .verdict { font-size: clamp(1.1rem, .95rem + .8vw, 1.45rem); line-height: 1.4;
   max-width: 56rem; margin: .75rem 0 1.25rem; }
+code { font-size: .92em; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 figcaption { max-width: 46rem; margin-bottom: .6rem; }
 nav { position: sticky; top: 0; z-index: 5; background: var(--page);
   border-bottom: 1px solid var(--line); }
-nav ul { max-width: 76rem; margin: 0 auto; padding: .5rem 1rem; display: flex; gap: 1.1rem;
+nav ul { max-width: 76rem; margin: 0 auto; padding: .5rem 1rem; display: flex; gap: 1.25rem;
   list-style: none; overflow-x: auto; scrollbar-width: none; white-space: nowrap; }
 nav a { color: var(--soft); text-decoration: none; font-size: .9rem; }
 nav a:hover { color: var(--accent); text-decoration: underline; }

@@ -5,6 +5,7 @@ Whatever comes from data goes through `escape` or `island`, so no name can becom
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -100,13 +101,19 @@ def page(
         style=STYLE,
         command=escape(command),
         context=escape(context),
-        verdict=escape(verdict),
+        verdict=_sentence(verdict),
         tiles='<ul class="tiles">\n' + "\n".join(tiles) + "\n</ul>" if tiles else "",
         links="\n".join(f'<li><a href="#{s.key}">{escape(s.title)}</a></li>' for s in sections),
         sections="\n".join(section.html() for section in sections),
         version=escape(version),
         script=SCRIPT,
     )
+
+
+def _sentence(text: str) -> str:
+    """Plain text as markup: a capital first, and `commands` in the type of commands."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
+    return marked[:1].upper() + marked[1:]
 
 
 def tile(head: str, number: str, tail: str, ahead: bool | None = None) -> str:

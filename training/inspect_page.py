@@ -29,7 +29,7 @@ LIMITS = (
     "Other samplers than Euler, other guidance scales, other numbers of steps.",
     "Fits in closed loop, which need the network and may win where least squares loses.",
 )
-NOT_KNOWN = "What Grams cannot know"
+NOT_KNOWN = "What it cannot know"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def inspect_page(
         tiles = _tiles(answer)
     else:
         sections = [*_motion(motions, cosines), *sections]
-    context = "; ".join(told[name] for name in ("host", "scheduler", "trajectories"))
+    context = f"{told['host']}; {told['scheduler']}; trajectories: {told['trajectories']}"
     return page("inspect", context, verdict, sections, __version__, tiles)
 
 
@@ -124,13 +124,14 @@ def _answered(answer: Answer) -> list[Section]:
         "the best formula."
     )
     return [
-        Section("rules", "Every rule, without the network", _rules(answer), _rules_note(answer)),
+        Section("rules", "Every rule, offline", _rules(answer), _rules_note(answer)),
         Section(
             "steps",
-            f"Error per step at {answer.middle} evaluations",
+            "Error per step",
             errors,
-            "||F_hat - F|| / ||F|| on held-out trajectories, every rule on the anchors found for "
-            "the tap's best formula. Beside the names: mean over forecast steps.",
+            f"||F_hat - F|| / ||F|| at {answer.middle} evaluations on held-out trajectories, every "
+            "rule on the anchors found for the tap's best formula. Beside the names: mean over "
+            "forecast steps.",
         ),
         Section("anchors", "Where to run it", timeline(caption, answer.lists, longest, strong)),
         Section("weights", "What is added up", weight_maps(answer.weights), note),
@@ -181,7 +182,10 @@ def _rules(answer: Answer) -> str:
         ("learned" if method == LEARNED else "formula", cells) for method, cells in _cells(answer)
     ]
     table = sortable(lines, "Every rule on every tap", ("method", "tap"))
-    return f'{chart}\n<div class="card">{table}</div>'
+    return (
+        f'{chart}\n<details class="block"><summary>Every rule on every tap, on the anchors '
+        f"searched for it and on uniform ones</summary>{table}</details>"
+    )
 
 
 def _cells(answer: Answer) -> list[tuple[str, dict[str, Cell]]]:
@@ -251,8 +255,8 @@ def _motion(
     )
     note = "Cosine between the features of two steps, mean over trajectories and branches."
     return [
-        Section("motion", "How the features move", body or "<p>Nothing moves.</p>"),
-        Section("cosines", "How alike the steps are", f'<div class="pair">\n{maps}\n</div>', note),
+        Section("motion", "Motion", body or "<p>Nothing moves.</p>"),
+        Section("cosines", "Likeness of steps", f'<div class="pair">\n{maps}\n</div>', note),
     ]
 
 
