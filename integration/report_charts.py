@@ -133,8 +133,10 @@ class Scale:
 
     def height(self, value: Number) -> float:
         """Where a value is, from 0 at the top to 1 at the bottom."""
-        read = math.log10 if self.log else float
-        return (read(self.high) - read(value)) / (read(self.high) - read(self.low))
+        low, high, at = (
+            math.log10(each) if self.log else float(each) for each in (self.low, self.high, value)
+        )
+        return (high - at) / (high - low)
 
     def ticks(self) -> list[Number]:
         """Round values to mark."""

@@ -55,7 +55,7 @@ def epochs(found: EventAccumulator, tag: str) -> list[int]:
 
 
 def grams(recording: Path) -> GramDataModule:
-    return GramDataModule(str(recording), "hidden", 0.3)
+    return GramDataModule(str(recording), "hidden", 0.3, 3)
 
 
 def test_least_squares_draws_its_held_out_errors(recording, tmp_path, monkeypatch):
@@ -90,14 +90,14 @@ def test_the_gram_fit_draws_the_weights_of_its_own_list(recording, tmp_path):
 
 def test_the_continuous_fit_draws_too(recording, tmp_path):
     module = L2PContinuousModule([str(recording)], ANCHORS, "hidden", num_lists=3)
-    data = SeveralGrams([str(recording)], "hidden", 0.3)
+    data = SeveralGrams([str(recording)], "hidden", 0.3, 3)
     assert {ERRORS, LISTS} | WEIGHTS == set(events(module, data, tmp_path).Tags()["images"])
 
 
 def test_the_closed_loop_draws_every_epoch_that_is_due(recording, tmp_path):
     module = L2PClosedLoop(str(recording), "none", ANCHORS, "hidden", num_probe=2)
     module.pipe = pipeline("dit_guided")
-    data = RecordingDataModule(recording, ["final"], 4, 0.4, 0)
+    data = RecordingDataModule(recording, ["final"], 4, 0.3, 3)
     found = events(module, data, tmp_path, 3)
     assert {ERRORS, LISTS} | WEIGHTS == set(found.Tags()["images"])
     assert epochs(found, ERRORS) == epochs(found, LISTS) == [0, 1, 2]

@@ -40,29 +40,26 @@ class Sheet:
 def sheet(
     pipe: Any,
     ran: Sequence[tuple[Entry, BenchRow]],
-    reference: Samples,
+    sigmas: Sequence[float],
     items: Sequence[Item],
     settings: dict[str, Any],
 ) -> Sheet:
     """Run the full run and the main methods again on some items, at 8 evaluations or the middle.
 
-    The full run is run for its states; the images shown are those the rows were measured on.
-
     Args:
         pipe: the pipeline.
         ran: every entry with its row, the full run among them.
-        reference: the full run's samples; those of `items` come first.
-        items: what to draw.
+        sigmas: flow time of every step of the full run.
+        items: what to draw, in one batch.
         settings: keyword arguments of every call.
     """
     budgets = sorted({len(entry.anchors) for entry, _ in ran if entry.kind != "full"})
-    images = {"full run": reference.images[: len(items)]}
+    full = next(entry for entry, _ in ran if entry.kind == "full")
+    drawn, states = traced(pipe, full, sigmas, items, settings)
+    images = {"full run": drawn.images}
     if not budgets:
         return Sheet(images, {}, {})
     budget = 8 if 8 in budgets else budgets[len(budgets) // 2]
-    sigmas = reference.sigmas
-    full = next(entry for entry, _ in ran if entry.kind == "full")
-    _, states = traced(pipe, full, sigmas, items, settings)
     errors: dict[str, Curve] = {}
     entry_of = {id(row): entry for entry, row in ran}
     chosen: list[Entry] = []

@@ -87,7 +87,7 @@ def bench(
     common = _common_key(pipe, host, items, batch_size, settings)
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     ran, reference = _measure(pipe, [full, *entries], out, batches, common, settings)
-    shown = sheet(pipe, ran, reference, items[:SHEET_SAMPLES], settings)
+    shown = sheet(pipe, ran, reference.sigmas, items[:SHEET_SAMPLES], settings)
     meta = collect_meta(command, [item.seed for item in items])
     rows, errors, weights = [row for _, row in ran], shown.step_errors, shown.weights
     return write_report(rows, meta, shown.images, out, errors, weights=weights)
