@@ -19,7 +19,7 @@ def weight_rows(
 ) -> Float[Tensor, "branches S S"] | None:
     """F_hat_t = sum_a W[branch, t, a] F_a (+ a constant, for LESA), W at the given anchors.
 
-    The row of an anchor is its unit row. Formulas have one branch, which stands for all.
+    Rows of anchors mean nothing. Formulas have one branch, which stands for all.
 
     Args:
         predictor: any forecaster.
