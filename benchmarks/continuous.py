@@ -30,7 +30,8 @@ from foreseer.predictors.continuous import L2PContinuous
 from foreseer.training.benchmark import FIRST_ITEM
 from foreseer.training.continuous import fit_continuous
 from foreseer.training.measure import References, closed_loop_errors
-from foreseer.training.rows import analytic_rows, least_squares_rows, rows_of
+from foreseer.training.rows import analytic_rows, least_squares_rows
+from foreseer.training.weight_rows import rows_of
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record as record_trajectories
 from foreseer.trajectories.recording import Recording

@@ -5,20 +5,32 @@ Shapes: S steps, L layers, T forecast steps, K columns of weights (anchors or ea
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from .report_plots import COLD, GREYS, MARKERS, WARM, save_figure, tidy
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def plot_step_errors(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Path:
-    """Relative error of the feature at each step, on a logarithmic axis.
+    """Draw `step_error_figure` into a PNG.
+
+    Args:
+        curves: label to (step, error) pairs.
+        path: PNG to write.
+    """
+    return save_figure(step_error_figure(curves), path)
+
+
+def step_error_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) -> "Figure":
+    """Relative error at each step, on a logarithmic axis.
 
     Args:
         curves: label to (step, error) pairs; an error of 0 (an anchor) breaks the line.
-        path: PNG to write.
     """
     from matplotlib.figure import Figure
 
@@ -39,7 +51,7 @@ def plot_step_errors(curves: Mapping[str, Sequence[tuple[int, float]]], path: Pa
     tidy(axes, "Error per step", "step (0 is pure noise)", "relative error")
     if curves:
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return save_figure(figure, path)
+    return figure
 
 
 def plot_rule_errors(
@@ -90,13 +102,26 @@ def plot_rule_errors(
 def plot_weights(
     weights: Float[Tensor, "T K"], steps: Sequence[int], columns: Sequence[int], path: Path
 ) -> Path:
+    """Draw `weights_figure` into a PNG.
+
+    Args:
+        weights: one row per forecast step.
+        steps: step index of each row.
+        columns: step index of each column.
+        path: PNG to write.
+    """
+    return save_figure(weights_figure(weights, steps, columns), path)
+
+
+def weights_figure(
+    weights: Float[Tensor, "T K"], steps: Sequence[int], columns: Sequence[int]
+) -> "Figure":
     """The rows of a linear predictor as a heat map, blue below zero and red above.
 
     Args:
         weights: one row per forecast step; NaN where a column is not available yet.
         steps: step index of each row.
         columns: step index of each column.
-        path: PNG to write.
     """
     from matplotlib.figure import Figure
 
@@ -117,6 +142,31 @@ def plot_weights(
     axes.set_xlabel("weight on the feature of step")
     axes.set_ylabel("forecast of step")
     figure.colorbar(image, ax=axes, label="weight")
+    return figure
+
+
+def plot_cosines(matrices: Mapping[str, Float[Tensor, "S S"]], path: Path) -> Path:
+    """How alike the features of every two steps are, a panel per tap.
+
+    Args:
+        matrices: tap to the cosine between the features of two steps.
+        path: PNG to write.
+
+    Raises:
+        ValueError: there is no tap.
+    """
+    from matplotlib.figure import Figure
+
+    if not matrices:
+        raise ValueError("there is no tap whose steps could be compared.")
+    figure = Figure(figsize=(1.0 + 3.7 * len(matrices), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (tap, matrix) in zip(panels, matrices.items(), strict=True):
+        image = axes.imshow(matrix.detach().double().cpu().numpy(), cmap="viridis")
+        axes.set_title(f"{tap}: cosine between steps", loc="left", fontsize=10)
+        axes.set_xlabel("step (0 is pure noise)")
+        figure.colorbar(image, ax=axes, fraction=0.046)
+    panels[0].set_ylabel("step")
     return save_figure(figure, path)
 
 

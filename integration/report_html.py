@@ -1,26 +1,28 @@
 """Write everything a benchmark leaves behind: rows, tables, figures and one self-contained page.
 
-Shapes: B samples, C channels, H height, W width.
+Shapes: B samples, C channels, H height, W width, S sampling steps.
 """
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 from jaxtyping import Float
 from torch import Tensor
 
-from .report_analysis import plot_step_errors
+from .. import __version__
+from .report_analysis import plot_step_errors, plot_weights
+from .report_bench import pareto_charts, step_error_chart
+from .report_compare import comparison
+from .report_heat import Weights, forecast_weights, timeline, weight_maps
 from .report_plots import contact_sheet, plot_pareto, plot_timeline
 from .report_rows import BenchMeta, BenchRow, save_meta, save_rows
 from .report_table import blocks, decibels, gaps, markdown_table, save_csv, short_table, verdict
-from .report_template import PAGE
+from .report_template import Cell, Section, facts, page, picture, sortable, tile
 
-Cell = tuple[str, int | float | str | None]  # text shown, value sorted by
 TEXT_COLUMNS = ("method", "kind", "tap", "anchors")
+Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def write_report(
@@ -28,21 +30,23 @@ def write_report(
     meta: BenchMeta,
     images: Mapping[str, Float[Tensor, "B C H W"]],
     out: Path,
-    step_errors: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    step_errors: Curves | None = None,
     figures: Mapping[str, Path] | None = None,
+    weights: Mapping[str, Weights] | None = None,
 ) -> Path:
     """Write the results, tables, figures and the HTML page of a benchmark into one folder.
 
     The files are results.json, results.meta.json, results.csv, results.md, pareto.png,
-    contact_sheet.png, timeline.png, step_errors.png (when given) and report.html.
+    contact_sheet.png, timeline.png, step_errors.png and weights.png (when given), report.html.
 
     Args:
         rows: rows of one benchmark.
         meta: how the rows were made.
-        images: label to samples in [0, 1] for the contact sheet; the first is the full run.
+        images: label to samples in [0, 1], the full run's first.
         out: folder to write, made when missing.
-        step_errors: label to (step, relative error) pairs.
-        figures: caption to PNG of further figures, such as the weights of a predictor.
+        step_errors: label to (step, relative error) pairs of the sampler's state after the step.
+        figures: caption to PNG of further figures.
+        weights: caption to the rows of a linear predictor's branch, and its anchors.
 
     Returns:
         Path of the HTML page, which needs no other file and no network.
@@ -59,44 +63,89 @@ def write_report(
     (out / "results.md").write_text(
         f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
     )
-    extras = dict(figures or {})
+    num_steps = max(row.steps[-1] for row in rows) + 1
+    plot_pareto(rows, out / "pareto.png")
+    plot_timeline(anchor_lists(rows), num_steps, out / "timeline.png")
+    contact_sheet(images, out / "contact_sheet.png")
     if step_errors:
-        path = plot_step_errors(step_errors, out / "step_errors.png")
-        extras = {"Relative error of the feature at each step": path, **extras}
-    (out / "report.html").write_text(_page(rows, meta, images, out, extras))
+        plot_step_errors(step_errors, out / "step_errors.png")
+    if weights:
+        matrix, anchors = next(iter(weights.values()))
+        plot_weights(*forecast_weights(matrix, anchors), anchors, out / "weights.png")
+    sections = [
+        _pareto(rows),
+        _samples(images, out / "contact_sheet.png"),
+        _methods(rows),
+        *_inside(rows, step_errors or {}, weights or {}),
+        *([_further(figures)] if figures else []),
+        Section("again", "Run it again", f"<pre>{escape(meta.command)}</pre>\n{_facts(meta)}"),
+    ]
+    text = page("bench", _context(rows, meta), verdict(rows), sections, __version__, _tiles(rows))
+    (out / "report.html").write_text(text)
     return out / "report.html"
 
 
-def _page(
-    rows: Sequence[BenchRow],
-    meta: BenchMeta,
-    images: Mapping[str, Float[Tensor, "B C H W"]],
-    out: Path,
-    extras: Mapping[str, Path],
-) -> str:
-    """The HTML page; its figures are drawn into `out` on the way."""
-    num_steps = max(row.steps[-1] for row in rows) + 1
-    return Template(PAGE).substitute(
-        context=escape(_context(rows, meta)),
-        verdict=escape(verdict(rows)),
-        tiles=_tiles(rows),
-        pareto=_figure(
-            "PSNR against network evaluations, each method on its best tap and anchor list",
-            plot_pareto(rows, out / "pareto.png"),
-        ),
-        tables=_tables(rows),
-        contact_sheet=_figure(
-            "The same seeds from every method; dark strips: absolute difference to the full run",
-            contact_sheet(images, out / "contact_sheet.png"),
-        ),
-        timeline=_figure(
-            "Steps at which the network runs, one line per anchor list",
-            plot_timeline(anchor_lists(rows), num_steps, out / "timeline.png"),
-        ),
-        extras="\n".join(f"<h2>{escape(k)}</h2>\n{_figure(k, v)}" for k, v in extras.items()),
-        command=escape(meta.command),
-        facts=_facts(meta),
+def _pareto(rows: Sequence[BenchRow]) -> Section:
+    """Quality against cost."""
+    nothing = "<p>Every method reproduces the full run exactly, so there is no curve to draw.</p>"
+    return Section("pareto", "Quality against cost", "\n".join(pareto_charts(rows)) or nothing)
+
+
+def _methods(rows: Sequence[BenchRow]) -> Section:
+    """All methods as tables."""
+    note = (
+        "Each method and tap on the best of its anchor lists, chosen by mean PSNR on the samples "
+        "of this report; every list is in results.csv. Brackets hold the bootstrap 95 % interval "
+        "of the mean. Press a heading to sort."
     )
+    return Section("methods", "All methods", _tables(rows), note)
+
+
+def _samples(images: Mapping[str, Tensor], sheet: Path) -> Section:
+    """The slider, and all samples at once."""
+    body = picture(
+        "Every sample shown, a row per method; dark strips: four times the absolute difference "
+        "to the full run",
+        sheet,
+    )
+    if len(images) > 1:
+        caption = "Drag the divider, or focus it and use the arrow keys."
+        body = f"{comparison(caption, images)}\n{body}"
+    return Section("samples", "Samples side by side", body)
+
+
+def _inside(
+    rows: Sequence[BenchRow], step_errors: Curves, weights: Mapping[str, Weights]
+) -> list[Section]:
+    """What lies behind the numbers: error per step, anchors, weights."""
+    lists = anchor_lists(rows)
+    num_steps = max(row.steps[-1] for row in rows) + 1
+    learned = {row.anchors for row in rows if row.kind == "learned"}
+    strong = [label for label, steps in lists.items() if " ".join(map(str, steps)) in learned]
+    found = []
+    if step_errors:
+        chart = step_error_chart(rows, step_errors)
+        found.append(Section("steps", "Error after each step", chart))
+    if lists:
+        caption = (
+            "Steps at which the network runs, one line per anchor list. Bold: lists that learned "
+            "predictors run on."
+        )
+        drawn = timeline(caption, lists, num_steps, strong)
+        found.append(Section("anchors", "Where the network runs", drawn))
+    if weights:
+        note = (
+            "A line per forecast step: how much of each computed feature goes into its forecast. "
+            "Plain reuse is a one on the newest anchor."
+        )
+        found.append(Section("weights", "What is added up", weight_maps(weights), note))
+    return found
+
+
+def _further(figures: Mapping[str, Path]) -> Section:
+    """Figures that a caller adds."""
+    body = "\n".join(picture(caption, path) for caption, path in figures.items())
+    return Section("further", "Further figures", body)
 
 
 def anchor_lists(rows: Sequence[BenchRow]) -> dict[str, tuple[int, ...]]:
@@ -133,15 +182,18 @@ def _context(rows: Sequence[BenchRow], meta: BenchMeta) -> str:
     return "; ".join([meta.date, meta.hardware, f"{samples} held-out samples", *full])
 
 
-def _tiles(rows: Sequence[BenchRow]) -> str:
+def _tiles(rows: Sequence[BenchRow]) -> list[str]:
     """One tile per budget with the gap between learned and everything else."""
-    return "\n".join(
-        f"<li>{gap.learned.num_anchors} evaluations, guidance {gap.learned.guidance_scale:g}"
-        f'<b class="{"ahead" if gap.psnr_db > 0 else "behind"}">{gap.psnr_db:+.2f} dB</b>'
-        f"{escape(gap.learned.method)} {decibels(gap.learned.psnr_db)}, "
-        f"{escape(gap.other.method)} {decibels(gap.other.psnr_db)}</li>"
+    return [
+        tile(
+            f"{gap.learned.num_anchors} evaluations, guidance {gap.learned.guidance_scale:g}",
+            f"{gap.psnr_db:+.2f} dB",
+            f"{gap.learned.method} {decibels(gap.learned.psnr_db)}, "
+            f"{gap.other.method} {decibels(gap.other.psnr_db)}",
+            gap.psnr_db > 0,
+        )
         for gap in gaps(rows)
-    )
+    ]
 
 
 def _tables(rows: Sequence[BenchRow]) -> str:
@@ -151,33 +203,15 @@ def _tables(rows: Sequence[BenchRow]) -> str:
     }
     parts: list[str] = []
     for (scale, evaluations), block in blocks(rows).items():
-        heads = "".join(
-            f"<th{_text(name)}><button>{escape(name)}</button></th>" for name in _cells(block[0])
-        )
-        body = "\n".join(_table_row(row) for row in block)
+        head = f"{evaluations} evaluations, guidance {scale:g}"
+        lines = [(row.kind, _cells(row)) for row in block]
         gap = sentences.get((scale, evaluations))
         parts.append(
-            f"<details{'' if parts else ' open'}><summary><b>{evaluations} evaluations, "
-            f"guidance {scale:g}</b>{f'<br>{escape(gap)}' if gap else ''}</summary>\n"
-            f'<div class="scroll"><table>\n<thead><tr>{heads}</tr></thead>\n'
-            f"<tbody>\n{body}\n</tbody></table></div></details>"
+            f'<details class="block"{"" if parts else " open"}><summary><b>{head}</b>'
+            f"{f'<br>{escape(gap)}' if gap else ''}</summary>\n"
+            f"{sortable(lines, head, TEXT_COLUMNS, ('anchors',))}</details>"
         )
     return "\n".join(parts)
-
-
-def _table_row(row: BenchRow) -> str:
-    """One line of a sortable table."""
-    cells = []
-    for name, (shown, value) in _cells(row).items():
-        css = ' class="text steps"' if name == "anchors" else _text(name)
-        key = "" if value is None else escape(str(value))
-        cells.append(f'<td{css} data-value="{key}">{escape(shown)}</td>')
-    return f'<tr class="{row.kind}">{"".join(cells)}</tr>'
-
-
-def _text(name: str) -> str:
-    """The class of a column that holds words."""
-    return ' class="text"' if name in TEXT_COLUMNS else ""
 
 
 def _cells(row: BenchRow) -> dict[str, Cell]:
@@ -214,26 +248,14 @@ def _sortable(value: float) -> float:
     return 1e9 if value == math.inf else value
 
 
-def _figure(caption: str, path: Path) -> str:
-    """An image inside the page, scrolling sideways where the screen is narrower than legible."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f'<figure><div class="frame">'
-        f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}"></div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
 def _facts(meta: BenchMeta) -> str:
     """Versions, seeds and machine as a definition list."""
     seeds = ", ".join(map(str, meta.seeds[:8])) + (", ..." if len(meta.seeds) > 8 else "")
-    facts = {
+    content = {
         "date": meta.date,
         "commit": meta.commit,
         "hardware": meta.hardware,
         "seeds": f"{len(meta.seeds)}: {seeds}",
         **meta.versions,
     }
-    return "\n".join(
-        f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts.items()
-    )
+    return facts(content)

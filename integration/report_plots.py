@@ -204,12 +204,22 @@ def _strip(images: Tensor) -> Tensor:
 
 
 def plot_timeline(lists: Mapping[str, Sequence[int]], num_steps: int, path: Path) -> Path:
-    """Which steps run the network, one line per anchor list.
+    """Draw `timeline_figure` into a PNG.
 
     Args:
         lists: label to anchor indices.
         num_steps: steps of the full run.
         path: PNG to write.
+    """
+    return save_figure(timeline_figure(lists, num_steps), path)
+
+
+def timeline_figure(lists: Mapping[str, Sequence[int]], num_steps: int) -> "Figure":
+    """Which steps run the network, one line per anchor list.
+
+    Args:
+        lists: label to anchor indices.
+        num_steps: steps of the full run.
     """
     from matplotlib.figure import Figure
 
@@ -221,4 +231,4 @@ def plot_timeline(lists: Mapping[str, Sequence[int]], num_steps: int, path: Path
     axes.set_yticks(range(len(lists)), list(lists), fontsize=8)
     axes.set_ylim(len(lists) - 0.4, -0.6)
     tidy(axes, "Steps at which the network runs", "step (0 is pure noise)", "")
-    return save_figure(figure, path)
+    return figure

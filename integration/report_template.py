@@ -1,101 +1,196 @@
-"""The page of the HTML report: `string.Template` text, with its style and script inside."""
+"""The one page that all HTML reports are: a frame, its sections, and what they share.
 
-PAGE = """<!doctype html>
+Whatever comes from data goes through `escape` or `island`, so no name can become markup.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from .report_script import SCRIPT
+from .report_style import STYLE
+
+Cell = tuple[str, int | float | str | None]  # text shown, value sorted by
+
+PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>foreseer bench</title>
-<style>
-:root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1b1f24;
-  --soft: #5b636e; --line: #dfe2e6; --good: #00694f; --bad: #a63c00; --accent: #0067a3; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1d2126; --ink: #e8eaed;
-  --soft: #a2abb5; --line: #353b43; --good: #4ec9a2; --bad: #f2955a; --accent: #6db9ec; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-p { max-width: 46rem; }
-.verdict { font-size: 1.2rem; line-height: 1.45; max-width: 52rem; }
-.soft, figcaption { color: var(--soft); font-size: .9rem; }
-.tiles { display: grid; gap: .75rem; padding: 0; list-style: none;
-  grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
-.tiles li { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  padding: .6rem .8rem; font-size: .85rem; color: var(--soft); overflow-wrap: anywhere; }
-.tiles b { display: block; font-size: 1.5rem; line-height: 1.3; }
-.ahead { color: var(--good); } .behind { color: var(--bad); }
-details { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  margin: .6rem 0; }
-summary { padding: .6rem .8rem; cursor: pointer; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .84rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; border-top: 1px solid var(--line); text-align: right;
-  white-space: nowrap; }
-th { vertical-align: bottom; }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
-.text { text-align: left; }
-td.steps { min-width: 13rem; white-space: normal; color: var(--soft); }
-th button { all: unset; cursor: pointer; font-weight: 600; white-space: normal; }
-th button:focus-visible { outline: 2px solid var(--accent); }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
-tr.learned td:first-child { font-weight: 700; color: var(--accent); }
-figure { margin: 1rem 0; }
-.frame { overflow-x: auto; width: fit-content; max-width: 100%; background: #fff; padding: .5rem;
-  border: 1px solid var(--line); border-radius: .5rem; }
-.frame img { display: block; max-width: 100%; height: auto; }
-@media (max-width: 40rem) { .frame img { max-width: 36rem; } }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  padding: .7rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-</style>
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>$style</style>
 </head>
 <body>
-<h1>foreseer bench</h1>
+<header>
+<h1><b>foreseer</b> $command</h1>
 <p class="soft">$context</p>
 <p class="verdict">$verdict</p>
-<ul class="tiles">
 $tiles
-</ul>
-<h2>Quality against cost</h2>
-$pareto
-<h2>All methods</h2>
-<p class="soft">Each method and tap on the best of its anchor lists, chosen by mean PSNR on the
-samples of this report; every list is in results.csv. Brackets hold the bootstrap 95 % interval of
-the mean. Click a heading to sort.</p>
-$tables
-<h2>Samples side by side</h2>
-$contact_sheet
-<h2>Where the network runs</h2>
-$timeline
-$extras
-<h2>Run it again</h2>
-<pre>$command</pre>
-<dl>
-$facts
-</dl>
-<script>
-for (const button of document.querySelectorAll("th button")) {
-  button.addEventListener("click", () => {
-    const head = button.parentElement, table = head.closest("table");
-    const down = head.getAttribute("aria-sort") !== "descending";
-    const body = table.tBodies[0], column = head.cellIndex;
-    const value = (row) => row.cells[column].dataset.value;
-    const order = (a, b) => {
-      const x = value(a), y = value(b);
-      if (x === "" || y === "") return (x === "") - (y === "");
-      const difference = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
-      return down ? -difference : difference;
-    };
-    for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    body.append(...[...body.rows].sort(order));
-  });
-}
-</script>
+</header>
+<nav aria-label="Sections"><ul>
+$links
+</ul></nav>
+<main>
+$sections
+</main>
+<footer class="soft">Written by foreseer $version. The page holds everything it shows.</footer>
+<script>$script</script>
 </body>
 </html>
-"""
+""")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Args:
+        key: its name in the address, of letters and dashes.
+        title: its heading.
+        body: markup; whatever comes from data is escaped by who made it.
+        note: a sentence or two under the heading, plain text.
+    """
+
+    key: str
+    title: str
+    body: str
+    note: str = ""
+
+    def html(self) -> str:
+        """The markup."""
+        note = f'\n<p class="soft">{escape(self.note)}</p>' if self.note else ""
+        return (
+            f'<section id="{self.key}" aria-labelledby="{self.key}-title">\n'
+            f'<h2 id="{self.key}-title">{escape(self.title)}</h2>{note}\n{self.body}\n</section>'
+        )
+
+
+def page(
+    command: str,
+    context: str,
+    verdict: str,
+    sections: Sequence[Section],
+    version: str,
+    tiles: Sequence[str] = (),
+) -> str:
+    """A whole page, which needs no other file and no network.
+
+    Args:
+        command: name of the command it reports on, plain text like the next two.
+        context: a line on what was measured.
+        verdict: the answer.
+        sections: its parts.
+        version: of foreseer.
+        tiles: markup of list items, see `tile`.
+
+    Raises:
+        ValueError: there is no section, or two have the same key.
+    """
+    keys = [section.key for section in sections]
+    if not keys or len(set(keys)) < len(keys):
+        raise ValueError(f"a page needs sections with different keys, got {keys}.")
+    return PAGE.substitute(
+        title=escape(f"foreseer {command}"),
+        style=STYLE,
+        command=escape(command),
+        context=escape(context),
+        verdict=_sentence(verdict),
+        tiles='<ul class="tiles">\n' + "\n".join(tiles) + "\n</ul>" if tiles else "",
+        links="\n".join(f'<li><a href="#{s.key}">{escape(s.title)}</a></li>' for s in sections),
+        sections="\n".join(section.html() for section in sections),
+        version=escape(version),
+        script=SCRIPT,
+    )
+
+
+def _sentence(text: str) -> str:
+    """Plain text as markup: a capital first, and `commands` in the type of commands."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
+    return marked[:1].upper() + marked[1:]
+
+
+def tile(head: str, number: str, tail: str, ahead: bool | None = None) -> str:
+    """One tile of the row under the verdict.
+
+    Args:
+        head: what the number is of.
+        number: the number with its unit.
+        tail: what it was compared with.
+        ahead: whether it is good; None is neither good nor bad.
+    """
+    css = {None: "", True: ' class="ahead"', False: ' class="behind"'}[ahead]
+    return f"<li>{escape(head)}<b{css}>{escape(number)}</b>{escape(tail)}</li>"
+
+
+def island(content: Mapping[str, Any]) -> str:
+    """Data for the page's script; `<` is written as an escape, so it cannot end the element."""
+    text = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" class="data">{text}</script>'
+
+
+def data_uri(content: bytes, kind: str = "png") -> str:
+    """An image as an address that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def picture(caption: str, path: Path) -> str:
+    """A PNG inside the page, scrolling sideways where the screen is narrower than legible."""
+    return (
+        f'<figure><figcaption>{escape(caption)}</figcaption><div class="frame" tabindex="0" '
+        f'role="group" aria-label="{escape(caption)}"><img alt="{escape(caption)}" '
+        f'src="{data_uri(path.read_bytes())}"></div></figure>'
+    )
+
+
+def facts(content: Mapping[str, str]) -> str:
+    """Names and values as a definition list."""
+    items = "\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in content.items())
+    return f"<dl>\n{items}\n</dl>"
+
+
+def sortable(
+    rows: Sequence[tuple[str, Mapping[str, Cell]]],
+    label: str,
+    words: Sequence[str] = (),
+    long: Sequence[str] = (),
+) -> str:
+    """A table that sorts by the column whose heading is pressed.
+
+    Args:
+        rows: class and cells of each line, by column heading; the first line has all columns.
+        label: what the table holds, for screen readers.
+        words: columns that hold words.
+        long: columns of words that may take several lines.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    if not rows:
+        raise ValueError(f"the table {label!r} has no row.")
+
+    def css(name: str) -> str:
+        kind = "text steps" if name in long else "text" if name in words else ""
+        return f' class="{kind}"' if kind else ""
+
+    heads = "".join(
+        f'<th scope="col"{css(name)}><button>{escape(name)}</button></th>' for name in rows[0][1]
+    )
+    body = []
+    for kind, cells in rows:
+        line = "".join(
+            f'<td{css(name)} data-value="{"" if value is None else escape(str(value))}">'
+            f"{escape(shown)}</td>"
+            for name, (shown, value) in cells.items()
+        )
+        body.append(f'<tr class="{escape(kind)}">{line}</tr>')
+    return (
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(label)}"><table>\n'
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table></div>"
+    )

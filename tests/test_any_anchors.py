@@ -17,7 +17,8 @@ from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.export import export_command, export_predictor
-from foreseer.training.rows import least_squares_rows, rows_of
+from foreseer.training.rows import least_squares_rows
+from foreseer.training.weight_rows import rows_of
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.gram import gram
 from foreseer.trajectories.recorder import record

@@ -26,7 +26,7 @@ from foreseer.training.continuous import (
     fit_continuous,
 )
 from foreseer.training.export import export_command, export_predictor
-from foreseer.training.rows import rows_of
+from foreseer.training.weight_rows import rows_of
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 from foreseer.trajectories.shards import read_shard

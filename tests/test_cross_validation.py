@@ -10,7 +10,8 @@ from foreseer.predictors.polynomial import Taylor
 from foreseer.training.cross_validation import RIDGES, cross_validate, left_out_errors
 from foreseer.training.l2p import L2PLeastSquares, open_loop_errors
 from foreseer.training.parts import least_squares_parts, part_errors
-from foreseer.training.rows import expert_rows, formula_rows, least_squares_rows, rows_of, segments
+from foreseer.training.rows import expert_rows, formula_rows, least_squares_rows, segments
+from foreseer.training.weight_rows import rows_of
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.gram import gram
 from foreseer.trajectories.writer import RecordingWriter

@@ -23,8 +23,9 @@ from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PLeastSquares, open_loop_errors
 from foreseer.training.parts import L2PPartsLeastSquares, least_squares_parts
 from foreseer.training.refit_command import refit, refit_command
-from foreseer.training.rows import analytic_rows, expert_rows, least_squares_rows, rows_of
+from foreseer.training.rows import analytic_rows, expert_rows, least_squares_rows
 from foreseer.training.shipped import read_sums, trajectory_digests, write_sums
+from foreseer.training.weight_rows import rows_of
 from foreseer.trajectories.merge import merge
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record

@@ -28,6 +28,7 @@ from foreseer.integration.report_table import (
     short_table,
     verdict,
 )
+from foreseer.predictors.linear import L2P
 
 LISTS = {8: "0 1 2 4 10 20 31 41", 6: "0 1 4 11 24 38", 2: "0 9"}
 META = BenchMeta({"torch": "2.13.0"}, [7, 8], "one <CPU>", "foreseer bench", "2026-01-02", "abc")
@@ -204,7 +205,9 @@ def test_the_report_is_complete_and_needs_no_network(rows, tmp_path):
         "Weights": plot_weights(torch.randn(6, 2), range(1, 7), [0, 3], tmp_path / "weights.png"),
         "Layers": plot_layer_motion(motion, motion, motion, tmp_path / "layers.png"),
     }
-    page = write_report(rows, META, images, tmp_path / "out", errors, figures)
+    rule = L2P(4, [0, 2])
+    weights = {"ab2, branch 0": (rule.weight[0], rule.anchors)}
+    page = write_report(rows, META, images, tmp_path / "out", errors, figures, weights)
     assert {path.name for path in page.parent.iterdir()} == {
         "results.json",
         "results.meta.json",
@@ -214,12 +217,13 @@ def test_the_report_is_complete_and_needs_no_network(rows, tmp_path):
         "contact_sheet.png",
         "timeline.png",
         "step_errors.png",
+        "weights.png",
         "report.html",
     }
     text = page.read_text()
-    resources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', text)
-    assert len(resources) == 6
-    assert all(source.startswith("data:image/png;base64,iVBOR") for source in resources)
+    assert (
+        len(re.findall(r'src="data:image/png;base64,iVBOR', text)) == 9
+    )  # pictures, samples, heat
     outside = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
     assert not re.search(r"https?:|url\(|@import|<link|<iframe", outside)
     assert "one &lt;CPU&gt;" in text and "one <CPU>" not in text

@@ -14,8 +14,9 @@ from ..checkpoints.spec import PredictorSpec
 from ..integration.schedule import check_anchors
 from ..predictors.any_anchors import L2PGram
 from .closed_form import ClosedForm, HeldOut
+from .fit_figures import HELD_OUT, log_figures
 from .l2p import open_loop_errors, open_recording, spec_of
-from .rows import rows_of
+from .weight_rows import rows_of
 
 
 class L2PGramModule(ClosedForm):
@@ -83,8 +84,10 @@ class L2PGramModule(ClosedForm):
         self.held_out.add(self.open_loop_errors(batch["gram"]))
 
     def on_validation_epoch_end(self) -> None:
-        """Log it."""
-        self.log("val/open_loop_error", self.held_out.by_step.mean())
+        """Log it, and draw it beside the weights on the module's anchors."""
+        errors = self.held_out.by_step
+        self.log("val/open_loop_error", errors.mean())
+        log_figures(self, self.anchors, {HELD_OUT: errors})
 
     def open_loop_errors(
         self, grams: Float[Tensor, "n branches S S"]

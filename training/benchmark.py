@@ -22,19 +22,19 @@ from ..integration.host import transformer_of
 from ..integration.pipelines import load_pipeline
 from ..integration.report_html import write_report
 from ..integration.report_rows import BenchRow, load_rows
-from ..integration.report_table import best_rows, gaps, verdict
+from ..integration.report_table import gaps, verdict
 from ..predictors.base import LinearPredictor, Predictor
 from ..predictors.linear import L2P, tabulate
 from ..trajectories.prompts import Item, digest, generate_batch
 from ..trajectories.record_command import asked_items
+from .bench_curves import sheet
 from .bench_plan import COMMON_LISTS, Entry, plan, spec_of
-from .bench_runs import Samples, Tick, run_entry, score
+from .bench_runs import Samples, run_entry, score
 from .bench_store import ROWS_FILE, RowLog, load_samples, save_samples
 from .rows import RULES
 
 FIRST_ITEM = 10_000  # far from every item a recording starts with
 SHEET_SAMPLES = 8
-SHEET_METHODS = ("euler", "ab2", "dpmpp_2m", "unipc", "reuse", "taylor_1")
 
 
 def bench(
@@ -88,9 +88,10 @@ def bench(
     common = _common_key(pipe, host, items, batch_size, settings)
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     ran, reference = _measure(pipe, [full, *entries], out, batches, common, settings)
-    images = _sheet(pipe, ran, reference, items[:SHEET_SAMPLES], settings)
+    shown = sheet(pipe, ran, reference.sigmas, items[:SHEET_SAMPLES], settings)
     meta = collect_meta(command, [item.seed for item in items])
-    return write_report([row for _, row in ran], meta, images, out)
+    rows, errors, weights = [row for _, row in ran], shown.step_errors, shown.weights
+    return write_report(rows, meta, shown.images, out, errors, weights=weights)
 
 
 def rows_predictor(
@@ -270,26 +271,3 @@ def _flops(
     call = first_call(transformer, lambda: generate_batch(pipe, items, **settings))
     taps = sorted({entry.tap for entry in entries} - {"none"})
     return {tap: step_flops(transformer, call, tap) for tap in taps}
-
-
-def _sheet(
-    pipe: Any,
-    ran: Sequence[tuple[Entry, BenchRow]],
-    reference: Samples,
-    items: Sequence[Item],
-    settings: dict[str, Any],
-) -> dict[str, Tensor]:
-    """First samples of the full run and the main methods, at 8 evaluations or the middle budget."""
-    budgets = sorted({len(entry.anchors) for entry, _ in ran if entry.kind != "full"})
-    images = {"full run": reference.images[: len(items)]}
-    if not budgets:
-        return images
-    budget = 8 if 8 in budgets else budgets[len(budgets) // 2]
-    entry_of = {id(row): entry for entry, row in ran}
-    tick: Tick = lambda evaluations: None  # noqa: E731
-    for row in best_rows([row for _, row in ran if row.num_anchors == budget], "method"):
-        if row.kind == "learned" or row.method in SHEET_METHODS:
-            entry = entry_of[id(row)]
-            samples = run_entry(pipe, entry, reference.sigmas, [items], tick, **settings)
-            images[f"{row.method}\n{budget} evaluations"] = samples.images
-    return images

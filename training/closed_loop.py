@@ -14,8 +14,9 @@ from torch import Tensor
 from ..integration.pipelines import load_pipeline
 from ..trajectories.gram_sums import sum_grams
 from .closed_form import refuse_several_processes
+from .fit_figures import HELD_OUT, draws_now, log_figures
 from .gauss_newton import Direction, Quadratics, directions, feature_bases, linearise
-from .l2p import L2PModule
+from .l2p import L2PModule, open_loop_errors
 from .measure import References, closed_loop_errors
 from .resuming import Resumable
 from .rows import analytic_rows
@@ -173,11 +174,15 @@ class L2PClosedLoop(Resumable, L2PModule):
         self.optimizers().step()  # type: ignore[union-attr]
 
     def on_train_epoch_end(self) -> None:
-        """Move by what there is of an epoch that was cut short, and log."""
+        """Move by what there is of an epoch that was cut short, log and draw."""
         if self.parts:
             self._move()
         self.log("val/error_db", self.best_error, prog_bar=True)
         self.log("val/gain_over_start_db", self.start_error - self.best_error, prog_bar=True)
+        if draws_now(self):
+            grams = self.recording.stack(f"gram/{self.tap}", self.validation.items)
+            errors = open_loop_errors(grams, self.predictor.weight).mean((0, 1))
+            log_figures(self, self.predictor.anchors, {HELD_OUT: errors})
 
     def _move(self) -> None:
         """Take the Gauss-Newton step that does best on the validation split, if any does."""

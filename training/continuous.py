@@ -18,8 +18,9 @@ from ..integration.schedule import check_anchors
 from ..predictors.continuous import L2PContinuous
 from ..trajectories.datamodule import GramDataModule
 from .closed_form import ClosedForm, HeldOut
+from .fit_figures import log_figures
 from .l2p import open_loop_errors, open_recording, spec_of
-from .rows import rows_of
+from .weight_rows import rows_of
 
 FEWEST, MOST = 5, 12  # anchors of the lists fitted on
 VALIDATION_LISTS = 4
@@ -122,9 +123,11 @@ class L2PContinuousModule(ClosedForm):
         self.held_out[place].add(self.open_loop_errors(batch["gram"], place))
 
     def on_validation_epoch_end(self) -> None:
-        """Log its mean over the recordings, which count alike."""
-        means = [errors.by_step.mean() for errors in self.held_out if errors.count]
-        self.log("val/open_loop_error", torch.stack(means).mean())
+        """Log its mean over the recordings, which count alike; draw the first one's."""
+        found = [errors.by_step for errors in self.held_out if errors.count]
+        self.log("val/open_loop_error", torch.stack([each.mean() for each in found]).mean())
+        if self.held_out[0].count:
+            log_figures(self, self.anchors, {"held out, drawn anchors": self.held_out[0].by_step})
 
     def open_loop_errors(
         self, grams: Float[Tensor, "n branches S S"], place: int

@@ -21,6 +21,7 @@ from ..integration.time_facts import modulation_width
 from ..predictors.neural import DiscaPredictor
 from .descent import Descent
 from .disca_gan import Adversary
+from .fit_figures import StepMeans, log_figures
 from .frozen_runs import final_latents
 from .l2p import spec_of
 from .lesa_rates import rate_factor
@@ -118,6 +119,7 @@ class DiscaModule(Descent):
         self.save_hyperparameters(told | {"fit": self.fit_name, "arguments": arguments})
         self.add_measures()
         self.errors: list[Tensor] = []
+        self.step_errors = StepMeans()
 
     def spec(self) -> PredictorSpec:
         """What the predictor was fitted on."""
@@ -230,13 +232,21 @@ class DiscaModule(Descent):
         """Held-out error of the finished samples, and of single forecasts on recorded features."""
         self.errors.append(self.closed_errors(batch))
         with torch.no_grad():
-            error = velocity_error(self.forced(batch, self.anchors))
+            forced = self.forced(batch, self.anchors)
+            error = velocity_error(forced)
+        self.step_errors.add(
+            (each.step, (each.forecast - each.target).norm() / each.target.norm())
+            for each in forced
+        )
         self.log("val/velocity_mse", error, batch_size=len(batch["item"]))
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the closed-loop error."""
+        """Keep the closed-loop error; draw the error per step and the anchors."""
         error = torch.cat(self.errors).mean()
-        self.errors = []
+        log_figures(
+            self, self.anchors, {"output, on recorded features": self.step_errors.by_step()}
+        )
+        self.errors, self.step_errors = [], StepMeans()
         self.log("val/error_db", error, prog_bar=True)
         self.log("val/gain_over_start_db", self.start_error.to(error) - error)
         if not self.trainer.sanity_checking:

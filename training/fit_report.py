@@ -12,10 +12,11 @@ import lightning
 import torch
 from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ..integration.forecaster import Forecaster
-from ..integration.report_analysis import plot_step_errors
+from ..integration.report_analysis import plot_step_errors, step_error_figure
 from ..integration.session import Session
 from ..predictors.linear import L2P
 from ..trajectories.gram import projection_fidelity
@@ -32,6 +33,7 @@ CURVES = {
 }
 """The curves of the report in drawing order, with their labels."""
 
+REPORT = "figures/fit_report"  # its tag in TensorBoard
 Curve = list[tuple[int, float]]
 
 
@@ -81,11 +83,13 @@ def fit_report(
     out.mkdir(parents=True, exist_ok=True)
     content = {"tap": tap, "anchors": list(anchors), "items": list(items), "relative_error": curves}
     (out / "fit_report.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot_step_errors(
-        {label: curves[name] for name, label in CURVES.items() if name in curves},
-        out / "fit_report.png",
-    )
+    plot_step_errors(labelled(curves), out / "fit_report.png")
     return curves
+
+
+def labelled(curves: dict[str, Curve]) -> dict[str, Curve]:
+    """The curves of a report in drawing order, by their labels."""
+    return {label: curves[name] for name, label in CURVES.items() if name in curves}
 
 
 def _curve(errors: Float[Tensor, "n branches S"]) -> Curve:
@@ -148,6 +152,8 @@ def closed_loop_state_errors(
 class FitReport(Callback):
     """Write the report of an L2P fit when it ends, on the data module's validation split.
 
+    TensorBoard shows it as `figures/fit_report`, where the trainer logs there.
+
     The closed-loop curve needs the network and is there for fits that run it (`L2PClosedLoop`).
 
     Args:
@@ -182,4 +188,7 @@ class FitReport(Callback):
         if pipe is not None:
             closed_loop = closed_loop_state_errors(pipe, predictor, tap, recording, items)
         rows, anchors = predictor.weight, predictor.anchors
-        fit_report(recording, items, rows, anchors, tap, closed_loop, self.out)
+        curves = fit_report(recording, items, rows, anchors, tap, closed_loop, self.out)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            figure = step_error_figure(labelled(curves))
+            trainer.logger.experiment.add_figure(REPORT, figure, trainer.current_epoch)

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..integration.report_analysis import plot_rule_errors
+from ..integration.report_analysis import plot_cosines, plot_rule_errors, plot_weights
+from ..integration.report_heat import Weights, forecast_weights
 from ..integration.report_plots import plot_timeline
-from ..trajectories.gram import step_errors
-from ..trajectories.motion import draw, facts, motion, table, tap_order
+from ..trajectories.gram import cosines, step_errors
+from ..trajectories.motion import draw, facts, motion, table, tap_order, told
 from ..trajectories.recording import Recording
 from ..trajectories.storage import is_url
+from .inspect_markdown import inspect_markdown
+from .inspect_page import Answer, inspect_page
 from .offline import LEARNED, OfflineRow, Remembered, TapGrams, best_row, offline_rows, verdict
 from .rows import RULES
 
@@ -36,15 +39,16 @@ UNITS = {
 def inspect_command(
     recording: str, out: str | None = None, budgets: Sequence[int] = (11, 8, 6)
 ) -> list[Path]:
-    """Print what a recording holds and what its Grams say about every rule; draw both.
+    """Print what a recording holds and what its Grams say about every rule; draw both on a page.
 
     Args:
         recording: folder of the recording.
-        out: folder for the plots and `offline.json`; None takes `plots` beside the shards.
+        out: folder for `inspect.html`, `inspect.md`, the plots and `offline.json`; None takes
+            `plots` beside the shards.
         budgets: network evaluations to compare at; those the run has no steps for are left out.
 
     Returns:
-        The plots.
+        The plots, the Markdown and the page; nothing of an empty recording.
 
     Raises:
         RecordingError: the folder is no recording.
@@ -60,32 +64,40 @@ def inspect_command(
         print("no trajectory is finished, so there is nothing to measure yet")
         return []
     items = opened.items[:: -(-len(opened) // MAX_TRAJECTORIES)]
-    grams = {tap: opened.stack(f"gram/{tap}", items) for tap in opened.header.taps}
-    motions = {tap: motion(grams[tap]) for tap in sorted(grams, key=tap_order)}
+    taps = sorted(opened.header.taps, key=tap_order)
+    grams = {tap: opened.stack(f"gram/{tap}", items) for tap in taps}
+    motions = {tap: motion(grams[tap]) for tap in taps}
     print(table(motions))
     folder = Path(opened.folder, "plots") if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     plots = draw(motions, folder)
+    alike = {tap: cosines(grams[tap].double()).flatten(0, 1).mean(0) for tap in taps}
+    shown = {tap: alike[tap] for tap in taps if not tap.startswith("blocks.")} or alike
+    plots.append(plot_cosines(shown, folder / "cosines.png"))
     num_steps = opened.header.num_steps
     usable = sorted({n for n in budgets if n < num_steps}, reverse=True)
-    taps = [
-        TapGrams(tap, grams[tap], opened.header.sigmas) for tap in FORECAST_TAPS if tap in grams
-    ]
-    if usable and taps:
-        plots += answer(taps, usable, folder)
+    found = [TapGrams(t, grams[t], opened.header.sigmas) for t in FORECAST_TAPS if t in grams]
+    answered: Answer | str
+    if usable and found:
+        answered = answer(found, usable, folder)
+        plots += draw_answer(answered, num_steps, folder)
     else:
-        print(
-            f"no rule was compared: found the taps {' '.join(sorted(grams))}, {num_steps} steps "
+        answered = (
+            f"no rule was compared: found the taps {' '.join(taps)}, {num_steps} steps "
             f"and budgets {' '.join(map(str, budgets))}; expected one of the taps "
             f"{' '.join(FORECAST_TAPS)} and a budget below the number of steps"
         )
-    for plot in plots:
-        print(f"wrote {plot}")
-    return plots
+        print(answered)
+    page, text = folder / "inspect.html", folder / "inspect.md"
+    page.write_text(inspect_page(told(opened), motions, alike, answered))
+    text.write_text(inspect_markdown(told(opened), answered, plots))
+    for path in (*plots, text, page):
+        print(f"wrote {path}")
+    return [*plots, text, page]
 
 
-def answer(taps: Sequence[TapGrams], budgets: Sequence[int], folder: Path) -> list[Path]:
-    """Compare the rules, print the tables and the verdict, write `offline.json` and the plots."""
+def answer(taps: Sequence[TapGrams], budgets: Sequence[int], folder: Path) -> Answer:
+    """Compare the rules, print the tables and the verdict, write `offline.json`."""
     rows: list[OfflineRow] = []
     rules = {name: Remembered(rule) for name, rule in RULES.items()}
     total = len(taps) * len(budgets) * len(rules)
@@ -108,10 +120,20 @@ def answer(taps: Sequence[TapGrams], budgets: Sequence[int], folder: Path) -> li
     )
     print(f"\n{line}\n")
     write_json(rows, line, num_held_out, folder / "offline.json")
-    middle = budgets[len(budgets) // 2]
+    middle = [row for row in rows if row.num_anchors == budgets[len(budgets) // 2]]
+    panels, weights = error_panels(taps, middle), shown_weights(taps, middle)
+    return Answer(rows, line, budgets, lists, panels, weights)
+
+
+def draw_answer(found: Answer, num_steps: int, folder: Path) -> list[Path]:
+    """Error per step, anchors and weights as PNG."""
+    learned = [LEARNED] if any(row.method == LEARNED for row in found.rows) else []
+    strong = [*learned, *best_formulas(found)]
+    matrix, anchors = next(iter(found.weights.values()))
     return [
-        draw_errors(taps, [row for row in rows if row.num_anchors == middle], folder),
-        plot_timeline(lists, len(taps[0].sigmas), folder / "anchors.png"),
+        plot_rule_errors(found.panels, strong, folder / "rule_errors.png"),
+        plot_timeline(found.lists, num_steps, folder / "anchors.png"),
+        plot_weights(*forecast_weights(matrix, anchors), anchors, folder / "weights.png"),
     ]
 
 
@@ -153,23 +175,47 @@ def chosen_lists(rows: Sequence[OfflineRow], budgets: Sequence[int]) -> dict[str
     return lists
 
 
-def draw_errors(taps: Sequence[TapGrams], rows: Sequence[OfflineRow], folder: Path) -> Path:
+def best_formulas(found: Answer) -> list[str]:
+    """The best formula of every tap at the middle budget, each once."""
+    here = [row for row in found.rows if row.num_anchors == found.middle]
+    taps = dict.fromkeys(row.tap for row in here)
+    best = [best_row([row for row in here if row.tap == tap], learned=False) for tap in taps]
+    return list(dict.fromkeys(row.method for row in best))
+
+
+def error_panels(
+    taps: Sequence[TapGrams], rows: Sequence[OfflineRow]
+) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Relative error per step of every method, on the list of the tap's best formula."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    best: dict[str, OfflineRow] = {}
     for grams in taps:
         here = [row for row in rows if row.tap == grams.tap]
-        best[grams.tap] = row = best_row(here, learned=False)
+        row = best_row(here, learned=False)
         curves: dict[str, list[tuple[int, float]]] = {}
         for method in dict.fromkeys(found.method for found in here):
             errors = step_errors(grams.held, grams.rows(method, row.anchors)).mean((0, 1))
             curves[method] = list(enumerate(errors.tolist()))
-        title = f"{grams.tap}, anchors {' '.join(map(str, row.anchors))}"
-        panels[title] = curves
-    strong = [LEARNED, *(row.method for row in best.values())]
-    present = {method for curves in panels.values() for method in curves}
-    strong = [method for method in dict.fromkeys(strong) if method in present]
-    return plot_rule_errors(panels, strong, folder / "rule_errors.png")
+        panels[f"{grams.tap}, anchors {' '.join(map(str, row.anchors))}"] = curves
+    return panels
+
+
+def shown_weights(taps: Sequence[TapGrams], rows: Sequence[OfflineRow]) -> dict[str, Weights]:
+    """The rows of the least-squares fit and of the best formula of every tap, on their own lists.
+
+    Args:
+        taps: Grams of every tap.
+        rows: of one budget.
+    """
+    shown: dict[str, Weights] = {}
+    for grams in taps:
+        here = [row for row in rows if row.tap == grams.tap and row.anchors_name == "searched"]
+        learned = [row for row in here if row.method == LEARNED]
+        for row in [*learned, best_row(here, learned=False)]:
+            matrices = grams.rows(row.method, row.anchors)
+            for branch, matrix in enumerate(matrices):
+                name = f", branch {branch}" if len(matrices) > 1 else ""
+                shown[f"{row.method}, {row.tap}{name}"] = (matrix, row.anchors)
+    return shown
 
 
 def write_json(rows: Sequence[OfflineRow], line: str, num_held_out: int, path: Path) -> None:

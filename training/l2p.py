@@ -20,6 +20,7 @@ from ..trajectories.header import Header
 from ..trajectories.recording import Recording
 from .closed_form import ClosedForm, HeldOut
 from .cross_validation import CrossValidation, cross_validate
+from .fit_figures import HELD_OUT, log_figures
 from .rows import expert_rows, published_loss, reuse_weight
 from .verdict_callbacks import OpenLoopVerdict, Verdict
 
@@ -69,23 +70,15 @@ class L2PModule(lightning.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.num_trajectories.fill_(len(data.train_items))
 
-    def on_fit_end(self) -> None:
-        """Show the weight matrix in TensorBoard, newest step at the bottom."""
-        if not isinstance(self.logger, TensorBoardLogger):
-            return
-        for branch, rows in enumerate(self.predictor.weight):
-            scaled = (rows.float() / 4 + 0.5).clamp(0, 1)  # white is +2, black is -2
-            name = f"rows/branch_{branch}"
-            self.logger.experiment.add_image(name, scaled[None], self.global_step)
-
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch's errors."""
         self.held_out = HeldOut()
 
     def log_step_errors(self) -> None:
-        """Log the held-out open-loop error of every forecast step, and their mean."""
+        """Log the held-out open-loop error of every forecast step, and their mean; draw both."""
         errors = self.held_out.by_step
         self.log("val/open_loop_error", errors.mean())
+        log_figures(self, self.predictor.anchors, {HELD_OUT: errors})
         if not isinstance(self.logger, TensorBoardLogger):
             return
         for step, error in enumerate(errors.tolist()):

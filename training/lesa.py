@@ -25,6 +25,7 @@ from ..predictors.kan import with_pykan, without_pykan
 from ..predictors.lesa import LesaPredictor
 from ..predictors.lesa_values import LesaValues
 from .descent import Descent
+from .fit_figures import StepMeans, log_figures
 from .frozen_runs import final_latents
 from .l2p import spec_of
 from .lesa_figures import gate_figure
@@ -36,6 +37,7 @@ from .lesa_samples import (
     mean_absolute_error,
     open_features,
     recorded_samples,
+    sample_errors,
     stage_errors,
 )
 from .lesa_start import LesaFactory, description, untrained
@@ -127,6 +129,7 @@ class LesaModule(Descent):
         self.pipe: Any = None
         self.add_measures()
         self.closed_errors: list[Tensor] = []
+        self.step_errors: dict[str, StepMeans] = {}
 
     def deployed(self) -> LesaPredictor:
         """The predictor without pykan, as it is exported."""
@@ -239,19 +242,24 @@ class LesaModule(Descent):
         guided = recorded_samples(batch[f"feature/{self.tap}"], self.anchors, self.predictor)
         closed, errors = self.run(batch)
         for name, samples in (("guided", guided), ("closed_loop", closed)):
-            for stage, error in stage_errors(self.predictor, samples).items():
+            found = sample_errors(self.predictor, samples)
+            self.step_errors.setdefault(name, StepMeans()).add(found)
+            for stage, error in stage_errors(self.predictor, found).items():
                 self.log(f"val/{name}_error_stage_{stage}", error, batch_size=len(errors))
         self.closed_errors.append(errors)
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the closed-loop error, and draw the gates."""
+        """Keep the closed-loop error; draw errors, weights, anchors and the gates."""
         error = torch.cat(self.closed_errors).mean()
-        self.closed_errors = []
+        labels = {"guided": "from recorded features", "closed_loop": "in closed loop"}
+        curves = {labels[name]: means.by_step() for name, means in self.step_errors.items()}
+        self.closed_errors, self.step_errors = [], {}
         self.log("val/error_db", error, prog_bar=True)
         self.log("val/gain_over_reuse_db", self.start_error.to(error) - error)
         if self.trainer.sanity_checking:
             return
         self.val_error.fill_(error)
+        log_figures(self, self.anchors, curves)
         if isinstance(self.logger, TensorBoardLogger):
             sigmas, boundaries = self.predictor.sigmas, self.predictor.boundaries
             with torch.no_grad():

@@ -191,16 +191,26 @@ def mean_absolute_error(predictor: LesaPredictor, samples: Sequence[Sample]) -> 
 
 
 @torch.no_grad()
-def stage_errors(
+def sample_errors(
     predictor: LesaPredictor, samples: Sequence[Sample]
-) -> dict[int, Float[Tensor, ""]]:
-    """Mean of ||F_hat - F|| / ||F|| over the forecast steps of every stage that has some."""
-    errors: dict[int, list[Tensor]] = {}
+) -> list[tuple[Step, Float[Tensor, ""]]]:
+    """||F_hat - F|| / ||F|| of every forecast, with its step."""
+    found = []
     for sample in samples:
         forecast = predictor.correct(sample.queue, sample.step)
         error = (forecast - sample.target).norm() / sample.target.norm()
-        errors.setdefault(predictor.stage(sample.step.sigma), []).append(error)
-    return {stage: torch.stack(found).mean() for stage, found in sorted(errors.items())}
+        found.append((sample.step, error))
+    return found
+
+
+def stage_errors(
+    predictor: LesaPredictor, errors: Sequence[tuple[Step, Float[Tensor, ""]]]
+) -> dict[int, Float[Tensor, ""]]:
+    """Mean of `sample_errors` over the forecast steps of every stage that has some."""
+    stages: dict[int, list[Tensor]] = {}
+    for step, error in errors:
+        stages.setdefault(predictor.stage(step.sigma), []).append(error)
+    return {stage: torch.stack(found).mean() for stage, found in sorted(stages.items())}
 
 
 def _at(features: Tensor, step: int, branches: Sequence[int]) -> Tensor:

@@ -196,7 +196,7 @@ def verdict(rows: Sequence[OfflineRow], num_held_out: int) -> str:
             "compared, because a single trajectory leaves none to hold out: record more."
         )
     learned = {n: best_row(at[n], learned=True) for n in budgets}
-    gains = {n: _gain(learned[n], formulas[n]) for n in budgets}
+    gains = {n: gain(learned[n], formulas[n]) for n in budgets}
     parts = [
         f"at {n} evaluations {_name(learned[n])} {_outcome(gains[n])} {_name(formulas[n])}"
         for n in budgets
@@ -230,7 +230,7 @@ def _advice(gains: Mapping[int, float]) -> str:
     return f"do not use it at {named}: take the formula there, or fit closed loop"
 
 
-def _gain(learned: OfflineRow, formula: OfflineRow) -> float:
+def gain(learned: OfflineRow, formula: OfflineRow) -> float:
     """Decibels by which the learned error is smaller; 0 when both are exact."""
     if learned.accumulated_error == formula.accumulated_error:
         return 0.0

@@ -19,6 +19,7 @@ from ..trajectories.gram import part_grams
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
 from .closed_form import ClosedForm, HeldOut
+from .fit_figures import HELD_OUT, log_figures
 from .l2p import open_recording, spec_of
 from .rows import least_squares_rows
 
@@ -179,5 +180,7 @@ class L2PPartsLeastSquares(ClosedForm):
         self.held_out.add(part_errors(batch["gram"], self.predictor.weight))
 
     def on_validation_epoch_end(self) -> None:
-        """Log it."""
-        self.log("val/open_loop_error", self.held_out.by_step.mean())
+        """Log it, and draw it; parts have rows of their own, which are not drawn."""
+        errors = self.held_out.by_step
+        self.log("val/open_loop_error", errors.mean())
+        log_figures(self, self.predictor.anchors, {HELD_OUT: errors})

@@ -39,9 +39,10 @@ from .cross_validation import RIDGES, CrossValidation, cross_validate
 from .extends import check_extends, check_one_host
 from .left_out import leave_one_out, solved
 from .parts import part_errors
-from .rows import RULES, formula_rows, rows_of
+from .rows import RULES, formula_rows
 from .shipped import ShippedSums, read_sums, write_sums
 from .verdict import Estimate, open_loop_line
+from .weight_rows import rows_of
 
 FROM_GRAMS = (L2P, L2PExperts, L2PGram, L2PBands, L2PGroups)
 """The predictors that one sum of Grams determines."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..predictors.base import History, LinearPredictor, Step
+from ..predictors.base import LinearPredictor
 from ..predictors.damped import Damped
 from ..predictors.foca import Foca2Point, FocaRecursive
 from ..predictors.hermite import HiCache, ScaledTaylor
@@ -202,29 +202,3 @@ def analytic_rows(
         ):
             unique[name] = table
     return unique
-
-
-def rows_of(
-    predictor: LinearPredictor, anchors: Sequence[int], sigmas: Sequence[float]
-) -> Float[Tensor, "branches S S"]:
-    """The weights of every branch of a learned predictor on given anchors, as rows over all steps.
-
-    The row of an anchor is its unit row.
-
-    Args:
-        predictor: the predictor; it has `num_branches`.
-        anchors: steps at which the network runs.
-        sigmas: flow time of every step.
-    """
-    branches = tuple(range(predictor.num_branches))  # type: ignore[arg-type]
-    num_steps = len(sigmas)
-    rows = torch.zeros(len(branches), num_steps, num_steps, dtype=torch.float64)
-    history = History(predictor.window)
-    for t in range(num_steps):
-        step = Step(t, sigmas[t], num_steps, branches)
-        if t in anchors:
-            history.push(step, torch.empty(0))
-            rows[:, t, t] = 1.0
-        else:
-            rows[:, t, history.steps] = predictor.coefficients(history, step).double().mT
-    return rows

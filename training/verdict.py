@@ -18,7 +18,8 @@ from ..predictors.linear import L2P
 from ..predictors.parted import PartedL2P
 from ..trajectories.gram import accumulated_error, spread
 from .offline import LEVEL_DB, LOSS_DB
-from .rows import RULES, adams_bashforth_rows, formula_rows, rows_of
+from .rows import RULES, adams_bashforth_rows, formula_rows
+from .weight_rows import rows_of
 
 SHOWN = ("reuse", "taylor_1")  # formulas that a card shows besides the best one
 BENCH = "foreseer bench --predictors '[FOLDER]' --budgets '{budgets}' ... measures PSNR and solvers"

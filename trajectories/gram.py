@@ -52,6 +52,12 @@ def cosine_to_previous(grams: Float[Tensor, "*lead S S"]) -> Float[Tensor, "*lea
     return cross / (norms[..., 1:] * norms[..., :-1]).sqrt()
 
 
+def cosines(grams: Float[Tensor, "*lead S S"]) -> Float[Tensor, "*lead S S"]:
+    """cos(F_s, F_t) of every two steps; 0 with a feature that is 0."""
+    scale = grams.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(grams.dtype).tiny).rsqrt()
+    return grams * scale[..., :, None] * scale[..., None, :]
+
+
 def magnitude_ratios(grams: Float[Tensor, "n branches S S"]) -> list[float]:
     """Mean ||F_t|| / ||F_{t-1}|| of every step, as MagCache calibrates it; 1 at step 0.
 

@@ -34,11 +34,11 @@ class Motion:
     fidelity: Float[Tensor, " S"]
 
 
-def facts(recording: Recording) -> str:
-    """The header, a line per fact."""
+def told(recording: Recording) -> dict[str, str]:
+    """The header, fact by fact."""
     header = recording.header
     total = sum(entry.bytes for entry in recording.entries.values())
-    lines = {
+    return {
         "trajectories": f"{len(recording)}, {megabytes(total)}",
         "host": f"{header.host['class']}, {header.host['parameters']:,} parameters, {header.dtype}",
         "scheduler": f"{header.scheduler['class']}, {header.num_steps} steps, sigma "
@@ -50,7 +50,11 @@ def facts(recording: Recording) -> str:
         f"{'x'.join(map(str, header.latent_shape))}",
         "recipe": header.recipe_hash,
     }
-    return "\n".join(f"{name:<13}{line}" for name, line in lines.items())
+
+
+def facts(recording: Recording) -> str:
+    """The header, a line per fact."""
+    return "\n".join(f"{name:<13}{line}" for name, line in told(recording).items())
 
 
 def motion(grams: Float[Tensor, "n branches S S"]) -> Motion:

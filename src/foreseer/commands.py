@@ -200,7 +200,7 @@ def bench(
 
     Args:
         pipeline: folder of the diffusers pipeline, or `zoo:NAME` for a bundled one.
-        out: folder of the report: table, plots, contact sheet.
+        out: folder of the report: the page `report.html`, tables, plots, contact sheet.
         prompts: held-out prompts: a .txt file with one per line, or a .safetensors file of prompt
             embeddings; they come in turn, with new seeds. Not needed where the pipeline draws
             classes.
@@ -243,7 +243,8 @@ def inspect(recording: str, out: str | None = None, budgets: Sequence[int] = (11
 
     Args:
         recording: folder of the recording.
-        out: folder for the plots and `offline.json`; None takes `plots` in the recording's folder.
+        out: folder for the page `inspect.html`, `inspect.md`, the plots and `offline.json`; None
+            takes `plots` in the recording's folder.
         budgets: list of network evaluations per trajectory to compare the rules at; from Grams
             alone, so an estimate: `foreseer bench` measures.
     """

@@ -1,0 +1,198 @@
+"""The style of the HTML reports: light and dark, from 360 px up, and on paper."""
+
+STYLE = (
+    """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #16191d;
+  --soft: #555e6a; --line: #dce0e6; --grid: #e6e9ee; --good: #00694f; --bad: #a63c00;
+  --accent: #0b62a4; --tint: #eaf2f9;
+  --w0: #cc5500; --w1: #b4508a; --w2: #a87400; --w3: #8a3b12; --w4: #7b2d6b;
+  --k0: #0072b2; --k1: #00805d; --k2: #2e8fcb; --k3: #1b3a5c;
+  --g0: #3c3c3c; --g1: #7a7a7a; --g2: #5a5a5a; --g3: #8c8c8c; }
+@media screen and (prefers-color-scheme: dark) { :root { --page: #101316; --card: #191d22;
+  --ink: #e9ecef; --soft: #a7b0bb; --line: #313842; --grid: #272d35; --good: #4ec9a2;
+  --bad: #f2955a; --accent: #74bdf0; --tint: #1d2a36;
+  --w0: #ff8a3d; --w1: #f0a3cc; --w2: #f5bd4f; --w3: #e0976b; --w4: #cf9cf0;
+  --k0: #5db4f0; --k1: #3fd0a0; --k2: #a5daff; --k3: #93a8ff;
+  --g0: #d6dade; --g1: #98a1ab; --g2: #b8bec5; --g3: #828c96; } }
+* { box-sizing: border-box; }
+html { scroll-behavior: smooth; scroll-padding-top: 3.2rem; -webkit-text-size-adjust: 100%; }
+@media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
+body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.55 system-ui,
+  -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+header, main, footer { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
+header { padding-top: 1.75rem; }
+footer { padding: 1.5rem 1rem 3rem; }
+h1 { font-size: 1.05rem; font-weight: 600; margin: 0 0 .15rem; letter-spacing: .01em; }
+h1 b { color: var(--accent); }
+h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.75rem 0 .35rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
+p { max-width: 46rem; margin: .35rem 0 .75rem; }
+a { color: var(--accent); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .2rem; }
+.verdict { font-size: clamp(1.1rem, .95rem + .8vw, 1.45rem); line-height: 1.4;
+  max-width: 56rem; margin: .75rem 0 1.25rem; }
+code { font-size: .92em; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
+figcaption { max-width: 46rem; margin-bottom: .6rem; }
+nav { position: sticky; top: 0; z-index: 5; background: var(--page);
+  border-bottom: 1px solid var(--line); }
+nav ul { max-width: 76rem; margin: 0 auto; padding: .5rem 1rem; display: flex; gap: 1.25rem;
+  list-style: none; overflow-x: auto; scrollbar-width: none; white-space: nowrap; }
+nav a { color: var(--soft); text-decoration: none; font-size: .9rem; }
+nav a:hover { color: var(--accent); text-decoration: underline; }
+.tiles { display: grid; gap: .75rem; padding: 0; margin: 0 0 1.25rem; list-style: none;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
+.tiles li, figure, details.block, .card { background: var(--card); border: 1px solid var(--line);
+  border-radius: .6rem; }
+.tiles li { padding: .7rem .9rem; font-size: .87rem; color: var(--soft);
+  overflow-wrap: anywhere; }
+.tiles b { display: block; font-size: 1.6rem; line-height: 1.3;
+  font-variant-numeric: tabular-nums; }
+.ahead { color: var(--good); } .behind { color: var(--bad); }
+figure { margin: .9rem 0; padding: .9rem 1rem 1rem; min-width: 0; }
+figure figure { border: 0; padding: 0; margin: 0; }
+.pair { display: grid; gap: .9rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+.pair figure { margin: 0; }
+.pair + figure, figure + .pair { margin-top: .9rem; }
+details.block { margin: .6rem 0; }
+details.block > summary { padding: .65rem .9rem; cursor: pointer; }
+details.values { margin-top: .6rem; font-size: .85rem; }
+details.values summary { cursor: pointer; color: var(--soft); }
+.scroll { overflow-x: auto; max-width: 100%; }
+.values .scroll { max-height: 22rem; overflow: auto; margin-top: .4rem; }
+table { border-collapse: collapse; width: 100%; font-size: .84rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .65rem; border-top: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
+th { vertical-align: bottom; font-weight: 600; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
+tbody tr:hover td { background: var(--tint); }
+.text { text-align: left; }
+td.steps { min-width: 19rem; white-space: normal; color: var(--soft); }
+th button { all: unset; cursor: pointer; white-space: normal; }
+th button:hover { color: var(--accent); }
+th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
+tr.learned td:first-child, tr.learned th { font-weight: 700; color: var(--accent); }
+@media (max-width: 40rem) { th:first-child, td:first-child { min-width: 6.5rem; max-width: 9.5rem;
+  white-space: normal; overflow-wrap: break-word; } }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+  padding: .8rem .9rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.1rem; margin: .5rem 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+.frame { overflow-x: auto; width: fit-content; max-width: 100%; background: #fff;
+  border-radius: .35rem; }
+.frame img { display: block; max-width: 100%; height: auto; }
+@media (max-width: 40rem) { .frame img { max-width: 36rem; } }
+"""
+    + (  # figures
+        """
+.w0 { --c: var(--w0); } .w1 { --c: var(--w1); } .w2 { --c: var(--w2); } .w3 { --c: var(--w3); }
+.w4 { --c: var(--w4); } .k0 { --c: var(--k0); } .k1 { --c: var(--k1); } .k2 { --c: var(--k2); }
+.k3 { --c: var(--k3); } .g0 { --c: var(--g0); } .g1 { --c: var(--g1); } .g2 { --c: var(--g2); }
+.g3 { --c: var(--g3); }
+.d1 { stroke-dasharray: 7 4; } .d2 { stroke-dasharray: 2 3; } .d3 { stroke-dasharray: 9 3 2 3; }
+.chart .row { display: grid; gap: .8rem 1.2rem; grid-template-columns: minmax(0, 1fr); }
+@media (min-width: 62rem) { .chart.wide .row { grid-template-columns: minmax(0, 1fr) 16rem; } }
+.plot { display: grid; grid-template-columns: auto minmax(0, 1fr); column-gap: .45rem; }
+.ylabel { grid-column: 1 / 3; font-size: .8rem; color: var(--soft); padding-bottom: .5rem; }
+.yaxis { position: relative; font-size: .75rem; color: var(--soft); min-width: 2.1rem;
+  font-variant-numeric: tabular-nums; }
+.yaxis span { position: absolute; right: 0; transform: translateY(-50%); white-space: nowrap; }
+.xaxis { grid-column: 2; position: relative; height: 1.35rem; font-size: .75rem;
+  color: var(--soft); font-variant-numeric: tabular-nums; }
+.xaxis span { position: absolute; top: .25rem; transform: translateX(-50%); white-space: nowrap; }
+.xlabel { grid-column: 2; font-size: .8rem; color: var(--soft); text-align: center; }
+.canvas { position: relative; min-width: 0; touch-action: pan-y; cursor: crosshair; }
+.lines .canvas { height: clamp(15rem, 34vw, 25rem); }
+.canvas > svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
+.canvas .rule { stroke: var(--grid); stroke-width: 1; vector-effect: non-scaling-stroke; }
+.canvas polyline { fill: none; stroke: var(--c); vector-effect: non-scaling-stroke;
+  stroke-width: 1.5; stroke-linejoin: round; transition: opacity .12s; }
+.canvas polyline.strong { stroke-width: 3; }
+.canvas circle { fill: var(--c); stroke: var(--card); stroke-width: 1; transition: opacity .12s; }
+.canvas .band { fill: var(--c); opacity: .13; }
+.some .mark:not(.on) { opacity: .13; }
+.chart .mark.on { stroke-width: 3; }
+.cursor { position: absolute; top: 0; bottom: 0; width: 1px; background: var(--soft);
+  pointer-events: none; }
+.tip { position: absolute; z-index: 4; pointer-events: none; background: var(--card);
+  color: var(--ink); border: 1px solid var(--line); border-radius: .4rem; padding: .35rem .55rem;
+  font-size: .78rem; line-height: 1.4; box-shadow: 0 3px 14px rgb(0 0 0 / .18); max-width: 17rem;
+  font-variant-numeric: tabular-nums; }
+.tip b { display: block; }
+.tip div { display: flex; gap: .8rem; justify-content: space-between; white-space: nowrap; }
+.tip .near { font-weight: 700; } .tip span::before { content: ""; display: inline-block;
+  width: .6rem; height: .6rem; border-radius: 50%; background: var(--c); margin-right: .4rem; }
+.tip .number::before { content: none; }
+[hidden] { display: none !important; }
+.legend { list-style: none; padding: 0; margin: 0; display: grid; gap: 0 .4rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 13.5rem), 1fr));
+  align-content: start; }
+.legend button { font: inherit; font-size: .82rem; color: var(--ink); background: none; border: 0;
+  border-radius: .35rem; padding: .2rem .45rem; cursor: pointer; display: flex; gap: .45rem;
+  align-items: center; text-align: left; width: 100%; }
+.legend button:hover, .legend button[aria-pressed=true] { background: var(--tint); }
+.legend svg { flex: none; width: 1.5rem; height: .7rem; }
+.legend svg line { stroke: var(--c); stroke-width: 2; } .legend .strong line { stroke-width: 4; }
+.legend b { margin-left: auto; padding-left: .4rem; font-variant-numeric: tabular-nums;
+  font-weight: 600; white-space: nowrap; }
+.lists { list-style: none; margin: 0; padding: 0; }
+.lists li { display: grid; grid-template-columns: minmax(0, 15rem) minmax(0, 1fr);
+  gap: 0 .9rem; align-items: center; font-size: .82rem; padding: .18rem 0; }
+.lists li.learned span { font-weight: 700; }
+.lists svg { width: 100%; height: 1.05rem; overflow: visible; display: block; }
+.lists line { stroke: var(--line); } .lists rect { fill: var(--k0); }
+.lists .learned rect { fill: var(--w0); }
+.lists .scale { position: relative; height: 1.2rem; color: var(--soft); font-size: .75rem; }
+.lists .scale span { position: absolute; transform: translateX(-50%); }
+@media (max-width: 40rem) { .lists li { grid-template-columns: minmax(0, 1fr); } }
+.heat .canvas { border: 1px solid var(--line); }
+.heat img { display: block; width: 100%; height: 100%; image-rendering: pixelated; }
+.heat .square { aspect-ratio: 1; max-width: 27rem; }
+.cell { position: absolute; border: 2px solid var(--ink); pointer-events: none; }
+.bar { grid-column: 2; display: flex; align-items: center; gap: .5rem; font-size: .75rem;
+  color: var(--soft); margin-top: .5rem; max-width: 20rem; font-variant-numeric: tabular-nums; }
+.bar img { height: .65rem; min-width: 0; image-rendering: auto; }
+.bar picture { flex: 1; }
+.controls { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; align-items: center;
+  margin: .2rem 0 .8rem; font-size: .9rem; }
+.controls select { font: inherit; font-size: .9rem; color: var(--ink); background: var(--page);
+  border: 1px solid var(--line); border-radius: .4rem; padding: .35rem .5rem; max-width: 100%; }
+.controls label { display: flex; flex-wrap: wrap; gap: .45rem; align-items: center; min-width: 0; }
+.compare { display: grid; gap: 1rem 1.5rem;
+  grid-template-columns: minmax(0, 28rem) minmax(0, 1fr); }
+@media (max-width: 52rem) { .compare { grid-template-columns: minmax(0, 28rem); } }
+.stage { position: relative; isolation: isolate; overflow: hidden; border-radius: .4rem;
+  background: #000; --x: 50%; user-select: none; }
+.stage img { display: block; width: 100%; height: 100%; object-fit: contain; }
+.stage.pixel img, .thumbs.pixel img { image-rendering: pixelated; }
+.stage .over { position: absolute; inset: 0; clip-path: inset(0 0 0 var(--x)); }
+.stage.differs { filter: brightness(4); }
+.stage.differs .over { clip-path: none; mix-blend-mode: difference; }
+.stage.differs ~ .ends, .stage.differs .grip { visibility: hidden; }
+.grip { position: absolute; top: 0; bottom: 0; left: var(--x); width: 0; pointer-events: none;
+  border-left: 2px solid #fff; box-shadow: 0 0 0 1px rgb(0 0 0 / .55); }
+.grip::after { content: "\\2194"; position: absolute; top: 50%; left: -1.2rem; width: 2.3rem;
+  height: 2.3rem; margin-top: -1.15rem; border-radius: 50%; background: #fff; color: #111;
+  display: grid; place-items: center; font-size: 1.2rem; box-shadow: 0 1px 6px rgb(0 0 0 / .5); }
+.stage input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
+  cursor: ew-resize; touch-action: pan-y; }
+.stage:has(input:focus-visible) { outline: 3px solid var(--accent); outline-offset: 2px; }
+.ends { display: flex; justify-content: space-between; gap: 1rem; font-size: .82rem;
+  color: var(--soft); margin-top: .35rem; }
+.thumbs { display: flex; flex-wrap: wrap; gap: .4rem; margin: .3rem 0 .8rem; }
+.thumbs button { padding: 2px; border: 2px solid transparent; border-radius: .4rem;
+  background: none; cursor: pointer; line-height: 0; }
+.thumbs button[aria-pressed=true] { border-color: var(--accent); }
+.thumbs img { width: 4.4rem; height: 4.4rem; object-fit: cover; border-radius: .2rem; }
+.score { font-size: 1.6rem; font-weight: 700; line-height: 1.2; display: block;
+  font-variant-numeric: tabular-nums; }
+@media print { body { background: #fff; font-size: 10pt; } nav, .controls, .stage, .ends, .thumbs,
+  .tip, .cursor { display: none !important; } figure, .tiles li { break-inside: avoid; }
+  h2 { break-after: avoid; } header, main, footer { max-width: none; } td.steps { min-width: 0; } }
+"""
+    )
+)

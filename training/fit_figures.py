@@ -1,0 +1,97 @@
+"""The figures of a fit in TensorBoard: error per step, weights, anchors.
+
+Tags: `figures/error_per_step`, `figures/weights_branch_<b>`, `figures/anchors`; the slider of each
+is the epoch. Shapes: S sampling steps.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning
+import torch
+from jaxtyping import Float
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from ..integration.report_analysis import step_error_figure, weights_figure
+from ..integration.report_heat import forecast_weights
+from ..integration.report_plots import timeline_figure
+from ..predictors.base import Step
+from .weight_rows import weight_rows
+
+HELD_OUT = "held-out features, open loop"  # the usual label of a line
+ERRORS, WEIGHTS, ANCHORS = (
+    "figures/error_per_step",
+    "figures/weights_branch_",
+    "figures/anchors",
+)
+
+
+class StepMeans:
+    """Means of errors by step, of which each batch brings some."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, list[Tensor]] = {}
+
+    def add(self, errors: Iterable[tuple[Step, Float[Tensor, ""]]]) -> None:
+        """Count the errors of a batch."""
+        for step, error in errors:
+            self.found.setdefault(step.index, []).append(error.detach())
+
+    def by_step(self) -> dict[int, float]:
+        """Mean of every step that has errors."""
+        return {step: float(torch.stack(each).mean()) for step, each in sorted(self.found.items())}
+
+
+def draws_now(module: lightning.LightningModule) -> bool:
+    """Whether figures are due: after 1, 2, 4, 8, ... epochs and the last, in one process.
+
+    A figure takes about a third of a second, an epoch of a fit on Grams a few milliseconds.
+
+    Args:
+        module: attached to a trainer.
+    """
+    trainer = module.trainer
+    if not isinstance(module.logger, TensorBoardLogger):
+        return False
+    if trainer.sanity_checking or not trainer.is_global_zero:
+        return False
+    done = module.current_epoch + 1
+    return done & (done - 1) == 0 or done == trainer.max_epochs
+
+
+def log_figures(
+    module: Any,
+    anchors: Sequence[int],
+    errors: Mapping[str, Float[Tensor, " S"] | Mapping[int, float]],
+) -> None:
+    """Draw what `draws_now` calls for; otherwise do nothing.
+
+    Args:
+        module: has a `predictor` and a `recording`; weights are drawn where it has some.
+        anchors: steps at which the network runs.
+        errors: label to the relative error of every step, or of some by their number; steps
+            without an error, the anchors among them, are left out of the line.
+    """
+    if not draws_now(module):
+        return
+    board, epoch = module.logger.experiment, module.current_epoch
+    sigmas = module.recording.header.sigmas
+    curves = {label: _points(found, len(sigmas)) for label, found in errors.items()}
+    board.add_figure(ERRORS, step_error_figure(curves), epoch)
+    lists = {f"{len(anchors)} evaluations": anchors}
+    board.add_figure(ANCHORS, timeline_figure(lists, len(sigmas)), epoch)
+    rows = weight_rows(module.predictor, anchors, sigmas)
+    if rows is None or len(anchors) == len(sigmas):
+        return
+    for branch, matrix in enumerate(rows):
+        figure = weights_figure(*forecast_weights(matrix, anchors), anchors)
+        board.add_figure(f"{WEIGHTS}{branch}", figure, epoch)
+
+
+def _points(
+    found: Float[Tensor, " S"] | Mapping[int, float], num_steps: int
+) -> list[tuple[int, float]]:
+    """A point per step; 0 where there is none, which breaks the line."""
+    values = dict(enumerate(found.tolist())) if isinstance(found, Tensor) else dict(found)
+    return [(step, float(values.get(step, 0.0))) for step in range(num_steps)]
