@@ -59,6 +59,7 @@ MORE = {
             "--model.init_args.pipeline tiny --model.init_args.closed_loop_epochs 1 "
             "--trainer.max_epochs 2"
         ),
+        "foreseer generate": "--class_labels [0,1]",
         "foreseer inspect runs": "--budgets [2]",
         "foreseer search": "--num_samples 2 --num_moves 0 --num_anchors [4]",
     },

@@ -169,7 +169,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def record_tiny() -> None:
     """What pages of the world `tiny` find there: recordings and a predictor."""
     record = ["record", "--pipeline", "tiny", "--num_inference_steps"]
-    main([*record, "50", "--out", "runs/record/fashion_dit", "--num_trajectories", "16"])
+    config = ["--config", "configs/record/fashion_dit.yaml"]
+    main(["record", *config, "--pipeline", "tiny", "--num_trajectories", "16"])
     main([*record, "4", "--out", "runs/record/mine", "--num_trajectories", "4"])
     for rank, out in enumerate(("machine-a/run", "machine-b/run", "memory://bucket/run")):
         share = ["--rank", str(rank), "--world", "3", "--num_trajectories", "6"]
