@@ -1,6 +1,7 @@
 # make demo    record, fit and compare on the bundled model, on a CPU
 # make dev     the environment to work in: .venv
 # make check   format, lint, types
+# make docs    the documentation site, in site/: open site/index.html
 # make test    check, tests on the source tree, tests on the built wheel from another folder
 
 PYTHON ?= python3
@@ -16,13 +17,16 @@ DEV := .venv/bin/python
 TEST := .venv-test/bin/python
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo dev check test editable test-source test-wheel clean
+.PHONY: demo dev docs check test editable test-source test-wheel clean
 
 demo: .venv/.installed
 	$(DEV) -m foreseer demo --out runs/demo
 	@echo "The report lies in $(CURDIR)/runs/demo."
 
 dev: .venv/.dev
+
+docs: .venv/.dev
+	$(DEV) -m mkdocs build --strict
 
 # The last run may have left a wheel there, whose modules would hide that one is gone from here.
 editable: .venv-test/.installed
