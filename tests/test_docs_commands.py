@@ -109,9 +109,11 @@ def test_a_command_that_is_not_run_is_parsed(command, folder, capsys, monkeypatc
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+    elif words[0] == "npm":
+        assert words[-1] in (PACKAGE / "training/emoji.py").read_text()
     elif words[0] == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        extras = re.findall(r"\[(\w+)\]", words[-1])
+        extras = re.findall(r"\[([\w,]+)\]", words[-1])[0].split(",")
         assert set(extras) <= set(project["optional-dependencies"])
     elif words[:2] == ["python", "-m"]:
         monkeypatch.setattr(sys, "argv", [words[2], *words[3:], "--print_config"])
