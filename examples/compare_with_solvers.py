@@ -2,7 +2,7 @@
 
     python examples/compare_with_solvers.py FOLDER
 
-Four samples and one budget, so that it takes seconds: the numbers scatter by several dB.
+Two samples and one budget, so that it takes seconds: the numbers scatter by several dB.
 `foreseer bench` with its 64 samples is what to believe.
 """
 
@@ -17,10 +17,10 @@ bench(
     pipeline="zoo:fashion_dit",
     out=str(out),
     budgets=[8],
-    num_samples=4,
+    num_samples=2,
     predictors=["l2p=zoo:fashion_dit_l2p_8"],
     methods=["euler", "dpmpp_2m", "taylor_1"],
-    batch_size=4,
+    batch_size=2,
 )
 best: dict[str, float] = {}  # of every method, on the list of anchors that suits it
 for row in load_rows(out / "results.json"):
