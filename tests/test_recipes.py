@@ -162,7 +162,14 @@ def run_of(tmp_path_factory) -> Callable[[str], Ran]:
     return functools.cache(lambda model: after_the_script(model, tmp_path_factory.mktemp(model)))
 
 
-@pytest.fixture(params=sorted(PIPELINES))
+IN_WHEEL = "flux_dev"  # one recipe is enough to tell that all files are there
+MODELS = [
+    pytest.param(model, marks=[] if model == IN_WHEEL else pytest.mark.slow)
+    for model in sorted(PIPELINES)
+]
+
+
+@pytest.fixture(params=MODELS)
 def ran(request, run_of) -> Ran:
     return run_of(request.param)
 
@@ -241,6 +248,7 @@ def test_another_size_is_refused(ran):
             ran.draw(pipe, height=2 * SIZES[ran.model]["height"])
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_draws_with_the_exported_predictor(run_of, tmp_path, monkeypatch):
     if not PAGE.exists():
         pytest.skip("the wheel holds no docs")
