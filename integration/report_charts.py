@@ -13,7 +13,7 @@ from html import escape
 from .report_template import island
 
 LOOKS = {"learned": "wwwww", "solver": "kkkk", "formula": "gggg"}  # hues: warm, cold, grey
-DASHES = 4
+DASHES = 5  # a solid line and four kinds of dashes; formulas are never solid
 Number = int | float
 Band = Sequence[tuple[Number, Number, Number]]  # x, low, high
 
@@ -64,7 +64,7 @@ def looks(labels: Mapping[str, Sequence[str]]) -> dict[str, str]:
     for kind, hues in LOOKS.items():
         for index, label in enumerate(labels.get(kind, ())):
             round_, place = divmod(index, len(hues))
-            dash = (round_ + (kind == "formula")) % DASHES
+            dash = 1 + round_ % (DASHES - 1) if kind == "formula" else round_ % DASHES
             found[label] = f"{hues[place]}{place}" + (f" d{dash}" if dash else "")
     return found
 

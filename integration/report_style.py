@@ -94,9 +94,12 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .k3 { --c: var(--k3); } .g0 { --c: var(--g0); } .g1 { --c: var(--g1); } .g2 { --c: var(--g2); }
 .g3 { --c: var(--g3); }
 .d1 { stroke-dasharray: 7 4; } .d2 { stroke-dasharray: 2 3; } .d3 { stroke-dasharray: 9 3 2 3; }
-.chart .row { display: grid; gap: .8rem 1.2rem; grid-template-columns: minmax(0, 1fr); }
+.d4 { stroke-dasharray: 14 3; }
+.chart .row { align-items: start; display: grid;
+  gap: .8rem 1.2rem; grid-template-columns: minmax(0, 1fr); }
 @media (min-width: 62rem) { .chart.wide .row { grid-template-columns: minmax(0, 1fr) 16rem; } }
-.plot { display: grid; grid-template-columns: auto minmax(0, 1fr); column-gap: .45rem; }
+.plot { align-content: start; display: grid;
+  grid-template-columns: auto minmax(0, 1fr); column-gap: .45rem; }
 .ylabel { grid-column: 1 / 3; font-size: .8rem; color: var(--soft); padding-bottom: .5rem; }
 .yaxis { position: relative; font-size: .75rem; color: var(--soft); min-width: 2.1rem;
   font-variant-numeric: tabular-nums; }
@@ -122,7 +125,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
   color: var(--ink); border: 1px solid var(--line); border-radius: .4rem; padding: .35rem .55rem;
   font-size: .78rem; line-height: 1.4; box-shadow: 0 3px 14px rgb(0 0 0 / .18); max-width: 17rem;
   font-variant-numeric: tabular-nums; }
-.tip b { display: block; }
+.tip b { display: block; } .tip .soft { font-size: inherit; }
 .tip div { display: flex; gap: .8rem; justify-content: space-between; white-space: nowrap; }
 .tip .near { font-weight: 700; } .tip span::before { content: ""; display: inline-block;
   width: .6rem; height: .6rem; border-radius: 50%; background: var(--c); margin-right: .4rem; }
@@ -139,6 +142,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .legend svg line { stroke: var(--c); stroke-width: 2; } .legend .strong line { stroke-width: 4; }
 .legend b { margin-left: auto; padding-left: .4rem; font-variant-numeric: tabular-nums;
   font-weight: 600; white-space: nowrap; }
+@media screen and (min-width: 62rem) { .wide .legend { max-height: 29rem; overflow-y: auto; } }
 .lists { list-style: none; margin: 0; padding: 0; }
 .lists li { display: grid; grid-template-columns: minmax(0, 15rem) minmax(0, 1fr);
   gap: 0 .9rem; align-items: center; font-size: .82rem; padding: .18rem 0; }
