@@ -72,7 +72,8 @@ def kind_of(language: str, text: str, where: str) -> str:
     if language and language not in kinds:
         raise ValueError(f"{where}: a block of {language!r}; expected {', '.join(kinds)}.")
     begins = re.sub(r"\\\n", " ", text).splitlines()
-    commands = [line.startswith(PROGRAMS) for line in begins if line and line[0] not in "# "]
+    lines = [re.sub(r'^(\w+=("[^"]*"|\S*) )*', "", line) for line in begins]  # variables first
+    commands = [line.startswith(PROGRAMS) for line in lines if line and line[0] not in "# "]
     if kinds.get(language) == "commands" or (not language and any(commands)):
         if not all(commands):
             raise ValueError(

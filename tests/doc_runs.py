@@ -7,11 +7,13 @@ WORLDS = {
     "bundled": ("docs/quickstart.md", "docs/faq.md", "docs/l2p.md", "docs/text_to_image.md"),
     "tiny": (
         "README.md",
+        "docs/compatibility.md",
         "docs/disca.md",
         "docs/faults.md",
         "docs/inspect.md",
         "docs/lesa.md",
         "docs/parts.md",
+        "docs/reports.md",
         "docs/scale.md",
         "docs/schedule_lists.md",
     ),
@@ -28,6 +30,7 @@ PARSED = {
     r"^python -m foreseer.training.t(eacher_export|ext_judge)": "tests/test_text_teacher.py runs it",
     r"^foreseer record --config configs/record/emoji_flux": "minutes; tests/test_text_host.py",
     r"^foreseer fit --config configs/fit/emoji": "minutes; tests/test_text_host.py fits all kinds",
+    r"^(\S+=\S+ |'.*' )*bash ": "a GPU and weights; tests/test_recipes.py runs the script itself",
     r"^make ": "the environment of its own that it makes takes minutes; its target exists",
     r"^pip install": "changes the environment the tests run in; the extra it names exists",
     r"^python benchmarks/": "minutes to hours; the script exists and compiles",
@@ -65,6 +68,9 @@ MORE = {
         ),
         "foreseer generate": "--class_labels [0,1]",
         "foreseer inspect runs": "--budgets [2]",
+        "foreseer record --pipeline zoo:fashion_dit --out runs/r ": (
+            "--pipeline tiny --num_trajectories 4 --num_inference_steps 6"
+        ),
         "foreseer search": "--num_samples 2 --num_moves 0 --num_anchors [4]",
     },
     "flux": {
