@@ -11,9 +11,10 @@ batches of 16 and one at 6 evaluations 6/50 of that, 0.12 s.
               5 times the 11 held-out ones (7 s)                                           77 s
     export                                                                                  1 s
     generate  10 images in full, 10 at 6 evaluations                                       12 s
+    prompts   8 prompts in full and at 8 evaluations on the text-to-image model              15 s
     bench     16 images in full; 4 solvers and 3 formulas on 2 taps on 4 anchor lists, and
               3 predictors: 43 x 16 x 0.12 s                                              100 s
-                                                                                    sum   280 s
+                                                                                    sum   295 s
 """
 
 import json
@@ -47,6 +48,17 @@ EPOCHS = {"lstsq": 1, "adam": 201, "closed_loop": 1}
 BATCHES = 2  # calibration batches of 16 per epoch: the Gram fits have one batch, of everything
 RIVALS = ("euler", "ab2", "dpmpp_2m", "unipc", "reuse", "taylor_1", "taylor_2")
 GUIDANCE_SCALE, NUM_STEPS = 3.0, 50
+TEXT_PIPELINE, TEXT_PREDICTOR = "zoo:emoji_flux", "zoo:emoji_flux_l2p_8"
+PROMPTS = (  # stored with the model
+    "grinning face",
+    "crying face",
+    "panda face",
+    "octopus",
+    "sunflower",
+    "red apple",
+    "slice of pizza",
+    "soccer ball",
+)
 
 Stage = Callable[[Path, str], None]
 
@@ -77,7 +89,7 @@ def demo_command(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit") -> N
         print(f"--- {name} took {seconds[name]:.0f} s, {total:.0f} s in all", flush=True)
     bench = folder / "bench"
     print(f"\n{verdict(load_rows(bench / 'results.json'))}")
-    print(f"report: {bench / 'report.html'}, picture: {folder / 'samples.png'}")
+    print(f"report: {bench / 'report.html'}, picture: {folder / 'samples.png'} and prompts.png")
 
 
 def record(folder: Path, pipeline: str) -> None:
@@ -169,6 +181,21 @@ def generate(folder: Path, pipeline: str) -> None:
     )
 
 
+def prompts(folder: Path, pipeline: str) -> None:
+    """Words into pictures on the bundled text-to-image model, whatever pipeline was asked for."""
+    generate_command(
+        pipeline=TEXT_PIPELINE,
+        predictor=TEXT_PREDICTOR,
+        class_labels=(),
+        prompts=PROMPTS,
+        seed=0,
+        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=NUM_STEPS,
+        out=str(folder / "prompts.png"),
+        compare=True,
+    )
+
+
 def bench(folder: Path, pipeline: str) -> None:
     """The three predictors, every formula and the few-step solvers at six evaluations."""
     bench_command(
@@ -197,6 +224,7 @@ STAGES: dict[str, tuple[str, Stage]] = {
     "fit": (f"L2P three ways, for {len(ANCHORS)} network evaluations in place of 50", fit),
     "export": ("predictor checkpoints", export),
     "generate": ("the predictor in an unmodified diffusers pipeline", generate),
+    "prompts": ("words into pictures, full and forecast, on the text-to-image model", prompts),
     "bench": ("against the formulas and solvers one would use instead", bench),
 }
 """What each stage is for, and what runs it."""
