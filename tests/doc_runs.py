@@ -48,7 +48,7 @@ PARSED = {
 MORE = {
     "bundled": {
         "foreseer inspect runs": "--budgets [3]",
-        "foreseer bench": "--num_samples 2 --batch_size 2",
+        "foreseer bench": "--num_samples 2 --batch_size 2 --methods [taylor_1]",
         "foreseer record --pipeline zoo:fashion_dit --out runs/record/more": "--num_trajectories 2",
         "foreseer record --pipeline zoo:fashion_dit --num_trajectories 8": (
             "--num_inference_steps 4 --num_trajectories 4"
