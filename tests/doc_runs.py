@@ -89,7 +89,7 @@ SWAPS = {
         "--predictor DIR": "--predictor runs/tiny_l2p",
         "--recording DIR": "--recording runs/record/fashion_dit",
         "--out FILE": "--out runs/readme.json",
-        "'[DIR,' 'DIR]'": "'[machine-a/run, machine-b/run]'",
+        "'[DIR, DIR]'": "'[machine-a/run, machine-b/run]'",
         "runs/fit/l2p/last.ckpt": "runs/fit/l2p_lstsq/last.ckpt",
         "inspect runs/record/fashion_dit": "inspect runs/record/mine",
     },
