@@ -7,6 +7,7 @@
     python benchmarks/emoji_flux.py sheet
     python benchmarks/emoji_flux.py page
 
+Each method runs on the uniform list, on the one searched for it and on that of the learned ones.
 Every stage is made of commands of foreseer's and resumes; stages of different budgets may run at
 the same time. Predictors are fitted on captions the model was trained on
 (configs/record/emoji_prompts.txt); the benchmark's prompts (benchmarks/emoji_held_out.txt) were
@@ -31,6 +32,9 @@ from foreseer.integration.metrics import psnr
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.integration.report_rows import load_meta, load_rows, save_meta, save_rows
 from foreseer.integration.report_table import markdown_table, short_table, verdict
+from foreseer.training.benchmark import FIRST_ITEM, load_learned
+from foreseer.training.benchmark import bench as run_bench
+from foreseer.trajectories.record_command import asked_items
 
 PIPELINE = "zoo:emoji_flux"
 RECORDING = "runs/record/emoji_flux"
@@ -72,7 +76,7 @@ def record(kinds: Sequence[str] = ("emoji_flux", "emoji_flux_features")) -> None
         main(["record", "--config", f"configs/record/{kind}.yaml"])
 
 
-def search(budgets: Sequence[int] = BUDGETS, num_samples: int = 12, num_moves: int = 4) -> None:
+def search(budgets: Sequence[int] = BUDGETS, num_samples: int = 6, num_moves: int = 2) -> None:
     """Search the anchors of every method at every budget on calibration trajectories.
 
     Args:
@@ -143,8 +147,6 @@ def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 64, final: bool =
     for budget in budgets:
         lists |= json.loads(searched(budget).read_text())
     name = "_".join(map(str, budgets))
-    path = ROOT / f"searched_{name}_all.json"
-    path.write_text(json.dumps(lists, indent=1) + "\n")
     learned = [
         f"{method}={predictor_folder(method, budget)}"
         for method in ("l2p", "lesa", "disca")
@@ -152,11 +154,20 @@ def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 64, final: bool =
         if predictor_folder(method, budget).exists()
     ]
     out = ROOT / f"bench_{name}"
-    words = ["--pipeline", PIPELINE, "--prompts", HELD_OUT_PROMPTS, "--out", str(out)]
-    words += ["--budgets", json.dumps(list(budgets)), "--num_samples", str(num_samples)]
-    words += ["--guidance_scale", str(GUIDANCE_SCALE), "--searched", str(path)]
-    words += ["--predictors", json.dumps(learned), "--methods", json.dumps([*SOLVERS, *FORMULAS])]
-    main(["bench", *words])
+    pipe = load_pipeline(PIPELINE)
+    run_bench(
+        pipe,
+        asked_items(pipe, HELD_OUT_PROMPTS, num_samples, FIRST_ITEM),
+        out,
+        budgets,
+        load_learned(learned),
+        lists,
+        [*SOLVERS, *FORMULAS],
+        command=f"python benchmarks/emoji_flux.py bench --budgets '{list(budgets)}'",
+        common=("uniform",),
+        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=50,
+    )
     if final:
         publish(out)
 

