@@ -4,6 +4,7 @@
     python benchmarks/emoji_flux.py search
     python benchmarks/emoji_flux.py fit
     python benchmarks/emoji_flux.py bench
+    python benchmarks/emoji_flux.py publish
     python benchmarks/emoji_flux.py sheet
     python benchmarks/emoji_flux.py page
 
@@ -11,14 +12,14 @@ Each method runs on the uniform list, on the one searched for it and on that of 
 Every stage is made of commands of foreseer's and resumes; stages of different budgets may run at
 the same time. Predictors are fitted on captions the model was trained on
 (configs/record/emoji_prompts.txt); the benchmark's prompts (benchmarks/emoji_held_out.txt) were
-kept from the model's training and from every fit. `bench --final true` writes
+kept from the model's training and from every fit. `publish` writes
 benchmarks/results/emoji_flux.json.
 """
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.integration.generate import draw, save_panels, titles
 from foreseer.integration.metrics import psnr
 from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.report_plots import plot_pareto
 from foreseer.integration.report_rows import load_meta, load_rows, save_meta, save_rows
 from foreseer.integration.report_table import markdown_table, short_table, verdict
 from foreseer.training.benchmark import FIRST_ITEM, load_learned
@@ -135,13 +137,12 @@ def predictor_folder(method: str, budget: int) -> Path:
     return ROOT / "predictors" / f"{method}_{budget}"
 
 
-def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 64, final: bool = False) -> None:
+def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 48) -> None:
     """Run everything on the held-out prompts.
 
     Args:
         budgets: network evaluations.
         num_samples: (prompt, seed) pairs.
-        final: whether to publish the rows in benchmarks/results.
     """
     lists: dict[str, list[int]] = {}
     for budget in budgets:
@@ -168,18 +169,23 @@ def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 64, final: bool =
         guidance_scale=GUIDANCE_SCALE,
         num_inference_steps=50,
     )
-    if final:
-        publish(out)
 
 
-def publish(out: Path) -> None:
-    """Copy a report's rows and table to benchmarks/results."""
-    rows = load_rows(out / "results.json")
+def publish(budgets: Sequence[int] = BUDGETS) -> None:
+    """Write the rows of the budgets' reports, and their table, to benchmarks/results.
+
+    Args:
+        budgets: those that were benched, each in a run of its own.
+    """
+    folders = [ROOT / f"bench_{budget}" for budget in budgets]
+    parts = [load_rows(folder / "results.json") for folder in folders]
+    rows = parts[0] + [row for part in parts[1:] for row in part if row.kind != "full"]
     save_rows(rows, RESULT)
-    save_meta(load_meta(out / "results.json"), RESULT)
+    meta = load_meta(folders[0] / "results.json")
+    save_meta(replace(meta, command="python benchmarks/emoji_flux.py bench, publish"), RESULT)
     table = f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
     RESULT.with_suffix(".md").write_text(table)
-    shutil.copyfile(out / "pareto.png", RESULT.with_name("emoji_flux_pareto.png"))
+    plot_pareto(rows, RESULT.with_name("emoji_flux_pareto.png"))
 
 
 @torch.no_grad()
@@ -212,4 +218,4 @@ def page() -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([record, search, fit, bench, sheet, page])
+    auto_cli([record, search, fit, bench, publish, sheet, page])
