@@ -6,6 +6,7 @@ in closed loop knows the finished latents. Neither measures PSNR: `foreseer benc
 Shapes: n trajectories, P parts (1 of the whole feature), S sampling steps.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,9 +84,7 @@ def estimate(
         sigmas: flow time of every step.
         expert_steps: first step of each transformer, starting with 0.
     """
-    tables = {name: formula_rows(r, anchors, sigmas, expert_steps) for name, r in RULES.items()}
-    if len(expert_steps) == 1:
-        tables["ab2"] = adams_bashforth_rows(anchors, sigmas)
+    tables = _formula_tables(tuple(anchors), tuple(sigmas), tuple(expert_steps))
     totals = dict.fromkeys(["", *tables], 0.0)
     scale, count = 0.0, 0
     for grams, rows in chunks:
@@ -97,6 +96,17 @@ def estimate(
     squares = {name: max(total / max(scale, EXACT), EXACT) for name, total in totals.items()}
     decibels = {name: -10 * math.log10(square) for name, square in squares.items()}
     return Estimate(len(anchors), count, decibels.pop(""), decibels)
+
+
+@functools.lru_cache(maxsize=8)  # a fit that saves every epoch asks for the same ones every time
+def _formula_tables(
+    anchors: tuple[int, ...], sigmas: tuple[float, ...], expert_steps: tuple[int, ...]
+) -> dict[str, Float[Tensor, "1 S S"] | Float[Tensor, "S S"]]:
+    """The rows of every formula, and of Adams-Bashforth-2 where one transformer runs."""
+    tables = {name: formula_rows(r, anchors, sigmas, expert_steps) for name, r in RULES.items()}
+    if len(expert_steps) == 1:
+        tables["ab2"] = adams_bashforth_rows(anchors, sigmas)
+    return tables
 
 
 def _piled_up(grams: Tensor, rows: Tensor, sigmas: Sequence[float]) -> float:
