@@ -137,7 +137,7 @@ def predictor_folder(method: str, budget: int) -> Path:
     return ROOT / "predictors" / f"{method}_{budget}"
 
 
-def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 48) -> None:
+def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 32) -> None:
     """Run everything on the held-out prompts.
 
     Args:
