@@ -8,7 +8,7 @@
     python benchmarks/emoji_flux.py sheet
     python benchmarks/emoji_flux.py page
 
-Each method runs on the uniform list, on the one searched for it and on that of the learned ones.
+Each method runs on the list searched for it and on that of the learned ones.
 Every stage is made of commands of foreseer's and resumes; stages of different budgets may run at
 the same time. Predictors are fitted on captions the model was trained on
 (configs/record/emoji_prompts.txt); the benchmark's prompts (benchmarks/emoji_held_out.txt) were
@@ -165,7 +165,7 @@ def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 32) -> None:
         lists,
         [*SOLVERS, *FORMULAS],
         command=f"python benchmarks/emoji_flux.py bench --budgets '{list(budgets)}'",
-        common=("uniform",),
+        common=(),  # the search has tried uniform and warped lists
         guidance_scale=GUIDANCE_SCALE,
         num_inference_steps=50,
     )
