@@ -45,6 +45,9 @@ PARSED = {
 }
 """Commands that are parsed by the command's own parser and not run, each with the reason."""
 
+ELSEWHERE = {"docs/recipes.md": "a hub and a GPU; tests/test_recipes.py runs it on a tiny pipeline"}
+"""Pages whose Python another test runs, each with the reason."""
+
 MORE = {
     "bundled": {
         "foreseer inspect runs": "--budgets [3]",

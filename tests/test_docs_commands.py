@@ -18,7 +18,16 @@ from typing import Any
 
 import pytest
 from doc_pages import ROOT, Block, all_blocks, blocks_of, inline_commands
-from doc_runs import MORE, PARSED, SWAPS, WORLDS, reason_to_parse, words_to_parse, words_to_run
+from doc_runs import (
+    ELSEWHERE,
+    MORE,
+    PARSED,
+    SWAPS,
+    WORLDS,
+    reason_to_parse,
+    words_to_parse,
+    words_to_run,
+)
 from source_files import PACKAGE
 from student_cases import student_pipeline
 from tiny_pipelines import tiny_pipeline
@@ -33,7 +42,11 @@ COMMANDS = [
     (block, line) for block in BLOCKS if block.kind == "commands" for line in block.commands()
 ]
 OF_README = "README.md"  # its Python is run by test_readme.py
-PYTHON = [block for block in BLOCKS if block.kind == "python" and block.page != OF_README]
+PYTHON = [
+    block
+    for block in BLOCKS
+    if block.kind == "python" and block.page not in (OF_README, *ELSEWHERE)
+]
 PLACED = {page: world for world, listed in WORLDS.items() for page in listed}
 RUN_PAGES = [page for listed in WORLDS.values() for page in listed]
 Names = dict[str, Any]
