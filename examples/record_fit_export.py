@@ -24,7 +24,7 @@ folder = Path(sys.argv[1])
 settings = {"num_inference_steps": 20, "guidance_scale": 3.0}
 pipe = load_pipeline("zoo:fashion_dit")
 
-record(pipe, class_items(8, 10), folder / "recording", taps=["hidden"], states=False, **settings)
+record(pipe, class_items(14, 10), folder / "recording", taps=["hidden"], states=False, **settings)
 
 anchors = (0, 2, 4, 7, 10, 14)
 module = L2PLeastSquares(str(folder / "recording"), anchors, tap="hidden")
