@@ -45,7 +45,7 @@ HELD_OUT_PROMPTS = "benchmarks/emoji_held_out.txt"
 ROOT = Path("runs/emoji_flux")
 RESULT = Path("benchmarks/results/emoji_flux.json")
 SHEET = Path("docs/images/emoji_flux.png")
-PAGE = Path("docs/text_to_image.md")
+PAGES = (Path("docs/text_to_image.md"), Path("README.md"))
 GUIDANCE_SCALE = 3.0
 BUDGETS = (11, 8)
 NEURAL_BUDGET = 8  # LESA and DisCa are trained on one list
@@ -183,7 +183,7 @@ def publish(budgets: Sequence[int] = BUDGETS) -> None:
     save_rows(rows, RESULT)
     meta = load_meta(folders[0] / "results.json")
     save_meta(replace(meta, command="python benchmarks/emoji_flux.py bench, publish"), RESULT)
-    table = f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
+    table = f"{verdict(rows)}\n\n{short_table(rows, BUDGETS)}\n{markdown_table(rows)}"
     RESULT.with_suffix(".md").write_text(table)
     plot_pareto(rows, RESULT.with_name("emoji_flux_pareto.png"))
 
@@ -210,11 +210,14 @@ def sheet(prompts: Sequence[str] = SHEET_PROMPTS, seed: int = 0) -> None:
 
 
 def page() -> None:
-    """Write the table of docs/text_to_image.md from the published rows."""
-    text = PAGE.read_text()
+    """Write the table of docs/text_to_image.md and the README from the published rows."""
     rows = load_rows(RESULT)
-    block = f"<!-- emoji -->\n{verdict(rows)}\n\n{short_table(rows)}<!-- /emoji -->"
-    PAGE.write_text(re.sub("<!-- emoji -->.*<!-- /emoji -->", lambda _: block, text, flags=re.S))
+    block = f"<!-- emoji -->\n{verdict(rows)}\n\n{short_table(rows, BUDGETS)}<!-- /emoji -->"
+    for path in PAGES:
+        text = path.read_text()
+        path.write_text(
+            re.sub("<!-- emoji -->.*<!-- /emoji -->", lambda _: block, text, flags=re.S)
+        )
 
 
 if __name__ == "__main__":
