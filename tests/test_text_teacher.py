@@ -35,7 +35,11 @@ def png(colour: str, place: int) -> bytes:
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> Path:
     """44 pictures in the form of the npm package."""
-    path = tmp_path_factory.mktemp("package") / "package.tgz"
+    return write_archive(tmp_path_factory.mktemp("package") / "package.tgz")
+
+
+def write_archive(path: Path) -> Path:
+    """Write them."""
     named = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     entries, files = [], {}
     for i, (colour, shape) in enumerate(named):

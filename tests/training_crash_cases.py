@@ -9,6 +9,7 @@ import yaml
 from source_files import PACKAGE
 from student_cases import save_teacher
 from test_teacher import write_idx
+from test_text_teacher import write_archive
 from tiny_hosts import items, pipeline, settings
 
 from foreseer.predictors.partition import ChannelGroups
@@ -126,6 +127,23 @@ DISTILL = {
     "trainer.callbacks.0.init_args.minutes": 12 / 60,
     "trainer.callbacks.0.init_args.warmup_steps": 3,
 }
+TEACHER = {
+    "model.init_args.num_layers": 1,
+    "model.init_args.num_attention_heads": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.callbacks.0.init_args.minutes": 12 / 60,
+    "trainer.callbacks.0.init_args.warmup_steps": 3,
+    "trainer.callbacks.2.init_args.every_n_steps": 7,
+    "trainer.callbacks.2.init_args.columns": 1,
+    "trainer.callbacks.2.init_args.num_inference_steps": 2,
+}
+TEXT_TEACHER = TEACHER | {
+    "model.init_args.num_single_layers": 1,
+    "model.init_args.sample_size": 8,
+    "model.init_args.prompts": ["a cat"],
+    "data.init_args.sample_size": 8,
+    "data.init_args.batch_size": 16,
+}
 # Five batches to an epoch and a checkpoint every second: after a batch, and at an epoch's end.
 CLOCK = [Kill("batch", 0, 3), Kill("write", 1), Kill("batch", 2, 0), Kill("saved", 1)]
 CASES = {
@@ -157,18 +175,12 @@ CASES = {
     "teacher": Case(
         "teacher/fashion_dit",
         CLOCK,
-        {
-            "model.init_args.num_layers": 1,
-            "model.init_args.num_attention_heads": 1,
-            "data.init_args.batch_size": 4,
-            "trainer.log_every_n_steps": 1,
-            "trainer.callbacks.0.init_args.minutes": 12 / 60,
-            "trainer.callbacks.0.init_args.warmup_steps": 3,
-            "trainer.callbacks.2.init_args.every_n_steps": 7,
-            "trainer.callbacks.2.init_args.columns": 1,
-            "trainer.callbacks.2.init_args.num_inference_steps": 2,
-        },
+        TEACHER | {"data.init_args.batch_size": 4},
     ),
+    "text_teacher": Case("teacher/emoji_flux", CLOCK[::2], TEXT_TEACHER),
+    "emoji_l2p": Case("fit/emoji_l2p", ONCE[:2], CLOSED),
+    "emoji_lesa": Case("fit/emoji_lesa", EPOCHS[:2], OURS),
+    "emoji_disca": Case("fit/emoji_disca", EPOCHS[:2], TWO_PHASES),
     "judge": Case(
         "teacher/judge",
         [Kill("batch", 0, 3), Kill("batch", 2, 1), Kill("write", 2)],
@@ -190,12 +202,14 @@ def make_sources(folder: Path) -> dict[str, Any]:
         )
     write_idx(folder, "train", [label % 10 for label in range(22)])
     write_idx(folder, "t10k", list(range(10)))
+    archive = write_archive(folder / "emoji.tgz")
     recording, both = str(folder / "recording"), [str(folder / n) for n in ("recording", "shorter")]
     return {
         "model.init_args.recording": recording,
         "model.init_args.recordings": both,
         "model.init_args.pipeline": str(folder / "pipeline"),
         "model.init_args.start": str(folder / "guidance/whole/distill/guidance/last.ckpt"),
+        "data.init_args.archive": str(archive),
         "data.init_args.folders": both,
         "data.init_args.folder": recording,
         "data.init_args.validation_fraction": 0.25,
