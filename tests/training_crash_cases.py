@@ -228,7 +228,8 @@ def configuration(case: Case, sources: dict[str, Any], folder: Path) -> str:
         named["model.init_args.pipeline"] = str(folder / "tiny")
     if kind == "teacher":
         named["data.init_args.folder"] = str(folder)
-        content["data"].setdefault("init_args", {})["folder"] = ""
+        if case.config != "teacher/emoji_flux":
+            content["data"].setdefault("init_args", {})["folder"] = ""
     for path, value in (QUIET | named | case.changes).items():
         put(content, path.split("."), value, path in case.changes or path in QUIET)
     if "model.init_args.anchors" in QUIET and kind != "fit":
