@@ -61,8 +61,8 @@ whole configuration is in `recipe.yaml`, counts and versions are in `training.js
 
 ## Limits
 
-- It was trained for minutes, and about {passes:.0f} times on every caption: what it draws well it
-  has partly learned by heart. It is a host to forecast on, not a model to draw with.
+- It was trained for minutes, about {passes:.0f} times on every caption. It is a host to forecast
+  on, not a model to draw with.
 - Prompts far from the names of emoji give shapes and colours, no more.
 - The pictures are Noto emoji (Apache 2.0), from the npm package emoji-datasource-google 16.0.0.
 """
