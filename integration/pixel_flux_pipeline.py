@@ -8,20 +8,19 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import (
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     ImagePipelineOutput,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .pixel_pipeline import PixelPipeline
 from .sentence_encoder import SentenceEncoder
 
 
-class PixelFluxPipeline(DiffusionPipeline):
+class PixelFluxPipeline(PixelPipeline):
     """Draw images of plain prompts with a pixel-space `FluxTransformer2DModel`.
 
     With guidance, both branches run in one batched call, the conditional half first, and
@@ -52,11 +51,6 @@ class PixelFluxPipeline(DiffusionPipeline):
         )
         self.register_to_config(sample_size=sample_size, patch_size=patch_size)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=False)
-
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance scale of the latest call."""
-        return self._guidance_scale
 
     @torch.no_grad()
     def __call__(
@@ -151,23 +145,11 @@ class PixelFluxPipeline(DiffusionPipeline):
         """The initial noise, drawn or as given."""
         side = self.config.sample_size // self.config.patch_size
         shape = (count, side * side, self.transformer.config.in_channels)
-        device, dtype = self._execution_device, self.transformer.dtype
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        if latents.shape != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}.")
-        return latents.to(device, dtype)
+        return self._start(shape, generator, latents)
 
-    def _finish(
-        self, latents: Float[Tensor, "B N D"], output_type: str, return_dict: bool
-    ) -> ImagePipelineOutput | tuple:
-        """The final latents in the form asked for."""
-        images = latents
-        if output_type != "latent":
-            pixels = unpack(latents.float(), self.config.patch_size)
-            images = self.image_processor.postprocess(pixels, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+    def _pixels(self, latents: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
+        """The packed latents as images."""
+        return unpack(latents, self.config.patch_size)
 
 
 def image_ids(side: int) -> Float[Tensor, "N 3"]:

@@ -1,4 +1,4 @@
-"""A class-to-image pipeline for diffusion transformers that work on pixels.
+"""Pipelines of diffusion transformers that work on pixels; one that draws classes.
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -16,7 +16,47 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class PixelDiTPipeline(DiffusionPipeline):
+class PixelPipeline(DiffusionPipeline):
+    """What pipelines on pixels share: no autoencoder stands before the images."""
+
+    image_processor: VaeImageProcessor
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the latest call."""
+        return self._guidance_scale
+
+    def _start(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Float[Tensor, "B ..."] | None,
+    ) -> Float[Tensor, "B ..."]:
+        """The initial noise, drawn or as given."""
+        device, dtype = self._execution_device, self.transformer.dtype
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if latents.shape != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}.")
+        return latents.to(device, dtype)
+
+    def _pixels(self, latents: Float[Tensor, "B ..."]) -> Float[Tensor, "B C H W"]:
+        """Final latents as images in [-1, 1]."""
+        return latents
+
+    def _finish(
+        self, latents: Float[Tensor, "B ..."], output_type: str, return_dict: bool
+    ) -> ImagePipelineOutput | tuple:
+        """The final latents in the form asked for."""
+        images = latents
+        if output_type != "latent":
+            pixels = self._pixels(latents.float())
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class PixelDiTPipeline(PixelPipeline):
     """Draw images of given classes with a pixel-space `DiTTransformer2DModel`.
 
     With guidance, both branches run in one batched call, the conditional half first, and
@@ -36,11 +76,6 @@ class PixelDiTPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=False)
-
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance scale of the latest call."""
-        return self._guidance_scale
 
     @torch.no_grad()
     def __call__(
@@ -98,23 +133,8 @@ class PixelDiTPipeline(DiffusionPipeline):
     ) -> Float[Tensor, "B C H W"]:
         """The initial noise, drawn or as given."""
         config = self.transformer.config
-        device, dtype = self._execution_device, self.transformer.dtype
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        if latents.shape != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}.")
-        return latents.to(device, dtype)
-
-    def _finish(
-        self, latents: Float[Tensor, "B C H W"], output_type: str, return_dict: bool
-    ) -> ImagePipelineOutput | tuple:
-        """The final latents in the form asked for."""
-        images = latents
-        if output_type != "latent":
-            images = self.image_processor.postprocess(latents.float(), output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._start(shape, generator, latents)
 
     def _check_labels(self, class_labels: int | list[int]) -> list[int]:
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
