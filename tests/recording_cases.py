@@ -15,7 +15,11 @@ def small_header(**changes: object) -> Header:
     values: dict = {
         "recipe": {"guidance_scale": 3.0, "num_inference_steps": STEPS, "conditions": "abc"},
         "host": {"class": "TinyTransformer", "hidden": 4},
-        "scheduler": {"class": "FlowMatchEulerDiscreteScheduler", "shift": 1.0},
+        "scheduler": {
+            "class": "FlowMatchEulerDiscreteScheduler",
+            "shift": 1.0,
+            "guidance_scale": 3.0,
+        },
         "sigmas": [1.0 - step / STEPS for step in range(STEPS)],
         "taps": ["output", "blocks.1"],
         "num_branches": 2,

@@ -31,6 +31,8 @@ class TextTeacherModule(FlowTeacher):
         learning_rate: AdamW's rate before the schedule.
         prompts: prompts whose pictures are drawn into TensorBoard and whose embeddings are saved
             with the pipeline.
+        compile_blocks: compile the blocks with `torch.compile`, which takes a minute and a half at
+            the start of every run and 23 % off each step on two CPU cores (1.10 to 0.85 s).
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class TextTeacherModule(FlowTeacher):
         text_dropout: float = 0.1,
         learning_rate: float = 1e-3,
         prompts: Sequence[str] = (),
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__(text_dropout, learning_rate)
         self.save_hyperparameters()
@@ -61,6 +64,8 @@ class TextTeacherModule(FlowTeacher):
             axes_dims_rope=ROTARY_AXES,
         )
         initialise_linear(self.transformer, zeroed_layers(self.transformer))
+        if compile_blocks:
+            self.transformer.compile_repeated_blocks()
 
     def setup(self, stage: str) -> None:
         """Encode the prompts that are drawn, and the empty one."""
