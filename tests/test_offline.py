@@ -207,19 +207,21 @@ def test_a_mixed_verdict_names_the_budgets_that_lose(gains, advice):
     assert advice in compared(gains)
 
 
-def test_a_gap_that_small_gaps_do_not_order_is_called_level():
-    assert "at 8 evaluations l2p_lstsq (output) is level (-0.9 dB) with" in compared({8: -0.9})
+def test_a_gap_that_small_gaps_do_not_order_is_called_neither():
+    assert "at 8 evaluations l2p_lstsq (output) is not told apart (-0.9 dB) from" in compared(
+        {8: -0.9}
+    )
 
 
-def test_an_estimated_loss_that_closed_loop_runs_did_not_show_is_called_level():
+def test_an_estimated_loss_that_closed_loop_runs_did_not_show_is_called_neither():
     line = compared({8: -4.0, 6: -2.0})
-    assert "is level (-4.0 dB) with" in line
+    assert "is not told apart (-4.0 dB) from" in line
     assert line.endswith("no reason to learn by this estimate; `foreseer bench` decides.")
 
 
-def test_two_exact_methods_are_level():
+def test_two_exact_methods_are_not_told_apart():
     rows = [row("taylor_1", 4, math.inf), row(LEARNED, 4, math.inf)]
-    assert "is level (+0.0 dB) with taylor_1" in verdict(rows, 3)
+    assert "is not told apart (+0.0 dB) from taylor_1" in verdict(rows, 3)
 
 
 def recorded(folder, num: int, taps: tuple[str, ...] = ("output", "hidden")):

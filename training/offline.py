@@ -209,7 +209,7 @@ def verdict(rows: Sequence[OfflineRow], num_held_out: int) -> str:
 
 def _outcome(gain: float) -> str:
     if -LOSS_DB < gain < LEVEL_DB:
-        return f"is level ({gain:+.1f} dB) with"
+        return f"is not told apart ({gain:+.1f} dB) from"
     return f"gains {gain:.1f} dB over" if gain > 0 else f"loses {-gain:.1f} dB to"
 
 
