@@ -1,5 +1,6 @@
 """The text teacher's data, recipe, export and judge, on a package of a few drawn pictures."""
 
+import copy
 import io
 import json
 import tarfile
@@ -132,11 +133,30 @@ def test_training_starts_at_zero_velocity():
     ).abs().max()) == 0.0  # fmt: skip
 
 
+def test_blocks_are_compiled_for_training_only_and_their_average_is_plain(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)  # inductor asks for a compiler
+    counts = {}
+    for stage in ("fit", "export"):
+        module = TextTeacherModule(2, 3, 1, sample_size=16, compile_blocks=True)
+        names = set(module.state_dict())
+        module.setup(stage)
+        blocks = [
+            *module.transformer.transformer_blocks,
+            *module.transformer.single_transformer_blocks,
+        ]
+        counts[stage] = sum(block._compiled_call_impl is not None for block in blocks)
+        assert set(module.state_dict()) == names
+        averaged = copy.deepcopy(module)  # what EMAWeightAveraging keeps
+        assert set(averaged.state_dict()) == names
+    assert counts == {"fit": 5, "export": 0}
+
+
 @pytest.mark.slow
 def test_the_shipped_recipe_trains_resumes_and_exports(archive, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # the recipe writes to runs/ in the current folder
     sizes = ["--model.num_layers=1", "--model.num_single_layers=1", "--model.num_attention_heads=1"]
     sizes += ['--model.prompts=["red cat", "blue dog", "green cup"]', "--model.sample_size=16"]
+    sizes += ["--model.compile_blocks=false"]
     data = [f"--data.archive={archive}", "--data.sample_size=16", "--data.batch_size=8"]
     config = ["--config", str(CONFIGS / "emoji_flux.yaml"), "--trainer.log_every_n_steps=1"]
     for steps in (2, 3):  # the second command goes on from the first one's checkpoint

@@ -141,6 +141,7 @@ TEXT_TEACHER = TEACHER | {
     "model.init_args.num_single_layers": 1,
     "model.init_args.sample_size": 8,
     "model.init_args.prompts": ["a cat"],
+    "model.init_args.compile_blocks": False,  # minutes, and a compiler
     "data.init_args.sample_size": 8,
     "data.init_args.batch_size": 16,
 }
