@@ -55,7 +55,7 @@ METHODS = [
     *(f"{solver}|none" for solver in SOLVERS),
     *(f"{rule}|{tap}" for rule in FORMULAS for tap in ("output", "hidden")),
 ]
-LIST_OF = "taylor_1|hidden"  # the searched list that all fits take, so that they share anchors
+LIST_OF = {11: "taylor_2|hidden", 8: "taylor_1|hidden"}  # the search's best formula of this tap
 SHEET_PROMPTS = (
     "grinning face",
     "crying face",
@@ -112,7 +112,7 @@ def fit(
             out = predictor_folder(method, budget)
             if (out / "config.json").exists() or (method != "l2p" and budget != NEURAL_BUDGET):
                 continue
-            anchors = json.loads(searched(budget).read_text())[f"{LIST_OF}|{budget}"]
+            anchors = json.loads(searched(budget).read_text())[f"{LIST_OF[budget]}|{budget}"]
             work = Path(f"runs/fit/emoji_{method}_{budget}")
             config = redirected(f"emoji_{method}", work)
             main(["fit", "--config", str(config), "--model.anchors", json.dumps(anchors)])
