@@ -55,7 +55,8 @@ METHODS = [
     *(f"{solver}|none" for solver in SOLVERS),
     *(f"{rule}|{tap}" for rule in FORMULAS for tap in ("output", "hidden")),
 ]
-LIST_OF = {11: "taylor_2|hidden", 8: "taylor_1|hidden"}  # the search's best formula of this tap
+BEST_FORMULA = {11: "taylor_1|hidden", 8: "taylor_2|output"}  # of the search: L2P's list and tap
+NEURAL_LIST = "taylor_1|hidden"  # the search's best formula on the tap of LESA and DisCa
 SHEET_PROMPTS = (
     "grinning face",
     "crying face",
@@ -112,10 +113,12 @@ def fit(
             out = predictor_folder(method, budget)
             if (out / "config.json").exists() or (method != "l2p" and budget != NEURAL_BUDGET):
                 continue
-            anchors = json.loads(searched(budget).read_text())[f"{LIST_OF[budget]}|{budget}"]
+            source = BEST_FORMULA[budget] if method == "l2p" else NEURAL_LIST
+            anchors = json.loads(searched(budget).read_text())[f"{source}|{budget}"]
+            words = ["--model.anchors", json.dumps(anchors)]
+            words += ["--model.tap", source.partition("|")[2]] if method == "l2p" else []
             work = Path(f"runs/fit/emoji_{method}_{budget}")
-            config = redirected(f"emoji_{method}", work)
-            main(["fit", "--config", str(config), "--model.anchors", json.dumps(anchors)])
+            main(["fit", "--config", str(redirected(f"emoji_{method}", work)), *words])
             kept = work / ("last.ckpt" if method == "l2p" else "best.ckpt")
             main(["export", "--checkpoint", str(kept), "--out", str(out)])
 

@@ -179,7 +179,11 @@ CASES = {
         TEACHER | {"data.init_args.batch_size": 4},
     ),
     "text_teacher": Case("teacher/emoji_flux", CLOCK[::2], TEXT_TEACHER),
-    "emoji_l2p": Case("fit/emoji_l2p", ONCE[:2], CLOSED),
+    "emoji_l2p": Case(  # on the tap `hidden` for the same reason
+        "fit/emoji_l2p",
+        ONCE[:2],
+        CLOSED | {"model.init_args.tap": "hidden", "trainer.limit_train_batches": 1},
+    ),
     "emoji_lesa": Case("fit/emoji_lesa", EPOCHS[:2], OURS),
     "emoji_disca": Case("fit/emoji_disca", EPOCHS[:2], TWO_PHASES),
     "judge": Case(
