@@ -55,7 +55,7 @@ METHODS = [
     *(f"{solver}|none" for solver in SOLVERS),
     *(f"{rule}|{tap}" for rule in FORMULAS for tap in ("output", "hidden")),
 ]
-BEST_FORMULA = {11: "taylor_1|hidden", 8: "taylor_2|output"}  # of the search: L2P's list and tap
+LIST_OF = {11: "taylor_1|output", 8: "taylor_2|output"}  # the search's best formula of L2P's tap
 NEURAL_LIST = "taylor_1|hidden"  # the search's best formula on the tap of LESA and DisCa
 SHEET_PROMPTS = (
     "grinning face",
@@ -113,10 +113,9 @@ def fit(
             out = predictor_folder(method, budget)
             if (out / "config.json").exists() or (method != "l2p" and budget != NEURAL_BUDGET):
                 continue
-            source = BEST_FORMULA[budget] if method == "l2p" else NEURAL_LIST
+            source = LIST_OF[budget] if method == "l2p" else NEURAL_LIST
             anchors = json.loads(searched(budget).read_text())[f"{source}|{budget}"]
             words = ["--model.anchors", json.dumps(anchors)]
-            words += ["--model.tap", source.partition("|")[2]] if method == "l2p" else []
             work = Path(f"runs/fit/emoji_{method}_{budget}")
             main(["fit", "--config", str(redirected(f"emoji_{method}", work)), *words])
             kept = work / ("last.ckpt" if method == "l2p" else "best.ckpt")
