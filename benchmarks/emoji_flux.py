@@ -8,7 +8,7 @@
     python benchmarks/emoji_flux.py sheet
     python benchmarks/emoji_flux.py page
 
-Each method runs on the list searched for it and on that of the learned ones.
+Each method runs on the list searched for it and on those of the learned ones.
 Every stage is made of commands of foreseer's and resumes; stages of different budgets may run at
 the same time. Predictors are fitted on captions the model was trained on
 (configs/record/emoji_prompts.txt); the benchmark's prompts (benchmarks/emoji_held_out.txt) were
@@ -51,6 +51,7 @@ BUDGETS = (11, 8)
 NEURAL_BUDGET = 8  # LESA and DisCa are trained on one list
 SOLVERS = ("euler", "ab2", "dpmpp_2m", "unipc")
 FORMULAS = ("reuse", "taylor_1", "taylor_2")
+STARTS = ("adams_moulton", "hicache_2")  # where the fits of L2P started: the best on its lists
 METHODS = [
     *(f"{solver}|none" for solver in SOLVERS),
     *(f"{rule}|{tap}" for rule in FORMULAS for tap in ("output", "hidden")),
@@ -165,7 +166,7 @@ def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 32) -> None:
         budgets,
         load_learned(learned),
         lists,
-        [*SOLVERS, *FORMULAS],
+        [*SOLVERS, *FORMULAS, *STARTS],
         command=f"python benchmarks/emoji_flux.py bench --budgets '{list(budgets)}'",
         common=(),  # the search has tried uniform and warped lists
         guidance_scale=GUIDANCE_SCALE,
