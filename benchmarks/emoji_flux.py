@@ -50,8 +50,7 @@ GUIDANCE_SCALE = 3.0
 BUDGETS = (11, 8)
 NEURAL_BUDGET = 8  # LESA and DisCa are trained on one list
 SOLVERS = ("euler", "ab2", "dpmpp_2m", "unipc")
-FORMULAS = ("reuse", "taylor_1", "taylor_2")
-STARTS = ("adams_moulton", "hicache_2")  # where the fits of L2P started: the best on its lists
+FORMULAS = ("reuse", "taylor_1", "taylor_2", "adams_moulton", "hicache_2")
 METHODS = [
     *(f"{solver}|none" for solver in SOLVERS),
     *(f"{rule}|{tap}" for rule in FORMULAS for tap in ("output", "hidden")),
@@ -166,7 +165,7 @@ def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 32) -> None:
         budgets,
         load_learned(learned),
         lists,
-        [*SOLVERS, *FORMULAS, *STARTS],
+        [*SOLVERS, *FORMULAS],
         command=f"python benchmarks/emoji_flux.py bench --budgets '{list(budgets)}'",
         common=(),  # the search has tried uniform and warped lists
         guidance_scale=GUIDANCE_SCALE,
