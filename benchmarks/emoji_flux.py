@@ -55,8 +55,8 @@ METHODS = [
     *(f"{solver}|none" for solver in SOLVERS),
     *(f"{rule}|{tap}" for rule in FORMULAS for tap in ("output", "hidden")),
 ]
-LIST_OF = {11: "taylor_1|output", 8: "taylor_2|output"}  # the search's best formula of L2P's tap
-NEURAL_LIST = "taylor_1|hidden"  # the search's best formula on the tap of LESA and DisCa
+LIST_OF = {11: "adams_moulton|output", 8: "taylor_2|output"}  # the search's best of L2P's tap
+NEURAL_LIST = "adams_moulton|hidden"  # the search's best formula on the tap of LESA and DisCa
 SHEET_PROMPTS = (
     "grinning face",
     "crying face",
