@@ -153,10 +153,17 @@ def test_an_analytic_predictor_needs_no_checkpoint_and_gets_none(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_bundled_predictor_loads_by_name_and_nothing_outside_the_zoo_does(tmp_path, monkeypatch):
+@pytest.fixture
+def only_zoo(tmp_path, monkeypatch):
+    """A folder that is all that is bundled, whether or not foreseer-zoo is installed."""
     monkeypatch.setattr(zoo, "ZOO", tmp_path / "zoo")
+    monkeypatch.setattr(zoo, "APART_PACKAGE", "no_package_apart")
+    return zoo.ZOO
+
+
+def test_a_bundled_predictor_loads_by_name_and_nothing_outside_the_zoo_does(tmp_path, only_zoo):
     predictor = random_predictor()
-    save_predictor(predictor, spec_for(predictor), tmp_path / "zoo" / "tiny")
+    save_predictor(predictor, spec_for(predictor), only_zoo / "tiny")
     save_predictor(predictor, spec_for(predictor), tmp_path / "outside")
     assert torch.equal(load_predictor("zoo:tiny").weight, predictor.weight)
     for name in ("zoo:../outside", "zoo:none", "zoo:"):
@@ -164,8 +171,8 @@ def test_a_bundled_predictor_loads_by_name_and_nothing_outside_the_zoo_does(tmp_
             load_predictor(name)
 
 
-def test_a_missing_zoo_lists_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "ZOO", tmp_path / "zoo")
+@pytest.mark.usefixtures("only_zoo")
+def test_a_missing_zoo_lists_nothing():
     with pytest.raises(FileNotFoundError, match="bundled are none"):
         zoo.resolve("zoo:tiny")
 
