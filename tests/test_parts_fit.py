@@ -198,7 +198,7 @@ def grams_of(partition, features) -> torch.Tensor:
 @pytest.mark.parametrize(
     "partition",
     [ChannelGroups([0, 0, 1, 1, 2, 2]), equal_bands(2, (2, 2)), equal_bands(2, (1, 4), "fft")],
-    ids=str,
+    ids=["groups", "dct bands", "fft bands"],
 )
 def test_more_parts_never_fit_worse_at_ridge_zero(partition, seed):
     features = smooth(seed)
