@@ -72,6 +72,21 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert done.stdout.splitlines()[0] == f"foreseer {foreseer.__version__}"
 
 
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_a_reader_that_leaves_early_sees_no_traceback(word):
+    code = f"import sys; sys.stdin.read(); from foreseer.cli import main; main([{word!r}])"
+    program = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert program.stdout
+    program.stdout.close()
+    assert program.communicate(timeout=60)[1] == b""
+    assert program.returncode == 1
+
+
 @pytest.mark.parametrize("words", [["recrod"], [], ["--config"], ["distil", "fit"]])
 def test_an_unknown_word_exits_with_code_2_and_the_commands(words, capsys):
     assert exit_code(words) == 2

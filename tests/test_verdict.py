@@ -151,7 +151,7 @@ def test_a_fit_on_grams_is_judged_by_what_its_forecasts_pile_up(name, folder, tm
         if rival != "ab2":
             assert gain == pytest.approx(least, abs=0.06)
             assert expected[rival] == pytest.approx(least, abs=1e-3)
-        assert grade == ("good" if gain >= 1 else "marginal" if gain > -4.5 else "do not use")
+        assert grade == ("good" if gain >= 1 else "undecided" if gain > -4.5 else "do not use")
     assert f"of {len(held)} trajectories" in line and text_of(tmp_path) == line
     assert "PSNR" not in line.split("foreseer bench")[0]
     export_command(str(tmp_path / "last.ckpt"), str(tmp_path / "out"))
@@ -301,8 +301,11 @@ def test_a_refit_is_judged_on_trajectories_it_was_solved_without(folder, tmp_pat
     ("gain", "words"),
     [
         (2.14, "8 evaluations: 2.1 dB above the best formula on these anchors (taylor_2), good"),
-        (0.9, "8 evaluations: 0.9 dB above the best formula on these anchors (taylor_2), marginal"),
-        (-4.4, "8 evaluations: 4.4 dB below the best formula on these anchors (taylor_2), marg"),
+        (
+            0.9,
+            "8 evaluations: 0.9 dB above the best formula on these anchors (taylor_2), undecided",
+        ),
+        (-4.4, "8 evaluations: 4.4 dB below the best formula on these anchors (taylor_2), undec"),
         (-4.6, "8 evaluations: 4.6 dB below the best formula on these anchors (taylor_2), do not"),
     ],
 )

@@ -68,7 +68,7 @@ class Estimate:
         if self.gain_db >= LEVEL_DB:
             grade = "good"
         else:
-            grade = "marginal" if self.gain_db > -LOSS_DB else "do not use"
+            grade = "undecided" if self.gain_db > -LOSS_DB else "do not use"
         against = f"the best formula on these anchors ({self.best})"
         return f"{self.num_anchors} evaluations: {_apart(self.gain_db)} {against}, {grade}"
 
@@ -129,7 +129,7 @@ def row_table(
 def open_loop_line(estimates: Sequence[Estimate]) -> str:
     """The verdict of a fit on Grams, for each number of evaluations.
 
-    Good from `LEVEL_DB` on, not to be used from a loss of `LOSS_DB` on, marginal between: losses
+    Good from `LEVEL_DB` on, not to be used from a loss of `LOSS_DB` on, undecided between: losses
     of least-squares rows are overstated, and smaller gaps order two methods badly.
     """
     told = "; ".join(each.words() for each in estimates)

@@ -1,5 +1,6 @@
 """The `foreseer` command: a thin dispatcher over LightningCLI and jsonargparse."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,11 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     word, rest = (words[0], words[1:]) if words else ("", [])
     if word in ("-h", "--help"):
-        print(usage())
+        show(usage())
     elif word == "--version":
         from .environment import version_report
 
-        print(version_report())
+        show(version_report())
     elif word in OF_PIPELINES and any(w.partition("=")[0] == "--pipeline" for w in rest):
         asked = {"-h", "--help"} & set(rest)  # also without the pipeline's name
         run_function(OF_PIPELINES[word], ["--help"] if asked else rest)
@@ -69,6 +70,15 @@ def main(argv: list[str] | None = None) -> None:
         run_trainer(words, "foreseer")
     else:
         refuse(word)
+
+
+def show(text: str) -> None:
+    """Print, or stop with code 1 and no traceback where the reader has left (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at exit
+        raise SystemExit(1) from None
 
 
 def usage() -> str:
