@@ -2,7 +2,8 @@
 # make dev     the environment to work in: .venv
 # make check   format, lint, types
 # make docs    the documentation site, in site/: open site/index.html
-# make test    check, tests on the source tree, tests on the built wheel from another folder
+# make test    check, tests on the source tree, those of files on the wheel from another folder;
+#              JOBS=8 takes 8 processes instead of 2
 
 PYTHON ?= python3
 # Installed first, so that a CPU build is taken where the package index offers one.
@@ -15,6 +16,11 @@ unexport PYTHONPATH
 
 DEV := .venv/bin/python
 TEST := .venv-test/bin/python
+# A file's tests share what they have prepared, so files are dealt out, not tests, in their order.
+JOBS ?= 2
+PYTEST := -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# What an installation can break: all that is looked up beside the code, or started by its name.
+OF_FILES := 'zoo|configs|__file__|foreseer\.cli|sys\.executable'
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .PHONY: demo dev docs check test editable test-source test-wheel clean
@@ -42,7 +48,7 @@ test: check
 	$(MAKE) test-wheel
 
 test-source: editable
-	$(TEST) -m pytest -q
+	$(TEST) $(PYTEST)
 
 # The sdist is built first and the wheel from it. The tests run where no source lies beside them.
 test-wheel: .venv-test/.installed
@@ -56,7 +62,8 @@ test-wheel: .venv-test/.installed
 	cp -r tests pyproject.toml "$$elsewhere"; cd "$$elsewhere"; \
 	"$(CURDIR)/$(TEST)" -c "import foreseer; f = foreseer.__file__; print('testing', f); \
 	assert 'site-packages' in f" ; \
-	"$(CURDIR)/$(TEST)" -m pytest -q -m "not slow and not fault"
+	"$(CURDIR)/$(TEST)" $(PYTEST) -m "not slow and not fault" \
+	$$(grep -lE $(OF_FILES) tests/test_*.py)
 
 clean:
 	rm -rf .venv .venv-test build dist src/foreseer.egg-info packages/foreseer-zoo/build

@@ -4,6 +4,7 @@ Nothing here decides anything: `Session` (session.py) says what each call does.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -105,12 +106,13 @@ class TrunkSkipper:
         entering: Callable[[Tensor], Tensor],
     ) -> Any:
         """The output of `forward` with the head's first tensor t replaced by `entering(t)`."""
-
-        def enter(tensor: Tensor) -> Tensor:
-            return entering(tensor.transpose(0, self.axis)).transpose(0, self.axis)
-
+        enter = functools.partial(_batch_first, entering, self.axis)
         with exchanged(self.transformer, self.blocks, self.empty, self.head, enter):
             return forward(*args, **kwargs)
+
+
+def _batch_first(entering: Callable[[Tensor], Tensor], axis: int, tensor: Tensor) -> Tensor:
+    return entering(tensor.transpose(0, axis)).transpose(0, axis)
 
 
 @contextlib.contextmanager
@@ -141,19 +143,19 @@ def exchanged(
 
 def replacing(entering: Callable[[Tensor], Tensor]) -> Callable:
     """A forward pre-hook that gives a module `entering(t)` for its first tensor t."""
+    return functools.partial(_replace_first, entering)
 
-    def hook(
-        module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        found = first_tensor(args, kwargs)
-        assert found is not None  # the tracer chose the head by this tensor
-        new = entering(found).to(found.dtype)
-        for place, value in enumerate(args):
-            if value is found:
-                return (*args[:place], new, *args[place + 1 :]), kwargs
-        return args, {name: new if value is found else value for name, value in kwargs.items()}
 
-    return hook
+def _replace_first(
+    entering: Callable[[Tensor], Tensor], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    found = first_tensor(args, kwargs)
+    assert found is not None  # the tracer chose the head by this tensor
+    new = entering(found).to(found.dtype)
+    for place, value in enumerate(args):
+        if value is found:
+            return (*args[:place], new, *args[place + 1 :]), kwargs
+    return args, {name: new if value is found else value for name, value in kwargs.items()}
 
 
 @contextlib.contextmanager
@@ -177,9 +179,8 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
     handles: list[Any] = []
     if taps & {"hidden", "residual"}:
         head = transformer.get_submodule(trunk.head)
-        handles.append(
-            head.register_forward_pre_hook(_keep(found, "hidden", trunk), with_kwargs=True)
-        )
+        keep = functools.partial(_keep, found, "hidden", trunk.batch_axis)
+        handles.append(head.register_forward_pre_hook(keep, with_kwargs=True))
     if watch.wanted:
         seen = {n: SeenBlocks(b, n, watch.entering, watch.leaving) for n, b in lists.items()}
         transformer._modules.update(seen)
@@ -250,13 +251,17 @@ def block_taps(transformer: nn.Module, trunk: Trunk) -> dict[str, str]:
     return {f"blocks.{i}": name for i, name in enumerate(names)}
 
 
-def _keep(found: dict[str, Tensor], tap: str, trunk: Trunk) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        tensor = first_tensor(args, kwargs)
-        if tensor is not None:
-            found[tap] = own(tensor.transpose(0, trunk.batch_axis))
-
-    return hook
+def _keep(
+    found: dict[str, Tensor],
+    tap: str,
+    axis: int,
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> None:
+    tensor = first_tensor(args, kwargs)
+    if tensor is not None:
+        found[tap] = own(tensor.transpose(0, axis))
 
 
 def own(tensor: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ from tiny_pipelines import tiny_pipeline
 
 from foreseer import demo
 from foreseer.cli import main
+from foreseer.training import inspect_command
+from foreseer.training.rows import RULES
 
+TWO = ("reuse", "taylor_1")  # formulas that are searched for, in place of all
 FILES = (
     "bench/report.html",
     "bench/results.json",
@@ -57,7 +60,10 @@ def test_a_folder_of_another_pipeline_is_refused(stages, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_stage_runs_on_a_tiny_model(tmp_path, capsys):
+def test_every_stage_runs_on_a_tiny_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(demo.EPOCHS, "adam", 3)
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:2])
+    monkeypatch.setattr(inspect_command, "RULES", {name: RULES[name] for name in TWO})
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     out = tmp_path / "demo"
     main(["demo", "--out", str(out), "--pipeline", str(tmp_path / "pipeline")])
