@@ -13,19 +13,54 @@ PUBLISHED_L2P = {
 """The hand-tuned lists of L2P's release for 50 steps, by number of anchors (arXiv 2604.26365)."""
 
 
-def uniform(num_anchors: int, num_steps: int = 50) -> tuple[int, ...]:
-    """Anchors `round(num_steps * i / num_anchors)`."""
-    return warped(num_anchors, num_steps, gamma=1.0)
+def uniform(
+    num_anchors: int, num_steps: int = 50, expert_steps: Sequence[int] = (0,)
+) -> tuple[int, ...]:
+    """Anchors `round(num_steps * i / num_anchors)`; of several transformers as `warped` has it."""
+    return warped(num_anchors, num_steps, 1.0, expert_steps)
 
 
-def warped(num_anchors: int, num_steps: int = 50, gamma: float = 1.2) -> tuple[int, ...]:
+def warped(
+    num_anchors: int, num_steps: int = 50, gamma: float = 1.2, expert_steps: Sequence[int] = (0,)
+) -> tuple[int, ...]:
     """Anchors `round(num_steps * (i / num_anchors) ** gamma)`, denser at the start for gamma > 1.
 
+    Where several transformers take turns each has such a list over its own steps, with anchors in
+    proportion to them and one at least.
+
+    Args:
+        num_anchors: network evaluations.
+        num_steps: steps of the run.
+        gamma: 1 spreads the anchors evenly.
+        expert_steps: first step of each transformer, starting with 0.
+
     Raises:
-        ValueError: two anchors fall on one step.
+        ValueError: two anchors fall on one step, or a transformer gets none.
     """
-    anchors = [round(num_steps * (i / num_anchors) ** gamma) for i in range(num_anchors)]
-    return check_anchors(anchors, num_steps)
+    lengths = [b - a for a, b in zip(expert_steps, [*expert_steps[1:], num_steps], strict=True)]
+    shares = _shares(num_anchors, lengths)
+    return check_anchors(
+        [
+            first + round(length * (i / share) ** gamma)
+            for first, length, share in zip(expert_steps, lengths, shares, strict=True)
+            for i in range(share)
+        ],
+        num_steps,
+    )
+
+
+def _shares(num_anchors: int, lengths: Sequence[int]) -> list[int]:
+    """Anchors of each transformer: one, and the others as seats in proportion (D'Hondt)."""
+    if num_anchors < len(lengths):
+        raise ValueError(
+            f"found {num_anchors} anchor(s) for {len(lengths)} transformer(s), expected one for "
+            "each at least: what one computed says nothing about the next."
+        )
+    shares = [1] * len(lengths)
+    for _ in range(num_anchors - sum(shares)):
+        next_one = min(range(len(lengths)), key=lambda k: (shares[k] + 1) / lengths[k])
+        shares[next_one] += 1
+    return shares
 
 
 def interval(num_steps: int, interval: int, warmup: int = 3) -> tuple[int, ...]:

@@ -224,7 +224,7 @@ def test_two_exact_methods_are_not_told_apart():
     assert "is not told apart (+0.0 dB) from taylor_1" in verdict(rows, 3)
 
 
-def recorded(folder, num: int, taps: tuple[str, ...] = ("output", "hidden")):
+def recorded(folder, num: int, taps: tuple[str, ...] = ("output", "hidden"), **changes):
     """A folder with `num` trajectories of smooth features."""
     sigmas = [1 - step / RUN_STEPS for step in range(RUN_STEPS)]
     header = small_header(
@@ -234,6 +234,7 @@ def recorded(folder, num: int, taps: tuple[str, ...] = ("output", "hidden")):
         states=False,
         host={"class": "Tiny", "parameters": 4},
         scheduler={"class": "FlowMatchEulerDiscreteScheduler", "guidance_scale": 3.0},
+        **changes,
     )
     grams = gram(smooth(max(1, num), RUN_STEPS))
     with RecordingWriter(folder, header, rank=0) as writer:

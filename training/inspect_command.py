@@ -45,7 +45,8 @@ def inspect_command(
         recording: folder of the recording.
         out: folder for `inspect.html`, `inspect.md`, the plots and `offline.json`; None takes
             `plots` beside the shards.
-        budgets: network evaluations to compare at; those the run has no steps for are left out.
+        budgets: network evaluations to compare at, from one per transformer to below the steps;
+            others are left out.
 
     Returns:
         The plots, the Markdown and the page; nothing of an empty recording.
@@ -74,19 +75,16 @@ def inspect_command(
     alike = {tap: cosines(grams[tap].double()).flatten(0, 1).mean(0) for tap in taps}
     shown = {tap: alike[tap] for tap in taps if not tap.startswith("blocks.")} or alike
     plots.append(plot_cosines(shown, folder / "cosines.png"))
-    num_steps = opened.header.num_steps
-    usable = sorted({n for n in budgets if n < num_steps}, reverse=True)
-    found = [TapGrams(t, grams[t], opened.header.sigmas) for t in FORECAST_TAPS if t in grams]
+    sigmas, starts = opened.header.sigmas, opened.header.expert_steps
+    num_steps = len(sigmas)
+    usable = sorted({n for n in budgets if len(starts) <= n < num_steps}, reverse=True)
+    found = [TapGrams(t, grams[t], sigmas, starts) for t in FORECAST_TAPS if t in grams]
     answered: Answer | str
     if usable and found:
         answered = answer(found, usable, folder)
         plots += draw_answer(answered, num_steps, folder)
     else:
-        answered = (
-            f"no rule was compared: found the taps {' '.join(taps)}, {num_steps} steps "
-            f"and budgets {' '.join(map(str, budgets))}; expected one of the taps "
-            f"{' '.join(FORECAST_TAPS)} and a budget below the number of steps"
-        )
+        answered = no_answer(taps, num_steps, len(starts), budgets)
         print(answered)
     page, text = folder / "inspect.html", folder / "inspect.md"
     page.write_text(inspect_page(told(opened), motions, alike, answered))
@@ -123,6 +121,18 @@ def answer(taps: Sequence[TapGrams], budgets: Sequence[int], folder: Path) -> An
     middle = [row for row in rows if row.num_anchors == budgets[len(budgets) // 2]]
     panels, weights = error_panels(taps, middle), shown_weights(taps, middle)
     return Answer(rows, line, budgets, lists, panels, weights)
+
+
+def no_answer(
+    taps: Sequence[str], num_steps: int, num_transformers: int, budgets: Sequence[int]
+) -> str:
+    """Why no rule was compared."""
+    return (
+        f"no rule was compared: found the taps {' '.join(taps)}, {num_steps} steps, "
+        f"{num_transformers} transformer(s) and budgets {' '.join(map(str, budgets))}; expected "
+        f"one of the taps {' '.join(FORECAST_TAPS)} and a budget below the steps, not below the "
+        "transformers"
+    )
 
 
 def draw_answer(found: Answer, num_steps: int, folder: Path) -> list[Path]:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..integration.schedule import uniform
 from ..predictors.base import History, LinearPredictor, Step
-from ..predictors.linear import tabulate
 from ..trajectories.gram import accumulated_error, spread, step_errors
-from .rows import RULES, least_squares_rows
+from .rows import RULES, expert_rows, formula_rows
 from .search import beam_search, common_lists
 
 LEARNED = "l2p_lstsq"
@@ -87,13 +86,19 @@ class TapGrams:
         grams: one Gram per trajectory and branch; of a single trajectory there is nothing to hold
             out, so formulas are searched and measured on it and nothing is learned.
         sigmas: flow time of every step.
+        expert_steps: first step of each transformer, starting with 0; every rule begins anew there.
     """
 
     def __init__(
-        self, tap: str, grams: Float[Tensor, "n branches S S"], sigmas: Sequence[float]
+        self,
+        tap: str,
+        grams: Float[Tensor, "n branches S S"],
+        sigmas: Sequence[float],
+        expert_steps: Sequence[int] = (0,),
     ) -> None:
         self.tap = tap
         self.sigmas = sigmas
+        self.expert_steps = expert_steps
         self.can_learn = len(grams) > 1
         self.fit = grams[::2].double()
         self.held = grams[1::2].double() if self.can_learn else self.fit
@@ -102,8 +107,8 @@ class TapGrams:
     def rows(self, method: str, anchors: Anchors) -> Float[Tensor, "branches S S"]:
         """The weights of a formula, or the least-squares fit on the even trajectories."""
         if method == LEARNED:
-            return least_squares_rows(self.fit, anchors)
-        return tabulate(RULES[method], anchors, self.sigmas)[None]
+            return expert_rows(self.fit, anchors, self.expert_steps)
+        return formula_rows(RULES[method], anchors, self.sigmas, self.expert_steps)[None]
 
     def best(self, method: str, lists: Iterable[Anchors]) -> Anchors:
         """The list of least accumulated error on the even trajectories."""
@@ -147,20 +152,20 @@ def offline_rows(
     Args:
         grams: Grams of one tap.
         rules: `RULES`, or the same with remembered coefficients.
-        num_anchors: network evaluations, below the number of steps.
+        num_anchors: network evaluations, below the number of steps, one per transformer at least.
         advance: called once per rule.
     """
-    num_steps = len(grams.sigmas)
+    num_steps, starts = len(grams.sigmas), grams.expert_steps
     longest = max(2, round(MEAN_GAPS * num_steps / num_anchors))
-    common = common_lists(num_anchors, num_steps)
+    common = common_lists(num_anchors, num_steps, starts)
     best: dict[str, Anchors] = {}
     for name, rule in rules.items():
-        found = beam_search(grams.fit, grams.sigmas, num_anchors, rule, WIDTH, longest)
+        found = beam_search(grams.fit, grams.sigmas, num_anchors, rule, WIDTH, longest, starts)
         best[name] = grams.best(name, [found[0], *common])
         advance()
     if grams.can_learn:
         best[LEARNED] = grams.best(LEARNED, [*best.values(), *common])
-    even = uniform(num_anchors, num_steps)
+    even = uniform(num_anchors, num_steps, starts)
     return [
         grams.measure(method, name, anchors)
         for method, searched in best.items()

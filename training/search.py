@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..integration.schedule import PUBLISHED_L2P, check_anchors, warped
 from ..predictors.base import History, LinearPredictor, Step
+from ..predictors.experts import expert_start
 
 GAMMAS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
 
@@ -38,6 +39,7 @@ def beam_search(
     rule: LinearPredictor,
     width: int = 24,
     max_gap: int | None = None,
+    expert_steps: Sequence[int] = (0,),
 ) -> list[tuple[int, ...]]:
     """Anchor lists of least accumulated error under a rule, best first; no network, no features.
 
@@ -51,25 +53,32 @@ def beam_search(
         num_anchors: anchors to place; step 0 is always one.
         rule: the forecaster.
         width: lists kept per number of anchors.
-        max_gap: longest stretch between two anchors, in steps; None allows four mean gaps.
+        max_gap: longest stretch between two anchors, in steps; None allows four mean gaps. Any
+            where there are hardly more anchors than transformers.
+        expert_steps: first step of each transformer, starting with 0; all are anchors, and the
+            rule begins anew with each.
 
     Raises:
-        ValueError: there are not that many steps.
+        ValueError: there are not that many steps, or fewer anchors than transformers.
     """
-    num_steps = len(sigmas)
-    if not 1 <= num_anchors <= num_steps:
-        raise ValueError(f"num_anchors is {num_anchors}, expected 1 to {num_steps} (the steps).")
+    num_steps, least = len(sigmas), len(expert_steps)
+    if not least <= num_anchors <= num_steps:
+        raise ValueError(
+            f"num_anchors is {num_anchors}, expected {least} (transformers) to {num_steps} (steps)."
+        )
     max_gap = max_gap or max(2, 4 * num_steps // num_anchors)
-    segments = _Segments(grams.double().mean((0, 1)), sigmas, rule, max_gap)
+    if least > 1 and num_anchors <= 2 * least:
+        max_gap = num_steps  # the starts may lie that far apart
+    segments = _Segments(grams.double().mean((0, 1)), sigmas, rule, max_gap, expert_steps)
     beam = [_Path(0.0, (0,), torch.zeros(num_steps, dtype=torch.float64))]
     for placed in range(1, num_anchors):
-        last = num_steps - (num_anchors - placed)  # leave a step for each anchor to come
+        to_come = num_anchors - placed - 1
         parents = {path.anchors: path for path in beam}
         cost_of: dict[tuple[int, ...], float] = {}
         grown: list[tuple[float, tuple[int, ...]]] = []
         for path in beam:
             newest, costs = path.anchors[-1], segments.costs(path)
-            for step in range(newest + 1, min(newest + max_gap, last) + 1):
+            for step in segments.next_anchors(newest, max_gap, to_come):
                 cost, before = costs[step - newest], costs[step - newest - 1]
                 anchors = (*path.anchors, step)
                 cost_of[anchors] = cost
@@ -91,13 +100,29 @@ class _Segments:
         sigmas: Sequence[float],
         rule: LinearPredictor,
         reach: int,
+        expert_steps: Sequence[int] = (0,),
     ) -> None:
         self.gram = gram
         self.sigmas = list(sigmas)
         self.euler_steps = torch.tensor([*sigmas, 0.0], dtype=torch.float64).diff()
         self.rule = rule
         self.reach = reach  # steps
+        self.expert_steps = expert_steps
         self.found: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def end(self, step: int) -> int:
+        """First step of the next transformer, or the end of the run."""
+        return min((start for start in self.expert_steps if start > step), default=len(self.sigmas))
+
+    def next_anchors(self, step: int, max_gap: int, to_come: int) -> list[int]:
+        """Where the anchor after one may lie, with so many to come after it.
+
+        It passes no start of a transformer, and leaves an anchor for each start and a step for
+        each anchor.
+        """
+        last = min(step + max_gap, len(self.sigmas) - 1 - to_come, self.end(step))
+        starts = self.expert_steps
+        return [s for s in range(step + 1, last + 1) if sum(a > s for a in starts) <= to_come]
 
     def costs(self, path: _Path) -> list[float]:
         """Cost of the path extended by 0, 1, ... steps, up to the reach or the end of the run."""
@@ -113,8 +138,10 @@ class _Segments:
 
     def _segment(self, anchors: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """After m steps from the newest anchor: its error u_m, sum G u and sum u^T G u so far."""
-        window = anchors[-self.rule.window :] if self.rule.window else anchors
-        end = min(window[-1] + self.reach, len(self.sigmas))
+        first = expert_start(self.expert_steps, anchors[-1])
+        window = tuple(anchor for anchor in anchors if anchor >= first)
+        window = window[-self.rule.window :] if self.rule.window else window
+        end = min(window[-1] + self.reach, self.end(window[-1]))
         if (*window, end) not in self.found:
             errors = self._errors(window, end)
             pulls = errors @ self.gram
@@ -147,15 +174,17 @@ def _diverse(
     return [entry for kept in by_last.values() for entry in kept]
 
 
-def common_lists(num_anchors: int, num_steps: int = 50) -> list[tuple[int, ...]]:
+def common_lists(
+    num_anchors: int, num_steps: int = 50, expert_steps: Sequence[int] = (0,)
+) -> list[tuple[int, ...]]:
     """Lists every method is tried on: warped by each gamma, and the published one if there is."""
     lists = []
     for gamma in GAMMAS:
         try:
-            lists.append(warped(num_anchors, num_steps, gamma))
+            lists.append(warped(num_anchors, num_steps, gamma, expert_steps))
         except ValueError:  # two anchors fell on one step: this gamma is too strong for the budget
             continue
-    if num_steps == 50 and num_anchors in PUBLISHED_L2P:
+    if num_steps == 50 and num_anchors in PUBLISHED_L2P and len(expert_steps) == 1:
         lists.append(PUBLISHED_L2P[num_anchors])
     return list(dict.fromkeys(lists))
 

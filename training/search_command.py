@@ -140,9 +140,18 @@ def search_command(
         methods: `method|tap` of each, such as `ab2|none` or `taylor_1|hidden`.
         num_samples: calibration samples.
         num_moves: evaluations spent on moving single anchors.
+
+    Raises:
+        ValueError: several transformers took turns in the recorded runs.
     """
-    pipe = load_pipeline(pipeline)
     source = Recording(recording)
+    if len(source.header.expert_steps) > 1:
+        raise ValueError(
+            f"{recording} is of {len(source.header.expert_steps)} transformers that start at the "
+            f"steps {source.header.expert_steps}; lists are tried in closed loop for one only. "
+            "`foreseer inspect` finds lists for several, on their Grams."
+        )
+    pipe = load_pipeline(pipeline)
     references = References(source, source.items[:num_samples])
     path = Path(out)
     found: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}

@@ -38,11 +38,14 @@ def told(recording: Recording) -> dict[str, str]:
     """The header, fact by fact."""
     header = recording.header
     total = sum(entry.bytes for entry in recording.entries.values())
+    starts = header.expert_steps
+    several = {"transformers": f"{len(starts)}, from the steps {' '.join(map(str, starts))} on"}
     return {
         "trajectories": f"{len(recording)}, {megabytes(total)}",
         "host": f"{header.host['class']}, {header.host['parameters']:,} parameters, {header.dtype}",
         "scheduler": f"{header.scheduler['class']}, {header.num_steps} steps, sigma "
         f"{header.sigmas[0]:.4g} to {header.sigmas[-1]:.4g}",
+        **(several if len(starts) > 1 else {}),
         "guidance": f"scale {header.scheduler['guidance_scale']:g}, "
         f"{header.num_branches} branch(es)",
         "taps": " ".join(sorted(header.taps, key=tap_order)),

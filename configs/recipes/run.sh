@@ -28,33 +28,20 @@ run() {
     "$@"
 }
 
-# Anchors for so many evaluations: the list that the offline search found best for least squares;
-# where two transformers take turns, which it does not know of, even lists over the steps of each.
+# Anchors for so many evaluations: the list that the offline search found best for least squares.
 anchors() {
     "${PYTHON:-python}" - "$out" "$1" "$tap" <<'END'
 import json
 import sys
 from pathlib import Path
 
-from foreseer.integration.schedule import uniform
-
 folder, count, tap = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-header = json.loads((folder / "recording" / "recording.json").read_text())
-starts, steps = header.get("expert_steps") or [0], len(header["sigmas"])
-if len(starts) > 1:
-    lengths = [end - start for start, end in zip(starts, [*starts[1:], steps], strict=True)]
-    shares = [max(1, round(count * length / steps)) for length in lengths[:-1]]
-    shares.append(count - sum(shares))
-    parts = zip(starts, shares, lengths, strict=True)
-    chosen = [start + step for start, share, n in parts for step in uniform(share, n)]
-else:
-    rows = json.loads((folder / "inspect" / "offline.json").read_text())["rows"]
-    wanted = {"method": "l2p_lstsq", "anchors_name": "searched", "tap": tap, "num_anchors": count}
-    found = [row for row in rows if wanted.items() <= row.items()]
-    if not found:
-        sys.exit(f"{folder}/inspect/offline.json has no list for {wanted}: record more.")
-    chosen = found[0]["anchors"]
-print(json.dumps(chosen))
+rows = json.loads((folder / "inspect" / "offline.json").read_text())["rows"]
+wanted = {"method": "l2p_lstsq", "anchors_name": "searched", "tap": tap, "num_anchors": count}
+found = [row for row in rows if wanted.items() <= row.items()]
+if not found:
+    sys.exit(f"{folder}/inspect/offline.json has no list for {wanted}: record more.")
+print(json.dumps(found[0]["anchors"]))
 END
 }
 
