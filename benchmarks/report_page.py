@@ -52,7 +52,7 @@ def main(out: str, num_samples: int = 6, num_threads: int = 1) -> None:
         load_pipeline("zoo:fashion_dit"),
         [(entry(row), row) for row in chosen],
         sigmas,
-        class_items(num_samples, 10, first_item=FIRST_ITEM),
+        [class_items(num_samples, 10, first_item=FIRST_ITEM)],
         {"guidance_scale": chosen[0].guidance_scale, "num_inference_steps": len(sigmas)},
     )
     page = write_report(

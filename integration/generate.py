@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .forecasting import forecasting
 from .metrics import psnr
-from .pipeline_call import call_settings, joined, samples
+from .pipeline_call import call_settings, joined, pictures, samples
 from .pipelines import load_pipeline
 from .report_plots import DIFFERENCE_GAIN, save_figure
 from .report_table import decibels
@@ -87,12 +87,7 @@ def draw(
         settings: further keyword arguments of the pipeline.
     """
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(asked))]
-    output = pipe(**joined(asked), generator=generators, output_type="pt", **settings)
-    if hasattr(output, "frames"):  # (B, frames, C, H, W)
-        images: Tensor = output.frames[:, output.frames.shape[1] // 2]
-    else:
-        images = output.images
-    return images.float().cpu().clamp(0, 1)
+    return pictures(pipe(**joined(asked), generator=generators, output_type="pt", **settings))
 
 
 def save_panels(

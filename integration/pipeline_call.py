@@ -1,6 +1,6 @@
 """What a pipeline is called with from the command line: prompts or labels, and settings.
 
-Shapes: n samples.
+Shapes: n or B samples, C channels, H height, W width.
 """
 
 import inspect
@@ -10,6 +10,7 @@ from typing import Any
 
 import safetensors
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -116,6 +117,33 @@ def _rows(path: Path, takes: set[str], name: str) -> list[dict[str, Any]]:
         {key: tensor[row : row + 1] for key, tensor in tensors.items()}
         for row in range(lengths.pop())
     ]
+
+
+def pictures(output: Any) -> Float[Tensor, "B C H W"]:
+    """What a pipeline drew with `output_type="pt"`, of a video its middle frame.
+
+    Args:
+        output: the pipeline's output.
+
+    Returns:
+        Images in [0, 1], float32, on the CPU.
+    """
+    drawn: Tensor = output[0]
+    images = drawn[:, drawn.shape[1] // 2] if drawn.ndim == 5 else drawn  # (B, frames, C, H, W)
+    return images.float().cpu().clamp(0, 1)
+
+
+def guidance_of_call(pipe: Any, settings: Mapping[str, Any]) -> float:
+    """The guidance strength of a call: what is given, else the pipeline's default, else 1.
+
+    Args:
+        pipe: the pipeline.
+        settings: keyword arguments of the call.
+    """
+    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    default = 1.0 if parameter is None else parameter.default
+    given = settings.get("guidance_scale", default)
+    return float(given) if isinstance(given, (int, float)) else 1.0
 
 
 def call_settings(

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -37,7 +38,7 @@ class GivenSigmas:
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        sigmas: Sequence[float] | None = None,
+        sigmas: Sequence[float] | np.ndarray | None = None,
         mu: float | None = None,
     ) -> None:
         """Start a run on the given sigmas; the caller's own sigmas and shift `mu` are not used.
@@ -69,9 +70,15 @@ class FlowMatchAB2(GivenSigmas, FlowMatchEulerDiscreteScheduler):
     (Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section III.5).
     """
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """Start a run, see the base class."""
-        super().set_timesteps(*args, **kwargs)
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | np.ndarray | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Start a run, see the base class; pipelines look for `sigmas` among the arguments."""
+        super().set_timesteps(num_inference_steps, device, sigmas, mu)
         self.v_before: Tensor | None = None
 
     def step(

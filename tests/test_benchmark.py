@@ -18,7 +18,8 @@ from foreseer.integration.timing import attach_overhead, forecast_step_ratio
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Taylor
 from foreseer.training import benchmark
-from foreseer.training.bench_plan import plan
+from foreseer.training.bench_curves import traced
+from foreseer.training.bench_plan import Entry, plan
 from foreseer.training.bench_store import ROWS_FILE, RowLog
 from foreseer.training.benchmark import bench, rows_predictor
 from foreseer.training.rows import RULES
@@ -161,6 +162,10 @@ def test_wrong_requests_are_refused_before_anything_runs(tmp_path):
     pipe = tiny_pipeline()
     with pytest.raises(ValueError, match="unknown methods \\['teacache'\\]"):
         run(tmp_path, methods=["teacache"])
+    with pytest.raises(
+        ValueError, match=r"budgets are \[7, 3\], expected .* from 1 to 6, the steps"
+    ):
+        run(tmp_path, (7, 3))
     with pytest.raises(ValueError, match="has 3 anchors, budgets are \\[2\\]"):
         run(tmp_path, (2,), pipe, predictors={"l2p": reuse_rows(pipe, (0, 2, 4))})
     with pytest.raises(ValueError, match="L2P has no spec"):
@@ -170,6 +175,19 @@ def test_wrong_requests_are_refused_before_anything_runs(tmp_path):
     shifted = reuse_rows(pipe, (0, 2, 4), sigmas=[0.9 * s for s in SIGMAS])
     with pytest.raises(PredictorMismatch, match="sigma grid differs"):
         run(tmp_path, pipe=pipe, predictors={"l2p": shifted})
+
+
+@pytest.mark.parametrize("method", ["full", "ab2", "taylor_1"])
+def test_what_is_shown_does_not_depend_on_the_batches(method):
+    pipe, kinds = tiny_pipeline(), {"full": "full", "ab2": "solver"}
+    anchors = tuple(range(STEPS)) if method == "full" else (0, 2, 3)
+    entry = Entry(method, kinds.get(method, "formula"), "output", "own", anchors, RULES.get(method))
+    whole, states = traced(pipe, entry, SIGMAS, [ITEMS], SETTINGS)
+    parts, others = traced(pipe, entry, SIGMAS, [ITEMS[:2], ITEMS[2:]], SETTINGS)
+    assert list(states) == list(others) == ([1, 2, 5] if method == "ab2" else list(range(STEPS)))
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    for step, state in states.items():
+        torch.testing.assert_close(others[step], state, atol=1e-5, rtol=0)
 
 
 def test_the_command_writes_the_report_and_prints_the_verdict(tmp_path, capsys):

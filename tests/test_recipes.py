@@ -26,13 +26,17 @@ from foreseer.checkpoints.format import load_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
 from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host import UnsupportedHost
 from foreseer.integration.pipeline_call import call_settings, samples
 from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.report_rows import load_meta, load_rows
 from foreseer.trajectories.recording import Recording
 
 RECIPES = PACKAGE / "configs" / "recipes"
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 STEPS, BUDGET = 8, 4
+TWO = "wan22_t2v"  # has two transformers
+METHODS = "euler ab2 dpmpp_2m unipc taylor_1"
 SIZES: dict[str, dict[str, int]] = {
     "flux_dev": {"height": 32, "width": 32},
     "sd35_large": {"height": 32, "width": 32},
@@ -179,6 +183,7 @@ def after_the_script(model: str, folder: Path) -> Ran:
     shell, printed = Shell(folder), io.StringIO()
     overrides = ["--pipeline", str(folder / "pipeline"), "--num_inference_steps", str(STEPS)]
     few = {"TRAJECTORIES": "3", "BUDGETS": str(BUDGET), "COMPARE": "1"}
+    few |= {} if model == TWO else {"BENCH": "1", "METHODS": METHODS}
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
         code = shell(model, *overrides, *options(SIZES[model]), **few)
     assert code == 0, printed.getvalue()[-4000:]
@@ -187,7 +192,8 @@ def after_the_script(model: str, folder: Path) -> Ran:
 
 def test_the_script_gives_the_commands_of_the_page(ran):
     given = [words[0] for words in ran.words]
-    assert given == ["inspect", "record", "inspect", "fit", "export", "generate"]
+    bench = [] if ran.model == TWO else ["bench"]
+    assert given == ["inspect", "record", "inspect", "fit", "export", "generate", *bench]
 
 
 def test_the_pipeline_is_of_the_class_the_recipe_is_for_and_is_supported(ran):
@@ -232,6 +238,29 @@ def test_the_comparison_has_a_finite_error_and_a_picture(ran):
     error = re.search(r"mean PSNR: ([\d.]+) dB", ran.printed)
     assert error and math.isfinite(float(error.group(1)))
     assert (ran.out / f"compare_{BUDGET}_1.png").stat().st_size > 1000
+
+
+def test_the_benchmark_compares_on_the_same_anchors_as_the_recipe_draws(ran):
+    if ran.model == TWO:
+        call = ["--config", str(RECIPES / TWO / "call.yaml")]
+        words = ["--pipeline", str(ran.folder / "pipeline"), "--num_inference_steps", str(STEPS)]
+        prompted = ["--prompts", str(RECIPES / "held_out.txt"), "--out", str(ran.folder / "none")]
+        with pytest.raises(UnsupportedHost, match="has the experts transformer, transformer_2"):
+            main(["bench", *call, *words, *prompted])
+        return
+    rows = load_rows(ran.out / "bench" / "results.json")
+    assert {row.method for row in rows} == {"full", "l2p", *METHODS.split()}
+    anchors = load_predictor(str(ran.out / f"l2p_{BUDGET}")).spec.anchors
+    for method in ("l2p", *METHODS.split()):
+        assert tuple(anchors) in {row.steps for row in rows if row.method == method}
+    for row in rows:
+        finite = math.isfinite(row.psnr_db) and row.latent_rel_l2 > 0
+        assert row.num_samples == 1 and finite == (row.method != "full")
+        assert row.guidance_scale == GUIDANCE[ran.model][1]
+        assert 0 < row.flops_ratio <= 1 and row.num_anchors in (STEPS, BUDGET)
+    told = load_meta(ran.out / "bench" / "results.json")
+    assert "--dtype bfloat16" in str(told.command) and "--settings" in str(told.command)
+    assert (ran.out / "bench" / "report.html").stat().st_size > 10_000
 
 
 def test_another_grid_is_refused(ran):

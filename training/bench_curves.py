@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..integration.clock import Clock
@@ -41,7 +42,7 @@ def sheet(
     pipe: Any,
     ran: Sequence[tuple[Entry, BenchRow]],
     sigmas: Sequence[float],
-    items: Sequence[Item],
+    batches: Sequence[Sequence[Item]],
     settings: dict[str, Any],
 ) -> Sheet:
     """Run the full run and the main methods again on some items, at 8 evaluations or the middle.
@@ -50,13 +51,13 @@ def sheet(
         pipe: the pipeline.
         ran: every entry with its row, the full run among them.
         sigmas: flow time of every step of the full run.
-        items: what to draw, in one batch.
+        batches: what to draw.
         settings: keyword arguments of every call.
     """
     budgets = sorted({len(entry.anchors) for entry, _ in ran if entry.kind != "full"})
     full = next(entry for entry, _ in ran if entry.kind == "full")
-    drawn, states = traced(pipe, full, sigmas, items, settings)
-    images = {"full run": drawn.images}
+    drawn, states = traced(pipe, full, sigmas, batches, settings)
+    images = {"full run": drawn}
     if not budgets:
         return Sheet(images, {}, {})
     budget = 8 if 8 in budgets else budgets[len(budgets) // 2]
@@ -67,8 +68,8 @@ def sheet(
         if row.kind == "learned" or row.method in SHEET_METHODS:
             entry = entry_of[id(row)]
             chosen.append(entry)
-            samples, found = traced(pipe, entry, sigmas, items, settings)
-            images[f"{row.method}\n{budget} evaluations"] = samples.images
+            drawn, found = traced(pipe, entry, sigmas, batches, settings)
+            images[f"{row.method}\n{budget} evaluations"] = drawn
             errors[row.method] = [(step, relative(x, states[step])) for step, x in found.items()]
     return Sheet(images, errors, weights_of(chosen, sigmas))
 
@@ -77,10 +78,10 @@ def traced(
     pipe: Any,
     entry: Entry,
     sigmas: Sequence[float],
-    items: Sequence[Item],
+    batches: Sequence[Sequence[Item]],
     settings: dict[str, Any],
-) -> tuple[Samples, dict[int, Tensor]]:
-    """The samples of a run, and the sampler's state after each step of the full run's grid.
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The images of a run, and the sampler's state after each step of the full run's grid.
 
     A few-step solver goes from anchor to anchor, so it has states before its anchors and at the
     end alone.
@@ -89,9 +90,21 @@ def traced(
         pipe: the pipeline.
         entry: what to run.
         sigmas: flow time of every step of the full run.
-        items: what to draw, in one batch.
-        settings: keyword arguments of the call.
+        batches: what to draw.
+        settings: keyword arguments of every call.
     """
+    parts = [_traced(pipe, entry, sigmas, batch, settings) for batch in batches]
+    states = {step: torch.cat([found[step] for _, found in parts]) for step in parts[0][1]}
+    return torch.cat([samples.images for samples, _ in parts]), states
+
+
+def _traced(
+    pipe: Any,
+    entry: Entry,
+    sigmas: Sequence[float],
+    items: Sequence[Item],
+    settings: dict[str, Any],
+) -> tuple[Samples, dict[int, Tensor]]:
     states: list[Tensor] = []
 
     def keep(index: int, v: Tensor, before: Tensor, after: Tensor) -> None:

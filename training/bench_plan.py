@@ -84,9 +84,14 @@ def plan(
         common: names of the common lists to run.
 
     Raises:
-        ValueError: a method is unknown, a learned predictor has no spec or no budget, or anchors
-            are not a schedule of the run.
+        ValueError: a method is unknown, a budget is no number of steps, a learned predictor has no
+            spec or no budget, or anchors are not a schedule of the run.
     """
+    if not all(1 <= budget <= num_steps for budget in budgets):
+        raise ValueError(
+            f"the budgets are {list(budgets)}, expected numbers of evaluations from 1 to "
+            f"{num_steps}, the steps of the full run."
+        )
     known = [*SOLVERS, *rules]
     chosen = known if methods is None else list(methods)
     if unknown := sorted(set(chosen) - set(known)):

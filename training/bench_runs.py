@@ -16,6 +16,7 @@ from torch import Tensor
 from ..integration.clock import Clock
 from ..integration.flops import StepFlops, run_flops
 from ..integration.metrics import latent_rel_l2, psnr, ssim, summarise
+from ..integration.pipeline_call import pictures
 from ..integration.report_rows import BenchRow
 from ..integration.session import Session
 from ..integration.solvers import sampling_with, solver_scheduler
@@ -31,7 +32,7 @@ class Samples:
     """What one entry generated.
 
     Args:
-        images: in [0, 1], `(B, C, H, W)`.
+        images: in [0, 1], `(B, C, H, W)`; of videos their middle frames.
         latents: final latents, `(B, ...)`.
         sigmas: flow time of every step of the run.
         seconds: wall seconds per image, the lower median over batches.
@@ -86,7 +87,7 @@ def run_plain(pipe: Any, batches: Sequence[Sequence[Item]], tick: Tick, **settin
         for batch in batches:
             image, spent = _timed(pipe, batch, settings)
             images.append(image)
-            latents.append(finals[-1])
+            latents.append(finals[-1].cpu())
             seconds.append(spent)
             tick(len(clock.sigmas) * len(batch))
             finals.clear()
@@ -107,7 +108,8 @@ def run_forecast(
         for batch in batches:
             image, spent = _timed(pipe, batch, settings)
             images.append(image)
-            latents.append(controller.final)
+            if controller.final is not None:
+                latents.append(controller.final.cpu())
             seconds.append(spent)
             tick(len(entry.anchors) * len(batch))
         state_bytes = session.report.state_bytes // len(batches[-1])
@@ -115,7 +117,7 @@ def run_forecast(
         session.detach()
     return Samples(
         torch.cat(images),
-        torch.cat([latent for latent in latents if latent is not None]),
+        torch.cat(latents),
         session.clock.sigmas,
         median_low(seconds),
         state_bytes,
@@ -187,7 +189,5 @@ def _timed(
 ) -> tuple[Float[Tensor, "B C H W"], float]:
     """The images of a batch, clamped to [0, 1], and wall seconds per image."""
     started = time.perf_counter()
-    output = generate_batch(pipe, batch, **{**settings, "output_type": "pt"})
-    images = output[0] if isinstance(output, tuple) else output.images
-    images = images.float().cpu().clamp(0, 1)
+    images = pictures(generate_batch(pipe, batch, **{**settings, "output_type": "pt"}))
     return images, (time.perf_counter() - started) / len(batch)

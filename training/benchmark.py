@@ -19,6 +19,7 @@ from ..integration.bench_meta import collect_meta
 from ..integration.fingerprint import host_fingerprint
 from ..integration.flops import StepFlops, first_call, step_flops
 from ..integration.host import transformer_of
+from ..integration.pipeline_call import call_settings, guidance_of_call
 from ..integration.pipelines import load_pipeline
 from ..integration.report_html import write_report
 from ..integration.report_rows import BenchRow, load_rows
@@ -80,15 +81,16 @@ def bench(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     num_steps = int(settings["num_inference_steps"])
-    entries = plan(budgets, num_steps, predictors or {}, searched or {}, methods, rules, common)
     host = host_fingerprint(transformer_of(pipe))
+    entries = plan(budgets, num_steps, predictors or {}, searched or {}, methods, rules, common)
     for predictor in (predictors or {}).values():
         check_host(spec_of(predictor), host, pipe.scheduler)
     full = Entry("full", "full", "none", "all", tuple(range(num_steps)))
     common = _common_key(pipe, host, items, batch_size, settings)
-    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    batches = _in_batches(items, batch_size)
     ran, reference = _measure(pipe, [full, *entries], out, batches, common, settings)
-    shown = sheet(pipe, ran, reference.sigmas, items[:SHEET_SAMPLES], settings)
+    few = _in_batches(items[:SHEET_SAMPLES], batch_size)
+    shown = sheet(pipe, ran, reference.sigmas, few, settings)
     meta = collect_meta(command, [item.seed for item in items])
     rows, errors, weights = [row for _, row in ran], shown.step_errors, shown.weights
     return write_report(rows, meta, shown.images, out, errors, weights=weights)
@@ -134,7 +136,7 @@ def bench_command(
     out: str,
     budgets: Sequence[int],
     num_samples: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     num_inference_steps: int,
     searched: str | None,
     predictors: Sequence[str],
@@ -142,6 +144,9 @@ def bench_command(
     batch_size: int,
     num_threads: int,
     prompts: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    device: str | None = "cpu",
 ) -> None:
     """`foreseer bench`; the arguments are those of `foreseer.commands.bench`.
 
@@ -150,7 +155,7 @@ def bench_command(
     """
     options = dict(locals())
     torch.set_num_threads(num_threads)
-    pipe = load_pipeline(pipeline)
+    pipe = load_pipeline(pipeline, getattr(torch, dtype), device)
     page = bench(
         pipe,
         asked_items(pipe, prompts, num_samples, FIRST_ITEM),
@@ -161,8 +166,7 @@ def bench_command(
         methods,
         batch_size,
         command_line(options),
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
+        **call_settings(pipe, num_inference_steps, guidance_scale, settings),
     )
     rows = load_rows(page.parent / "results.json")
     print("\n".join([*(gap.sentence() for gap in gaps(rows)), verdict(rows)]))
@@ -203,13 +207,18 @@ def command_line(options: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
+def _in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def _common_key(
     pipe: Any, host: dict[str, Any], items: Sequence[Item], batch_size: int, settings: dict
 ) -> str:
     """Digest of what all rows of a benchmark share."""
     config = {k: str(v) for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     told = [__version__, host, type(pipe.scheduler).__name__, config, batch_size]
-    told += [torch.get_num_threads(), str(pipe.device), digest(items, settings)]
+    dtype = str(transformer_of(pipe).dtype)  # which the digest of the weights does not tell
+    told += [torch.get_num_threads(), str(pipe.device), dtype, digest(items, settings)]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -246,8 +255,7 @@ def _measure(
             samples = reference
             if entry.kind != "full":
                 samples = run_entry(pipe, entry, reference.sigmas, batches, bar.update, **settings)
-            guidance_scale = float(settings.get("guidance_scale", 1.0))
-            row = score(entry, samples, reference, flops, guidance_scale)
+            row = score(entry, samples, reference, flops, guidance_of_call(pipe, settings))
             log.add(key, row)
             if alike is not None:
                 same[alike] = row

@@ -6,7 +6,8 @@
 # OPTIONS go to every command that draws, after those of call.yaml: `--pipeline FOLDER`,
 # `--settings.height 512`, `--dtype float16`. What has been recorded is not recorded again. Of the
 # environment: TRAJECTORIES to record, BUDGETS of network evaluations ("11 8"), TAP to forecast,
-# COMPARE as many held-out prompts, PYTHON. Everything lands in runs/recipes/MODEL.
+# COMPARE as many held-out prompts, BENCH as many against METHODS, PYTHON. Everything lands in
+# runs/recipes/MODEL.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -61,4 +62,11 @@ for budget in $budgets; do
             --prompts "[\"$prompt\"]" --seed $((100000 + number)) \
             --out "$out/compare_${budget}_$number.png"
     done
+    learned="${learned:+$learned, }\"l2p=$out/l2p_$budget\""
 done
+if [ -n "${BENCH:-}" ]; then
+    methods=${METHODS:-euler dpmpp_2m unipc reuse taylor_1 taylor_2 hicache_2}
+    run foreseer bench "${call[@]}" --prompts "$here/held_out.txt" --num_samples "$BENCH" \
+        --batch_size 1 --budgets "[${budgets// /, }]" --methods "[${methods// /, }]" \
+        --predictors "[$learned]" --out "$out/bench"
+fi

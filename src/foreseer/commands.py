@@ -162,22 +162,10 @@ def generate(
         dtype: dtype the pipeline is loaded in.
         device: where to; None takes a GPU where there is one.
     """
+    given = dict(locals())
     from .integration.generate import generate_command
 
-    generate_command(
-        pipeline=pipeline,
-        predictor=predictor,
-        class_labels=class_labels,
-        seed=seed,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        out=out,
-        compare=compare,
-        prompts=prompts,
-        settings=settings,
-        dtype=dtype,
-        device=device,
-    )
+    generate_command(**given)
 
 
 def bench(
@@ -186,50 +174,45 @@ def bench(
     prompts: str | None = None,
     budgets: Sequence[int] = (11, 8, 6),
     num_samples: int = 64,
-    guidance_scale: float = 3.0,
+    guidance_scale: float | None = None,
     num_inference_steps: int = 50,
     searched: str | None = None,
     predictors: Sequence[str] = (),
     methods: Sequence[str] | None = None,
     batch_size: int = 16,
     num_threads: int = 1,
+    settings: dict[str, Any] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str | None = None,
 ) -> None:
     """Compare the full run, few-step solvers and every predictor on the same seeds and anchors.
 
     The same command goes on after the last finished row when it was interrupted.
 
     Args:
-        pipeline: folder of the diffusers pipeline, or `zoo:NAME` for a bundled one.
+        pipeline: folder or hub name of the diffusers pipeline, or `zoo:NAME` for a bundled one.
         out: folder of the report: the page `report.html`, tables, plots, contact sheet.
         prompts: held-out prompts: a .txt file with one per line, or a .safetensors file of prompt
             embeddings; they come in turn, with new seeds. Not needed where the pipeline draws
             classes.
         budgets: list of network evaluations per sample to compare at.
-        num_samples: held-out samples per row, at least 1.
-        guidance_scale: classifier-free guidance strength.
+        num_samples: held-out samples per row, at least 1; of videos the middle frame is measured.
+        guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
+            one that draws classes.
         num_inference_steps: sampler steps S of the full run.
         searched: JSON file of searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps.
         predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER.
         methods: list of solvers and formulas to run; None runs all.
         batch_size: samples drawn at once.
         num_threads: threads torch uses.
+        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
+        dtype: dtype the pipeline is loaded in.
+        device: where to; None takes a GPU where there is one.
     """
+    given = dict(locals())
     from .training.benchmark import bench_command
 
-    bench_command(
-        pipeline=pipeline,
-        out=out,
-        budgets=budgets,
-        num_samples=num_samples,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        searched=searched,
-        predictors=predictors,
-        methods=methods,
-        batch_size=batch_size,
-        num_threads=num_threads,
-        prompts=prompts,
-    )
+    bench_command(**given)
 
 
 def inspect(recording: str, out: str | None = None, budgets: Sequence[int] = (11, 8, 6)) -> None:
