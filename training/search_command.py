@@ -134,7 +134,7 @@ def search_command(
 
     Args:
         recording: folder of the recording.
-        pipeline: the pipeline it was made with.
+        pipeline: the pipeline it was made with, which is loaded in the dtype it ran in then.
         out: JSON file: `method|tap|num_anchors` to a list of anchors.
         num_anchors: budgets.
         methods: `method|tap` of each, such as `ab2|none` or `taylor_1|hidden`.
@@ -151,7 +151,7 @@ def search_command(
             f"steps {source.header.expert_steps}; lists are tried in closed loop for one only. "
             "`foreseer inspect` finds lists for several, on their Grams."
         )
-    pipe = load_pipeline(pipeline)
+    pipe = load_pipeline(pipeline, getattr(torch, source.header.dtype))
     references = References(source, source.items[:num_samples])
     path = Path(out)
     found: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}

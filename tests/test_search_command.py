@@ -1,0 +1,27 @@
+"""`foreseer search` runs the pipeline as it was recorded."""
+
+import json
+import re
+
+import pytest
+from tiny_pipelines import tiny_pipeline
+
+from foreseer.cli import main
+
+STEPS = 6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_every_step_an_anchor_the_recorded_samples_come_back(dtype, tmp_path, capsys):
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    pipeline, recording = ["--pipeline", str(tmp_path / "pipe")], str(tmp_path / "r")
+    steps = ["--num_trajectories", "3", "--num_inference_steps", str(STEPS)]
+    main(["record", *pipeline, "--out", recording, *steps, "--dtype", dtype])
+    budgets = ["--num_anchors", f"[{STEPS},3]", "--methods", "[reuse|output]", "--num_moves", "0"]
+    words = ["search", *pipeline, "--recording", recording, *budgets]
+    main([*words, "--out", str(tmp_path / "s.json")])
+    errors = [float(each) for each in re.findall(r"at (\S+) dB", capsys.readouterr().out)]
+    assert errors[0] == -120 and errors[1] > -100  # the floor of the measure is 1e-12
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found[f"reuse|output|{STEPS}"] == list(range(STEPS))
+    assert len(found["reuse|output|3"]) == 3
