@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .clock import step_output
 
+Numbers = Sequence[float] | np.ndarray | Tensor
 LARGEST_SIGMA = 1 - 1e-6  # diffusers' own bound in UniPC, whose log-SNR is infinite at sigma = 1
 
 
@@ -38,14 +39,22 @@ class GivenSigmas:
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        sigmas: Sequence[float] | np.ndarray | None = None,
-        mu: float | None = None,
+        sigmas: Numbers | None = None,
+        mu: float | int | None = None,
+        timesteps: Numbers | None = None,
     ) -> None:
-        """Start a run on the given sigmas; the caller's own sigmas and shift `mu` are not used.
+        """Start a run on the given sigmas; the caller's own and its shift `mu` are not used.
 
         Raises:
-            ValueError: the caller asks for another number of steps.
+            ValueError: the caller asks for another number of steps, or tells the network other
+                times than 1000 sigma.
         """
+        if timesteps is not None:
+            raise ValueError(
+                "the pipeline sets timesteps apart from its sigmas (CogView 4 does), and a solver "
+                "at given sigmas would tell the network other times than its own run: leave the "
+                "few-step solvers out with `methods`."
+            )
         asked = len(sigmas) if sigmas is not None else num_inference_steps
         if asked != len(self.given):
             raise ValueError(
@@ -74,11 +83,12 @@ class FlowMatchAB2(GivenSigmas, FlowMatchEulerDiscreteScheduler):
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        sigmas: Sequence[float] | np.ndarray | None = None,
-        mu: float | None = None,
+        sigmas: Numbers | None = None,
+        mu: float | int | None = None,
+        timesteps: Numbers | None = None,
     ) -> None:
         """Start a run, see the base class; pipelines look for `sigmas` among the arguments."""
-        super().set_timesteps(num_inference_steps, device, sigmas, mu)
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self.v_before: Tensor | None = None
 
     def step(

@@ -80,4 +80,6 @@ def digest(items: Sequence[Item], settings: dict[str, Any]) -> str:
 def _bytes(value: Any) -> bytes:
     if isinstance(value, Tensor):
         return value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    if isinstance(value, (list, tuple)) and any(isinstance(each, Tensor) for each in value):
+        return b"".join(_bytes(each) for each in value)  # a sample of a list of embeddings
     return json.dumps(value, sort_keys=True).encode()
