@@ -146,7 +146,7 @@ def bench_command(
     prompts: str | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "float32",
-    device: str | None = "cpu",
+    device: str | None = None,
 ) -> None:
     """`foreseer bench`; the arguments are those of `foreseer.commands.bench`.
 
