@@ -79,17 +79,7 @@ class FlowMatchAB2(GivenSigmas, FlowMatchEulerDiscreteScheduler):
     (Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section III.5).
     """
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Numbers | None = None,
-        mu: float | int | None = None,
-        timesteps: Numbers | None = None,
-    ) -> None:
-        """Start a run, see the base class; pipelines look for `sigmas` among the arguments."""
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        self.v_before: Tensor | None = None
+    v_before: Tensor | None = None
 
     def step(
         self,
@@ -100,8 +90,9 @@ class FlowMatchAB2(GivenSigmas, FlowMatchEulerDiscreteScheduler):
         **kwargs: Any,
     ) -> Any:
         """One step: Euler along the extrapolated velocity."""
-        if self.step_index is None:
+        if self.step_index is None:  # a run begins
             self._init_step_index(timestep)
+            self.v_before = None
         v, before, i = model_output.float(), self.v_before, self.step_index
         self.v_before = v
         if before is not None:
