@@ -77,6 +77,6 @@ def test_a_digest_tells_what_is_asked_for(name):
 
 
 def test_the_digest_of_a_list_of_embeddings_is_of_their_values():
-    changed = [torch.zeros(2, 3), torch.ones(1, 3)]
-    lists = ([torch.zeros(2, 3), torch.zeros(1, 3)], changed, [changed])
-    assert len({digest([Item(0, 0, {"prompt_embeds": each})], {}) for each in lists[:2]}) == 2
+    lists = ([torch.zeros(2, 3), last] for last in (torch.zeros(1, 3), torch.ones(1, 3)))
+    told = {digest([Item(0, 0, {"prompt_embeds": each})], {}) for each in lists}
+    assert len(told) == 2
