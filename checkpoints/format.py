@@ -30,6 +30,7 @@ from ..predictors.lesa_values import LesaValues
 from ..predictors.linear import L2P
 from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import L2PBands, L2PGroups
+from ..predictors.readout import Readout
 from .arguments import REFUSALS, check_arguments
 from .card import model_card
 from .config import CONFIG_FILE as CONFIG_FILE
@@ -51,6 +52,7 @@ CLASSES: dict[str, type[Predictor]] = {
     "LesaPredictor": LesaPredictor,
     "LesaValues": LesaValues,
     "DiscaPredictor": DiscaPredictor,
+    "Readout": Readout,
 }
 """The predictors a checkpoint may hold."""
 

@@ -31,7 +31,8 @@ def golden_pair(
 def _shapes(predictor: Predictor, spec: PredictorSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(K, B, N, D) and (F, B, N, D) of a pair: as small as the predictor takes."""
     partition = getattr(predictor, "partition", None)
-    token_shape = (NUM_TOKENS, getattr(predictor, "width", NUM_CHANNELS))
+    channels = "patch" if predictor.reads else "width"
+    token_shape = (NUM_TOKENS, getattr(predictor, channels, NUM_CHANNELS))
     if partition is not None:
         token_shape = partition.smallest
     rest = (spec.num_branches, *token_shape)
@@ -55,10 +56,20 @@ def replay(
         if predictor.needs:
             step = _asked(predictor, step, features[index % len(features)].to(device))
         if index in anchors:
-            history.push(step, anchors[index].to(device))
+            feature = anchors[index].to(device)
+            reading = _read(predictor, step, len(feature), device) if predictor.reads else None
+            history.push(step, feature, None if reading is None else reading.to(feature))
         else:
             forecasts.append(predictor(history, step).detach().cpu()[None])
     return torch.cat(forecasts)
+
+
+def _read(predictor: Predictor, step: Step, rows: int, device: torch.device) -> Tensor | None:
+    """What the predictor reads off a made-up hidden state."""
+    width = int(getattr(predictor, "width", 1))
+    angles = torch.arange(rows * NUM_TOKENS * width, dtype=torch.float32, device=device)
+    hidden = (angles + step.index).sin().reshape(rows, NUM_TOKENS, width)
+    return predictor.read(hidden, step, (1, 1, NUM_TOKENS))
 
 
 def _asked(predictor: Predictor, step: Step, tokens: Float[Tensor, "B N D"]) -> Step:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..predictors.base import Step
+from .layout import Layout
 from .report import Report
 
 
@@ -19,6 +20,8 @@ class Controller:
         wants_image_tokens: whether the session shall find out which tokens of the head's input
             enter the picture.
         image_tokens: those tokens, `(rows, tokens)` of bool, of every call that has others too.
+        wants_layout: whether the session shall find out where the head's tokens lie in the output.
+        layouts: that, by call key.
         memory_budget: bytes that cached features may take; None for what the device has.
         to_need_less: what a user can do, besides fewer samples, when that is too little.
         guided_by: how the pipeline call in progress is guided, by the names of its arguments; set
@@ -30,6 +33,8 @@ class Controller:
     probe: str | None = None
     wants_image_tokens: bool = False
     image_tokens: Mapping[str, Tensor] = {}
+    wants_layout: bool = False
+    layouts: Mapping[str, Layout] = {}
     guided_by: Mapping[str, float] = {}
     memory_budget: int | None = None
     to_need_less: str = (

@@ -1,6 +1,8 @@
 """A transformer of a pipeline and what has been proven of it; most pipelines have one."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from .controller import Controller
 from .gate import FirstLook, LastBlock
 from .hook import LAST_BLOCK, TrunkSkipper
 from .host import UnsupportedHost
+from .layout import Layout, find_grid, find_layout
 from .prediction import prediction
 from .proof import check_rows, prove
 from .trunk_facts import Trunk
@@ -38,6 +41,7 @@ class Expert:
         self.first_look: FirstLook | None = None
         self.last_block: LastBlock | None = None
         self.image_only = False  # whether the head is known to be given no text
+        self._layouts: dict[tuple[torch.Size, torch.Size], Layout] = {}  # of such heads, by shapes
         self.proven = not (controller.taps - {"output"}) and controller.probe is None
         self.rows_proven = LAST_BLOCK not in controller.taps  # else checked on the first batch
 
@@ -93,3 +97,37 @@ class Expert:
         mask = gradient.abs().amax(-1) > 0
         self.image_only = bool(mask.all())
         return None if self.image_only else mask
+
+    def layout(
+        self, call: Call, hidden: Float[Tensor, "B *N D"], output: Float[Tensor, " B *shape"]
+    ) -> Layout:
+        """Where the tokens of the head's input lie in the output.
+
+        The head runs once per bit of their number, once for every shape; where text or padding is
+        among them, once more for every run.
+
+        Args:
+            call: the call.
+            hidden: what entered the head.
+            output: the prediction.
+
+        Raises:
+            UnsupportedHost: the head does not work on each token alone.
+        """
+        shapes = (hidden.shape, output.shape)
+        if shapes in self._layouts:
+            return self._layouts[shapes]
+        head = functools.partial(self._head, call)
+        layout = find_layout(head, hidden, type(self.transformer).__name__)
+        layout = replace(layout, grid=find_grid(layout, [*call.args, *call.kwargs.values()]))
+        if layout.tokens.shape[1] == hidden[0, ..., 0].numel():
+            self._layouts[shapes] = layout
+        return layout
+
+    def _head(self, call: Call, hidden: Tensor) -> Tensor:
+        """The prediction for another hidden state."""
+        return prediction(self.skip(call, functools.partial(_instead, hidden)))
+
+
+def _instead(hidden: Tensor, came: Tensor) -> Tensor:
+    return hidden

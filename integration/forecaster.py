@@ -36,7 +36,8 @@ class Forecaster(Controller):
     ) -> None:
         self.predictor = predictor
         self.tap = tap
-        self.taps = frozenset({tap})
+        self.taps = frozenset({tap, "hidden"} if predictor.reads else {tap})
+        self.wants_layout = predictor.reads
         self.needs = predictor.needs - {"x_t"}
         self.anchors = tuple(anchors)
         self.spec = spec
@@ -83,7 +84,13 @@ class Forecaster(Controller):
         self.check_feature(feature, step)
         history = self.histories.setdefault(key, History(self.predictor.window))
         check_shape(history, feature, self.tap, step)
-        history.push(step, feature)
+        history.push(step, feature, self._read(key, step, taps) if self.predictor.reads else None)
+
+    def _read(self, key: str, step: Step, taps: dict[str, Tensor]) -> Tensor | None:
+        """What the predictor reads off an anchor's hidden state, laid out like the output."""
+        layout = self.layouts[key]
+        values = self.predictor.read(layout.hidden(taps["hidden"]), step, layout.grid)
+        return None if values is None else layout.place(values.to(taps[self.tap]))
 
     def check_feature(self, feature: Tensor, step: Step) -> None:
         """Raise unless an anchor's feature is finite and what the predictor was fitted on.

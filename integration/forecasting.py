@@ -104,6 +104,11 @@ def checked_forecaster(
     tap = tap or ("hidden" if isinstance(schedule, SpeCa) else "output")
     if tap not in ("output", "hidden", "residual"):
         raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden' or 'residual'.")
+    if predictor.reads and tap != "output":
+        raise ValueError(
+            f"{type(predictor).__name__} reads the output off the hidden state, so it forecasts the "
+            f"tap 'output', not {tap!r}."
+        )
     inside = sorted(predictor.needs - {"x_t"})
     if inside and (tap != "hidden" or isinstance(schedule, ProbeSchedule | SpeCa)):
         raise ValueError(

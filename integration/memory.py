@@ -28,7 +28,7 @@ def most_bytes(history: History, to_come: int) -> int:
     if history.window is not None:
         count = min(count, history.window)
     newest = history.features[-1]
-    return count * newest.numel() * newest.element_size()
+    return (count + (history.reading is not None)) * newest.numel() * newest.element_size()
 
 
 def check_memory(controller: Controller, report: Report, index: int, device: torch.device) -> None:

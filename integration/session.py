@@ -81,7 +81,7 @@ class Session:
         self._frame: FrameType | None = None
         self._branches = Branches()
         self._pending: list[Seen] = []
-        self._asked: set[str] = set()  # calls whose image tokens are known
+        self._asked: set[str] = set()  # calls the tokens of whose head are known
 
     def _open(self, sigmas: list[float]) -> None:
         self._reset_run()
@@ -109,7 +109,7 @@ class Session:
         self._num_steps = len(self._sigmas)
         self.report.open(self._sigmas)
         self.controller.guided_by = guidance_of(self._frame)
-        self.controller.image_tokens = {}
+        self.controller.image_tokens, self.controller.layouts = {}, {}
         self.controller.open(self._sigmas)
         self._begun = True
 
@@ -184,12 +184,20 @@ class Session:
             output = call.run()
         self._keep(expert, key, found, output, call.x_t)
         expert.prove_rows(call, output)
-        if self.controller.wants_image_tokens and "hidden" in found and key not in self._asked:
+        if "hidden" in found and key not in self._asked:
             self._asked.add(key)
-            mask = expert.image_tokens(call, found["hidden"])
+            self._ask(expert, call, key, found["hidden"], output)
+        return output
+
+    def _ask(self, expert: Expert, call: Call, key: str, hidden: Tensor, output: Any) -> None:
+        """Find out what the controller wants to know of the tokens of a call's head."""
+        if self.controller.wants_image_tokens:
+            mask = expert.image_tokens(call, hidden)
             if mask is not None:
                 self.controller.image_tokens = {**self.controller.image_tokens, key: mask}
-        return output
+        if self.controller.wants_layout:
+            layout = expert.layout(call, hidden, prediction(output))
+            self.controller.layouts = {**self.controller.layouts, key: layout}
 
     def _capturing(self, expert: Expert) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
         return capturing(expert.transformer, expert.trunk, set(self.controller.taps))

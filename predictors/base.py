@@ -6,10 +6,14 @@ batch first; (B, N, D) stands for it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+Grid: TypeAlias = tuple[int, int, int]
+"""Frames (1 of a picture), height and width in tokens."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,23 @@ class History:
 
     Args:
         window: features kept; None keeps all.
+        reading: what the predictor read off the hidden state of the newest anchor, in the features'
+            shape; None where it reads nothing.
     """
 
     window: int | None = None
     steps: list[int] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
+    reading: Tensor | None = None
 
-    def push(self, step: Step, feature: Tensor) -> None:
+    def push(self, step: Step, feature: Tensor, reading: Tensor | None = None) -> None:
         """Add the feature computed at an anchor and forget what falls out of the window.
+
+        Args:
+            step: the anchor.
+            feature: its feature.
+            reading: what was read off its hidden state; it replaces that of the anchor before.
 
         Raises:
             ValueError: the step does not follow the newest one.
@@ -66,6 +78,7 @@ class History:
         self.steps.append(step.index)
         self.sigmas.append(step.sigma)
         self.features.append(feature)
+        self.reading = reading
         if self.window is not None:
             keep = slice(max(0, len(self.steps) - self.window), None)
             self.steps, self.sigmas = self.steps[keep], self.sigmas[keep]
@@ -74,10 +87,12 @@ class History:
     def reset(self) -> None:
         """Forget everything."""
         self.steps, self.sigmas, self.features = [], [], []
+        self.reading = None
 
     def state_bytes(self) -> int:
-        """Bytes of the features held."""
-        return sum(f.numel() * f.element_size() for f in self.features)
+        """Bytes of the features held, and of what was read."""
+        held = self.features if self.reading is None else [*self.features, self.reading]
+        return sum(f.numel() * f.element_size() for f in held)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -90,6 +105,8 @@ class Predictor(nn.Module):
         window: anchors the forecaster looks at; None means all.
         needs: names of the `Step` fields it asks for beyond the clock (`x_t`, `tokens`,
             `modulation`).
+        reads: whether `read` is asked at every anchor of its own, with the hidden state of the
+            picture's tokens; what it returns lies in `History.reading` until the next anchor.
         learned: whether it was fitted on a recording of one host.
         any_anchors: whether a learned predictor serves anchors other than those in its spec, which
             are then only the list it takes when none is given.
@@ -99,6 +116,7 @@ class Predictor(nn.Module):
 
     window: int | None = None
     needs: frozenset[str] = frozenset()
+    reads: bool = False
     learned: bool = False
     any_anchors: bool = False
     any_grid: bool = False
@@ -109,6 +127,21 @@ class Predictor(nn.Module):
         Args:
             sigmas: flow time of every step of the run.
         """
+
+    def read(
+        self, hidden: Float[Tensor, "B M D"], step: Step, grid: Grid | None = None
+    ) -> Float[Tensor, "B M P"] | None:
+        """What the hidden state at an anchor tells of the forecasts to come; asked if `reads`.
+
+        Args:
+            hidden: what entered the head, at the tokens that enter the output.
+            step: the anchor.
+            grid: of these tokens; None where it is not known.
+
+        Returns:
+            The elements of every token's patch of the output; None for nothing.
+        """
+        raise NotImplementedError
 
     def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
         """The forecast, in the dtype of the history.

@@ -125,5 +125,18 @@ def closed_loop_errors(
     """Error in dB of every item's final latents when forecasting with the given rows."""
     predictor = L2P(rows.shape[-1], anchors, rows.shape[0])
     predictor.weight.copy_(rows)
+    return predictor_errors(pipe, predictor, tap, anchors, batches, finals, **settings)
+
+
+def predictor_errors(
+    pipe: Any,
+    predictor: Predictor,
+    tap: str,
+    anchors: Sequence[int],
+    batches: Sequence[Sequence[Item]],
+    finals: Float[Tensor, " n *shape"],
+    **settings: Any,
+) -> Float[Tensor, " n"]:
+    """Error in dB of every item's final latents when forecasting with a predictor."""
     latents = [generate(pipe, predictor, tap, batch, anchors, **settings) for batch in batches]
-    return log_error(torch.cat(latents), finals)
+    return log_error(torch.cat(latents).cpu(), finals)

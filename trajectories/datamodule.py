@@ -83,6 +83,49 @@ class RecordingDataModule(LightningDataModule):
         )
 
 
+class ItemsDataModule(LightningDataModule):
+    """The items of a recording, split, for fits that run the pipeline themselves.
+
+    Args:
+        folder: recording folder.
+        validation_fraction: share of trajectories held out, in [0, 1).
+        seed: seed of the split.
+        batch_size: trajectories per pipeline call when the held-out ones are run.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        validation_fraction: float = 0.2,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__()
+        self.folder = folder
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+        self.batch_size = batch_size
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the items.
+
+        Raises:
+            ValueError: fewer than two trajectories are left to fit on.
+        """
+        items = Recording(self.folder).items
+        fractions = (1 - self.validation_fraction, self.validation_fraction)
+        self.train_items, self.val_items = split(items, fractions, self.seed)
+        if len(self.train_items) < 2:
+            raise ValueError(
+                f"{self.folder} leaves {len(self.train_items)} of {len(items)} trajectories to fit "
+                "on, expected at least 2; record more."
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        """One batch: `items`, the numbers of all that are fitted on."""
+        return DataLoader([{"items": self.train_items}], batch_size=None)  # type: ignore[arg-type]
+
+
 class GramDataModule(LightningDataModule):
     """The Grams of one tap, as the open-loop fits need them: their sum, and those held out.
 

@@ -1,0 +1,149 @@
+"""Readout: rows over the anchors' outputs, and a velocity read off the last anchor's hidden state.
+
+Shapes: S sampling steps, A anchors, B batch, M tokens of the picture, D channels of a hidden state,
+P elements of a token in the output, r channels read, k side of the neighbourhood.
+Ours: rows see nothing outside the span of the anchors' outputs. The hidden state, which the anchor
+computed anyway, knows more of what comes next; a second head reads it off (docs/readout.md).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .base import Grid, History, Step, combine
+from .experts import L2PExperts
+
+STORED = torch.bfloat16  # half of a file's bytes; a rounding of 2^-9 of a correction
+
+
+class Readout(L2PExperts):
+    """F_hat[b,t] = sum_a W[b,t,a] F[b,a] + U[k] * (V[k] norm(H[b,a_k])) + c[k] up to anchor k + 1.
+
+    On the `output` tap; a_k is the last anchor before t. `norm` is LayerNorm over channels without
+    parameters, in float32; V[k] maps a token's D channels to r, and * with U[k] is a convolution
+    over the picture's grid of tokens, 3 x 3 with `neighbours` and 1 x 1 without. Both are shared by
+    all tokens, samples, prompts, branches and the forecast steps of a segment; guidance combines
+    what is read like the outputs. U = 0, c = 0 is L2P bit for bit. It is computed at the anchor, so
+    a run keeps one more tensor of the output's size and nothing of H.
+
+    A schedule may compute further steps: after one, until the next of the rows' anchors, forecasts
+    are moved by what they were wrong there (see `L2P`), which cancels what was read.
+
+    Args:
+        num_steps: sampling steps S.
+        anchors: steps at which the network runs, starting with 0.
+        num_branches: guidance branches.
+        expert_steps: first step of each transformer, starting with 0; all are anchors.
+        width: D.
+        patch: P.
+        rank: r.
+        neighbours: whether tokens next to a token, diagonals included, are read for it too.
+
+    Raises:
+        ValueError: the anchors are not a schedule of such a run, or a size is below 1.
+    """
+
+    reads = True
+
+    def __init__(
+        self,
+        num_steps: int,
+        anchors: Sequence[int],
+        num_branches: int = 1,
+        expert_steps: Sequence[int] = (0,),
+        width: int = 1,
+        patch: int = 1,
+        rank: int = 1,
+        neighbours: bool = True,
+    ) -> None:
+        super().__init__(num_steps, anchors, num_branches, expert_steps)
+        if width < 1 or patch < 1 or not 1 <= rank <= width:
+            raise ValueError(
+                f"found width {width}, patch {patch} and rank {rank}, expected at least 1 and a "
+                "rank up to the width."
+            )
+        self.width, self.patch, self.rank, self.neighbours = width, patch, rank, neighbours
+        count, side = len(self.anchors), 3 if neighbours else 1
+        self.inner: Float[Tensor, "A r D"]
+        self.outer: Float[Tensor, "A P r k k"]
+        self.constant: Float[Tensor, "A P"]
+        self.register_buffer("inner", torch.zeros(count, rank, width, dtype=STORED))
+        self.register_buffer("outer", torch.zeros(count, patch, rank, side, side, dtype=STORED))
+        self.register_buffer("constant", torch.zeros(count, patch))
+
+    def read(
+        self, hidden: Float[Tensor, "B M D"], step: Step, grid: Grid | None = None
+    ) -> Float[Tensor, "B M P"] | None:
+        """U * (V norm(H)) + c at an anchor, float32 or wider; None at a step that is none.
+
+        Raises:
+            ValueError: the hidden state has another width, or the grid it needs is not known.
+        """
+        if step.index not in self.anchors:
+            return None
+        if hidden.shape[-1] != self.width:
+            raise ValueError(
+                f"the hidden state has {hidden.shape[-1]} channels, the readout was fitted on "
+                f"{self.width}: another host. Record and fit for this one."
+            )
+        number = self.anchors.index(step.index)
+        values = normalised(hidden)
+        read = nn.functional.linear(values, self.inner[number].to(values))
+        near = neighbourhood(read, grid) if self.neighbours else read
+        outer = self.outer[number].to(values).permute(0, 2, 3, 1).flatten(1)  # (P, k * k * r)
+        return nn.functional.linear(near, outer, self.constant[number].to(values))
+
+    def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
+        """The sum of both, see the class.
+
+        Raises:
+            ValueError: the history is empty, not the rows', or nothing was read at its last anchor.
+        """
+        if not len(history):
+            raise ValueError("the history is empty: a forecast needs at least one anchor.")
+        weights, features = self.coefficients(history, step), history.features
+        if history.steps[-1] in self.anchors:
+            if history.reading is None:
+                raise ValueError(
+                    f"nothing was read off the hidden state at step {history.steps[-1]}; push what "
+                    "`read` returns with the anchor's output."
+                )
+            one = torch.ones_like(weights[:1])
+            weights, features = torch.cat([weights, one]), [*features, history.reading]
+        return combine(weights, features)
+
+
+def normalised(hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+    """LayerNorm over channels without parameters, in float32 or wider."""
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return nn.functional.layer_norm(wide, wide.shape[-1:])
+
+
+def neighbourhood(
+    values: Float[Tensor, "B M r"], grid: Grid | None
+) -> Float[Tensor, "B M 9*r"]:
+    """The values of every token and of the eight around it in its frame, row by row; 0 outside.
+
+    Args:
+        values: of the tokens of a picture or video, in reading order.
+        grid: frames, height and width, in tokens.
+
+    Raises:
+        ValueError: the grid is not known, or is another number of tokens.
+    """
+    if grid is None or grid[0] * grid[1] * grid[2] != values.shape[1]:
+        raise ValueError(
+            f"the readout reads neighbours, and the {values.shape[1]} tokens of this host lie on "
+            f"the grid {grid}, expected frames x height x width; fit with neighbours=False."
+        )
+    frames, height, width = grid
+    planes = values.unflatten(1, grid)
+    padded = nn.functional.pad(planes, (0, 0, 1, 1, 1, 1))
+    shifted = [
+        padded[:, :, down : down + height, right : right + width]
+        for down in range(3)
+        for right in range(3)
+    ]
+    return torch.cat(shifted, -1).flatten(1, 3)

@@ -1,0 +1,311 @@
+"""The fit of a readout: one walk over the anchors, a segment an epoch, everything in closed form."""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from ..checkpoints.spec import PredictorSpec
+from ..integration.pipelines import load_pipeline
+from ..integration.session import Session
+from ..predictors.experts import L2PExperts
+from ..predictors.readout import Readout
+from ..trajectories.header import Header
+from ..trajectories.prompts import Item, digest
+from ..trajectories.record_command import own_device
+from .l2p import open_recording, spec_of
+from .measure import References, predictor_errors
+from .readout_parts import SegmentParts
+from .readout_segment import Part, SegmentFit, fit_segment
+from .readout_sums import NUM_FOLDS
+from .readout_walk import Visited, Walk
+from .resuming import Resumable
+from .verdict_callbacks import RivalsVerdict, Verdict
+
+TAP = "output"
+
+
+class ReadoutFit(Resumable):
+    """Fit rows and readout of every segment on the runs that the segments before it lead to.
+
+    For each anchor in turn: evaluate the network on all calibration trajectories, where the
+    accelerated run has brought them; solve for the rows and the readout whose forecasts land their
+    next states on the recorded ones (readout_segment.py); advance with them. It takes one network
+    evaluation per anchor and trajectory, no gradients, and memory for one batch: what a batch
+    computed lies in a temporary file until the next anchor. A segment is an epoch, after which the
+    fit can be resumed; the network then runs the anchors before it once more. Of several processes
+    each walks with its share, and all solve for the same sums.
+
+    Args:
+        recording: folder of the recording, with states.
+        pipeline: folder of the pipeline, or `zoo:<name>`.
+        anchors: steps at which the network runs.
+        rank: directions of the hidden state that are read.
+        neighbours: read the tokens around a token too, where the host tells their grid.
+        batch_size: trajectories per pipeline call.
+
+    Raises:
+        ValueError: the recording has no states, or its guidance ends in mid-run.
+    """
+
+    fit_name = "readout"
+
+    def __init__(
+        self,
+        recording: str,
+        pipeline: str,
+        anchors: Sequence[int],
+        rank: int = 64,
+        neighbours: bool = True,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recording = open_recording(recording, TAP, experts=True)
+        header = self.recording.header
+        check_header(header, recording)
+        told = {"recording": recording, "anchors": list(anchors), "tap": TAP, "fit": self.fit_name}
+        self.save_hyperparameters(told | {"arguments": None})  # known once the network has run
+        self.tap, self.anchors = TAP, list(anchors)
+        sizes = len(header.sigmas), anchors, header.num_branches, header.expert_steps
+        self.rows = L2PExperts(*sizes)  # those of the formula that each segment started at
+        self.predictor: Readout | None = None
+        self.pipe: Any = None
+        self.pipeline = pipeline
+        self.rank, self.neighbours, self.batch_size = rank, neighbours, batch_size
+        self.session: Session | None = None
+        self.num_trajectories: Tensor
+        self.start_error: Tensor
+        self.val_error: Tensor
+        self.register_buffer("num_trajectories", torch.tensor(0))
+        for name in ("start_error", "val_error"):
+            self.register_buffer(name, torch.tensor(float("inf"), dtype=torch.float64))
+
+    def configure_callbacks(self) -> list[Verdict]:
+        """End the fit with its verdict."""
+        return [RivalsVerdict()]
+
+    def spec(self) -> PredictorSpec:
+        """What the predictor was fitted on."""
+        count = int(self.num_trajectories)
+        return spec_of(self.recording.header, TAP, self.rows.anchors, count)
+
+    def on_fit_start(self) -> None:
+        """Load the pipeline, hook into it, and make room for what the batches compute.
+
+        Raises:
+            ValueError: the trainer ends before the last segment, or a process has nothing to do.
+        """
+        if self.pipe is None:
+            dtype = getattr(torch, self.recording.header.dtype)
+            self.pipe = load_pipeline(self.pipeline, dtype, own_device(os.environ))
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.num_trajectories.fill_(len(data.train_items))
+        self.calibration = References(self.recording, data.train_items, self.batch_size)
+        self.validation = References(self.recording, data.val_items, self.batch_size)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        self.batches = [(batch, Visited()) for batch in self.calibration.batches[rank::world]]
+        if not self.batches:
+            raise ValueError(
+                f"process {rank} of {world} has no batch of {self.batch_size} trajectories; use "
+                "fewer processes or a smaller batch_size."
+            )
+        self.walk = Walk(self.rows, self.pipe.scheduler)
+        self.walk.predictor = self.predictor
+        folds = folds_of(item for batch in self.calibration.batches for item in batch)
+        self.parts = SegmentParts(self.recording, self.walk, folds)
+        most, count = self.trainer.max_epochs, len(self.parts.segments)
+        if most is not None and 0 <= most < count:
+            raise ValueError(
+                f"max_epochs is {most}, and each of the {count} segments takes an epoch; set "
+                "max_epochs: -1, the fit ends by itself."
+            )
+        self.scratch = tempfile.TemporaryDirectory(prefix="foreseer_readout_")
+        self.session = Session(self.pipe, self.walk)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Visit the next anchor with all trajectories, and solve for its segment."""
+        number, count = self.current_epoch, len(self.parts.segments)
+        anchor, end = self.parts.segments[number]
+        self._visit(anchor, f"anchor {anchor}, segment {number + 1} of {count}")
+        layout = next(iter(self.batches[0][1].layouts.values()))
+        found = fit_segment(
+            partial(self._parts, anchor, end),
+            self.parts.formulas(anchor, end),
+            self.rank,
+            layout.grid if self.neighbours else None,
+            add_up,
+            float(self.parts.guidance(anchor).sum()),
+        )
+        self._keep(found, anchor, end)
+        self.log("train/readout_gain_db", found.gain_db, prog_bar=True, batch_size=1)
+        self.print(
+            f"steps {anchor} to {end}: rows from {found.formula}, readout {found.gain_db:+.2f} dB "
+            f"on left-out prompts (strength {found.strength:g})"
+        )
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.trainer.should_stop = number + 1 == count
+
+    def on_train_epoch_end(self) -> None:
+        """After the last segment, run the held-out trajectories."""
+        if self.current_epoch + 1 < len(self.parts.segments):
+            return
+        self._detach()
+        if self.validation.items:
+            assert self.predictor is not None  # its segments are fitted
+            self.start_error.fill_(self._error(self.rows))
+            self.val_error.fill_(self._error(self.predictor))
+            self.log("val/error_db", self.val_error)
+
+    def on_fit_end(self) -> None:
+        """Take the hooks off and the files away."""
+        self._detach()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """The same after an interruption."""
+        self._detach()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the segments fitted so far."""
+        super().on_load_checkpoint(checkpoint)
+        if (arguments := checkpoint["hyper_parameters"]["arguments"]) is not None:
+            self._make_predictor(arguments)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One that changes nothing, since segments are solved for: Lightning counts its steps."""
+        return torch.optim.SGD([self.rows.weight], lr=0.0)
+
+    def _visit(self, anchor: int, label: str) -> None:
+        """Take every batch to an anchor."""
+        for place, (items, visited) in enumerate(tqdm(self.batches, desc=label, unit="batch")):
+            path = self._path(place)
+            if path.exists():
+                visited = visited.loaded(path, self.pipe.device)
+            self.walk.visited = visited
+            self.walk.visit(self.pipe, items, anchor, self.calibration.settings)
+            if self.predictor is None:
+                self._make_predictor(self._arguments(visited))
+            visited.save(path)
+            self.batches[place] = (items, visited)
+
+    def _parts(self, anchor: int, end: int) -> Iterator[Part]:
+        """What a segment needs of every batch, from the files."""
+        for place, (items, visited) in enumerate(self.batches):
+            found = visited.loaded(self._path(place), self.pipe.device)
+            yield self.parts.part(items, found, anchor, end)
+
+    def _path(self, place: int) -> Path:
+        """Where a batch's tensors lie between two visits."""
+        return Path(self.scratch.name) / f"{place}.safetensors"
+
+    def _arguments(self, visited: Visited) -> dict[str, Any]:
+        """Of a predictor for the host that computed this."""
+        layout, hidden = next(iter(visited.layouts.values())), next(iter(visited.hidden.values()))
+        if self.neighbours and layout.grid is None:
+            self.print(
+                "Nothing tells on which grid the tokens of this host lie, so each token is read "
+                "alone, without its neighbours."
+            )
+        return {
+            "num_steps": self.rows.num_steps,
+            "anchors": self.anchors,
+            "num_branches": self.rows.num_branches,
+            "expert_steps": list(self.rows.expert_steps),
+            "width": hidden.shape[-1],
+            "patch": layout.elements.shape[1],
+            "rank": min(self.rank, hidden.shape[-1]),
+            "neighbours": self.neighbours and layout.grid is not None,
+        }
+
+    def _make_predictor(self, arguments: dict[str, Any]) -> None:
+        self.hparams["arguments"] = arguments
+        self.predictor = Readout(**arguments).to(self.device)
+        if hasattr(self, "walk"):
+            self.walk.predictor = self.predictor
+
+    def _keep(self, found: SegmentFit, anchor: int, end: int) -> None:
+        """Write a segment's rows and readout into the predictor."""
+        predictor, known = self.predictor, self.parts.known(anchor)
+        assert predictor is not None  # a batch was visited
+        steps = slice(anchor + 1, end)
+        self.rows.weight[:, steps] = self.parts.tables[found.formula][steps].to(self.rows.weight)
+        delta = found.delta.view(len(known), -1).T[:, None]  # (branches, 1, known)
+        predictor.weight[:, steps] = self.rows.weight[:, steps]
+        predictor.weight[:, steps, known] += delta.to(predictor.weight)
+        number, rank = self.anchors.index(anchor), len(found.inner)
+        predictor.inner[number, :rank] = found.inner.to(predictor.inner)
+        predictor.outer[number, :, :rank] = found.outer.to(predictor.outer)
+        predictor.constant[number] = found.constant.to(predictor.constant)
+
+    def _error(self, predictor: L2PExperts) -> float:
+        """Mean error in dB of the held-out samples."""
+        references = self.validation
+        errors = predictor_errors(
+            self.pipe,
+            predictor,
+            TAP,
+            self.anchors,
+            references.batches,
+            references.finals,
+            **references.settings,
+        )
+        return float(errors.mean())
+
+    def _detach(self) -> None:
+        if self.session is not None:
+            self.session.detach()
+            self.session = None
+            self.scratch.cleanup()
+
+
+def check_header(header: Header, recording: str) -> None:
+    """Raise unless a readout can be fitted on a recording.
+
+    Args:
+        header: of the recording.
+        recording: its folder, for the message.
+
+    Raises:
+        ValueError: it has no states, or its guidance ends in mid-run.
+    """
+    if not header.states:
+        raise ValueError(f"{recording} holds no states; record it again with states: true.")
+    if header.branch_steps:
+        raise ValueError(
+            f"the guidance branches of {recording} last {list(header.branch_steps)} steps; a "
+            "readout is fitted for guidance that holds for the whole run. Record without truncated "
+            "guidance, or fit L2PLeastSquares."
+        )
+
+
+def folds_of(items: Iterable[Item]) -> dict[int, int]:
+    """A fold for every item, the same for items of the same inputs.
+
+    Args:
+        items: with what their pipeline calls are given.
+
+    Returns:
+        The fold by the item's number. Fewer kinds of input than folds are dealt item by item.
+    """
+    kinds: dict[str, int] = {}
+    found = {}
+    for item in items:
+        kind = digest([Item(0, 0, item.inputs)], {})
+        found[item.index] = kinds.setdefault(kind, len(kinds)) % NUM_FOLDS
+    if len(kinds) < NUM_FOLDS:
+        found = {item: place % NUM_FOLDS for place, item in enumerate(found)}
+    return found
+
+
+def add_up(tensors: list[Tensor]) -> None:
+    """Add tensors up over all processes, in place; nothing happens where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)

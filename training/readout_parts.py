@@ -1,0 +1,131 @@
+"""What a segment of a readout fit is solved from, made of what a walk has visited.
+
+The sampler is a linear map of the network's outputs, so the next state is a sum that the segment's
+forecasts enter with one weight, and solving for the forecast that lands it is a subtraction.
+Shapes: S sampling steps, B batch, Q outputs known so far (one per branch and anchor).
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..predictors.experts import L2PExperts, expert_start
+from ..predictors.readout import normalised
+from ..trajectories.prompts import Item
+from ..trajectories.recording import Recording
+from .readout_segment import Part
+from .readout_walk import Visited, Walk
+from .rows import RULES, adams_bashforth_rows, formula_rows
+
+
+class SegmentParts:
+    """The data of every segment of a walk.
+
+    Args:
+        recording: of the full runs, with states.
+        walk: what visits the anchors.
+        folds: of every item.
+    """
+
+    def __init__(self, recording: Recording, walk: Walk, folds: dict[int, int]) -> None:
+        self.recording = recording
+        self.walk = walk
+        self.folds = folds
+        anchors, num_steps = walk.rows.anchors, walk.rows.num_steps
+        pairs = zip(anchors, [*anchors[1:], num_steps], strict=True)
+        self.segments = [(anchor, end) for anchor, end in pairs if end > anchor + 1]
+
+    @cached_property
+    def tables(self) -> dict[str, Float[Tensor, "S S"]]:
+        """The rows of every formula."""
+        sigmas, rows = self.recording.header.sigmas, self.walk.rows
+        experts = rows.expert_steps
+        tables = {n: formula_rows(r, rows.anchors, sigmas, experts) for n, r in RULES.items()}
+        if len(experts) == 1:
+            tables["ab2"] = adams_bashforth_rows(rows.anchors, sigmas)
+        return tables
+
+    def known(self, anchor: int) -> list[int]:
+        """The anchors up to one, of its transformer."""
+        first = expert_start(self.walk.rows.expert_steps, anchor)
+        return [a for a in self.walk.rows.anchors if first <= a <= anchor]
+
+    def guidance(self, step: int) -> Float[Tensor, " branches"]:
+        """Weights of the branches at a step."""
+        return self.walk.guidance[expert_start(self.walk.rows.expert_steps, step)]
+
+    def formulas(self, anchor: int, end: int) -> dict[str, Float[Tensor, " Q"]]:
+        """Weights of the known outputs in a segment's forecast, by name of the formula.
+
+        Args:
+            anchor: where the segment starts.
+            end: the next anchor.
+        """
+        assert self.walk.sampler is not None  # it has visited an anchor
+        steps = slice(anchor + 1, end)
+        response = self.walk.sampler.response[end, steps]
+        known, branches = self.known(anchor), self.walk.rows.num_branches
+        weights = {n: response @ t[steps][:, known] / response.sum() for n, t in self.tables.items()}
+        return {name: each.repeat_interleave(branches) for name, each in weights.items()}
+
+    def part(self, items: Sequence[Item], visited: Visited, anchor: int, end: int) -> Part:
+        """One batch at one segment.
+
+        Args:
+            items: the batch.
+            visited: what it has computed, the anchor included.
+            anchor: where the segment starts.
+            end: the next anchor.
+        """
+        sampler, state = self.walk.sampler, visited.state
+        assert sampler is not None and state is not None
+        recorded = [self.recording.load(item.index, ["states"])["states"] for item in items]
+        first, target = (
+            torch.stack([states[step] for states in recorded]).to(state.device).float()
+            for step in (0, end)
+        )
+        noise = (sampler.start[end] - sampler.start[anchor]) / sampler.start[0]
+        wanted = target - state.float() - float(noise) * first
+        outputs = {a: self._guided(visited.at(a), a) for a in self.walk.rows.anchors if a <= anchor}
+        wanted = wanted - self._settled(visited, outputs, anchor, end)
+        response = float(sampler.response[end, anchor + 1 : end].sum())
+        layout = next(iter(visited.layouts.values()))
+        known = torch.stack([outputs[a] for a in self.known(anchor)])  # (anchors, branches, B, ...)
+        hidden = self._guided(normalised(visited.by_branch(visited.hidden)), anchor)
+        return Part(
+            hidden.sum(0),
+            layout.pick(known.flatten(0, 2)).unflatten(0, (-1, len(items))),
+            layout.pick(wanted / response),
+            layout.pick(known[-1].sum(0)),
+            tuple(self.folds[item.index] for item in items),
+        )
+
+    def _settled(
+        self, visited: Visited, outputs: dict[int, Tensor], anchor: int, end: int
+    ) -> Float[Tensor, " B *shape"]:
+        """What the outputs and forecasts up to the anchor still add on the way to the next one."""
+        sampler, predictor = self.walk.sampler, self.walk.predictor
+        assert sampler is not None and predictor is not None
+        change = sampler.response[end] - sampler.response[anchor]  # (S,), per output of a step
+        rows = predictor.weight.to("cpu", torch.float64, copy=True)
+        anchors = list(outputs)
+        rows[:, anchors] = torch.eye(rows.shape[-1], dtype=rows.dtype)[anchors]
+        total = torch.zeros_like(next(iter(outputs.values()))[0])
+        for a, guided in outputs.items():
+            weights = rows[:, : anchor + 1, a] @ change[: anchor + 1]  # (branches,)
+            total += torch.einsum("b,b...->...", weights.to(guided), guided)
+        for a, following in self.segments:
+            share = float(change[a + 1 : following].sum())
+            if a < anchor and share:
+                total += share * self._guided(visited.read_at(a), a).sum(0)
+        return total
+
+    def _guided(
+        self, tensor: Float[Tensor, "branches *shape"], step: int
+    ) -> Float[Tensor, "branches *shape"]:
+        """A tensor's branches times their guidance weights, in float32."""
+        wide = tensor.float()
+        return torch.einsum("b,b...->b...", self.guidance(step).to(wide), wide)

@@ -1,0 +1,169 @@
+"""The normal equations of one segment of a readout fit, and their solution.
+
+Everything a segment's rows and readout need is quadratic in the data, so batches and processes add up, and strengths are compared on folds of trajectories without a second look at them.
+Shapes: n trajectories of a batch, M tokens, P elements of a token, D numbers read for a
+token and a constant, Q outputs known so far (one per branch and anchor), V = Q + 1 with the target,
+J folds.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+NUM_FOLDS = 5
+INFINITE = float("inf")
+STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+"""Ridge strengths of a readout, relative to the diagonal of its normal matrix."""
+
+
+@dataclass
+class SegmentSums:
+    """Weighted inner products of one segment, fold by fold, in float64.
+
+    z is what is read for a token, the constant's share last, and u its elements of the known outputs and, last,
+    of the target: what the next state lacks when the start's rows are used.
+
+    Args:
+        normal: sum w z z^T.
+        cross: sum w z u^T, for every element of the token.
+        inner: sum w u u^T over all tokens and elements.
+        count: trajectories.
+    """
+
+    normal: Float[Tensor, "J D D"]
+    cross: Float[Tensor, "J D V P"]
+    inner: Float[Tensor, "J V V"]
+    count: Float[Tensor, " J"]
+
+    @classmethod
+    def empty(
+        cls, width: int, num_outputs: int, patch: int, device: torch.device | str = "cpu"
+    ) -> "SegmentSums":
+        """Of no trajectory.
+
+        Args:
+            width: D.
+            num_outputs: Q.
+            patch: P.
+            device: where to add up.
+        """
+        z, v, like = width, num_outputs + 1, {"dtype": torch.float64, "device": device}
+        return cls(
+            torch.zeros(NUM_FOLDS, z, z, **like),
+            torch.zeros(NUM_FOLDS, z, v, patch, **like),
+            torch.zeros(NUM_FOLDS, v, v, **like),
+            torch.zeros(NUM_FOLDS, **like),
+        )
+
+    def add(
+        self,
+        fold: int,
+        hidden: Float[Tensor, "M D"],
+        outputs: Float[Tensor, "V M P"],
+        weight: float,
+    ) -> None:
+        """Add one trajectory.
+
+        Args:
+            fold: in [0, J).
+            hidden: z of its tokens.
+            outputs: u of its tokens.
+            weight: w, so that each trajectory counts by its relative error.
+        """
+        side_by_side = outputs.transpose(0, 1).flatten(1)  # (M, V * P)
+        flat = outputs.flatten(1)
+        self.normal[fold] += weight * (hidden.T @ hidden)
+        self.cross[fold] += weight * (hidden.T @ side_by_side).view_as(self.cross[fold])
+        self.inner[fold] += weight * (flat @ flat.T)
+        self.count[fold] += 1
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The sums, which add up over processes."""
+        return [self.normal, self.cross, self.inner, self.count]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a segment's sums say.
+
+    Args:
+        delta: movement of the rows from their start.
+        readout: R transposed, the row of the constant last; zeros where nothing is read.
+        strength: ridge strength of the readout; infinite where nothing is read.
+        rows_error: error that the rows alone leave on folds left out, weights included.
+        readout_error: what both leave there.
+    """
+
+    delta: Float[Tensor, " Q"]
+    readout: Float[Tensor, "D P"]
+    strength: float
+    rows_error: float
+    readout_error: float
+
+
+def solve(sums: SegmentSums, ridge: float) -> Solved:
+    """Rows by ridge toward the start and the readout by ridge toward zero, together.
+
+    min sum w || y - u^T delta - R z ||^2 + ridge || delta ||^2 + strength || R ||^2, both relative
+    to the diagonals. The strength is the one with the least error on the folds left out; where none
+    is below that of the rows alone, nothing is read.
+
+    Args:
+        sums: of the segment.
+        ridge: of the rows.
+    """
+    folds = [fold for fold in range(NUM_FOLDS) if sums.count[fold] > 0]
+    errors = {strength: 0.0 for strength in (INFINITE, *STRENGTHS)}
+    for fold in folds:
+        rest = _Total.of(sums, [other for other in folds if other != fold])
+        judge = _Total.of(sums, [fold])
+        for strength in errors:
+            errors[strength] += judge.error(*rest.solve(ridge, strength)) / len(folds)
+    best = min(errors, key=errors.__getitem__)
+    delta, readout = _Total.of(sums, folds).solve(ridge, best)
+    return Solved(delta, readout, best, errors[INFINITE], errors[best])
+
+
+@dataclass(frozen=True)
+class _Total:
+    """The sums of some folds."""
+
+    normal: Float[Tensor, "D D"]
+    cross: Float[Tensor, "D V P"]
+    inner: Float[Tensor, "V V"]
+
+    @classmethod
+    def of(cls, sums: SegmentSums, folds: list[int]) -> "_Total":
+        return cls(sums.normal[folds].sum(0), sums.cross[folds].sum(0), sums.inner[folds].sum(0))
+
+    def solve(
+        self, ridge: float, strength: float
+    ) -> tuple[Float[Tensor, " Q"], Float[Tensor, "D P"]]:
+        """The minimum: with S = (N + strength diag N)^-1 C, the best R for any rows is linear in
+        them, which leaves a quadratic of the rows alone."""
+        pulled = torch.zeros_like(self.cross)
+        left = self.inner
+        if strength < INFINITE:
+            scale = self.normal.diagonal().clamp_min(1e-300).rsqrt()
+            unit = self.normal * scale[:, None] * scale
+            unit.diagonal().add_(strength)
+            right = scale[:, None] * self.cross.flatten(1)
+            pulled = scale[:, None] * torch.cholesky_solve(right, torch.linalg.cholesky(unit))
+            pulled = pulled.view_as(self.cross)
+            left = left - torch.einsum("dvp,dwp->vw", self.cross, pulled)
+        scale = self.inner.diagonal()[:-1].clamp_min(1e-300).rsqrt()
+        unit = left[:-1, :-1] * scale[:, None] * scale
+        unit = (unit + unit.T) / 2
+        unit.diagonal().add_(ridge)
+        delta = scale * torch.linalg.solve(unit, scale * left[:-1, -1])
+        return delta, pulled[:, -1] - torch.einsum("dqp,q->dp", pulled[:, :-1], delta)
+
+    def error(self, delta: Float[Tensor, " Q"], readout: Float[Tensor, "D P"]) -> float:
+        """sum w || y - u^T delta - R z ||^2."""
+        c = torch.cat([-delta, torch.ones_like(delta[:1])])
+        rows = c @ self.inner @ c
+        both = torch.einsum("dvp,v,dp->", self.cross, c, readout)
+        return float(rows - 2 * both + (readout * (self.normal @ readout)).sum())
