@@ -113,9 +113,7 @@ def _changed(
     return (head(torch.where(chosen, other, flat).reshape(shape)) != before).flatten(1)
 
 
-def _layout(
-    found: Int[Tensor, "B E"], num_tokens: int, shape: tuple[int, ...]
-) -> Layout | None:
+def _layout(found: Int[Tensor, "B E"], num_tokens: int, shape: tuple[int, ...]) -> Layout | None:
     """The layout of numbers found for every element, or None where they make no sense."""
     owner = found[0]
     tokens, counts = owner.unique(return_counts=True)

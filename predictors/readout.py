@@ -121,9 +121,7 @@ def normalised(hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
     return nn.functional.layer_norm(wide, wide.shape[-1:])
 
 
-def neighbourhood(
-    values: Float[Tensor, "B M r"], grid: Grid | None
-) -> Float[Tensor, "B M 9*r"]:
+def neighbourhood(values: Float[Tensor, "B M r"], grid: Grid | None) -> Float[Tensor, "B M 9*r"]:
     """The values of every token and of the eight around it in its frame, row by row; 0 outside.
 
     Args:

@@ -25,6 +25,7 @@ from ..predictors.continuous import L2PContinuous
 from ..predictors.kan import with_pykan, without_pykan
 from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import parted_l2p
+from ..predictors.readout import Readout
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
 from ..trajectories.storage import exists
@@ -34,10 +35,16 @@ from .disca import DiscaModule
 from .l2p import L2PModule, rows_predictor, spec_of
 from .lesa import LesaModule
 from .parts import L2PPartsLeastSquares, recorded_partition
+from .readout import ReadoutFit
 from .shipped import sums_of, write_sums
 from .verdict_callbacks import CHECKPOINT_KEY
 
 HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
+WHOLE: dict[str, type[Predictor]] = {
+    DiscaModule.fit_name: DiscaPredictor,
+    ReadoutFit.fit_name: Readout,
+}
+"""The fits whose checkpoints hold the predictor as it is deployed."""
 STATE = {"gram": "gram", "continuous": "theta", "disca": "out.weight"}
 """The tensor a fit learns; `weight` for the fits that are not named here."""
 Fitted: TypeAlias = (
@@ -47,6 +54,7 @@ Fitted: TypeAlias = (
     | L2PContinuousModule
     | LesaModule
     | DiscaModule
+    | ReadoutFit
 )
 
 
@@ -68,8 +76,8 @@ def export_command(checkpoint: str, out: str) -> None:
     predictor: Predictor
     if settings["fit"] == LesaModule.fit_name:
         predictor = trained_lesa(settings, state, checkpoint)
-    elif settings["fit"] == DiscaModule.fit_name:
-        predictor = DiscaPredictor(**settings["arguments"])
+    elif settings["fit"] in WHOLE:
+        predictor = WHOLE[settings["fit"]](**settings["arguments"])
         load_predictor_state(predictor, state, checkpoint)
     else:
         predictor = fitted_l2p(settings, headers, state, checkpoint)
@@ -202,7 +210,9 @@ def export_predictor(
     if isinstance(module, L2PContinuousModule):
         recordings = module.recordings
     partition = module.hparams.get("partition")
-    predictor = module.deployed() if isinstance(module, LesaModule) else module.predictor
+    predictor = (
+        module.deployed() if isinstance(module, LesaModule | ReadoutFit) else module.predictor
+    )
     return _save(predictor, module.spec(), recordings, out, metrics, partition)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..integration.pipelines import load_pipeline
 from ..integration.session import Session
 from ..predictors.experts import L2PExperts
 from ..predictors.readout import Readout
+from ..trajectories.datamodule import ItemsDataModule
 from ..trajectories.header import Header
 from ..trajectories.prompts import Item, digest
 from ..trajectories.record_command import own_device
@@ -96,6 +98,23 @@ class ReadoutFit(Resumable):
         """What the predictor was fitted on."""
         count = int(self.num_trajectories)
         return spec_of(self.recording.header, TAP, self.rows.anchors, count)
+
+    def deployed(self) -> Readout:
+        """The predictor.
+
+        Raises:
+            ValueError: no segment is fitted yet.
+        """
+        if self.predictor is None:
+            raise ValueError("no segment of the readout is fitted yet; let the fit run on.")
+        return self.predictor
+
+    def metrics(self) -> dict[str, float]:
+        """Errors in dB of the held-out samples, and those of the formulas the segments start at."""
+        if not self.validation.items:
+            return {}
+        errors = {"val_error_db": self.val_error, "val_error_db_start": self.start_error}
+        return {name: float(error) for name, error in errors.items()}
 
     def on_fit_start(self) -> None:
         """Load the pipeline, hook into it, and make room for what the batches compute.
@@ -309,3 +328,47 @@ def add_up(tensors: list[Tensor]) -> None:
     if dist.is_available() and dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def fit_readout(
+    pipe: Any,
+    recording: str,
+    anchors: Sequence[int],
+    out: str | None = None,
+    validation_fraction: float = 0.2,
+    **options: Any,
+) -> Readout:
+    """Fit a readout to a recording of a pipeline that is at hand.
+
+    Args:
+        pipe: the recorded pipeline, on the device and in the dtype to run it in.
+        recording: folder of the recording, with states.
+        anchors: steps at which the network runs.
+        out: folder to save the predictor to; None does not save it.
+        validation_fraction: share of trajectories that are only measured.
+        options: `rank`, `neighbours` and `batch_size` of `ReadoutFit`.
+
+    Returns:
+        The predictor, with its `spec`.
+
+    Raises:
+        ValueError: see `ReadoutFit`.
+    """
+    from .export import export_predictor
+
+    module = ReadoutFit(recording, "", anchors, **options)
+    module.pipe = pipe
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=ItemsDataModule(recording, validation_fraction))
+    predictor = module.deployed()
+    setattr(predictor, "spec", module.spec())  # noqa: B010 - `Predictor` declares no such attribute
+    if out is not None:
+        export_predictor(module, out, module.metrics())
+    return predictor

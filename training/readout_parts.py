@@ -68,7 +68,9 @@ class SegmentParts:
         steps = slice(anchor + 1, end)
         response = self.walk.sampler.response[end, steps]
         known, branches = self.known(anchor), self.walk.rows.num_branches
-        weights = {n: response @ t[steps][:, known] / response.sum() for n, t in self.tables.items()}
+        weights = {
+            n: response @ t[steps][:, known] / response.sum() for n, t in self.tables.items()
+        }
         return {name: each.repeat_interleave(branches) for name, each in weights.items()}
 
     def part(self, items: Sequence[Item], visited: Visited, anchor: int, end: int) -> Part:

@@ -49,13 +49,10 @@ class SegmentSums:
             patch: P.
             device: where to add up.
         """
-        z, v, like = width, num_outputs + 1, {"dtype": torch.float64, "device": device}
-        return cls(
-            torch.zeros(NUM_FOLDS, z, z, **like),
-            torch.zeros(NUM_FOLDS, z, v, patch, **like),
-            torch.zeros(NUM_FOLDS, v, v, **like),
-            torch.zeros(NUM_FOLDS, **like),
-        )
+        known = num_outputs + 1
+        shapes = (width, width), (width, known, patch), (known, known), ()
+        zeros = [torch.zeros(NUM_FOLDS, *s, dtype=torch.float64, device=device) for s in shapes]
+        return cls(*zeros)
 
     def add(
         self,

@@ -1,9 +1,11 @@
 """The `foreseer` command: a thin dispatcher over LightningCLI and jsonargparse."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from . import commands, pipeline_commands
@@ -30,6 +32,8 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     )
 }
 
+NAME = re.compile(r"[a-z][a-z0-9_]*")  # of a shipped configuration
+DEFAULT_FIT = "readout"
 FLAGS = ("--repair", "--compare")
 """Options that are switched on by being named."""
 
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: after help or the version (code 0), or a usage error (code 2).
     """
     words = sys.argv[1:] if argv is None else argv
-    word, rest = (words[0], words[1:]) if words else ("", [])
+    word, rest = (words[0], packaged(words[0], words[1:])) if words else ("", [])
     if word in ("-h", "--help"):
         show(usage())
     elif word == "--version":
@@ -67,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     elif word == "distill":
         run_trainer(["fit", *rest], "foreseer distill")
     elif word in TRAINER_WORDS:
-        run_trainer(words, "foreseer")
+        run_trainer([word, *rest], "foreseer")
     else:
         refuse(word)
 
@@ -120,6 +124,29 @@ def with_values(words: list[str]) -> list[str]:
         f"{word}=true" if word in FLAGS and after not in ("true", "false") else word
         for word, after in zip(words, following, strict=True)
     ]
+
+
+def packaged(word: str, words: list[str]) -> list[str]:
+    """Words in which a shipped configuration's name stands for its file.
+
+    `--config readout` takes `configs/fit/readout.yaml` of the installation where no file `readout`
+    lies in the working directory. A `fit` that names neither a configuration nor a model is that of
+    a readout.
+    """
+    asks = {"-h", "--help", "--print_config"} & set(words)
+    if word == "fit" and not asks and not any(re.match(r"--(config|model)(=|$)", w) for w in words):
+        print(f"No --config and no --model: fitting a readout, --config {DEFAULT_FIT}.")
+        words = ["--config", DEFAULT_FIT, *words]
+    found, before = [], ""
+    for each in words:
+        name = each.removeprefix("--config=")
+        if (before == "--config" or name != each) and NAME.fullmatch(name):
+            path = Path(__file__).parent / "configs" / word / f"{name}.yaml"
+            if path.exists() and not Path(name).exists():
+                each = f"{each.removesuffix(name)}{path}"
+        found.append(each)
+        before = each
+    return found
 
 
 def run_trainer(words: list[str], prog: str) -> None:
