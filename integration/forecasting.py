@@ -106,8 +106,8 @@ def checked_forecaster(
         raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden' or 'residual'.")
     if predictor.reads and tap != "output":
         raise ValueError(
-            f"{type(predictor).__name__} reads the output off the hidden state, so it forecasts the "
-            f"tap 'output', not {tap!r}."
+            f"{type(predictor).__name__} reads the output off the hidden state, so it forecasts "
+            f"the tap 'output', not {tap!r}."
         )
     inside = sorted(predictor.needs - {"x_t"})
     if inside and (tap != "hidden" or isinstance(schedule, ProbeSchedule | SpeCa)):

@@ -1,10 +1,10 @@
-"""Which elements of a network's output each token of its head's input decides, and its neighbours.
+"""Which elements of a network's output each token of its head's input decides, and the grid.
 
-A head (norm, projection, unpatchify) works on each token alone, so what is read off a token's hidden
-state has its place in the output: the token's patch. No fact about the host is needed: hidden states
-are exchanged at the tokens whose number has bit k set, and the elements that change have bit k in
-the number of their token. The grid of the tokens is read off the output where it is an array over space,
-else off the positions that the call gives the tokens.
+A head (norm, projection, unpatchify) works on each token alone, so what is read off a token's
+hidden state has its place in the output: the token's patch. No fact about the host is needed:
+hidden states are exchanged at the tokens whose number has bit k set, and the elements that change
+have bit k in the number of their token. The grid of the tokens is read off the output where it is
+an array over space, else off the positions that the call gives the tokens.
 Shapes: B rows, N tokens of the head's input, M tokens that enter the output, D channels, P elements
 of a token, E elements of a row of the output.
 """

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..predictors.experts import L2PExperts, expert_start
+from ..predictors.experts import expert_start
 from ..predictors.readout import normalised
 from ..trajectories.prompts import Item
 from ..trajectories.recording import Recording
@@ -126,8 +126,8 @@ class SegmentParts:
         return total
 
     def _guided(
-        self, tensor: Float[Tensor, "branches *shape"], step: int
-    ) -> Float[Tensor, "branches *shape"]:
+        self, tensor: Float[Tensor, "branches B *shape"], step: int
+    ) -> Float[Tensor, "branches B *shape"]:
         """A tensor's branches times their guidance weights, in float32."""
         wide = tensor.float()
         return torch.einsum("b,b...->b...", self.guidance(step).to(wide), wide)

@@ -1,11 +1,11 @@
 """The rows and the readout of one segment, in closed form from a few sweeps over its trajectories.
 
-Forecasts of a segment are alike up to their rows, so what they should be is one tensor: `wanted`, the
-forecast that would land the next state on the recorded one. Rows explain what they can of it, then a
-reduced-rank regression finds which r directions of the hidden state tell most of the rest, of the
-token itself and of its neighbours, and last rows and readout are solved for together.
-Shapes: n trajectories of a part, M tokens, P elements of a token, D channels, Q outputs known so far
-(one per branch and anchor), r directions read, k * k tokens of a neighbourhood.
+Forecasts of a segment are alike up to their rows, so what they should be is one tensor: `wanted`,
+the forecast that would land the next state on the recorded one. Rows explain what they can of it,
+then a reduced-rank regression finds which r directions of the hidden state tell most of the rest,
+of the token itself and of its neighbours, and last rows and readout are solved for together.
+Shapes: n trajectories of a part, M tokens, P elements of a token, D channels, Q outputs known so
+far (one per branch and anchor), r directions read, k * k tokens of a neighbourhood.
 """
 
 from collections.abc import Callable, Iterator, Mapping

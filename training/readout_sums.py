@@ -1,9 +1,9 @@
 """The normal equations of one segment of a readout fit, and their solution.
 
-Everything a segment's rows and readout need is quadratic in the data, so batches and processes add up, and strengths are compared on folds of trajectories without a second look at them.
-Shapes: n trajectories of a batch, M tokens, P elements of a token, D numbers read for a
-token and a constant, Q outputs known so far (one per branch and anchor), V = Q + 1 with the target,
-J folds.
+Everything a segment's rows and readout need is quadratic in the data, so batches and processes add
+up, and strengths are compared on folds of trajectories without a second look at them.
+Shapes: M tokens, P elements of a token, D numbers read for a token and a constant, Q outputs known
+so far (one per branch and anchor), V = Q + 1 with the target, J folds.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 class SegmentSums:
     """Weighted inner products of one segment, fold by fold, in float64.
 
-    z is what is read for a token, the constant's share last, and u its elements of the known outputs and, last,
-    of the target: what the next state lacks when the start's rows are used.
+    z is what is read for a token, the constant's share last, and u its elements of the known
+    outputs and, last, of the target: what the formula's forecast lacks.
 
     Args:
         normal: sum w z z^T.
@@ -139,8 +139,11 @@ class _Total:
     def solve(
         self, ridge: float, strength: float
     ) -> tuple[Float[Tensor, " Q"], Float[Tensor, "D P"]]:
-        """The minimum: with S = (N + strength diag N)^-1 C, the best R for any rows is linear in
-        them, which leaves a quadratic of the rows alone."""
+        """The minimum of both.
+
+        With S = (N + strength diag N)^-1 C the best R for any rows is linear in them, which leaves
+        a quadratic of the rows alone.
+        """
         pulled = torch.zeros_like(self.cross)
         left = self.inner
         if strength < INFINITE:
@@ -159,7 +162,7 @@ class _Total:
         return delta, pulled[:, -1] - torch.einsum("dqp,q->dp", pulled[:, :-1], delta)
 
     def error(self, delta: Float[Tensor, " Q"], readout: Float[Tensor, "D P"]) -> float:
-        """sum w || y - u^T delta - R z ||^2."""
+        """Sum w || y - u^T delta - R z ||^2."""
         c = torch.cat([-delta, torch.ones_like(delta[:1])])
         rows = c @ self.inner @ c
         both = torch.einsum("dvp,v,dp->", self.cross, c, readout)

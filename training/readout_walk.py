@@ -183,8 +183,8 @@ class Walk(Controller):
     def _measure(self, outputs: Float[Tensor, "branches B *shape"], v: Tensor, index: int) -> None:
         if outputs.shape[1:] != v.shape:
             raise ValueError(
-                f"the network's outputs have the shape {tuple(outputs.shape[1:])}, what the sampler "
-                f"is given {tuple(v.shape)}; the fit needs one to be a combination of the other."
+                f"the network's outputs have the shape {tuple(outputs.shape[1:])}, what the "
+                f"sampler is given {tuple(v.shape)}; the fit needs one to be a combination of the other."
             )
         found = guidance_weights(outputs, v)
         first = expert_start(self.rows.expert_steps, index)

@@ -20,6 +20,7 @@ from ..predictors.linear import tabulate
 from ..trajectories.prompts import generate_batch
 from ..trajectories.recording import Recording
 from .measure import References, closed_loop_errors, log_error
+from .readout import held_out_error
 from .rows import RULES, least_squares_rows
 from .search import Found, beam_search, closed_loop_search, common_lists
 from .tracking import track
@@ -41,7 +42,8 @@ def search_anchors(
         pipe: the pipeline.
         references: calibration samples of a recording.
         method: a solver (`euler`, `ab2`, `dpmpp_2m`, `unipc`), a formula (`reuse`, ...),
-            `l2p_lstsq`, or `l2p_closed_loop` (tracked rows on the `output` tap).
+            `l2p_lstsq`, `l2p_closed_loop` (tracked rows on the `output` tap), or `readout`, fitted
+            on three of four samples for every list and measured on the others; give it 64 or more.
         tap: `output` or `hidden`; `none` for a solver.
         num_anchors: network evaluations.
         num_moves: evaluations spent on moving single anchors of the best list.
@@ -96,6 +98,12 @@ def evaluator(
     def of_least_squares(anchors: tuple[int, ...]) -> float:
         return of_rows(anchors, least_squares_rows(grams, anchors))
 
+    def of_readout(anchors: tuple[int, ...]) -> float:
+        items = references.items
+        return held_out_error(pipe, str(references.recording.folder), anchors, len(items))
+
+    if method == "readout" and tap == "output":
+        return of_readout
     if method == "l2p_lstsq":
         grams = references.recording.stack(f"gram/{tap}")
         return of_least_squares
@@ -107,7 +115,7 @@ def evaluator(
         return of_tracking
     raise ValueError(
         f"no search for {method!r} on the tap {tap!r}; known are "
-        f"{', '.join([*SOLVERS, *RULES])}, l2p_lstsq, and l2p_closed_loop on `output`."
+        f"{', '.join([*SOLVERS, *RULES])}, l2p_lstsq, and l2p_closed_loop and readout on `output`."
     )
 
 

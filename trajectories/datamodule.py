@@ -91,6 +91,7 @@ class ItemsDataModule(LightningDataModule):
         validation_fraction: share of trajectories held out, in [0, 1).
         seed: seed of the split.
         batch_size: trajectories per pipeline call when the held-out ones are run.
+        num_trajectories: the first so many are split; None takes all.
     """
 
     def __init__(
@@ -99,12 +100,14 @@ class ItemsDataModule(LightningDataModule):
         validation_fraction: float = 0.2,
         seed: int = 0,
         batch_size: int = 16,
+        num_trajectories: int | None = None,
     ) -> None:
         super().__init__()
         self.folder = folder
         self.validation_fraction = validation_fraction
         self.seed = seed
         self.batch_size = batch_size
+        self.num_trajectories = num_trajectories
 
     def setup(self, stage: str | None = None) -> None:
         """Split the items.
@@ -112,7 +115,7 @@ class ItemsDataModule(LightningDataModule):
         Raises:
             ValueError: fewer than two trajectories are left to fit on.
         """
-        items = Recording(self.folder).items
+        items = Recording(self.folder).items[: self.num_trajectories]
         fractions = (1 - self.validation_fraction, self.validation_fraction)
         self.train_items, self.val_items = split(items, fractions, self.seed)
         if len(self.train_items) < 2:
