@@ -184,7 +184,7 @@ class Walk(Controller):
         if outputs.shape[1:] != v.shape:
             raise ValueError(
                 f"the network's outputs have the shape {tuple(outputs.shape[1:])}, what the "
-                f"sampler is given {tuple(v.shape)}; the fit needs one to be a combination of the other."
+                f"sampler is given {tuple(v.shape)}; the fit needs one to combine the other."
             )
         found = guidance_weights(outputs, v)
         first = expert_start(self.rows.expert_steps, index)
