@@ -1,8 +1,8 @@
 """Which guidance branches a call of the transformer holds.
 
-A call is known by its expert, its ordinal in the step and its number of samples: pipelines put
-their branches into one call or several, leave some out for a part of the run (truncated guidance),
-or add one (skip-layer guidance).
+A call is known by its network, its ordinal among that network's calls of the step and its number of
+samples: pipelines put their branches into one call or several, or into calls of two networks, leave
+some out for a part of the run (truncated guidance), or add one (skip-layer guidance).
 """
 
 from typing import Any
@@ -40,14 +40,17 @@ class Branches:
         """Calls of the step in progress that are over."""
         return len(self._step)
 
-    def key(self, expert: int, rows: int) -> str:
-        """What the next call is known by.
+    def key(self, expert: int, name: str, rows: int) -> str:
+        """What the next call of a network is known by.
 
         Args:
             expert: number of the transformer.
+            name: its name in the pipeline; those that run at one step share a number.
             rows: samples of the call, each branch counted.
         """
-        return f"{expert}.{self.calls}x{rows}"
+        known = f"{expert}.{name}."
+        ordinal = sum(key.startswith(known) for key, _ in self._step)
+        return f"{known}{ordinal}x{rows}"
 
     def expert_of(self, key: str) -> int:
         """Number of the transformer of a call."""

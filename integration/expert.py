@@ -21,7 +21,7 @@ class Expert:
     """A transformer at work under a controller; its facts are there after the first call.
 
     Args:
-        number: its place among the experts, those for high noise first.
+        number: its turn, those for high noise first; networks of one step share it.
         name: its name in the pipeline.
         transformer: the module.
         controller: what will be asked of it.

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..checkpoints.spec import PredictorSpec, check_host, check_run
 from ..predictors.base import History, Predictor, Step
 from .controller import Controller
+from .denoisers import transformers_of
 from .fingerprint import host_fingerprint
-from .host import transformers_of
 from .memory import most_bytes
 from .schedule import check_anchors
 

@@ -8,9 +8,9 @@ from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, cho
 from ..predictors.base import Predictor
 from .adaptive import ProbeSchedule, Schedule, SpeCa
 from .adaptive_forecasting import ProbedForecaster, VerifiedForecaster
+from .denoisers import transformers_of
 from .fingerprint import host_fingerprint
 from .forecaster import Forecaster
-from .host import transformers_of
 from .memory import check_budget
 from .report import Report
 from .session import Session

@@ -10,6 +10,7 @@ are the host's own.
 import contextlib
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import FrameType
@@ -25,9 +26,10 @@ from .branches import Branches, rows_per_branch
 from .call import Call, Seen
 from .clock import Clock
 from .controller import Controller
+from .denoisers import TURNS, Counted, check_attached, others_of, transformers_of
 from .expert import Expert
-from .hook import LAST_BLOCK, Attached, capturing, own, refuse_other_caches
-from .host import UnsupportedHost, transformers_of
+from .hook import LAST_BLOCK, Attached, capturing, own
+from .host import UnsupportedHost
 from .memory import check_memory
 from .prediction import form_of, prediction
 from .report import Report
@@ -39,7 +41,7 @@ class Session:
     """Attach a controller to a pipeline until `detach`.
 
     Args:
-        pipe: its `transformer` (and `transformer_2`) is the host, its `scheduler` the clock.
+        pipe: its transformers (`transformers_of`) are the hosts, its `scheduler` the clock.
         controller: decides and keeps the state.
 
     Attributes:
@@ -57,15 +59,19 @@ class Session:
         self.report = Report()
         self.final: Tensor | None = None
         self.experts = {
-            name: Expert(number, name, transformer, controller)
-            for number, (name, transformer) in enumerate(transformers_of(pipe).items())
+            name: Expert(TURNS[name], name, transformer, controller)
+            for name, transformer in transformers_of(pipe).items()
         }
+        others = others_of(pipe)
+        self.attached = {n: expert.transformer for n, expert in self.experts.items()} | others
         self._forms: dict[str, Callable[[Tensor], Any]] = {}
         self._reset_run()
         with contextlib.ExitStack() as installed:
             for expert in self.experts.values():
                 route = functools.partial(self._route, expert)
                 installed.callback(Attached(expert.transformer, route).remove)
+            for name, network in others.items():
+                installed.callback(Counted(name, network, self._counts).remove)
             self.clock = Clock(pipe.scheduler, self._open, self._close)
             self._installed = installed.pop_all()
 
@@ -88,37 +94,28 @@ class Session:
         frame = pipeline_call()
         if frame is not None and not self._is_ours(frame.f_locals["self"]):
             return  # another pipeline on the same scheduler
-        self._check_hosts()
+        self.report.open()
+        check_attached(self.pipe, self.attached, self.clock.scheduler)
         self._announced = sigmas
         self._frame = frame
         self._open_run = True
-
-    def _check_hosts(self) -> None:
-        """Raise if the pipeline runs something else than what this session is attached to."""
-        found = transformers_of(self.pipe)  # refuses one that was compiled since
-        for name, expert in self.experts.items():
-            refuse_other_caches(expert.transformer)
-            if found.get(name) is not expert.transformer:
-                raise ValueError(
-                    f"the pipeline's {name} was exchanged since attaching; detach and attach again."
-                )
 
     def _begin(self) -> None:
         """The first call of a run: the pipeline has said by now with which step it starts."""
         self._sigmas = self._announced[self.clock.begin :]
         self._num_steps = len(self._sigmas)
-        self.report.open(self._sigmas)
+        self.report.num_steps = self._num_steps
         self.controller.guided_by = guidance_of(self._frame)
         self.controller.image_tokens = {}
         self.controller.open(self._sigmas)
         self._begun = True
 
     def _is_ours(self, pipe: Any) -> bool:
-        """Whether a call of this pipeline is one of the session's: it may share its transformer."""
+        """Whether a call of this pipeline is the session's: others may share its transformer."""
         if isinstance(self.pipe, DiffusionPipeline):
             return pipe is self.pipe
-        experts = self.experts.items()
-        return all(getattr(pipe, name, None) is expert.transformer for name, expert in experts)
+        experts = self.experts.values()
+        return all(getattr(pipe, expert.name, None) is expert.transformer for expert in experts)
 
     def _close(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
         """Observe the step's calls, now that the sample tells how many branches each one held."""
@@ -144,9 +141,16 @@ class Session:
         branches, expert = self._branches.of(key), self._branches.expert_of(key)
         return Step(index, self._sigmas[index], self._num_steps, branches, expert, x_t)
 
+    def _is_inside(self) -> bool:
+        """Whether the code now running belongs to the run that is open."""
+        return self._open_run and (self._frame is None or is_innermost(self._frame))
+
+    def _counts(self) -> Counter[str] | None:
+        return self.report.others if self._is_inside() else None
+
     def _route(self, expert: Expert, forward: Callable, args: tuple, kwargs: dict) -> Any:
         call = Call(expert.transformer, forward, args, kwargs)
-        if not self._open_run or (self._frame is not None and not is_innermost(self._frame)):
+        if not self._is_inside():
             return call.run()
         try:
             if not self._begun:
@@ -158,7 +162,7 @@ class Session:
 
     def _answer(self, expert: Expert, call: Call) -> Any:
         started = time.perf_counter()
-        key = self._branches.key(expert.number, call.rows)
+        key = self._branches.key(expert.number, expert.name, call.rows)
         step = self._step(self.clock.index, key, call.x_t)
         if not expert.proven:
             self._prove(expert, call)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..integration.denoisers import transformers_of
 from ..integration.fingerprint import host_fingerprint
-from ..integration.host import transformers_of
 from .collector import Recorder
 from .header import Header, RecordingError
 from .prompts import Item
