@@ -49,6 +49,7 @@ class Clock:
         on_open: called with the sigmas of all steps of the scheduler's new list.
         on_step: called after each scheduler step with its index, counted from the first one that is
             evaluated, the model output, and the sample before and after it.
+        check: called before each scheduler step; what it raises keeps the scheduler as it is.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class Clock:
         scheduler: Any,
         on_open: Callable[[list[float]], None],
         on_step: Callable[[int, Tensor, Tensor, Tensor], None],
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.on_open = on_open
         self.on_step = on_step
+        self.check = check
         self.sigmas: list[float] = []
         self.steps_done = 0
         self._wrap()
@@ -90,6 +93,8 @@ class Clock:
 
         def closing(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             given = parameters.bind(scheduler, *args, **kwargs).arguments
+            if self.check is not None:
+                self.check()
             index = self.index
             if self.sigmas and self.steps_done == 0:
                 self._check_start(self.begin, float(given["timestep"]))

@@ -1,6 +1,7 @@
 """A transformer of a pipeline and what has been proven of it; most pipelines have one."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .call import Call
 from .controller import Controller
 from .gate import FirstLook, LastBlock
-from .hook import LAST_BLOCK, TrunkSkipper
+from .hook import LAST_BLOCK, TrunkSkipper, capturing
 from .host import UnsupportedHost
 from .prediction import prediction
 from .proof import check_rows, prove
@@ -54,6 +55,12 @@ class Expert:
         if sample is not None and len(sample) > 1:
             check_rows(call, sample)
             self.rows_proven = True
+
+    def capturing(
+        self, taps: Collection[str]
+    ) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        """Collect taps of the call inside, see `hook.capturing`."""
+        return capturing(self.transformer, self.trunk, set(taps))
 
     def skip(self, call: Call, entering: Callable[[Tensor], Tensor]) -> Any:
         """The call without its trunk, the head's input t replaced by `entering(t)`."""

@@ -4,36 +4,37 @@ A session watches the scheduler (its clock) and routes the transformers' calls. 
 network runs and its tap is observed; at the other steps the tap is forecast. A controller may also
 look at the first block before it decides, or have a forecast checked at the last one. Calls outside
 a run, calls from elsewhere than the pipeline call that opened it, and everything after detaching
-are the host's own.
+are the host's own. Since a run exchanges parts of the transformer, calls from several threads take
+turns.
 """
 
 import contextlib
 import functools
+import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..predictors.base import Step
-from .adaptive import take_rows
 from .branches import Branches, rows_per_branch
 from .call import Call, Seen
 from .clock import Clock
 from .controller import Controller
+from .decided_calls import Decided, check, entering_head, look
 from .denoisers import TURNS, Counted, check_attached, others_of, transformers_of
 from .expert import Expert
-from .hook import LAST_BLOCK, Attached, capturing, own
+from .hook import LAST_BLOCK, Attached, own
 from .host import UnsupportedHost
 from .memory import check_memory
 from .prediction import form_of, prediction
 from .report import Report
-from .running import guidance_of, is_innermost, pipeline_call
+from .running import Caller, guidance_of, pipeline_call, steps_made_elsewhere, variable
 from .time_facts import modulations
 
 
@@ -65,6 +66,7 @@ class Session:
         others = others_of(pipe)
         self.attached = {n: expert.transformer for n, expert in self.experts.items()} | others
         self._forms: dict[str, Callable[[Tensor], Any]] = {}
+        self._turn = threading.RLock()  # of the threads that call the transformer
         self._reset_run()
         with contextlib.ExitStack() as installed:
             for expert in self.experts.values():
@@ -72,40 +74,44 @@ class Session:
                 installed.callback(Attached(expert.transformer, route).remove)
             for name, network in others.items():
                 installed.callback(Counted(name, network, self._counts).remove)
-            self.clock = Clock(pipe.scheduler, self._open, self._close)
+            self.clock = Clock(pipe.scheduler, self._open, self._close, self._check_caller)
             self._installed = installed.pop_all()
 
     def detach(self) -> None:
         """Give the host and the scheduler their own methods back."""
-        self.clock.detach()
-        self._installed.close()
-        self._reset_run()
+        with self._turn:
+            self.clock.detach()
+            self._installed.close()
+            self._reset_run()
 
     def _reset_run(self) -> None:
-        self._open_run = False
+        self._caller: weakref.ref[Caller] | None = None  # who opened the run
         self._begun = False
-        self._frame: FrameType | None = None
         self._branches = Branches()
         self._pending: list[Seen] = []
         self._asked: set[str] = set()  # calls whose image tokens are known
 
     def _open(self, sigmas: list[float]) -> None:
-        self._reset_run()
-        frame = pipeline_call()
-        if frame is not None and not self._is_ours(frame.f_locals["self"]):
-            return  # another pipeline on the same scheduler
-        self.report.open()
-        check_attached(self.pipe, self.attached, self.clock.scheduler)
-        self._announced = sigmas
-        self._frame = frame
-        self._open_run = True
+        with self._turn:
+            self._reset_run()
+            call = pipeline_call()
+            if call is not None and not self._is_ours(variable(call, "self")):
+                return  # another pipeline on the same scheduler
+            self.report.open()
+            check_attached(self.pipe, self.attached, self.clock.scheduler)
+            self._announced = sigmas
+            self._caller = weakref.ref(Caller.new())
+
+    def _check_caller(self) -> None:
+        if self._caller is not None and not self._is_inside():
+            raise ValueError(steps_made_elsewhere(self.pipe))
 
     def _begin(self) -> None:
         """The first call of a run: the pipeline has said by now with which step it starts."""
         self._sigmas = self._announced[self.clock.begin :]
         self._num_steps = len(self._sigmas)
         self.report.num_steps = self._num_steps
-        self.controller.guided_by = guidance_of(self._frame)
+        self.controller.guided_by = guidance_of(pipeline_call())
         self.controller.image_tokens = {}
         self.controller.open(self._sigmas)
         self._begun = True
@@ -118,9 +124,18 @@ class Session:
         return all(getattr(pipe, expert.name, None) is expert.transformer for expert in experts)
 
     def _close(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+        with self._turn:
+            self._check_caller()
+            if self._caller is None:
+                return
+            try:
+                self._close_step(index, v, before, after)
+            except BaseException:
+                self._reset_run()
+                raise
+
+    def _close_step(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
         """Observe the step's calls, now that the sample tells how many branches each one held."""
-        if not self._open_run:
-            return
         if not self._begun:
             self._begin()
         self._branches.close(rows_per_branch(self.pipe, after))
@@ -133,8 +148,7 @@ class Session:
         self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
         check_memory(self.controller, self.report, index, v.device)
         if index == self._num_steps - 1:
-            self._open_run = False
-            self._frame = None
+            self._caller = None
             self.controller.finish(self.report)
 
     def _step(self, index: int, key: str, x_t: Tensor | None) -> Step:
@@ -143,22 +157,23 @@ class Session:
 
     def _is_inside(self) -> bool:
         """Whether the code now running belongs to the run that is open."""
-        return self._open_run and (self._frame is None or is_innermost(self._frame))
+        return self._caller is not None and Caller.here() is self._caller()
 
     def _counts(self) -> Counter[str] | None:
         return self.report.others if self._is_inside() else None
 
     def _route(self, expert: Expert, forward: Callable, args: tuple, kwargs: dict) -> Any:
         call = Call(expert.transformer, forward, args, kwargs)
-        if not self._is_inside():
-            return call.run()
-        try:
-            if not self._begun:
-                self._begin()
-            return self._answer(expert, call)
-        except BaseException:
-            self._reset_run()
-            raise
+        with self._turn:
+            if not self._is_inside():
+                return call.run()
+            try:
+                if not self._begun:
+                    self._begin()
+                return self._answer(expert, call)
+            except BaseException:
+                self._reset_run()
+                raise
 
     def _answer(self, expert: Expert, call: Call) -> Any:
         started = time.perf_counter()
@@ -168,9 +183,11 @@ class Session:
             self._prove(expert, call)
         action = self.controller.action(step)
         if action == "look":
-            output, ran = self._look(expert, call, key, step)
+            looked = look(self.controller, expert, call, key, step)
+            output, ran = self._decided(expert, looked, call, key)
         elif action == "check":
-            output, ran = self._check(expert, call, key, step)
+            checked = check(self.controller, expert, call, key, step)
+            output, ran = self._decided(expert, checked, call, key)
         elif action == "anchor" or not self.controller.knows(key):
             output, ran = self._run(expert, call, key), True
         else:
@@ -184,7 +201,7 @@ class Session:
         expert.prove(call, self.controller)
 
     def _run(self, expert: Expert, call: Call, key: str) -> Any:
-        with self._capturing(expert) as found:
+        with expert.capturing(self.controller.taps) as found:
             output = call.run()
         self._keep(expert, key, found, output, call.x_t)
         expert.prove_rows(call, output)
@@ -194,9 +211,6 @@ class Session:
             if mask is not None:
                 self.controller.image_tokens = {**self.controller.image_tokens, key: mask}
         return output
-
-    def _capturing(self, expert: Expert) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
-        return capturing(expert.transformer, expert.trunk, set(self.controller.taps))
 
     def _keep(
         self, expert: Expert, key: str, found: dict[str, Tensor], output: Any, x_t: Tensor | None
@@ -231,7 +245,7 @@ class Session:
         tap, feature = self.controller.forecast(key, step)
         if tap == "output":
             return self._forms[key](feature)
-        return expert.skip(call, _entering(tap, feature))
+        return expert.skip(call, entering_head(tap, feature))
 
     def _forecast_inside(self, expert: Expert, call: Call, key: str, step: Step) -> Any:
         """Forecast from what only the forward knows: its tokens and its modulation vector."""
@@ -239,64 +253,15 @@ class Session:
         def entering(tokens: Tensor) -> Tensor:
             inside = replace(step, tokens=tokens, modulation=found[-1])
             tap, feature = self.controller.forecast(key, inside)
-            return _entering(tap, feature)(tokens)
+            return entering_head(tap, feature)(tokens)
 
         with modulations(expert.transformer) as found:
             return expert.skip(call, entering)
 
-    def _look(self, expert: Expert, call: Call, key: str, step: Step) -> tuple[Any, bool]:
-        """Run the first block, then the rest of the network or a forecast."""
-        look = expert.first_look
-        assert look is not None  # made with the trunk
-        forecasts: list[tuple[str, Tensor]] = []
-
-        def judge(seen: Tensor) -> bool:
-            return self.controller.judge(step, seen) or not self.controller.knows(key)
-
-        def entering(tensor: Tensor) -> Tensor:
-            tap, feature = self.controller.forecast(key, step)
-            forecasts.append((tap, feature))
-            came = tensor if look.entered is None else look.entered
-            return tensor if tap == "output" else _entering(tap, feature)(came)
-
-        with self._capturing(expert) as found:
-            output, ran = look(call.forward, call.args, call.kwargs, judge, entering)
-            if "residual" in self.controller.taps and look.entered is not None:
-                found["trunk_in"] = look.entered
-        if ran:
-            self._keep(expert, key, found, output, step.x_t)
-        elif forecasts[0][0] == "output":
-            output = self._forms[key](forecasts[0][1])
-        return output, ran
-
-    def _check(self, expert: Expert, call: Call, key: str, step: Step) -> tuple[Any, bool]:
-        """Forecast, check at the last block, and compute the samples that are refused."""
-        assert expert.last_block is not None  # made with the trunk
-        inputs = self.controller.check_inputs(key, step)
-        output = expert.last_block(
-            call.forward,
-            call.args,
-            call.kwargs,
-            inputs,
-            lambda made: self.controller.check(key, step, made),
-        )
-        rejected = self.controller.rejected(step)
-        if not rejected:
-            return output, False
-        sample = prediction(output)
-        per_branch = len(sample) // len(step.branches)
-        rows = [b * per_branch + i for b in range(len(step.branches)) for i in rejected]
-        if len(rejected) < per_branch:
-            args, kwargs = take_rows((call.args, call.kwargs), rows, len(sample))
-            call = replace(call, args=args, kwargs=kwargs)
-        with self._capturing(expert) as found:
-            computed = call.run()
-        self._keep(expert, key, found, computed, call.x_t)
-        merged = sample.clone()
-        merged[torch.as_tensor(rows, device=sample.device)] = prediction(computed)
-        return self._forms[key](merged), True
-
-
-def _entering(tap: str, feature: Tensor) -> Callable[[Tensor], Tensor]:
-    """What enters the head given what came through the empty trunk."""
-    return lambda came: came + feature if tap == "residual" else feature
+    def _decided(self, expert: Expert, decided: Decided, call: Call, key: str) -> tuple[Any, bool]:
+        """What a call that was decided on the way returns, and whether the network ran."""
+        if decided.taps is not None:
+            self._keep(expert, key, decided.taps, decided.output, call.x_t)
+        if decided.sample is None:
+            return decided.output, decided.taps is not None
+        return self._forms[key](decided.sample), decided.taps is not None
