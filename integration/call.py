@@ -1,6 +1,6 @@
 """One call of a transformer, with everything that running it again or without its trunk takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,15 +36,22 @@ class Call:
         return found if isinstance(found, Tensor) else None
 
     @property
-    def rows(self) -> int:
-        """Samples of the call, each branch counted."""
-        found = self._input()
-        return len(found) if isinstance(found, Tensor | list | tuple) else 0
+    def outline(self) -> str:
+        """The shapes of all tensors that the network is given, in order."""
+        return "".join(map(str, _shapes((self.args, self.kwargs))))
 
     def _input(self) -> Any:
         if self.args:
             return self.args[0]
         return self.kwargs.get("hidden_states", first_tensor((), self.kwargs))
+
+
+def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
+    if isinstance(value, Tensor):
+        yield tuple(value.shape)
+    elif isinstance(value, list | tuple | dict):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _shapes(entry)
 
 
 @dataclass(frozen=True)

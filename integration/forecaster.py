@@ -133,8 +133,8 @@ class Forecaster(Controller):
                 own = getattr(self.pipe, "guidance_scale", None)
                 scale = self.guided_by.get("guidance_scale", own)
                 self.spec.check_guidance(len(self.branches), scale, self.guided_by)
-                self.spec.check_latents(tuple(after.shape[1:]))
                 self.guidance_checked = True
+            self.spec.check_latents(tuple(after.shape[1:]))
             self.spec.check_branches(step_index, self.branches)
         self.branches = set()
 

@@ -177,7 +177,7 @@ class Session:
 
     def _answer(self, expert: Expert, call: Call) -> Any:
         started = time.perf_counter()
-        key = self._branches.key(expert.number, expert.name, call.rows)
+        key = self._branches.key(expert.number, expert.name, call.outline)
         step = self._step(self.clock.index, key, call.x_t)
         if not expert.proven:
             self._prove(expert, call)
@@ -185,11 +185,11 @@ class Session:
         if action == "look":
             looked = look(self.controller, expert, call, key, step)
             output, ran = self._decided(expert, looked, call, key)
+        elif action == "anchor" or not self.controller.knows(key):
+            output, ran = self._run(expert, call, key), True
         elif action == "check":
             checked = check(self.controller, expert, call, key, step)
             output, ran = self._decided(expert, checked, call, key)
-        elif action == "anchor" or not self.controller.knows(key):
-            output, ran = self._run(expert, call, key), True
         else:
             output, ran = self._forecast(expert, call, key, step), False
         self._branches.count(key, len(prediction(output)))

@@ -3,7 +3,7 @@
 Shapes: B batch, S sampling steps, N tokens, D channels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool
@@ -46,7 +46,11 @@ class Recorder(Controller):
         self.final: Tensor | None = None
 
     def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Keep one call's features, one entry per branch."""
+        """Keep one call's features, one entry per branch.
+
+        Raises:
+            ValueError: a feature changed its shape in mid-run.
+        """
         if len(self.experts) == step.index:
             self.experts.append(step.expert)
         if key in self.image_tokens:
@@ -57,6 +61,7 @@ class Recorder(Controller):
             while len(steps) <= step.index:
                 steps.append({})
             parts = feature.chunk(len(step.branches))
+            _check_shapes(steps, zip(step.branches, parts, strict=True), tap, step.index)
             steps[step.index].update(zip(step.branches, parts, strict=True))
 
     def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
@@ -168,6 +173,20 @@ class Recorder(Controller):
                 stored[f"feature/{tap}"] = shown[:, :, tokens]
                 stored[f"tokens/{tap}"] = tokens
         return {name: tensor.cpu() for name, tensor in stored.items()}
+
+
+def _check_shapes(
+    steps: list[dict[int, Tensor]], parts: Iterable[tuple[int, Tensor]], tap: str, index: int
+) -> None:
+    """Raise unless every branch keeps the shape of its last feature."""
+    for branch, part in parts:
+        before = next((step[branch] for step in reversed(steps) if branch in step), part)
+        if before.shape != part.shape:
+            raise ValueError(
+                f"the {tap} of branch {branch} changed shape from {tuple(before.shape)} to "
+                f"{tuple(part.shape)} at step {index}; a recorded run must keep one shape. Record "
+                "without what changes the latents in mid-run; the fixed formulas forecast it."
+            )
 
 
 def _stacked(branches: list[Tensor], tap: str) -> Tensor:
