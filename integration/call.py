@@ -1,11 +1,13 @@
 """One call of a transformer, with everything that running it again or without its trunk takes."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from .denoisers import TIME_ARGUMENTS
 from .host import first_tensor
 
 
@@ -39,6 +41,14 @@ class Call:
     def outline(self) -> str:
         """The shapes of all tensors that the network is given, in order."""
         return "".join(map(str, _shapes((self.args, self.kwargs))))
+
+    @property
+    def time(self) -> Tensor | None:
+        """The time the network is told; None where its arguments do not show it."""
+        names = list(inspect.signature(type(self.transformer).forward).parameters)[1:]
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        found = next((given[name] for name in TIME_ARGUMENTS if name in given), None)
+        return found if isinstance(found, Tensor) else None
 
     def _input(self) -> Any:
         if self.args:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .watched import unwatch, watch
@@ -122,6 +123,50 @@ class Clock:
         """Give the scheduler its own methods back."""
         for name, watched in self._watched.items():
             unwatch(self.scheduler, name, watched)
+
+
+class Pace:
+    """Whether the network's calls keep to the clock: all calls of one step are told one time.
+
+    Times are compared only where a step has more calls than any before it: reading one waits for
+    the device.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0  # of the step in progress
+        self._most = 0  # of a step so far
+        self._time: Tensor | None = None
+
+    def call(self, time: Tensor | None) -> None:
+        """The network is called.
+
+        Args:
+            time: what it is told; None where that is not known.
+
+        Raises:
+            ValueError: the calls before were told another, and no step is over since.
+        """
+        if self.calls == 0:
+            self._time = time
+        elif self.calls >= self._most and time is not None and self._time is not None:
+            before, now = self._time.unique(), time.unique()
+            if not torch.equal(before, now):
+                raise ValueError(
+                    f"the network is called at the time {_told(now)} after {_told(before)}, but "
+                    "the pipeline's scheduler made no step between: the steps are made elsewhere "
+                    "(by copies of it, as in diffusion forcing, or without it), so they cannot be "
+                    "counted and nothing can be forecast. Run this pipeline without foreseer."
+                )
+        self.calls += 1
+
+    def step(self) -> None:
+        """A step is over."""
+        self._most, self.calls = max(self._most, self.calls), 0
+
+
+def _told(times: Tensor) -> str:
+    values = times.tolist()
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
 def step_signature(scheduler: Any) -> inspect.Signature:

@@ -1,15 +1,11 @@
 """Which networks of a pipeline denoise: those that are forecast, and those that are left alone."""
 
 import inspect
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from .hook import refuse_other_caches
 from .host import UnsupportedHost
-from .watched import unwatch, watch
 
 TURNS = {"transformer": 0, "unconditional_transformer": 0, "transformer_2": 1}
 """Networks that are forecast, by name. Wan 2.2 runs `transformer` at high noise and `transformer_2`
@@ -76,56 +72,3 @@ def takes_time(network: nn.Module) -> bool:
     """Whether a network is told a time, as whatever denoises is."""
     owner: Any = type(getattr(network, "_orig_mod", network))
     return any(name in inspect.signature(owner.forward).parameters for name in TIME_ARGUMENTS)
-
-
-class Counted:
-    """Count the calls of a network that is left alone, until `remove`.
-
-    Args:
-        name: its name in the pipeline.
-        network: the network.
-        counts: asked at every call for what to count it in; None where it is not to be counted.
-    """
-
-    def __init__(
-        self, name: str, network: nn.Module, counts: Callable[[], Counter[str] | None]
-    ) -> None:
-        self.name = name
-        self.network = network
-        self.counts = counts
-        compiled = network._compiled_call_impl is not None
-        self._place = "_compiled_call_impl" if compiled else "forward"  # what a call comes to
-        self._watched = watch(network, self._place, self._call)
-
-    def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        counts = self.counts()
-        if counts is not None:
-            counts[self.name] += 1
-        return forward(*args, **kwargs)
-
-    def remove(self) -> None:
-        """Give the network its own forward back."""
-        unwatch(self.network, self._place, self._watched)
-
-
-def check_attached(pipe: Any, attached: dict[str, nn.Module], scheduler: Any) -> None:
-    """Raise if a pipeline runs something else than what was attached to.
-
-    Args:
-        pipe: the pipeline.
-        attached: networks by their names, those left alone too.
-        scheduler: the scheduler.
-
-    Raises:
-        ValueError: one was exchanged since, or has a cache now.
-    """
-    transformers = transformers_of(pipe)
-    found = {**transformers, **others_of(pipe), "scheduler": pipe.scheduler}
-    expected = {**attached, "scheduler": scheduler}
-    for transformer in transformers.values():
-        refuse_other_caches(transformer)
-    for name in expected | found:
-        if found.get(name) is not expected.get(name):
-            raise ValueError(
-                f"the pipeline's {name} was exchanged since attaching; detach and attach again."
-            )

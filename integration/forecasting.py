@@ -23,7 +23,13 @@ class Run:
         self.session = session
 
     def report(self) -> Report:
-        """Which steps ran and which were forecast, state bytes, time per kind of step."""
+        """Which steps ran and which were forecast, state bytes, time per kind of step.
+
+        Raises:
+            ValueError: nothing that was attached to is in the pipeline any more, so that calls
+                since were not seen.
+        """
+        self.session.attachment.check_reached()
         return self.session.report
 
     def detach(self) -> None:

@@ -56,6 +56,9 @@ class Report:
             f"{len(self.anchors)} network evaluations, {len(self.forecasts)} forecasts of "
             f"{self.num_steps} steps"
         ]
+        begun = len({*self.anchors, *self.forecasts})
+        if begun < self.num_steps:
+            lines.append(f"broken off: {begun} of {self.num_steps} steps were begun")
         calls = {kind: len(values) for kind, values in self.seconds.items()}
         if sum(calls.values()) > len(self.anchors) + len(self.forecasts):
             lines.append(

@@ -8,8 +8,6 @@ are the host's own. Since a run exchanges parts of the transformer, calls from s
 turns.
 """
 
-import contextlib
-import functools
 import threading
 import time
 import weakref
@@ -18,23 +16,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..predictors.base import Step
+from .attachment import Attachment
 from .branches import Branches, rows_per_branch
 from .call import Call, Seen
-from .clock import Clock
+from .clock import Pace
 from .controller import Controller
 from .decided_calls import Decided, check, entering_head, look
-from .denoisers import TURNS, Counted, check_attached, others_of, transformers_of
 from .expert import Expert
-from .hook import LAST_BLOCK, Attached, own
+from .hook import LAST_BLOCK, own
 from .host import UnsupportedHost
 from .memory import check_memory
 from .prediction import form_of, prediction
 from .report import Report
-from .running import Caller, guidance_of, pipeline_call, steps_made_elsewhere, variable
+from .running import Caller, guidance_of, pipeline_call, steps_made_elsewhere
 from .time_facts import modulations
 
 
@@ -59,35 +56,25 @@ class Session:
         self.controller = controller
         self.report = Report()
         self.final: Tensor | None = None
-        self.experts = {
-            name: Expert(TURNS[name], name, transformer, controller)
-            for name, transformer in transformers_of(pipe).items()
-        }
-        others = others_of(pipe)
-        self.attached = {n: expert.transformer for n, expert in self.experts.items()} | others
         self._forms: dict[str, Callable[[Tensor], Any]] = {}
         self._turn = threading.RLock()  # of the threads that call the transformer
+        self.attachment = Attachment(pipe, controller)
+        self.experts = self.attachment.experts
         self._reset_run()
-        with contextlib.ExitStack() as installed:
-            for expert in self.experts.values():
-                route = functools.partial(self._route, expert)
-                installed.callback(Attached(expert.transformer, route).remove)
-            for name, network in others.items():
-                installed.callback(Counted(name, network, self._counts).remove)
-            self.clock = Clock(pipe.scheduler, self._open, self._close, self._check_caller)
-            self._installed = installed.pop_all()
+        ticks = (self._open, self._close, self._check_caller)
+        self.clock = self.attachment.install(self._route, self._counts, ticks)
 
     def detach(self) -> None:
         """Give the host and the scheduler their own methods back."""
         with self._turn:
-            self.clock.detach()
-            self._installed.close()
+            self.attachment.remove()
             self._reset_run()
 
     def _reset_run(self) -> None:
         self._caller: weakref.ref[Caller] | None = None  # who opened the run
         self._begun = False
         self._branches = Branches()
+        self.attachment.pace = Pace()
         self._pending: list[Seen] = []
         self._asked: set[str] = set()  # calls whose image tokens are known
 
@@ -95,10 +82,10 @@ class Session:
         with self._turn:
             self._reset_run()
             call = pipeline_call()
-            if call is not None and not self._is_ours(variable(call, "self")):
+            if call is not None and not self.attachment.is_of(call):
                 return  # another pipeline on the same scheduler
             self.report.open()
-            check_attached(self.pipe, self.attached, self.clock.scheduler)
+            self.attachment.check()
             self._announced = sigmas
             self._caller = weakref.ref(Caller.new())
 
@@ -116,13 +103,6 @@ class Session:
         self.controller.open(self._sigmas)
         self._begun = True
 
-    def _is_ours(self, pipe: Any) -> bool:
-        """Whether a call of this pipeline is the session's: others may share its transformer."""
-        if isinstance(self.pipe, DiffusionPipeline):
-            return pipe is self.pipe
-        experts = self.experts.values()
-        return all(getattr(pipe, expert.name, None) is expert.transformer for expert in experts)
-
     def _close(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
         with self._turn:
             self._check_caller()
@@ -138,6 +118,7 @@ class Session:
         """Observe the step's calls, now that the sample tells how many branches each one held."""
         if not self._begun:
             self._begin()
+        self.attachment.check_step(index)
         self._branches.close(rows_per_branch(self.pipe, after))
         for seen in self._pending:
             step = self._step(index, seen.key, seen.x_t)
@@ -149,6 +130,7 @@ class Session:
         check_memory(self.controller, self.report, index, v.device)
         if index == self._num_steps - 1:
             self._caller = None
+            self.attachment.pace = Pace()
             self.controller.finish(self.report)
 
     def _step(self, index: int, key: str, x_t: Tensor | None) -> Step:
@@ -157,7 +139,12 @@ class Session:
 
     def _is_inside(self) -> bool:
         """Whether the code now running belongs to the run that is open."""
-        return self._caller is not None and Caller.here() is self._caller()
+        opened = self._opened_by()
+        return opened is not None and Caller.here() is opened
+
+    def _opened_by(self) -> Caller | None:
+        """Who opened the run; None when it is over or its call is, however that ended."""
+        return None if self._caller is None else self._caller()
 
     def _counts(self) -> Counter[str] | None:
         return self.report.others if self._is_inside() else None
@@ -165,9 +152,16 @@ class Session:
     def _route(self, expert: Expert, forward: Callable, args: tuple, kwargs: dict) -> Any:
         call = Call(expert.transformer, forward, args, kwargs)
         with self._turn:
-            if not self._is_inside():
+            if not (self._is_inside() and self.attachment.has_clock):
+                try:
+                    self.attachment.check_outside(call.time if not self._opened_by() else None)
+                except ValueError:
+                    self._reset_run()
+                    self.report.open()
+                    raise
                 return call.run()
             try:
+                self.attachment.pace.call(call.time)
                 if not self._begun:
                     self._begin()
                 return self._answer(expert, call)

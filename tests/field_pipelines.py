@@ -117,6 +117,6 @@ FORCING = Family(
     "skyreels_forcing",
     skyreels_forcing,
     lambda seed: prompt(seed, 6, 12),
-    size(num_frames=9, base_num_frames=9, guidance_scale=4.0, fps=16),
+    size(prompt=None, num_frames=9, base_num_frames=9, guidance_scale=4.0, fps=16),
     2,
 )
