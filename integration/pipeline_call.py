@@ -4,6 +4,7 @@ Shapes: n or B samples, C channels, H height, W width.
 """
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ CLASS_GUIDANCE = 3.0
 
 def samples(
     pipe: Any,
-    prompts: str | Sequence[str] | None = None,
+    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
     class_labels: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Per-sample arguments of a pipeline, one entry per sample.

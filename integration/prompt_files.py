@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 READ = (".txt", ".safetensors")
-DATA = (
-    "csv|tsv|jsonl?|ya?ml|toml|xml|parquet|arrow|txt|safetensors|pt|pth|ckpt|np[yz]|pkl|md|gz|zip"
-)
-PATH = re.compile(
-    rf"(?:\S*[^\s.]\.[A-Za-z]\w{{0,11}}|.*\.(?:{DATA})"  # one word with an ending, or a known ending
-    r"|\S*[/\\]\S*|(?:\.{0,2}|~|[A-Za-z]:)[/\\].*)",  # one word with a slash, or a path's start
-    re.IGNORECASE,
+DATA = "csv|tsv|jsonl?|ya?ml|toml|xml|parquet|arrow|txt|safetensors|pt|pth|ckpt|np[yz]|pkl|md|zip"
+PATHS = (
+    r"\S*[^\s.]\.[A-Za-z]\w{0,11}",  # one word with an ending
+    rf".*\.(?:{DATA})",  # several with a known one
+    r"\S*[/\\]\S*",  # one word with a slash
+    r"(?:\.{0,2}|~|[A-Za-z]:)[/\\].*",  # the start of a path
 )
 
 
 def is_path(words: str) -> bool:
     """Whether a string is, or looks like, the path of something."""
-    return PATH.fullmatch(words.strip()) is not None or _exists(words)
+    looks = any(re.fullmatch(path, words.strip(), re.IGNORECASE) for path in PATHS)
+    return looks or _exists(words)
 
 
 def _exists(words: str) -> bool:
