@@ -68,11 +68,12 @@ def adapter_state(transformer: nn.Module) -> list[list[Any]]:
             bool(layer.disable_adapters),
             sorted(layer.merged_adapters),
         ]
-        for name, layer in _adapter_layers(transformer)
+        for name, layer in adapter_layers(transformer)
     ]
 
 
-def _adapter_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapter_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The adapter layers (PEFT) of a transformer with their names."""
     for name, module in transformer.named_modules():
         if hasattr(module, "scaling") and hasattr(module, "merged_adapters"):
             yield name, module

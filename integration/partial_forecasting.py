@@ -50,7 +50,7 @@ class PartialForecaster(Controller):
 
     def open(self, sigmas: list[float]) -> None:
         """Forget the last run."""
-        self.base.guided_by = self.guided_by
+        self.base.settings = self.settings
         self.base.open(sigmas)
         self.policy.reset()
         self.attention, self._anchor = {}, []
@@ -101,6 +101,7 @@ class PartialForecaster(Controller):
         if self._anchor:
             self.policy.observe(torch.cat(self._anchor, -1))
             self._anchor = []
+        self.base.settings = self.settings
         self.base.close(step_index, v, before, after)
 
     def state_bytes(self) -> int:

@@ -7,13 +7,13 @@ with a loop written by hand. A run is therefore known by the call that opened it
 import contextvars
 import sys
 import threading
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
-GUIDANCE_WORDS = ("guidance", "cfg")
 CALLER = "_foreseer_caller"
 """Name under which a pipeline call's variables hold its `Caller`."""
 
@@ -62,13 +62,18 @@ def _is_pipeline_call(frame: FrameType) -> bool:
 
 
 def variable(frame: FrameType, name: str) -> Any:
-    """One variable of a call under way; None where it has none of that name.
+    """One variable of a call under way; None where it has none of that name."""
+    return variables(frame, (name,)).get(name)
+
+
+def variables(frame: FrameType, names: Iterable[str]) -> dict[str, Any]:
+    """Those variables of a call under way that it has.
 
     Before Python 3.13 asking makes a copy of all variables, which keeps them alive while the call
     lasts; it is emptied again unless the call itself holds on to it, as `locals()` does.
     """
     values = frame.f_locals
-    found = values.get(name)
+    found = {name: values[name] for name in names if name in values}
     if isinstance(values, dict) and sys.getrefcount(values) <= _UNSHARED:
         for other in values.keys() - {CALLER}:
             del values[other]
@@ -108,23 +113,3 @@ def is_called_elsewhere(module: nn.Module, passed: Any) -> bool:
                 return True
             frame = frame.f_back
     return False
-
-
-def guidance_of(call: FrameType | None) -> dict[str, float]:
-    """The numbers of a pipeline call that say how it is guided, by name.
-
-    These are its arguments with `guidance` or `cfg` in their names, such as `true_cfg_scale`, and
-    the settings of its guider, where it has one.
-    """
-    if call is None:
-        return {}
-    names = call.f_code.co_varnames[: call.f_code.co_argcount + call.f_code.co_kwonlyargcount]
-    values: dict[str, Any] = {name: variable(call, name) for name in names}
-    guider = getattr(values.get("self"), "guider", None)
-    config = dict(getattr(guider, "config", {}))
-    values |= {f"guider.{name}": value for name, value in config.items()}
-    return {
-        name: float(value)
-        for name, value in sorted(values.items())
-        if any(word in name for word in GUIDANCE_WORDS) and isinstance(value, int | float)
-    }

@@ -22,6 +22,7 @@ from ..predictors.base import Step
 from .attachment import Attachment
 from .branches import Branches, rows_per_branch
 from .call import Call, Seen
+from .call_settings import CallSettings
 from .clock import Pace
 from .controller import Controller
 from .decided_calls import Decided, check, entering_head, look
@@ -31,7 +32,7 @@ from .host import UnsupportedHost
 from .memory import check_memory
 from .prediction import form_of, prediction
 from .report import Report
-from .running import Caller, guidance_of, pipeline_call, steps_made_elsewhere
+from .running import Caller, pipeline_call, steps_made_elsewhere
 from .time_facts import modulations
 
 
@@ -98,7 +99,8 @@ class Session:
         self._sigmas = self._announced[self.clock.begin :]
         self._num_steps = len(self._sigmas)
         self.report.num_steps = self._num_steps
-        self.controller.guided_by = guidance_of(pipeline_call())
+        self._settings = CallSettings(expert.transformer for expert in self.experts.values())
+        self.controller.settings = self._settings.read(pipeline_call())
         self.controller.image_tokens = {}
         self.controller.open(self._sigmas)
         self._begun = True
@@ -125,6 +127,7 @@ class Session:
             self.controller.observe(seen.key, seen.call, step, seen.taps)
         self._pending = []
         self.final = after
+        self.controller.settings = self._settings.read(pipeline_call())
         self.controller.close(index, v, before, after)
         self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
         check_memory(self.controller, self.report, index, v.device)

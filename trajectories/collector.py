@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ..checkpoints.call_settings import Setting
 from ..integration.controller import Controller
 from ..predictors.base import Step
 from ..predictors.partition import Partition
@@ -39,6 +40,8 @@ class Recorder(Controller):
     def open(self, sigmas: list[float]) -> None:
         """Forget the last run."""
         self.sigmas = sigmas
+        self.guidance_scale = self.settings.get("guidance_scale")
+        self.told: list[Mapping[str, float | None]] = []  # settings of every step
         self.features: dict[str, list[dict[int, Tensor]]] = {}
         self.experts: list[int] = []  # the one that ran at every step
         self.masks: dict[int, Bool[Tensor, "B N"]] = {}  # image tokens of each branch
@@ -65,7 +68,8 @@ class Recorder(Controller):
             steps[step.index].update(zip(step.branches, parts, strict=True))
 
     def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Keep the state a step started from, and the last one it ended at."""
+        """Keep the state a step started from, the last one it ended at, and its settings."""
+        self.told.append(self.settings)
         self.states.append(before.detach().float())
         self.final = after.detach().float()
 
@@ -73,6 +77,22 @@ class Recorder(Controller):
     def num_branches(self) -> int:
         """Guidance branches of the first step, which has them all."""
         return len(self._steps()[0])
+
+    @property
+    def guidance(self) -> dict[str, Setting]:
+        """What the pipeline call set, a value per step where it changed on the way.
+
+        Raises:
+            ValueError: the settings of a step have other names, as where a list became longer.
+        """
+        for index, step in enumerate(self.told):
+            if differing := sorted(step.keys() ^ self.told[0].keys()):
+                raise ValueError(
+                    f"step {index} has other settings than the first: {', '.join(differing)}; "
+                    "a recorded run must keep its arguments and adapters."
+                )
+        steps = {name: tuple(step[name] for step in self.told) for name in self.told[0]}
+        return {n: each[0] if len(set(each)) == 1 else each for n, each in steps.items()}
 
     @property
     def dtype(self) -> str:

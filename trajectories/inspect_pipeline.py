@@ -98,7 +98,8 @@ def first_step(
 def _run_facts(recorder: Recorder) -> list[str]:
     assert recorder.final is not None  # the first step is over
     sigmas, shape = recorder.sigmas, "x".join(map(str, recorder.final.shape[1:]))
-    guided = ", ".join(f"{name} {value:g}" for name, value in recorder.guided_by.items())
+    told = {name: value for name, value in recorder.settings.items() if value is not None}
+    guided = ", ".join(f"{name} {value:g}" for name, value in told.items())
     return [
         f"run         {len(sigmas)} steps, sigma {sigmas[0]:.3f} to {sigmas[-1]:.3f}, latents "
         f"{shape}",

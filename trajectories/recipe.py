@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoints.call_settings import as_settings, first_difference
 from ..integration.denoisers import transformers_of
 from ..integration.fingerprint import host_fingerprint
 from .collector import Recorder
@@ -84,7 +85,8 @@ def describe(
     """The header of a recording, read off the pipeline and the batch just run."""
     if recorder.final is None:
         raise ValueError("no step was recorded: the pipeline never called scheduler.step.")
-    given = recorder.guided_by.get("guidance_scale", getattr(pipe, "guidance_scale", None))
+    own = getattr(pipe, "guidance_scale", None)
+    given = own if recorder.guidance_scale is None else recorder.guidance_scale
     guidance_scale = settings.get("guidance_scale", 1.0) if given is None else given
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     return Header(
@@ -102,7 +104,7 @@ def describe(
         features=recipe["features"],
         states=recipe["states"],
         latent_shape=list(recorder.final.shape[1:]),
-        guidance={n: v for n, v in recorder.guided_by.items() if n != "guidance_scale"},
+        guidance=recorder.guidance,
         branch_steps=recorder.branch_steps,
         expert_steps=recorder.expert_steps,
     )
@@ -112,8 +114,14 @@ def check_alike(recorder: Recorder, header: Header) -> None:
     """Raise unless the run just recorded has the branches and transformers of the recording.
 
     Raises:
-        RecordingError: guidance or a transformer stopped at another step.
+        RecordingError: guidance or a transformer stopped at another step, or a setting changed.
     """
+    name = first_difference(as_settings(header.guidance), recorder.guidance)
+    if name is not None:
+        raise RecordingError(
+            f"this run has {name} {recorder.guidance.get(name)}, the recording has "
+            f"{header.guidance.get(name)}; record runs of one kind."
+        )
     found = (recorder.branch_steps, recorder.expert_steps)
     if found != (header.branch_steps, header.expert_steps):
         raise RecordingError(
