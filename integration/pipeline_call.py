@@ -74,11 +74,23 @@ def takes_labels(pipe: Any) -> bool:
 def joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The per-sample arguments of several samples as those of one call.
 
+    One sample's are those of the call as a person makes it: its picture is no list of one picture.
+    Labels are a list even so, since DiT pipelines take nothing else.
+
     Args:
         entries: a mapping per sample, all with the same names: tensors with a leading axis of one,
-            lists of one entry, or plain values.
+            lists of one entry, pictures, or plain values.
     """
+    if len(entries) == 1:
+        listed = {"class_labels": [entries[0].get("class_labels")]}
+        return {**entries[0], **(listed if isinstance(listed["class_labels"][0], int) else {})}
     return {name: _join([entry[name] for entry in entries]) for name in entries[0]}
+
+
+def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
+    """A generator for each sample of a call; of one sample itself, since not all take a list."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return made[0] if len(made) == 1 else made
 
 
 def _join(values: list[Any]) -> Any:

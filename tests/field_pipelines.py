@@ -6,13 +6,20 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     Ideogram4Pipeline,
     Ideogram4Transformer2DModel,
     SkyReelsV2DiffusionForcingPipeline,
     SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
+from families.edits import picture_vae
 from families.family import Family, noise, prompt, silent, size, tiny
+from families.images import dynamic_euler, flux_transformer
 from torch import Tensor
 
 TEXT = 4  # tokens of a prompt
@@ -120,3 +127,40 @@ FORCING = Family(
     size(prompt=None, num_frames=9, base_num_frames=9, guidance_scale=4.0, fps=16),
     2,
 )
+
+
+def wan(cls: type, network: type, **more: Any) -> Any:
+    """A Wan pipeline that starts from a picture."""
+    transformer = tiny(
+        network,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        out_channels=16,
+        text_dim=12,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        **more,
+    )
+    solver = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    nothing = dict.fromkeys(("tokenizer", "text_encoder"))
+    if cls is WanImageToVideoPipeline:
+        nothing |= dict.fromkeys(("image_encoder", "image_processor"))
+    return silent(cls(**nothing, vae=wan_vae(), scheduler=solver, transformer=transformer))
+
+
+def wan_from_picture() -> Any:
+    return wan(WanImageToVideoPipeline, WanTransformer3DModel, in_channels=36)
+
+
+def wan_vace() -> Any:
+    more = {"in_channels": 16, "vace_layers": [0], "vace_in_channels": 96}
+    return wan(WanVACEPipeline, WanVACETransformer3DModel, **more)
+
+
+def kontext() -> Any:
+    nothing = [None] * 4
+    return silent(FluxKontextPipeline(dynamic_euler(), picture_vae(), *nothing, flux_transformer()))

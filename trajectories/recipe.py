@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from ..checkpoints.call_settings import as_settings, first_difference
@@ -12,7 +13,7 @@ from ..integration.denoisers import transformers_of
 from ..integration.fingerprint import host_fingerprint
 from .collector import Recorder
 from .header import Header, RecordingError
-from .prompts import Item
+from .prompts import CONTENT, Item, digest
 from .recording import Recording
 from .storage import exists
 
@@ -38,6 +39,8 @@ def finished_items(out: str | Path, recipe: dict[str, Any], items: Sequence[Item
         if item.index not in found.entries:
             continue
         meta, asked = found.meta(item.index), item_meta(item)
+        if CONTENT not in meta:  # recorded before it was noted
+            asked.pop(CONTENT, None)
         if meta != asked:
             raise RecordingError(
                 f"{out} holds item {item.index} as {meta}, asked for {asked}; give it another "
@@ -132,13 +135,16 @@ def check_alike(recorder: Recorder, header: Header) -> None:
 
 
 def item_meta(item: Item) -> dict[str, str | int | float]:
-    """What a manifest says of an item: its seed and those of its inputs that are plain."""
-    inputs = {n: value for n, value in item.inputs.items() if isinstance(value, str | int | float)}
-    return {"seed": item.seed, **inputs}
+    """What a manifest says of an item: its seed, its plain inputs, and a digest of the others."""
+    plain = {n: value for n, value in item.inputs.items() if isinstance(value, str | int | float)}
+    others = {name: value for name, value in item.inputs.items() if name not in plain}
+    noted = {CONTENT: digest([], others)} if others else {}
+    return {"seed": item.seed, **plain, **noted}
 
 
 def plain_or_name(value: Any) -> str | int | float | bool | None:
     """A setting as JSON: itself if it is plain, else its type in angle brackets."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    return f"<{type(value).__name__}>"
+    kind = Image.Image if isinstance(value, Image.Image) else type(value)  # of any file format
+    return f"<{kind.__name__}>"
