@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.integration.bench_meta import collect_meta
+from foreseer.integration.denoisers import transformer_of
 from foreseer.integration.flops import first_call, step_flops
-from foreseer.integration.host import transformer_of
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.integration.report_rows import to_record
 from foreseer.predictors.lesa import LesaPredictor

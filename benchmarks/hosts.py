@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from families import FAMILIES, MORE, Family, call
 
 from foreseer.checkpoints.format import load_predictor
+from foreseer.integration.denoisers import transformers_of
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host import transformers_of
 from foreseer.integration.session import Session
 from foreseer.integration.verify import (
     Replay,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from foreseer.integration.denoisers import transformer_of
 from foreseer.integration.flops import first_call, run_flops, step_flops
-from foreseer.integration.host import transformer_of
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.integration.timing import attach_overhead, forecast_step_ratio

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from foreseer.checkpoints.format import load_predictor
+from foreseer.integration.denoisers import transformer_of
 from foreseer.integration.forecasting import Run, forecasting
 from foreseer.integration.hook import TrunkSkipper, capturing
-from foreseer.integration.host import TrunkTracer, transformer_of
+from foreseer.integration.host import TrunkTracer
 from foreseer.integration.metrics import psnr
 from foreseer.integration.partial import PartialTrunk, Pick
 from foreseer.integration.partial_forecasting import PartialReport, partially

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .call_settings import as_settings
 from .spec import PredictorSpec
 from .strict import MalformedFile, parse_json, read_plain
 from .upgrade import PREDICTOR, NewerVersion, upgraded
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_STEPS = 4096
@@ -117,7 +118,7 @@ def decode_config(text: str | bytes, where: str) -> Config:
         "anchors": tuple(spec["anchors"]),
         "sigmas": tuple(float(sigma) for sigma in spec["sigmas"]),
         "metrics": {name: float(value) for name, value in spec["metrics"].items()},
-        "guidance": {name: float(value) for name, value in spec["guidance"].items()},
+        "guidance": as_settings(spec["guidance"]),
         "latent_shapes": tuple(map(tuple, spec["latent_shapes"])),
         "branch_steps": tuple(spec["branch_steps"]),
         "expert_steps": tuple(spec["expert_steps"]),
@@ -160,6 +161,12 @@ def _check_schedule(spec: PredictorSpec, where: str) -> None:
             f"{where}: branch_steps is {short(spec.branch_steps)}, expected numbers of steps from "
             f"1 to {num_steps}; export the predictor again."
         )
+    for name, value in spec.guidance.items():
+        if isinstance(value, tuple) and len(value) != num_steps:
+            raise CheckpointError(
+                f"{where}: guidance has {len(value)} values of {name}, expected one for each of "
+                f"{num_steps} steps; export the predictor again."
+            )
     size = len(spec.anchors) ** 2 * num_steps * spec.num_branches
     if size > MAX_REPLAY:
         raise CheckpointError(
@@ -215,6 +222,10 @@ def is_number(value: Any) -> bool:
     return is_int(value) and abs(value) < 2**63
 
 
+def _is_value(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
 def is_text(value: Any) -> bool:
     """Whether a JSON value is a string of printable characters that is not too long."""
     return isinstance(value, str) and len(value) <= MAX_STRING and value.isprintable()
@@ -264,7 +275,10 @@ SPEC_RULES: dict[str, Rule] = {
     "recording_digest": (is_text, "a string"),
     "num_trajectories": (lambda v: is_int(v) and 0 <= v < 2**63, "a whole number >= 0"),
     "metrics": (lambda v: _is_dict(v, is_number), "an object of numbers"),
-    "guidance": (lambda v: _is_dict(v, is_number), "an object of numbers"),
+    "guidance": (
+        lambda v: _is_dict(v, lambda entry: _is_value(entry) or is_list(entry, _is_value)),
+        "an object of numbers, null, or a list of them for each step",
+    ),
     "latent_shapes": (
         lambda v: is_list(v, lambda shape: is_list(shape, is_int, most=8), least=0),
         "a list of shapes",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..predictors.base import Predictor
+from .call_settings import Setting, at_step, first_difference, readable_setting
 
 SIGMA_TOLERANCE = 1e-5  # float32 grids of one recipe agree to about 1e-7
 
@@ -31,7 +32,9 @@ class PredictorSpec:
         recording_digest: digest of the recording fitted on.
         num_trajectories: trajectories fitted on.
         metrics: measured held-out errors, next to those of the analytic rules.
-        guidance: further numbers of the pipeline call that guide, by argument (`true_cfg_scale`).
+        guidance: what the pipeline call set that changes the function, by argument (see
+            checkpoints/call_settings.py), with a value per step where it changed in mid-run. Files
+            before version 3 tell of a few arguments only; others are not compared.
         latent_shapes: shapes of one sample's latents, without batch, that were fitted on: the
             resolutions and lengths the predictor serves. None of any stands for all.
         branch_steps: steps each branch lasts, where guidance stops in mid-run; empty where every
@@ -50,7 +53,7 @@ class PredictorSpec:
     recording_digest: str = ""
     num_trajectories: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    guidance: dict[str, float] = field(default_factory=dict)
+    guidance: dict[str, Setting] = field(default_factory=dict)
     latent_shapes: tuple[tuple[int, ...], ...] = ()
     branch_steps: tuple[int, ...] = ()
     expert_steps: tuple[int, ...] = (0,)
@@ -120,18 +123,12 @@ class PredictorSpec:
                 f"the pipeline in {self.dtype} or record and fit in {dtype}."
             )
 
-    def check_guidance(
-        self,
-        num_branches: int,
-        guidance_scale: float | None,
-        guidance: Mapping[str, float] | None = None,
-    ) -> None:
+    def check_guidance(self, num_branches: int, guidance_scale: float | None) -> None:
         """Raise unless a run has the guidance of the fit.
 
         Args:
             num_branches: guidance branches found per step.
             guidance_scale: the pipeline's scale, None where it does not tell.
-            guidance: further numbers of the pipeline call.
 
         Raises:
             PredictorMismatch: another number of branches, or another scale.
@@ -146,12 +143,25 @@ class PredictorSpec:
                 f"the predictor was fitted at guidance_scale {self.guidance_scale:g}, this run has "
                 f"{guidance_scale:g}; record and fit at {guidance_scale:g}."
             )
-        for name, value in (guidance or {}).items():
-            if name in self.guidance and abs(value - self.guidance[name]) > 1e-6:
-                raise PredictorMismatch(
-                    f"the predictor was fitted at {name} {self.guidance[name]:g}, this run has "
-                    f"{value:g}; record and fit at {value:g}."
-                )
+
+    def check_settings(self, index: int, found: Mapping[str, float | None]) -> None:
+        """Raise unless a pipeline call sets at a step what it set in the fit.
+
+        Args:
+            index: the step.
+            found: its settings.
+
+        Raises:
+            PredictorMismatch: one differs.
+        """
+        name = first_difference(self.guidance, found, index)
+        if name is not None:
+            expected = readable_setting(at_step(self.guidance.get(name), index))
+            value = readable_setting(found.get(name))
+            raise PredictorMismatch(
+                f"the predictor was fitted at {name} {expected}, this run has {value} at step "
+                f"{index}; record and fit at {value}."
+            )
 
 
 def _shapes(shapes: Sequence[Sequence[int]]) -> str:

@@ -58,8 +58,13 @@ def _recording_from_1(values: Values) -> Values:
     return ONE_TRANSFORMER | values
 
 
-PREDICTOR: dict[int, Upgrade] = {1: _predictor_from_1}
+def _settings_from_2(values: Values) -> Values:
+    """2026-11-29: settings of the call that do not guide, null, and a value per step."""
+    return values  # arguments that are not told of are not compared
+
+
+PREDICTOR: dict[int, Upgrade] = {1: _predictor_from_1, 2: _settings_from_2}
 """Of the `config.json` of a predictor checkpoint."""
 
-RECORDING: dict[int, Upgrade] = {1: _recording_from_1}
+RECORDING: dict[int, Upgrade] = {1: _recording_from_1, 2: _settings_from_2}
 """Of the `recording.json` of a recording."""

@@ -28,6 +28,10 @@ class ProbeSchedule:
         """Bytes kept between steps."""
         return 0 if self.kept is None else self.kept.numel() * self.kept.element_size()
 
+    def compares(self, statistic: Tensor) -> bool:
+        """Whether an earlier probe is there that a step's has the shape of."""
+        return self.kept is not None and self.kept.shape == statistic.shape
+
     def open(self, num_steps: int) -> None:
         """Forget the last run."""
         raise NotImplementedError
@@ -75,8 +79,8 @@ class TeaCache(ProbeSchedule):
 
     def judge(self, index: int, statistic: Tensor, planned: bool) -> bool:
         """Add this step's change; see the base class."""
-        first = self.kept is None
-        if self.kept is not None:
+        first = not self.compares(statistic)
+        if self.kept is not None and not first:
             change = relative_l1(statistic, self.kept)
             mapped = 0.0
             for coefficient in self.coefficients:
@@ -113,7 +117,7 @@ class FirstBlock(ProbeSchedule):
 
     def judge(self, index: int, statistic: Tensor, planned: bool) -> bool:
         """Compare with the last anchor; see the base class."""
-        if not planned and self.kept is not None:
+        if not planned and self.kept is not None and self.compares(statistic):
             if relative_l1(statistic, self.kept) < self.threshold:
                 return False
         self.kept = statistic

@@ -144,11 +144,13 @@ class VerifiedForecaster(Forecaster):
         feature = taps["hidden"]
         self.check_feature(feature, step)
         branches = len(step.branches)
-        samples = self.refused.get(step.index) or list(range(len(feature) // branches))
+        samples = list(range(len(feature) // branches))
+        if self.knows(key):
+            samples = self.refused.get(step.index) or samples
+        elif call == 0 and len(samples) != len(self.runs):  # the first step, or another batch
+            self.evaluations = [0] * len(samples)
+            self.runs = [0] * len(samples)
         if call == 0:
-            if not self.evaluations:
-                self.evaluations = [0] * len(samples)
-                self.runs = [0] * len(samples)
             for i in samples:
                 self.evaluations[i] += 1
                 self.runs[i] = -1  # the end of the step makes it 0

@@ -1,8 +1,10 @@
 """Which guidance branches a call of the transformer holds.
 
-A call is known by its expert, its ordinal in the step and its number of samples: pipelines put
-their branches into one call or several, leave some out for a part of the run (truncated guidance),
-or add one (skip-layer guidance).
+A call is known by its network, its ordinal among that network's calls of the step and the shapes of
+what the network is given: pipelines put their branches into one call or several, or into calls of
+two networks, leave some out for a part of the run (truncated guidance), or add one (skip-layer
+guidance). A call of another shape, as of latents that grow in mid-run, is another call, which has
+no history.
 """
 
 from typing import Any
@@ -40,14 +42,17 @@ class Branches:
         """Calls of the step in progress that are over."""
         return len(self._step)
 
-    def key(self, expert: int, rows: int) -> str:
-        """What the next call is known by.
+    def key(self, expert: int, name: str, outline: str) -> str:
+        """What the next call of a network is known by.
 
         Args:
             expert: number of the transformer.
-            rows: samples of the call, each branch counted.
+            name: its name in the pipeline; those that run at one step share a number.
+            outline: the shapes of what it is given.
         """
-        return f"{expert}.{self.calls}x{rows}"
+        known = f"{expert}.{name}."
+        ordinal = sum(key.startswith(known) for key, _ in self._step)
+        return f"{known}{ordinal}x{outline}"
 
     def expert_of(self, key: str) -> int:
         """Number of the transformer of a call."""

@@ -1,11 +1,13 @@
 """One call of a transformer, with everything that running it again or without its trunk takes."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from .denoisers import TIME_ARGUMENTS
 from .host import first_tensor
 
 
@@ -36,15 +38,30 @@ class Call:
         return found if isinstance(found, Tensor) else None
 
     @property
-    def rows(self) -> int:
-        """Samples of the call, each branch counted."""
-        found = self._input()
-        return len(found) if isinstance(found, Tensor | list | tuple) else 0
+    def outline(self) -> str:
+        """The shapes of all tensors that the network is given, in order."""
+        return "".join(map(str, _shapes((self.args, self.kwargs))))
+
+    @property
+    def time(self) -> Tensor | None:
+        """The time the network is told; None where its arguments do not show it."""
+        names = list(inspect.signature(type(self.transformer).forward).parameters)[1:]
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        found = next((given[name] for name in TIME_ARGUMENTS if name in given), None)
+        return found if isinstance(found, Tensor) else None
 
     def _input(self) -> Any:
         if self.args:
             return self.args[0]
         return self.kwargs.get("hidden_states", first_tensor((), self.kwargs))
+
+
+def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
+    if isinstance(value, Tensor):
+        yield tuple(value.shape)
+    elif isinstance(value, list | tuple | dict):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _shapes(entry)
 
 
 @dataclass(frozen=True)

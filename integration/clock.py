@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .watched import unwatch, watch
@@ -49,6 +50,7 @@ class Clock:
         on_open: called with the sigmas of all steps of the scheduler's new list.
         on_step: called after each scheduler step with its index, counted from the first one that is
             evaluated, the model output, and the sample before and after it.
+        check: called before each scheduler step; what it raises keeps the scheduler as it is.
     """
 
     def __init__(
@@ -56,10 +58,12 @@ class Clock:
         scheduler: Any,
         on_open: Callable[[list[float]], None],
         on_step: Callable[[int, Tensor, Tensor, Tensor], None],
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.on_open = on_open
         self.on_step = on_step
+        self.check = check
         self.sigmas: list[float] = []
         self.steps_done = 0
         self._wrap()
@@ -90,6 +94,8 @@ class Clock:
 
         def closing(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             given = parameters.bind(scheduler, *args, **kwargs).arguments
+            if self.check is not None:
+                self.check()
             index = self.index
             if self.sigmas and self.steps_done == 0:
                 self._check_start(self.begin, float(given["timestep"]))
@@ -117,6 +123,50 @@ class Clock:
         """Give the scheduler its own methods back."""
         for name, watched in self._watched.items():
             unwatch(self.scheduler, name, watched)
+
+
+class Pace:
+    """Whether the network's calls keep to the clock: all calls of one step are told one time.
+
+    Times are compared only where a step has more calls than any before it: reading one waits for
+    the device.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0  # of the step in progress
+        self._most = 0  # of a step so far
+        self._time: Tensor | None = None
+
+    def call(self, time: Tensor | None) -> None:
+        """The network is called.
+
+        Args:
+            time: what it is told; None where that is not known.
+
+        Raises:
+            ValueError: the calls before were told another, and no step is over since.
+        """
+        if self.calls == 0:
+            self._time = time
+        elif self.calls >= self._most and time is not None and self._time is not None:
+            before, now = self._time.unique(), time.unique()
+            if not torch.equal(before, now):
+                raise ValueError(
+                    f"the network is called at the time {_told(now)} after {_told(before)}, but "
+                    "the pipeline's scheduler made no step between: the steps are made elsewhere "
+                    "(by copies of it, as in diffusion forcing, or without it), so they cannot be "
+                    "counted and nothing can be forecast. Run this pipeline without foreseer."
+                )
+        self.calls += 1
+
+    def step(self) -> None:
+        """A step is over."""
+        self._most, self.calls = max(self._most, self.calls), 0
+
+
+def _told(times: Tensor) -> str:
+    values = times.tolist()
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
 def step_signature(scheduler: Any) -> inspect.Signature:

@@ -24,8 +24,8 @@ class Controller:
         layouts: that, by call key.
         memory_budget: bytes that cached features may take; None for what the device has.
         to_need_less: what a user can do, besides fewer samples, when that is too little.
-        guided_by: how the pipeline call in progress is guided, by the names of its arguments; set
-            before `open`.
+        settings: what the pipeline call in progress sets that changes the function (see
+            `CallSettings`); read before `open`, and again before every `close`.
     """
 
     taps: frozenset[str] = frozenset()
@@ -35,7 +35,7 @@ class Controller:
     image_tokens: Mapping[str, Tensor] = {}
     wants_layout: bool = False
     layouts: Mapping[str, Layout] = {}
-    guided_by: Mapping[str, float] = {}
+    settings: Mapping[str, float | None] = {}
     memory_budget: int | None = None
     to_need_less: str = (
         "use a predictor that looks at fewer anchors (Reuse at 1, Taylor(1) at 2); memory_budget "

@@ -1,7 +1,8 @@
 """A transformer of a pipeline and what has been proven of it; most pipelines have one."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .call import Call
 from .controller import Controller
 from .gate import FirstLook, LastBlock
-from .hook import LAST_BLOCK, TrunkSkipper
+from .hook import LAST_BLOCK, TrunkSkipper, capturing
 from .host import UnsupportedHost
 from .layout import Layout, find_grid, find_layout
 from .prediction import prediction
@@ -24,7 +25,7 @@ class Expert:
     """A transformer at work under a controller; its facts are there after the first call.
 
     Args:
-        number: its place among the experts, those for high noise first.
+        number: its turn, those for high noise first; networks of one step share it.
         name: its name in the pipeline.
         transformer: the module.
         controller: what will be asked of it.
@@ -58,6 +59,12 @@ class Expert:
         if sample is not None and len(sample) > 1:
             check_rows(call, sample)
             self.rows_proven = True
+
+    def capturing(
+        self, taps: Collection[str]
+    ) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        """Collect taps of the call inside, see `hook.capturing`."""
+        return capturing(self.transformer, self.trunk, set(taps))
 
     def skip(self, call: Call, entering: Callable[[Tensor], Tensor]) -> Any:
         """The call without its trunk, the head's input t replaced by `entering(t)`."""

@@ -8,7 +8,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from .held_weights import held_weights
 
 CONDITIONER = "_foreseer_conditioner"
 """Attribute, outside of a transformer's own state, under which its conditioner is found."""
@@ -42,10 +44,10 @@ def host_fingerprint(*transformers: nn.Module) -> dict[str, Any]:
 
 
 def _add_weights(digest: Any, transformer: nn.Module) -> None:
-    parameters = sorted(_parameters(transformer))
+    parameters = held_weights(transformer)
     conditioner = getattr(transformer, CONDITIONER, None)
     if conditioner is not None:
-        parameters += [(f"conditioner.{n}", p) for n, p in sorted(conditioner.named_parameters())]
+        parameters += [(f"conditioner.{name}", p) for name, p in held_weights(conditioner)]
     for name, parameter in parameters:
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].float().cpu()
@@ -54,32 +56,6 @@ def _add_weights(digest: Any, transformer: nn.Module) -> None:
     adapters = adapter_state(transformer)
     if adapters:
         digest.update(json.dumps(adapters).encode())
-
-
-def _parameters(transformer: nn.Module) -> list[tuple[str, Tensor]]:
-    """All parameters; those that accelerate keeps elsewhere between calls are fetched there."""
-    found: list[tuple[str, Tensor]] = []
-    for name, parameter in transformer.named_parameters():
-        if parameter.is_meta:
-            owner, _, own = name.rpartition(".")
-            kept = next(_weights_maps(transformer.get_submodule(owner)), None)
-            if kept is None:
-                raise ValueError(
-                    f"parameter {name} has no values (device meta), so it cannot be told which "
-                    "weights these are; load the model before attaching."
-                )
-            found.append((name, kept[own]))
-        else:
-            found.append((name, parameter))
-    return found
-
-
-def _weights_maps(module: nn.Module) -> Iterator[Any]:
-    hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        kept = getattr(each, "weights_map", None)
-        if kept is not None:
-            yield kept
 
 
 def adapter_state(transformer: nn.Module) -> list[list[Any]]:
@@ -92,11 +68,12 @@ def adapter_state(transformer: nn.Module) -> list[list[Any]]:
             bool(layer.disable_adapters),
             sorted(layer.merged_adapters),
         ]
-        for name, layer in _adapter_layers(transformer)
+        for name, layer in adapter_layers(transformer)
     ]
 
 
-def _adapter_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapter_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The adapter layers (PEFT) of a transformer with their names."""
     for name, module in transformer.named_modules():
         if hasattr(module, "scaling") and hasattr(module, "merged_adapters"):
             yield name, module

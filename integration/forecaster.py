@@ -9,8 +9,8 @@ from torch import Tensor
 from ..checkpoints.spec import PredictorSpec, check_host, check_run
 from ..predictors.base import History, Predictor, Step
 from .controller import Controller
+from .denoisers import transformers_of
 from .fingerprint import host_fingerprint
-from .host import transformers_of
 from .memory import most_bytes
 from .schedule import check_anchors
 
@@ -44,6 +44,7 @@ class Forecaster(Controller):
         self.pipe = pipe
         self.branches: set[int] = set()  # of the step in progress
         self.guidance_checked = False
+        self.guidance_scale: float | None = None  # as the run began
         self.last_step = -1  # of the run
         self.narrow = False  # whether forecasts are float16, whose largest number is 65504
         self.histories: dict[str, History] = {}
@@ -57,6 +58,9 @@ class Forecaster(Controller):
         self.histories = {}
         self.branches = set()
         self.guidance_checked = False
+        self.guidance_scale = self.settings.get(
+            "guidance_scale", getattr(self.pipe, "guidance_scale", None)
+        )
         self.last_step, self.narrow = len(sigmas) - 1, False
         if self.spec is not None:
             check_run(self.spec, self.predictor, sigmas)
@@ -123,10 +127,10 @@ class Forecaster(Controller):
         return self.tap, self.predictor(history, step)
 
     def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Check the guidance, now that the step has shown all its branches, and the last sample.
+        """Check what the call sets, now that the step has shown its branches, and the last sample.
 
         Raises:
-            PredictorMismatch: a learned predictor meets other branches, another scale or size.
+            PredictorMismatch: a learned predictor meets other branches, settings or latents.
             ValueError: a forecast left the range of float16 after the last anchor.
         """
         if self.narrow and step_index == self.last_step and not is_finite(after):
@@ -137,11 +141,10 @@ class Forecaster(Controller):
             )
         if self.spec is not None:
             if not self.guidance_checked:
-                own = getattr(self.pipe, "guidance_scale", None)
-                scale = self.guided_by.get("guidance_scale", own)
-                self.spec.check_guidance(len(self.branches), scale, self.guided_by)
-                self.spec.check_latents(tuple(after.shape[1:]))
+                self.spec.check_guidance(len(self.branches), self.guidance_scale)
                 self.guidance_checked = True
+            self.spec.check_settings(step_index, self.settings)
+            self.spec.check_latents(tuple(after.shape[1:]))
             self.spec.check_branches(step_index, self.branches)
         self.branches = set()
 

@@ -8,9 +8,9 @@ from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, cho
 from ..predictors.base import Predictor
 from .adaptive import ProbeSchedule, Schedule, SpeCa
 from .adaptive_forecasting import ProbedForecaster, VerifiedForecaster
+from .denoisers import transformers_of
 from .fingerprint import host_fingerprint
 from .forecaster import Forecaster
-from .host import transformers_of
 from .memory import check_budget
 from .report import Report
 from .session import Session
@@ -23,7 +23,13 @@ class Run:
         self.session = session
 
     def report(self) -> Report:
-        """Which steps ran and which were forecast, state bytes, time per kind of step."""
+        """Which steps ran and which were forecast, state bytes, time per kind of step.
+
+        Raises:
+            ValueError: nothing that was attached to is in the pipeline any more, so that calls
+                since were not seen.
+        """
+        self.session.attachment.check_reached()
         return self.session.report
 
     def detach(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .forecasting import forecasting
 from .metrics import psnr
-from .pipeline_call import call_settings, joined, pictures, samples
+from .pipeline_call import call_settings, generators, joined, pictures, samples
 from .pipelines import load_pipeline
 from .report_plots import DIFFERENCE_GAIN, save_figure
 from .report_table import decibels
@@ -86,8 +86,8 @@ def draw(
         seed: seed of the first sample.
         settings: further keyword arguments of the pipeline.
     """
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(asked))]
-    return pictures(pipe(**joined(asked), generator=generators, output_type="pt", **settings))
+    given = joined(asked) | {"generator": generators(range(seed, seed + len(asked)))}
+    return pictures(pipe(**given, output_type="pt", **settings))
 
 
 def save_panels(

@@ -5,6 +5,7 @@ Nothing here decides anything: `Session` (session.py) says what each call does.
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,16 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from .host import SeenBlocks, SkippedBlocks, first_tensor, stream_of
+from .running import is_called_elsewhere
 from .trunk_facts import Trunk
 from .watched import unwatch, watch
 
 MARK = "_foreseer_attached"
 CACHE_MODULES = ("_cache", "pyramid_attention_broadcast")  # of diffusers.hooks
 LAST_BLOCK = "last_block"
+PATIENCE = 0.001  # seconds between two looks at what other threads are doing
 
 
 class Attached:
     """A transformer whose calls go through `route(forward, args, kwargs)` until `remove`.
+
+    Calls that other threads are in the middle of did not; they are waited for, since what is put on
+    the transformer afterwards would act on them.
 
     Args:
         transformer: the host.
@@ -46,6 +52,8 @@ class Attached:
             lambda forward, *args, **kwargs: route(forward, args, kwargs),
         )
         object.__setattr__(transformer, MARK, _Mark())
+        while is_called_elsewhere(transformer, self.watched):
+            time.sleep(PATIENCE)
 
     def remove(self) -> None:
         """Give the transformer its own forward back."""

@@ -19,10 +19,10 @@ from ..predictors.polynomial import Reuse
 from ..predictors.tokens import TokenPolicy
 from .call import Call
 from .controller import Controller
+from .denoisers import transformer_of
 from .expert import Expert
 from .forecaster import Forecaster
 from .forecasting import Run, checked_forecaster
-from .host import transformer_of
 from .memory import check_budget, most_bytes
 from .partial import PartialTrunk, Pick
 from .report import Report
@@ -50,7 +50,7 @@ class PartialForecaster(Controller):
 
     def open(self, sigmas: list[float]) -> None:
         """Forget the last run."""
-        self.base.guided_by = self.guided_by
+        self.base.settings = self.settings
         self.base.open(sigmas)
         self.policy.reset()
         self.attention, self._anchor = {}, []
@@ -101,6 +101,7 @@ class PartialForecaster(Controller):
         if self._anchor:
             self.policy.observe(torch.cat(self._anchor, -1))
             self._anchor = []
+        self.base.settings = self.settings
         self.base.close(step_index, v, before, after)
 
     def state_bytes(self) -> int:
@@ -130,9 +131,9 @@ class PartialReport(Report):
     partials: list[int] = field(default_factory=list)
     partial_seconds: list[float] = field(default_factory=list)
 
-    def open(self, sigmas: list[float]) -> None:
+    def open(self) -> None:
         """Start over for a new run."""
-        super().open(sigmas)
+        super().open()
         self.partials, self.partial_seconds = [], []
 
     def count(self, step_index: int, kind: str, seconds: float) -> None:

@@ -4,6 +4,7 @@ Shapes: n or B samples, C channels, H height, W width.
 """
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,28 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .prompt_files import prompts_of
+
 DEFAULT_PROMPT = "a photo of a cat"
 CLASS_GUIDANCE = 3.0
 
 
 def samples(
     pipe: Any,
-    prompts: str | Sequence[str] | None = None,
+    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
     class_labels: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Per-sample arguments of a pipeline, one entry per sample.
 
     Args:
         pipe: the pipeline.
-        prompts: words; or a text file with a prompt per line; or a safetensors file of prompt
-            embeddings by argument, such as `prompt_embeds`, `(n, tokens, width)`.
+        prompts: words or a list of them; or a text file with a prompt per line; or a safetensors
+            file of prompt embeddings by argument, such as `prompt_embeds`, `(n, tokens, width)`.
         class_labels: labels, for pipelines that draw classes.
 
     Raises:
-        ValueError: the pipeline takes something else.
+        ValueError: the pipeline takes something else, or a path is of neither kind.
+        FileNotFoundError: a file does not exist.
     """
     takes = inspect.signature(pipe.__call__).parameters
     name = type(pipe).__name__
@@ -41,11 +45,12 @@ def samples(
     if prompts is None:
         asked = "class_labels" if "class_labels" in takes else "prompts"
         raise ValueError(f"{name} draws from {asked}; give --{asked}.")
-    if isinstance(prompts, str) and prompts.endswith(".safetensors"):
-        return _rows(Path(prompts), set(takes), name)
+    found = prompts_of(prompts)
+    if isinstance(found, Path):
+        return _rows(found, set(takes), name)
     if "prompt" not in takes:
         raise ValueError(f"{name} takes no prompts; it takes {', '.join(takes)}.")
-    return [{"prompt": prompt} for prompt in _lines(prompts)]
+    return [{"prompt": prompt} for prompt in found]
 
 
 def first_samples(pipe: Any, prompts: str | None) -> dict[str, Any]:
@@ -69,11 +74,23 @@ def takes_labels(pipe: Any) -> bool:
 def joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The per-sample arguments of several samples as those of one call.
 
+    One sample's are those of the call as a person makes it: its picture is no list of one picture.
+    Labels are a list even so, since DiT pipelines take nothing else.
+
     Args:
         entries: a mapping per sample, all with the same names: tensors with a leading axis of one,
-            lists of one entry, or plain values.
+            lists of one entry, pictures, or plain values.
     """
+    if len(entries) == 1:
+        listed = {"class_labels": [entries[0].get("class_labels")]}
+        return {**entries[0], **(listed if isinstance(listed["class_labels"][0], int) else {})}
     return {name: _join([entry[name] for entry in entries]) for name in entries[0]}
+
+
+def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
+    """A generator for each sample of a call; of one sample itself, since not all take a list."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return made[0] if len(made) == 1 else made
 
 
 def _join(values: list[Any]) -> Any:
@@ -84,24 +101,8 @@ def _join(values: list[Any]) -> Any:
     return values
 
 
-def _lines(prompts: str | Sequence[str]) -> list[str]:
-    if not isinstance(prompts, str):
-        return list(prompts)
-    if not prompts.endswith(".txt"):
-        return [prompts]
-    path = Path(prompts)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; expected one with a prompt per line.")
-    lines = [line.strip() for line in path.read_text().splitlines()]
-    if not any(lines):
-        raise ValueError(f"{path} holds no prompt; expected one per line.")
-    return [line for line in lines if line]
-
-
 def _rows(path: Path, takes: set[str], name: str) -> list[dict[str, Any]]:
     """The rows of a file of embeddings, each with a leading axis of one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; expected prompt embeddings.")
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except safetensors.SafetensorError as error:

@@ -1,5 +1,6 @@
 """What a session did: which steps ran, what they cost, what is cached."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -17,6 +18,7 @@ class Report:
             unless the schedule decides on its way or guidance stops.
         checked: forecasts that were checked, counted per sample.
         accepted: those of them that were accepted.
+        others: calls of networks that are not forecast (a ControlNet), by name.
         evaluations: steps computed for each sample, where samples have anchors of their own.
         seconds: wall-clock seconds of every call of the transformer, by kind of step.
     """
@@ -29,14 +31,16 @@ class Report:
     checked: int = 0
     accepted: int = 0
     evaluations: list[int] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
-    def open(self, sigmas: list[float]) -> None:
+    def open(self) -> None:
         """Start over for a new run."""
-        self.num_steps = len(sigmas)
+        self.num_steps = 0
         self.anchors, self.forecasts = [], []
         self.state_bytes, self.predicted_bytes = 0, 0
         self.checked, self.accepted, self.evaluations = 0, 0, []
+        self.others = Counter()
         self.seconds = {"anchor": [], "forecast": []}
 
     def count(self, step_index: int, kind: str, seconds: float) -> None:
@@ -50,18 +54,28 @@ class Report:
         """A few lines for a person."""
         lines = [
             f"{len(self.anchors)} network evaluations, {len(self.forecasts)} forecasts of "
-            f"{self.num_steps} steps",
+            f"{self.num_steps} steps"
+        ]
+        begun = len({*self.anchors, *self.forecasts})
+        if begun < self.num_steps:
+            lines.append(f"broken off: {begun} of {self.num_steps} steps were begun")
+        calls = {kind: len(values) for kind, values in self.seconds.items()}
+        if sum(calls.values()) > len(self.anchors) + len(self.forecasts):
+            lines.append(
+                f"calls of the network: {calls['anchor']} computed, {calls['forecast']} forecast"
+            )
+        lines += [f"never forecast: {count} calls of {name}" for name, count in self.others.items()]
+        if self.checked:
+            mean = sum(self.evaluations) / len(self.evaluations)
+            lines.append(
+                f"checked {self.checked} forecasts, accepted {self.accepted / self.checked:.0%}; "
+                f"{mean:.1f} evaluations per sample ({min(self.evaluations)} to "
+                f"{max(self.evaluations)})"
+            )
+        lines += [
             f"anchors: {' '.join(map(str, self.anchors))}",
             f"cached features: {self.state_bytes / 1024:.1f} KiB",
         ]
-        if self.checked:
-            mean = sum(self.evaluations) / len(self.evaluations)
-            lines.insert(
-                1,
-                f"checked {self.checked} forecasts, accepted {self.accepted / self.checked:.0%}; "
-                f"{mean:.1f} evaluations per sample ({min(self.evaluations)} to "
-                f"{max(self.evaluations)})",
-            )
         cost = {kind: median(values) for kind, values in self.seconds.items() if values}
         for kind, value in cost.items():
             lines.append(f"median {kind} step: {1000 * value:.2f} ms")

@@ -4,34 +4,35 @@ A session watches the scheduler (its clock) and routes the transformers' calls. 
 network runs and its tap is observed; at the other steps the tap is forecast. A controller may also
 look at the first block before it decides, or have a forecast checked at the last one. Calls outside
 a run, calls from elsewhere than the pipeline call that opened it, and everything after detaching
-are the host's own.
+are the host's own. Since a run exchanges parts of the transformer, calls from several threads take
+turns.
 """
 
-import contextlib
-import functools
+import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..predictors.base import Step
-from .adaptive import take_rows
+from .attachment import Attachment
 from .branches import Branches, rows_per_branch
 from .call import Call, Seen
-from .clock import Clock
+from .call_settings import CallSettings
+from .clock import Pace
 from .controller import Controller
+from .decided_calls import Decided, check, entering_head, look
 from .expert import Expert
-from .hook import LAST_BLOCK, Attached, capturing, own, refuse_other_caches
-from .host import UnsupportedHost, transformers_of
+from .hook import LAST_BLOCK, own
+from .host import UnsupportedHost
 from .memory import check_memory
 from .prediction import form_of, prediction
 from .report import Report
-from .running import guidance_of, is_innermost, pipeline_call
+from .running import Caller, pipeline_call, steps_made_elsewhere
 from .time_facts import modulations
 
 
@@ -39,7 +40,7 @@ class Session:
     """Attach a controller to a pipeline until `detach`.
 
     Args:
-        pipe: its `transformer` (and `transformer_2`) is the host, its `scheduler` the clock.
+        pipe: its transformers (`transformers_of`) are the hosts, its `scheduler` the clock.
         controller: decides and keeps the state.
 
     Attributes:
@@ -56,119 +57,136 @@ class Session:
         self.controller = controller
         self.report = Report()
         self.final: Tensor | None = None
-        self.experts = {
-            name: Expert(number, name, transformer, controller)
-            for number, (name, transformer) in enumerate(transformers_of(pipe).items())
-        }
         self._forms: dict[str, Callable[[Tensor], Any]] = {}
+        self._turn = threading.RLock()  # of the threads that call the transformer
+        self.attachment = Attachment(pipe, controller)
+        self.experts = self.attachment.experts
         self._reset_run()
-        with contextlib.ExitStack() as installed:
-            for expert in self.experts.values():
-                route = functools.partial(self._route, expert)
-                installed.callback(Attached(expert.transformer, route).remove)
-            self.clock = Clock(pipe.scheduler, self._open, self._close)
-            self._installed = installed.pop_all()
+        ticks = (self._open, self._close, self._check_caller)
+        self.clock = self.attachment.install(self._route, self._counts, ticks)
 
     def detach(self) -> None:
         """Give the host and the scheduler their own methods back."""
-        self.clock.detach()
-        self._installed.close()
-        self._reset_run()
+        with self._turn:
+            self.attachment.remove()
+            self._reset_run()
 
     def _reset_run(self) -> None:
-        self._open_run = False
+        self._caller: weakref.ref[Caller] | None = None  # who opened the run
         self._begun = False
-        self._frame: FrameType | None = None
         self._branches = Branches()
+        self.attachment.pace = Pace()
         self._pending: list[Seen] = []
         self._asked: set[str] = set()  # calls the tokens of whose head are known
 
     def _open(self, sigmas: list[float]) -> None:
-        self._reset_run()
-        frame = pipeline_call()
-        if frame is not None and not self._is_ours(frame.f_locals["self"]):
-            return  # another pipeline on the same scheduler
-        self._check_hosts()
-        self._announced = sigmas
-        self._frame = frame
-        self._open_run = True
+        with self._turn:
+            self._reset_run()
+            call = pipeline_call()
+            if call is not None and not self.attachment.is_of(call):
+                return  # another pipeline on the same scheduler
+            self.report.open()
+            self.attachment.check()
+            self._announced = sigmas
+            self._caller = weakref.ref(Caller.new())
 
-    def _check_hosts(self) -> None:
-        """Raise if the pipeline runs something else than what this session is attached to."""
-        found = transformers_of(self.pipe)  # refuses one that was compiled since
-        for name, expert in self.experts.items():
-            refuse_other_caches(expert.transformer)
-            if found.get(name) is not expert.transformer:
-                raise ValueError(
-                    f"the pipeline's {name} was exchanged since attaching; detach and attach again."
-                )
+    def _check_caller(self) -> None:
+        if self._caller is not None and not self._is_inside():
+            raise ValueError(steps_made_elsewhere(self.pipe))
 
     def _begin(self) -> None:
         """The first call of a run: the pipeline has said by now with which step it starts."""
         self._sigmas = self._announced[self.clock.begin :]
         self._num_steps = len(self._sigmas)
-        self.report.open(self._sigmas)
-        self.controller.guided_by = guidance_of(self._frame)
+        self.report.num_steps = self._num_steps
+        self._settings = CallSettings(expert.transformer for expert in self.experts.values())
+        self.controller.settings = self._settings.read(pipeline_call())
         self.controller.image_tokens, self.controller.layouts = {}, {}
         self.controller.open(self._sigmas)
         self._begun = True
 
-    def _is_ours(self, pipe: Any) -> bool:
-        """Whether a call of this pipeline is one of the session's: it may share its transformer."""
-        if isinstance(self.pipe, DiffusionPipeline):
-            return pipe is self.pipe
-        experts = self.experts.items()
-        return all(getattr(pipe, name, None) is expert.transformer for name, expert in experts)
-
     def _close(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+        with self._turn:
+            self._check_caller()
+            if self._caller is None:
+                return
+            try:
+                self._close_step(index, v, before, after)
+            except BaseException:
+                self._reset_run()
+                raise
+
+    def _close_step(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
         """Observe the step's calls, now that the sample tells how many branches each one held."""
-        if not self._open_run:
-            return
         if not self._begun:
             self._begin()
+        self.attachment.check_step(index)
         self._branches.close(rows_per_branch(self.pipe, after))
         for seen in self._pending:
             step = self._step(index, seen.key, seen.x_t)
             self.controller.observe(seen.key, seen.call, step, seen.taps)
         self._pending = []
         self.final = after
+        self.controller.settings = self._settings.read(pipeline_call())
         self.controller.close(index, v, before, after)
         self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
         check_memory(self.controller, self.report, index, v.device)
         if index == self._num_steps - 1:
-            self._open_run = False
-            self._frame = None
+            self._caller = None
+            self.attachment.pace = Pace()
             self.controller.finish(self.report)
 
     def _step(self, index: int, key: str, x_t: Tensor | None) -> Step:
         branches, expert = self._branches.of(key), self._branches.expert_of(key)
         return Step(index, self._sigmas[index], self._num_steps, branches, expert, x_t)
 
+    def _is_inside(self) -> bool:
+        """Whether the code now running belongs to the run that is open."""
+        opened = self._opened_by()
+        return opened is not None and Caller.here() is opened
+
+    def _opened_by(self) -> Caller | None:
+        """Who opened the run; None when it is over or its call is, however that ended."""
+        return None if self._caller is None else self._caller()
+
+    def _counts(self) -> Counter[str] | None:
+        return self.report.others if self._is_inside() else None
+
     def _route(self, expert: Expert, forward: Callable, args: tuple, kwargs: dict) -> Any:
         call = Call(expert.transformer, forward, args, kwargs)
-        if not self._open_run or (self._frame is not None and not is_innermost(self._frame)):
-            return call.run()
-        try:
-            if not self._begun:
-                self._begin()
-            return self._answer(expert, call)
-        except BaseException:
-            self._reset_run()
-            raise
+        with self._turn:
+            if not (self._is_inside() and self.attachment.has_clock):
+                try:
+                    self.attachment.check_outside(call.time if not self._opened_by() else None)
+                except ValueError:
+                    self._reset_run()
+                    self.report.open()
+                    raise
+                return call.run()
+            try:
+                self.attachment.pace.call(call.time)
+                if not self._begun:
+                    self._begin()
+                return self._answer(expert, call)
+            except BaseException:
+                self._reset_run()
+                raise
 
     def _answer(self, expert: Expert, call: Call) -> Any:
         started = time.perf_counter()
-        key = self._branches.key(expert.number, call.rows)
+        key = self._branches.key(expert.number, expert.name, call.outline)
         step = self._step(self.clock.index, key, call.x_t)
         if not expert.proven:
             self._prove(expert, call)
         action = self.controller.action(step)
         if action == "look":
-            output, ran = self._look(expert, call, key, step)
-        elif action == "check":
-            output, ran = self._check(expert, call, key, step)
+            looked = look(self.controller, expert, call, key, step)
+            output, ran = self._decided(expert, looked, call, key)
         elif action == "anchor" or not self.controller.knows(key):
             output, ran = self._run(expert, call, key), True
+        elif action == "check":
+            checked = check(self.controller, expert, call, key, step)
+            output, ran = self._decided(expert, checked, call, key)
         else:
             output, ran = self._forecast(expert, call, key, step), False
         self._branches.count(key, len(prediction(output)))
@@ -180,7 +198,7 @@ class Session:
         expert.prove(call, self.controller)
 
     def _run(self, expert: Expert, call: Call, key: str) -> Any:
-        with self._capturing(expert) as found:
+        with expert.capturing(self.controller.taps) as found:
             output = call.run()
         self._keep(expert, key, found, output, call.x_t)
         expert.prove_rows(call, output)
@@ -198,9 +216,6 @@ class Session:
         if self.controller.wants_layout:
             layout = expert.layout(call, hidden, prediction(output))
             self.controller.layouts = {**self.controller.layouts, key: layout}
-
-    def _capturing(self, expert: Expert) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
-        return capturing(expert.transformer, expert.trunk, set(self.controller.taps))
 
     def _keep(
         self, expert: Expert, key: str, found: dict[str, Tensor], output: Any, x_t: Tensor | None
@@ -235,7 +250,7 @@ class Session:
         tap, feature = self.controller.forecast(key, step)
         if tap == "output":
             return self._forms[key](feature)
-        return expert.skip(call, _entering(tap, feature))
+        return expert.skip(call, entering_head(tap, feature))
 
     def _forecast_inside(self, expert: Expert, call: Call, key: str, step: Step) -> Any:
         """Forecast from what only the forward knows: its tokens and its modulation vector."""
@@ -243,64 +258,15 @@ class Session:
         def entering(tokens: Tensor) -> Tensor:
             inside = replace(step, tokens=tokens, modulation=found[-1])
             tap, feature = self.controller.forecast(key, inside)
-            return _entering(tap, feature)(tokens)
+            return entering_head(tap, feature)(tokens)
 
         with modulations(expert.transformer) as found:
             return expert.skip(call, entering)
 
-    def _look(self, expert: Expert, call: Call, key: str, step: Step) -> tuple[Any, bool]:
-        """Run the first block, then the rest of the network or a forecast."""
-        look = expert.first_look
-        assert look is not None  # made with the trunk
-        forecasts: list[tuple[str, Tensor]] = []
-
-        def judge(seen: Tensor) -> bool:
-            return self.controller.judge(step, seen) or not self.controller.knows(key)
-
-        def entering(tensor: Tensor) -> Tensor:
-            tap, feature = self.controller.forecast(key, step)
-            forecasts.append((tap, feature))
-            came = tensor if look.entered is None else look.entered
-            return tensor if tap == "output" else _entering(tap, feature)(came)
-
-        with self._capturing(expert) as found:
-            output, ran = look(call.forward, call.args, call.kwargs, judge, entering)
-            if "residual" in self.controller.taps and look.entered is not None:
-                found["trunk_in"] = look.entered
-        if ran:
-            self._keep(expert, key, found, output, step.x_t)
-        elif forecasts[0][0] == "output":
-            output = self._forms[key](forecasts[0][1])
-        return output, ran
-
-    def _check(self, expert: Expert, call: Call, key: str, step: Step) -> tuple[Any, bool]:
-        """Forecast, check at the last block, and compute the samples that are refused."""
-        assert expert.last_block is not None  # made with the trunk
-        inputs = self.controller.check_inputs(key, step)
-        output = expert.last_block(
-            call.forward,
-            call.args,
-            call.kwargs,
-            inputs,
-            lambda made: self.controller.check(key, step, made),
-        )
-        rejected = self.controller.rejected(step)
-        if not rejected:
-            return output, False
-        sample = prediction(output)
-        per_branch = len(sample) // len(step.branches)
-        rows = [b * per_branch + i for b in range(len(step.branches)) for i in rejected]
-        if len(rejected) < per_branch:
-            args, kwargs = take_rows((call.args, call.kwargs), rows, len(sample))
-            call = replace(call, args=args, kwargs=kwargs)
-        with self._capturing(expert) as found:
-            computed = call.run()
-        self._keep(expert, key, found, computed, call.x_t)
-        merged = sample.clone()
-        merged[torch.as_tensor(rows, device=sample.device)] = prediction(computed)
-        return self._forms[key](merged), True
-
-
-def _entering(tap: str, feature: Tensor) -> Callable[[Tensor], Tensor]:
-    """What enters the head given what came through the empty trunk."""
-    return lambda came: came + feature if tap == "residual" else feature
+    def _decided(self, expert: Expert, decided: Decided, call: Call, key: str) -> tuple[Any, bool]:
+        """What a call that was decided on the way returns, and whether the network ran."""
+        if decided.taps is not None:
+            self._keep(expert, key, decided.taps, decided.output, call.x_t)
+        if decided.sample is None:
+            return decided.output, decided.taps is not None
+        return self._forms[key](decided.sample), decided.taps is not None

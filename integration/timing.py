@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..predictors.base import Predictor
 from .clock import Clock
+from .denoisers import transformers_of
 from .forecaster import Forecaster
-from .host import transformers_of
 from .session import Session
 
 Run = Callable[[], Any]  # one call of the pipeline

@@ -18,8 +18,9 @@ from ..predictors.base import Predictor, Step
 from ..predictors.polynomial import Reuse
 from .clock import Clock
 from .controller import Controller
+from .denoisers import others_of, transformers_of
 from .forecasting import attach
-from .host import UnsupportedHost, transformers_of
+from .host import UnsupportedHost
 from .session import Session
 from .timing import forecast_step_ratio
 
@@ -199,7 +200,7 @@ def check_detached(pipe: Any, before: dict[str, Any]) -> Check:
 def footprint(pipe: Any) -> dict[str, Any]:
     """What attaching could leave behind: attributes and hooks by the place they are at."""
     found: dict[str, Any] = {"scheduler": sorted(vars(pipe.scheduler))}
-    for expert, transformer in transformers_of(pipe).items():
+    for expert, transformer in (transformers_of(pipe) | others_of(pipe)).items():
         found[f"{expert}.attributes"] = sorted(vars(transformer))
         for name, module in transformer.named_modules():
             hooks = len(module._forward_pre_hooks) + len(module._forward_hooks)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
 from foreseer.integration.clock import flow_sigmas
+from foreseer.integration.denoisers import transformers_of
 from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import attach, forecasting
-from foreseer.integration.host import UnsupportedHost, transformers_of
+from foreseer.integration.host import UnsupportedHost
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Reuse, Taylor

@@ -189,7 +189,7 @@ CONFIG_VALUES = {
     },
     "versions": {"foreseer": "1"},
     "model_sha256": "0" * 64,
-    "schema_version": 2,
+    "schema_version": 3,
 }
 
 

@@ -215,7 +215,7 @@ def test_a_recording_of_other_settings_is_refused_with_all_that_differs(
         ({"host": {"class": "OtherDiT"}}, "transformer class is OtherDiT, expected DiTTransformer"),
         ({"expert_steps": [0, 3]}, r"first steps of the transformers is \[0, 3\], expected \[0\]"),
         ({"dtype": "bfloat16"}, "dtype is bfloat16, expected float32"),
-        ({"guidance": {"true_cfg_scale": 2.0}}, r"guidance is {'true_cfg_scale': 2.0}, expected"),
+        ({"guidance": {"guidance_scale": 2.0}}, "guidance_scale is 2.0, expected 3.0"),
         ({"sigmas": [1.0, 0.9, 0.7, 0.5, 0.3, 0.1]}, r"step \d has sigma 0"),
     ],
 )

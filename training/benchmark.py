@@ -16,9 +16,9 @@ from tqdm import tqdm
 from .. import __version__
 from ..checkpoints.spec import PredictorSpec, check_host
 from ..integration.bench_meta import collect_meta
+from ..integration.denoisers import transformer_of
 from ..integration.fingerprint import host_fingerprint
 from ..integration.flops import StepFlops, first_call, step_flops
-from ..integration.host import transformer_of
 from ..integration.pipeline_call import call_settings, guidance_of_call
 from ..integration.pipelines import load_pipeline
 from ..integration.report_html import write_report

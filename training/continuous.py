@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..checkpoints.call_settings import first_difference
 from ..checkpoints.spec import PredictorSpec
 from ..integration.schedule import check_anchors
 from ..predictors.continuous import L2PContinuous
@@ -279,7 +280,7 @@ def anchor_lists(num_steps: int, num_lists: int, seed: int) -> list[list[int]]:
     return lists
 
 
-ALIKE = ("host", "scheduler", "num_branches", "guidance_scale", "guidance", "dtype", "branch_steps")
+ALIKE = ("host", "scheduler", "num_branches", "guidance_scale", "dtype", "branch_steps")
 
 
 def check_alike(first: PredictorSpec, other: PredictorSpec) -> None:
@@ -288,8 +289,10 @@ def check_alike(first: PredictorSpec, other: PredictorSpec) -> None:
     Raises:
         ValueError: names what differs.
     """
-    for name in ALIKE:
-        here, there = getattr(first, name), getattr(other, name)
+    pairs = {name: (getattr(first, name), getattr(other, name)) for name in ALIKE}
+    if name := first_difference(first.guidance, other.guidance):
+        pairs[name] = first.guidance.get(name), other.guidance.get(name)
+    for name, (here, there) in pairs.items():
         if here != there:
             raise ValueError(
                 f"the recordings differ in {name}: {here} and {there}, expected only other steps "

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..checkpoints.call_settings import as_settings, first_difference, with_weights_of
 from ..checkpoints.spec import SIGMA_TOLERANCE, PredictorSpec
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
@@ -32,6 +33,11 @@ def check_extends(
         for name in expected
         if found[name] != expected[name]
     ]
+    guidance = as_settings(header.guidance)
+    setting = first_difference(with_weights_of(spec.guidance, guidance), guidance)
+    if setting is not None:
+        expected_setting = spec.guidance.get(setting)
+        differing.append(f"{setting} is {guidance.get(setting)}, expected {expected_setting}")
     pairs = zip(header.sigmas, spec.sigmas, strict=False)
     gap, step = max((abs(a - b), i) for i, (a, b) in enumerate(pairs))
     if gap > SIGMA_TOLERANCE:
@@ -51,7 +57,6 @@ def _circumstances(header: Header, tap: str) -> dict[str, Any]:
         "number of steps": len(header.sigmas),
         "number of branches": header.num_branches,
         "guidance_scale": round(header.scheduler["guidance_scale"], 6),
-        "guidance": {name: round(float(v), 6) for name, v in header.guidance.items()},
         "steps of the branches": list(header.branch_steps),
         "first steps of the transformers": list(header.expert_steps),
         "scheduler": header.scheduler["class"],
@@ -67,7 +72,6 @@ def _expected(spec: PredictorSpec) -> dict[str, Any]:
         "number of steps": len(spec.sigmas),
         "number of branches": spec.num_branches,
         "guidance_scale": round(spec.guidance_scale, 6),
-        "guidance": {name: round(v, 6) for name, v in spec.guidance.items()},
         "steps of the branches": list(spec.branch_steps),
         "first steps of the transformers": list(spec.expert_steps),
         "scheduler": spec.scheduler,

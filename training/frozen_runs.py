@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..integration.denoisers import transformer_of
 from ..integration.forecaster import Forecaster
-from ..integration.host import transformer_of
 from ..integration.session import Session
 from ..predictors.base import Predictor
 from ..trajectories.prompts import Item, generate_with_gradients

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from ..checkpoints.call_settings import as_settings
 from ..checkpoints.spec import PredictorSpec
 from ..predictors.experts import L2PExperts
 from ..predictors.linear import L2P, fold
@@ -147,7 +148,7 @@ def spec_of(
         dtype=header.dtype,
         recording_digest=header.recipe_hash if digest is None else digest,
         num_trajectories=num_trajectories,
-        guidance={name: float(value) for name, value in header.guidance.items()},
+        guidance=as_settings(header.guidance),
         latent_shapes=tuple(shapes),
         branch_steps=tuple(header.branch_steps),
         expert_steps=tuple(header.expert_steps),

@@ -16,7 +16,7 @@ from ..integration.forecaster import Forecaster
 from ..integration.session import Session
 from ..predictors.base import Predictor
 from ..predictors.linear import L2P
-from ..trajectories.prompts import Item, generate_batch
+from ..trajectories.prompts import CONTENT, Item, generate_batch
 from ..trajectories.recording import Recording
 
 
@@ -72,8 +72,18 @@ class References:
 
 
 def item_of(recording: Recording, item: int) -> Item:
-    """The item a trajectory was recorded from, read off its manifest line."""
+    """The item a trajectory was recorded from, read off its manifest line.
+
+    Raises:
+        ValueError: it was made from pictures or tensors too, of which only a digest is stored.
+    """
     meta = dict(recording.meta(item))
+    if CONTENT in meta:
+        raise ValueError(
+            f"item {item} of {recording.folder} was made from pictures or tensors, of which only a "
+            "digest is stored, so its run cannot be repeated; use a fit on Grams (L2PLeastSquares, "
+            "L2PAdam), or record from prompts."
+        )
     seed = int(meta.pop("seed"))
     return Item(item, seed, dict(meta))
 

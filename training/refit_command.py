@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checkpoints.call_settings import as_settings, with_weights_of
 from ..checkpoints.card import model_card
 from ..checkpoints.config import CONFIG_FILE
 from ..checkpoints.format import (
@@ -241,6 +242,7 @@ def _spec(
     return dataclasses.replace(
         old,
         host=headers[0].host,
+        guidance=with_weights_of(old.guidance, as_settings(headers[0].guidance)),
         recording_digest=sums.digest,
         num_trajectories=sums.count,
         metrics=metrics,

@@ -3,12 +3,13 @@
 Shapes: B batch, S sampling steps, N tokens, D channels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ..checkpoints.call_settings import Setting
 from ..integration.controller import Controller
 from ..predictors.base import Step
 from ..predictors.partition import Partition
@@ -39,6 +40,8 @@ class Recorder(Controller):
     def open(self, sigmas: list[float]) -> None:
         """Forget the last run."""
         self.sigmas = sigmas
+        self.guidance_scale = self.settings.get("guidance_scale")
+        self.told: list[Mapping[str, float | None]] = []  # settings of every step
         self.features: dict[str, list[dict[int, Tensor]]] = {}
         self.experts: list[int] = []  # the one that ran at every step
         self.masks: dict[int, Bool[Tensor, "B N"]] = {}  # image tokens of each branch
@@ -46,7 +49,11 @@ class Recorder(Controller):
         self.final: Tensor | None = None
 
     def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Keep one call's features, one entry per branch."""
+        """Keep one call's features, one entry per branch.
+
+        Raises:
+            ValueError: a feature changed its shape in mid-run.
+        """
         if len(self.experts) == step.index:
             self.experts.append(step.expert)
         if key in self.image_tokens:
@@ -57,10 +64,12 @@ class Recorder(Controller):
             while len(steps) <= step.index:
                 steps.append({})
             parts = feature.chunk(len(step.branches))
+            _check_shapes(steps, zip(step.branches, parts, strict=True), tap, step.index)
             steps[step.index].update(zip(step.branches, parts, strict=True))
 
     def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Keep the state a step started from, and the last one it ended at."""
+        """Keep the state a step started from, the last one it ended at, and its settings."""
+        self.told.append(self.settings)
         self.states.append(before.detach().float())
         self.final = after.detach().float()
 
@@ -68,6 +77,22 @@ class Recorder(Controller):
     def num_branches(self) -> int:
         """Guidance branches of the first step, which has them all."""
         return len(self._steps()[0])
+
+    @property
+    def guidance(self) -> dict[str, Setting]:
+        """What the pipeline call set, a value per step where it changed on the way.
+
+        Raises:
+            ValueError: the settings of a step have other names, as where a list became longer.
+        """
+        for index, step in enumerate(self.told):
+            if differing := sorted(step.keys() ^ self.told[0].keys()):
+                raise ValueError(
+                    f"step {index} has other settings than the first: {', '.join(differing)}; "
+                    "a recorded run must keep its arguments and adapters."
+                )
+        steps = {name: tuple(step[name] for step in self.told) for name in self.told[0]}
+        return {n: each[0] if len(set(each)) == 1 else each for n, each in steps.items()}
 
     @property
     def dtype(self) -> str:
@@ -168,6 +193,20 @@ class Recorder(Controller):
                 stored[f"feature/{tap}"] = shown[:, :, tokens]
                 stored[f"tokens/{tap}"] = tokens
         return {name: tensor.cpu() for name, tensor in stored.items()}
+
+
+def _check_shapes(
+    steps: list[dict[int, Tensor]], parts: Iterable[tuple[int, Tensor]], tap: str, index: int
+) -> None:
+    """Raise unless every branch keeps the shape of its last feature."""
+    for branch, part in parts:
+        before = next((step[branch] for step in reversed(steps) if branch in step), part)
+        if before.shape != part.shape:
+            raise ValueError(
+                f"the {tap} of branch {branch} changed shape from {tuple(before.shape)} to "
+                f"{tuple(part.shape)} at step {index}; a recorded run must keep one shape. Record "
+                "without what changes the latents in mid-run; the fixed formulas forecast it."
+            )
 
 
 def _stacked(branches: list[Tensor], tap: str) -> Tensor:

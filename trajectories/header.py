@@ -2,17 +2,18 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from ..checkpoints.call_settings import as_settings, first_difference
 from ..checkpoints.strict import parse_json
 from ..checkpoints.upgrade import RECORDING, NewerVersion, upgraded
 from .shards import write_atomically
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 HEADER_FILE = "recording.json"
 MAX_RECORDING_JSON_BYTES = 1_000_000
 MAX_INT = 1 << 63
@@ -39,7 +40,8 @@ class Header:
         features: which features are stored: "none", "tokens" (a subset) or "full".
         states: whether the sampler states are stored.
         latent_shape: shape of one latent, without the batch axis.
-        guidance: further numbers of the pipeline call that guide, by argument.
+        guidance: what the pipeline call sets that changes the function, by argument (see
+            checkpoints/call_settings.py): a number, None, or a list of a value per step.
         branch_steps: steps each guidance branch lasts; empty where all last to the end.
         expert_steps: first step of each transformer of the pipeline, starting with 0.
         recipe_hash: xxh3-128 of `recipe` as sorted JSON; computed when left empty.
@@ -59,7 +61,7 @@ class Header:
     features: str
     states: bool
     latent_shape: list[int]
-    guidance: dict[str, float] = field(default_factory=dict)
+    guidance: dict[str, Any] = field(default_factory=dict)
     branch_steps: list[int] = field(default_factory=list)
     expert_steps: list[int] = field(default_factory=lambda: [0])
     recipe_hash: str = ""
@@ -97,8 +99,8 @@ class Header:
         _require(isinstance(self.states, bool), "states", self.states, "true or false")
         sizes = all(_is_size(size) for size in self.latent_shape)
         _require(sizes, "latent_shape", self.latent_shape, "a list of ints >= 1")
-        numbers = all(map(_is_number, self.guidance.values()))
-        _require(numbers, "guidance", self.guidance, "numbers by name")
+        holds = all(self._is_setting(value) for value in self.guidance.values())
+        _require(holds, "guidance", self.guidance, "numbers by name, null, or one for each step")
         sizes = all(map(_is_size, self.branch_steps))
         _require(sizes, "branch_steps", self.branch_steps, "a list of ints >= 1")
         first, others = self.expert_steps[:1], self.expert_steps[1:]
@@ -108,6 +110,11 @@ class Header:
         _require(isinstance(self.recipe_hash, str), "recipe_hash", self.recipe_hash, "a string")
         version = self.schema_version
         _require(version == SCHEMA_VERSION, "schema_version", version, f"{SCHEMA_VERSION}")
+
+    def _is_setting(self, value: Any) -> bool:
+        values = value if isinstance(value, list) else [value]
+        whole = not isinstance(value, list) or len(value) == self.num_steps
+        return whole and all(each is None or _is_number(each) for each in values)
 
     @property
     def num_steps(self) -> int:
@@ -168,7 +175,9 @@ class Header:
         Raises:
             RecordingError: names what differs, as found in the folder and as expected now.
         """
-        if self == found:
+        told, own = as_settings(found.guidance), as_settings(self.guidance)
+        alike = first_difference(told, own) is None
+        if alike and replace(self, guidance=found.guidance) == found:
             return
         here, there = asdict(self), asdict(found)
         if self.recipe_hash != found.recipe_hash:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ..integration.host import UnsupportedHost, transformers_of
+from ..integration.denoisers import TURNS, others_of, transformers_of
+from ..integration.host import UnsupportedHost
 from ..integration.pipeline_call import call_settings, first_samples
 from ..integration.pipelines import load_pipeline
 from ..integration.session import Session
@@ -56,6 +57,8 @@ def inspected(pipe: Any, item: Item, settings: Mapping[str, Any]) -> tuple[list[
     for name, transformer in transformers.items():
         total = sum(parameter.numel() for parameter in transformer.parameters()) / 1e6
         lines.append(f"{name:<11} {type(transformer).__name__}, {total:,.1f} M parameters")
+    for name, other in others_of(pipe).items():
+        lines.append(f"{name:<11} {type(other).__name__}, is not forecast: it runs at every step")
     usable: list[str] = []
     for tap in TAPS:
         try:
@@ -95,7 +98,8 @@ def first_step(
 def _run_facts(recorder: Recorder) -> list[str]:
     assert recorder.final is not None  # the first step is over
     sigmas, shape = recorder.sigmas, "x".join(map(str, recorder.final.shape[1:]))
-    guided = ", ".join(f"{name} {value:g}" for name, value in recorder.guided_by.items())
+    told = {name: value for name, value in recorder.settings.items() if value is not None}
+    guided = ", ".join(f"{name} {value:g}" for name, value in told.items())
     return [
         f"run         {len(sigmas)} steps, sigma {sigmas[0]:.3f} to {sigmas[-1]:.3f}, latents "
         f"{shape}",
@@ -129,6 +133,8 @@ def _tap_facts(tap: str, session: Session, recorder: Recorder) -> list[str]:
 def _limits(pipe: Any) -> list[str]:
     """Which fits and methods do not serve this host."""
     transformers = transformers_of(pipe)
+    if len({TURNS[name] for name in transformers}) == 1 < len(transformers):
+        return ["fits        L2PLeastSquares, a branch for each network of a step"]
     if len(transformers) > 1:
         return [
             f"fits        L2PLeastSquares, each of the {len(transformers)} transformers its own"

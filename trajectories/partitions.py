@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..integration.host import transformer_of
+from ..integration.denoisers import transformer_of
 from ..predictors.partition import ChannelGroups, Partition
 from ..predictors.spectrum import equal_bands
 from .estimate import first_step

@@ -3,14 +3,19 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ..integration.pipeline_call import joined
+from ..integration.pipeline_call import generators, joined
+
+CONTENT = "inputs_sha256"
+"""Key of a manifest's line that tells the pictures and tensors of an item from others."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,9 @@ class Item:
     Args:
         index: number of the item in its list; ranks and splits go by it.
         seed: seed of the item's own generator.
-        inputs: per-sample keyword arguments of the pipeline: a label, a prompt, tensors with a
-            leading axis of one, or lists of one entry where the pipeline takes a list of tensors.
+        inputs: per-sample keyword arguments of the pipeline: a label, a prompt, a picture, tensors
+            with a leading axis of one, or lists of one entry where the pipeline takes a list of
+            tensors. A call of one item is given them as they are.
     """
 
     index: int
@@ -60,26 +66,55 @@ def generate_with_gradients(pipe: Any, items: Sequence[Item], **settings: Any) -
 
 def _arguments(items: Sequence[Item]) -> dict[str, Any]:
     """The items' inputs, joined, and a generator for each."""
-    return joined([item.inputs for item in items]) | {
-        "generator": [torch.Generator().manual_seed(item.seed) for item in items]
-    }
+    generator = generators([item.seed for item in items])
+    return joined([item.inputs for item in items]) | {"generator": generator}
 
 
 def digest(items: Sequence[Item], settings: dict[str, Any]) -> str:
-    """SHA-256 of what is asked for: items and settings, tensors by their bytes."""
+    """SHA-256 of what is asked for: items and settings, tensors and pictures by their content.
+
+    Raises:
+        ValueError: a value is of a kind whose content is not known, such as a function.
+    """
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item.index, item.seed]).encode())
         for name in sorted(item.inputs):
-            digest.update(name.encode() + _bytes(item.inputs[name]))
+            digest.update(name.encode() + content(name, item.inputs[name]))
     for name in sorted(settings):
-        digest.update(name.encode() + _bytes(settings[name]))
+        digest.update(name.encode() + content(name, settings[name]))
     return digest.hexdigest()
 
 
-def _bytes(value: Any) -> bytes:
+def content(name: str, value: Any) -> bytes:
+    """What tells one value of an argument from another, whatever it is called or wherever it lies.
+
+    Args:
+        name: the argument.
+        value: plain, a tensor, an array, a picture, or lists and mappings of those.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if isinstance(value, Tensor):
         return value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    if isinstance(value, (list, tuple)) and any(isinstance(each, Tensor) for each in value):
-        return b"".join(_bytes(each) for each in value)  # a sample of a list of embeddings
-    return json.dumps(value, sort_keys=True).encode()
+    if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
+        return b"".join(content(name, each) for each in value)  # a list of embeddings
+    if isinstance(value, Image.Image):
+        palette = value.getpalette("RGBA") if value.mode == "P" else None
+        return json.dumps([value.mode, value.size, palette]).encode() + value.tobytes()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return json.dumps([str(value.dtype), value.shape]).encode() + value.tobytes()
+    try:
+        return json.dumps(value, sort_keys=True).encode()
+    except TypeError as error:
+        if isinstance(value, Mapping):
+            value = [each for key in sorted(value) for each in (key, value[key])]
+        if isinstance(value, list | tuple):
+            parts = [content(name, each) for each in value]
+            return b"".join(b"%d:" % len(part) + part for part in parts)
+        raise ValueError(
+            f"the argument {name} is or holds a {type(value).__name__}, whose content is not "
+            "known, so a later run could not tell whether it is the same; expected numbers, "
+            "words, tensors, arrays, PIL pictures, or lists and mappings of those."
+        ) from error

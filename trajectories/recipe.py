@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
+from ..checkpoints.call_settings import as_settings, first_difference
+from ..integration.denoisers import transformers_of
 from ..integration.fingerprint import host_fingerprint
-from ..integration.host import transformers_of
 from .collector import Recorder
 from .header import Header, RecordingError
-from .prompts import Item
+from .prompts import CONTENT, Item, digest
 from .recording import Recording
 from .storage import exists
 
@@ -37,6 +39,8 @@ def finished_items(out: str | Path, recipe: dict[str, Any], items: Sequence[Item
         if item.index not in found.entries:
             continue
         meta, asked = found.meta(item.index), item_meta(item)
+        if CONTENT not in meta:  # recorded before it was noted
+            asked.pop(CONTENT, None)
         if meta != asked:
             raise RecordingError(
                 f"{out} holds item {item.index} as {meta}, asked for {asked}; give it another "
@@ -84,7 +88,8 @@ def describe(
     """The header of a recording, read off the pipeline and the batch just run."""
     if recorder.final is None:
         raise ValueError("no step was recorded: the pipeline never called scheduler.step.")
-    given = recorder.guided_by.get("guidance_scale", getattr(pipe, "guidance_scale", None))
+    own = getattr(pipe, "guidance_scale", None)
+    given = own if recorder.guidance_scale is None else recorder.guidance_scale
     guidance_scale = settings.get("guidance_scale", 1.0) if given is None else given
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     return Header(
@@ -102,7 +107,7 @@ def describe(
         features=recipe["features"],
         states=recipe["states"],
         latent_shape=list(recorder.final.shape[1:]),
-        guidance={n: v for n, v in recorder.guided_by.items() if n != "guidance_scale"},
+        guidance=recorder.guidance,
         branch_steps=recorder.branch_steps,
         expert_steps=recorder.expert_steps,
     )
@@ -112,8 +117,14 @@ def check_alike(recorder: Recorder, header: Header) -> None:
     """Raise unless the run just recorded has the branches and transformers of the recording.
 
     Raises:
-        RecordingError: guidance or a transformer stopped at another step.
+        RecordingError: guidance or a transformer stopped at another step, or a setting changed.
     """
+    name = first_difference(as_settings(header.guidance), recorder.guidance)
+    if name is not None:
+        raise RecordingError(
+            f"this run has {name} {recorder.guidance.get(name)}, the recording has "
+            f"{header.guidance.get(name)}; record runs of one kind."
+        )
     found = (recorder.branch_steps, recorder.expert_steps)
     if found != (header.branch_steps, header.expert_steps):
         raise RecordingError(
@@ -124,13 +135,16 @@ def check_alike(recorder: Recorder, header: Header) -> None:
 
 
 def item_meta(item: Item) -> dict[str, str | int | float]:
-    """What a manifest says of an item: its seed and those of its inputs that are plain."""
-    inputs = {n: value for n, value in item.inputs.items() if isinstance(value, str | int | float)}
-    return {"seed": item.seed, **inputs}
+    """What a manifest says of an item: its seed, its plain inputs, and a digest of the others."""
+    plain = {n: value for n, value in item.inputs.items() if isinstance(value, str | int | float)}
+    others = {name: value for name, value in item.inputs.items() if name not in plain}
+    noted = {CONTENT: digest([], others)} if others else {}
+    return {"seed": item.seed, **plain, **noted}
 
 
 def plain_or_name(value: Any) -> str | int | float | bool | None:
     """A setting as JSON: itself if it is plain, else its type in angle brackets."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    return f"<{type(value).__name__}>"
+    kind = Image.Image if isinstance(value, Image.Image) else type(value)  # of any file format
+    return f"<{kind.__name__}>"

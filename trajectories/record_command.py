@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..integration.host import transformer_of
+from ..integration.denoisers import transformer_of
 from ..integration.pipeline_call import call_settings, samples, takes_labels
 from ..integration.pipelines import load_pipeline
 from .estimate import Estimate, estimate

@@ -1,0 +1,182 @@
+"""What a session puts on a pipeline, and whether the pipeline still runs what it was put on."""
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from .clock import Clock, Pace
+from .controller import Controller
+from .denoisers import TURNS, others_of, transformers_of
+from .expert import Expert
+from .hook import Attached, refuse_other_caches
+from .running import pipeline_call, variable
+from .watched import unwatch, watch
+
+
+class Attachment:
+    """What a session is attached to on a pipeline: nothing before `install` and after `remove`.
+
+    Args:
+        pipe: its transformers (`transformers_of`) are the hosts, its `scheduler` the clock.
+        controller: what will be asked of the hosts.
+
+    Raises:
+        UnsupportedHost: the pipeline has no transformer.
+    """
+
+    def __init__(self, pipe: Any, controller: Controller) -> None:
+        self.pipe = pipe
+        self.scheduler = pipe.scheduler
+        self.experts = {
+            name: Expert(TURNS[name], name, transformer, controller)
+            for name, transformer in transformers_of(pipe).items()
+        }
+        self.others = others_of(pipe)
+        self.pace = Pace()
+        self.attached = False
+
+    def install(
+        self,
+        route: Callable[..., Any],
+        counts: Callable[[], Counter[str] | None],
+        ticks: tuple[Callable[..., None], ...],
+    ) -> Clock:
+        """Watch the pipeline's networks and its scheduler until `remove`.
+
+        Args:
+            route: called for every call of a host, with its expert, its forward and the arguments;
+                by other threads before this has returned.
+            counts: asked at every call of another network for what to count it in, if at all.
+            ticks: what the clock calls.
+
+        Returns:
+            The clock.
+
+        Raises:
+            ValueError: a host already has a cache or a session.
+        """
+        with contextlib.ExitStack() as installed:
+            for expert in self.experts.values():
+                own = functools.partial(route, expert)
+                installed.callback(Attached(expert.transformer, own).remove)
+            for name, network in self.others.items():
+                installed.callback(Counted(name, network, counts).remove)
+            clock = Clock(self.scheduler, *ticks)
+            installed.callback(clock.detach)
+            self._installed = installed.pop_all()
+        self.attached = True
+        return clock
+
+    def remove(self) -> None:
+        """Give the networks and the scheduler their own methods back."""
+        self._installed.close()
+        self.attached = False
+
+    def is_of(self, call: FrameType) -> bool:
+        """Whether a pipeline call is this pipeline's: others may share its transformer."""
+        pipe = variable(call, "self")
+        if isinstance(self.pipe, DiffusionPipeline):
+            return pipe is self.pipe
+        experts = self.experts.values()
+        return all(getattr(pipe, expert.name, None) is expert.transformer for expert in experts)
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether the pipeline still has the scheduler that is watched."""
+        return self.pipe.scheduler is self.scheduler
+
+    def check_reached(self) -> None:
+        """Raise if calls of the pipeline cannot be seen: clock and transformers were exchanged.
+
+        Raises:
+            ValueError: they were; nothing is raised after `remove`.
+        """
+        experts = self.experts.values()
+        left = any(getattr(self.pipe, each.name, None) is each.transformer for each in experts)
+        if self.attached and not left and not self.has_clock:
+            self.check()
+
+    def check_outside(self, time: Tensor | None) -> None:
+        """Raise if a call outside of a run belongs to one that the clock does not see.
+
+        Args:
+            time: what the network is told in this call; None while a run is open elsewhere.
+
+        Raises:
+            ValueError: the scheduler was exchanged, or steps are made elsewhere.
+        """
+        call = pipeline_call()
+        if call is not None and not self.is_of(call):
+            return
+        if not self.has_clock:
+            self.check()
+        if call is not None and time is not None:
+            self.pace.call(time)
+
+    def check_step(self, index: int) -> None:
+        """Raise unless a step that is over had a call of a transformer.
+
+        Raises:
+            ValueError: a transformer was exchanged in mid-run, or its forward was replaced.
+        """
+        if not self.pace.calls:
+            self.check()
+            raise ValueError(
+                f"step {index} is over without a call of {' or '.join(self.experts)} that could be "
+                "seen: something took its forward's place since; detach and attach again."
+            )
+        self.pace.step()
+
+    def check(self) -> None:
+        """Raise if the pipeline runs something else than what was attached to.
+
+        Raises:
+            ValueError: a network or the scheduler was exchanged since, or has a cache now.
+        """
+        transformers = transformers_of(self.pipe)  # refuses one that was compiled since
+        found = {**transformers, **others_of(self.pipe), "scheduler": self.pipe.scheduler}
+        hosts = {name: expert.transformer for name, expert in self.experts.items()}
+        expected = {**hosts, **self.others, "scheduler": self.scheduler}
+        for transformer in transformers.values():
+            refuse_other_caches(transformer)
+        for name in expected | found:
+            if found.get(name) is not expected.get(name):
+                raise ValueError(
+                    f"the pipeline's {name} was exchanged since attaching; detach and attach again."
+                )
+
+
+class Counted:
+    """Count the calls of a network that is left alone, until `remove`.
+
+    Args:
+        name: its name in the pipeline.
+        network: the network.
+        counts: asked at every call for what to count it in; None where it is not to be counted.
+    """
+
+    def __init__(
+        self, name: str, network: nn.Module, counts: Callable[[], Counter[str] | None]
+    ) -> None:
+        self.name = name
+        self.network = network
+        self.counts = counts
+        compiled = network._compiled_call_impl is not None
+        self._place = "_compiled_call_impl" if compiled else "forward"  # what a call comes to
+        self._watched = watch(network, self._place, self._call)
+
+    def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        counts = self.counts()
+        if counts is not None:
+            counts[self.name] += 1
+        return forward(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Give the network its own forward back."""
+        unwatch(self.network, self._place, self._watched)
