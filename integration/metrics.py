@@ -137,6 +137,44 @@ def summarise(values: Float[Tensor, " B"]) -> Summary:
     )
 
 
+@dataclass(frozen=True)
+class Paired:
+    """A method against a rival on the same samples; `low` to `high` is a 95 % interval of the mean.
+
+    Args:
+        mean: of the differences, method minus rival.
+        low: of the interval.
+        high: of the interval.
+        wins: samples on which the method is ahead.
+        count: samples.
+    """
+
+    mean: float
+    low: float
+    high: float
+    wins: int
+    count: int
+
+
+def paired(values: Float[Tensor, " B"], rival: Float[Tensor, " B"]) -> Paired:
+    """Compare two methods sample by sample; the interval is a percentile bootstrap.
+
+    Args:
+        values: one number per sample of the method, such as its PSNR.
+        rival: the rival's, of the same samples in the same order.
+
+    Raises:
+        ValueError: other numbers of samples, no sample, or a difference that is no finite number.
+    """
+    _check_shapes(values, rival)
+    differences = values.detach().double().cpu() - rival.detach().double().cpu()
+    if not bool(differences.isfinite().all()):
+        raise ValueError("A difference is NaN or infinite; leave samples without an error out.")
+    summary = summarise(differences)
+    wins = int((differences > 0).sum())
+    return Paired(summary.mean, summary.ci_low, summary.ci_high, wins, len(differences))
+
+
 def _quantile(values: Float[Tensor, " B"], q: float) -> float:
     """Linearly interpolated quantile that, unlike `torch.quantile`, is never NaN beside `inf`."""
     ordered = values.sort().values

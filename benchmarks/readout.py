@@ -1,0 +1,370 @@
+"""Readouts on both bundled models: record, search their lists, fit, bench against everything else.
+
+    python benchmarks/readout.py record
+    python benchmarks/readout.py search
+    python benchmarks/readout.py fit
+    python benchmarks/readout.py bench
+    python benchmarks/readout.py curve
+    python benchmarks/readout.py publish
+    python benchmarks/readout.py page
+
+Every stage takes `--hosts '[fashion_dit]'` and `--budgets '[8]'`, and resumes. Fitted on: the first
+trajectories of the recording. Chosen on (lists): others of them. Judged on: (label, seed) pairs
+that were never recorded, and captions kept from the model's training and from every fit. Every
+method runs on the anchors searched for it and on those of the readout.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from foreseer.checkpoints.format import load_predictor
+from foreseer.cli import main
+from foreseer.integration.metrics import paired, psnr, ssim, summarise
+from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.solvers import SOLVERS
+from foreseer.training import readout_sums
+from foreseer.training.bench_plan import Entry
+from foreseer.training.bench_runs import run_entry
+from foreseer.training.benchmark import FIRST_ITEM
+from foreseer.training.export import export_predictor
+from foreseer.training.readout import ReadoutFit, run_fit
+from foreseer.training.rows import RULES
+from foreseer.trajectories.datamodule import ItemsDataModule
+from foreseer.trajectories.record_command import asked_items
+
+ROOT = Path("runs/readout")
+RESULT = Path("benchmarks/results/readout.json")
+CURVE = Path("benchmarks/results/readout_curve.json")
+BUDGETS = (11, 8, 6, 4)
+SIZES = (32, 64, 128, 256, 512, 1000)  # calibration trajectories of the curve
+FORMULAS = ("taylor_1", "taylor_2", "taylor_3", "hicache_2", "adams_moulton")
+SOLVER_NAMES = ("euler", "ab2", "dpmpp_2m", "unipc")
+CALL = {"guidance_scale": 3.0, "num_inference_steps": 50}
+
+
+@dataclass(frozen=True)
+class Host:
+    """A bundled model.
+
+    Args:
+        calibration: file of the prompts to record; None goes round the classes.
+        judged: file of the held-out prompts.
+        shipped: name of the closed-loop rows of 0.2, with the budget left out.
+    """
+
+    calibration: str | None
+    judged: str | None
+    shipped: str
+
+
+HOSTS = {
+    "fashion_dit": Host(None, None, "zoo:fashion_dit_l2p_{}"),
+    "emoji_flux": Host(
+        "benchmarks/emoji_calibration.txt",
+        "benchmarks/emoji_held_out.txt",
+        "zoo:emoji_flux_l2p_{}",
+    ),
+}
+
+
+def recording(host: str) -> str:
+    """Folder of a host's recording."""
+    return str(ROOT / host / "recording")
+
+
+def lists(host: str) -> Path:
+    """The searched lists of a host, `method|tap|evaluations` to anchors."""
+    return Path(f"benchmarks/results/{host}_searched.json")
+
+
+def record(hosts: Sequence[str] = tuple(HOSTS), num_trajectories: int = 1024) -> None:
+    """Record Grams and states.
+
+    Args:
+        hosts: bundled models.
+        num_trajectories: trajectories of each.
+    """
+    for host in hosts:
+        words = ["--config", f"configs/record/{host}.yaml", "--out", recording(host)]
+        words += ["--num_trajectories", str(num_trajectories)]
+        prompts = HOSTS[host].calibration
+        main(["record", *words, *(["--prompts", prompts] if prompts else [])])
+
+
+def search(
+    hosts: Sequence[str] = tuple(HOSTS),
+    budgets: Sequence[int] = BUDGETS,
+    num_samples: int = 96,
+    num_moves: int = 8,
+) -> None:
+    """Search the readout's anchors: fitted on three of four samples, measured on the others.
+
+    Args:
+        hosts: bundled models.
+        budgets: network evaluations.
+        num_samples: calibration trajectories.
+        num_moves: single moves tried from the best list.
+    """
+    for host in hosts:
+        words = ["--recording", recording(host), "--pipeline", f"zoo:{host}"]
+        words += ["--out", str(lists(host)), "--num_anchors", json.dumps(list(budgets))]
+        words += ["--methods", '["readout|output"]']
+        main(["search", *words, "--num_samples", str(num_samples), "--num_moves", str(num_moves)])
+
+
+def fit(
+    hosts: Sequence[str] = tuple(HOSTS),
+    budgets: Sequence[int] = BUDGETS,
+    num_trajectories: int = 1024,
+) -> None:
+    """Fit the readout, and rows alone by the same walk.
+
+    Args:
+        hosts: bundled models.
+        budgets: network evaluations.
+        num_trajectories: from the recording's first on; a twentieth is only measured.
+    """
+    for host in hosts:
+        found = json.loads(lists(host).read_text())
+        for budget in budgets:
+            for kind in ("readout", "rows"):
+                fit_one(host, kind, found[f"readout|output|{budget}"], num_trajectories)
+
+
+def fit_one(host: str, kind: str, anchors: Sequence[int], num_trajectories: int) -> Path:
+    """Fit one predictor unless it is there."""
+    out = ROOT / host / f"{kind}_{len(anchors)}_{num_trajectories}"
+    if (out / "config.json").exists():
+        return out
+    before = readout_sums.STRENGTHS
+    readout_sums.STRENGTHS = before if kind == "readout" else ()  # no strength: nothing is read
+    module = TimedFit(recording(host), "", list(anchors))
+    started = time.perf_counter()
+    try:
+        data = ItemsDataModule(recording(host), 0.05, num_trajectories=num_trajectories)
+        run_fit(module, load_pipeline(f"zoo:{host}"), data)
+    finally:
+        readout_sums.STRENGTHS = before
+    times = {"fit_seconds": time.perf_counter() - started, "solve_seconds": module.solve_seconds}
+    export_predictor(module, out, module.metrics() | times)
+    print(f"{out}: {times} {module.metrics()}", flush=True)
+    return out
+
+
+class TimedFit(ReadoutFit):
+    """A fit that says how long solving takes, apart from running the network."""
+
+    solve_seconds = 0.0
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The segment, less its visits."""
+        self.visit_seconds = 0.0
+        started = time.perf_counter()
+        super().training_step(batch, batch_idx)
+        self.solve_seconds += time.perf_counter() - started - self.visit_seconds
+
+    def _visit(self, anchor: int, label: str) -> None:
+        started = time.perf_counter()
+        super()._visit(anchor, label)
+        self.visit_seconds += time.perf_counter() - started
+
+
+def entries(host: str, budget: int, num_trajectories: int) -> list[Entry]:
+    """Everything that runs at one budget."""
+    found = json.loads(lists(host).read_text())
+    own = tuple(found[f"readout|output|{budget}"])
+    made = []
+    for method in (*SOLVER_NAMES, *FORMULAS):
+        kind, taps = (
+            ("solver", ["none"]) if method in SOLVERS else ("formula", ["output", "hidden"])
+        )
+        for tap in taps:
+            named = {"readout's": own}
+            if anchors := found.get(f"{method}|{tap}|{budget}"):
+                named["searched"] = tuple(anchors)
+            rule = RULES.get(method)
+            made += [Entry(method, kind, tap, n, each, rule) for n, each in named.items()]
+    for kind in ("readout", "rows"):
+        predictor = load_predictor(fit_one(host, kind, own, num_trajectories))
+        made.append(Entry(kind, "learned", "output", "searched", own, predictor))
+    try:
+        shipped: Any = load_predictor(HOSTS[host].shipped.format(budget))
+    except ValueError:  # 0.2 has none at this budget
+        return made
+    spec = shipped.spec
+    made.append(Entry("l2p_closed_loop", "learned", spec.tap, "own", spec.anchors, shipped))
+    return made
+
+
+def bench(
+    hosts: Sequence[str] = tuple(HOSTS),
+    budgets: Sequence[int] = BUDGETS,
+    num_samples: int = 64,
+    num_trajectories: int = 1024,
+) -> None:
+    """Generate the judged samples with every method and keep their images.
+
+    Args:
+        hosts: bundled models.
+        budgets: network evaluations.
+        num_samples: judged samples.
+        num_trajectories: that the readout was fitted on.
+    """
+    for host in hosts:
+        pipe = load_pipeline(f"zoo:{host}")
+        items = asked_items(pipe, HOSTS[host].judged, num_samples, FIRST_ITEM)
+        batches = [items[i : i + 16] for i in range(0, num_samples, 16)]
+        full = run_kept(pipe, host, Entry("full", "full", "none", "all", tuple(range(50))), batches)
+        for budget in budgets:
+            for entry in entries(host, budget, num_trajectories):
+                made = run_kept(pipe, host, entry, batches, full["sigmas"])
+                error = psnr(made["images"], full["images"])
+                print(f"{host} {budget} {entry}: {summarise(error).mean:.2f} dB", flush=True)
+
+
+def run_kept(
+    pipe: Any,
+    host: str,
+    entry: Entry,
+    batches: Sequence[Sequence[Any]],
+    sigmas: Sequence[float] = (),
+) -> dict[str, Any]:
+    """The samples of an entry, from its file where it has run before."""
+    count = sum(map(len, batches))
+    path = ROOT / host / "samples" / f"{entry.key(f'{host} {count}')}.pt"
+    if not path.exists():
+        made = run_entry(pipe, entry, sigmas, batches, lambda done: None, **CALL)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(asdict(made), path)
+    return torch.load(path)
+
+
+def curve(
+    hosts: Sequence[str] = tuple(HOSTS),
+    budgets: Sequence[int] = (8,),
+    sizes: Sequence[int] = SIZES,
+    num_samples: int = 64,
+) -> None:
+    """Judge readouts and rows fitted on more and more trajectories.
+
+    Args:
+        hosts: bundled models.
+        budgets: network evaluations.
+        sizes: calibration trajectories.
+        num_samples: judged samples.
+    """
+    rows = json.loads(CURVE.read_text()) if CURVE.exists() else []
+    known = {(row["host"], row["num_anchors"], row["trajectories"]) for row in rows}
+    for host in hosts:
+        pipe = load_pipeline(f"zoo:{host}")
+        items = asked_items(pipe, HOSTS[host].judged, num_samples, FIRST_ITEM)
+        batches = [items[i : i + 16] for i in range(0, num_samples, 16)]
+        full = run_kept(pipe, host, Entry("full", "full", "none", "all", tuple(range(50))), batches)
+        found = json.loads(lists(host).read_text())
+        for budget in budgets:
+            own = tuple(found[f"readout|output|{budget}"])
+            for size in (size for size in sizes if (host, budget, size) not in known):
+                errors: dict[str, Tensor] = {}
+                for kind in ("readout", "rows"):
+                    predictor = load_predictor(fit_one(host, kind, own, size))
+                    entry = Entry(kind, "learned", "output", "searched", own, predictor)
+                    made = run_kept(pipe, host, entry, batches, full["sigmas"])
+                    errors[kind] = psnr(made["images"], full["images"])
+                gap = paired(errors["readout"], errors["rows"])
+                row = {"host": host, "num_anchors": budget, "trajectories": size} | asdict(gap)
+                for kind, error in errors.items():
+                    told = summarise(error)
+                    row |= {f"{kind}_db": told.mean, f"{kind}_q10": told.q10}
+                rows.append(row)
+                CURVE.write_text(json.dumps(rows, indent=1) + "\n")
+                print(row, flush=True)
+
+
+def publish(
+    hosts: Sequence[str] = tuple(HOSTS),
+    budgets: Sequence[int] = BUDGETS,
+    num_samples: int = 64,
+    num_trajectories: int = 1024,
+) -> None:
+    """Write one row per method, on the list that suits it best, with its paired differences.
+
+    Args:
+        hosts: bundled models.
+        budgets: network evaluations.
+        num_samples: judged samples.
+        num_trajectories: that the readout was fitted on.
+    """
+    rows = []
+    for host in hosts:
+        batches = [[None] * num_samples]  # everything has run: files alone are read
+        full = run_kept(None, host, Entry("full", "full", "none", "all", tuple(range(50))), batches)
+        for budget in budgets:
+            best: dict[str, tuple[Entry, dict[str, Any], Tensor]] = {}
+            for entry in entries(host, budget, num_trajectories):
+                made = run_kept(None, host, entry, batches, full["sigmas"])
+                error = psnr(made["images"], full["images"])
+                if entry.method not in best or error.mean() > best[entry.method][2].mean():
+                    best[entry.method] = (entry, made, error)
+            others = {n: each for n, each in best.items() if n not in ("readout", "rows")}
+            rival = max(others, key=lambda name: float(others[name][2].mean()))
+            for name, (entry, made, error) in best.items():
+                against = rival if name == "readout" else "readout"
+                rows.append(row_of(host, entry, made, error, full, against, best[against][2]))
+    RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def row_of(
+    host: str,
+    entry: Entry,
+    made: dict[str, Any],
+    error: Tensor,
+    full: dict[str, Any],
+    rival: str,
+    rival_error: Tensor,
+) -> dict[str, Any]:
+    """One row of the table."""
+    quality, gap = summarise(error), paired(error, rival_error)
+    spec = getattr(entry.predictor, "spec", None)
+    walked = entry.method in ("readout", "rows")
+    return {
+        "host": host,
+        "method": entry.method,
+        "kind": entry.kind,
+        "tap": entry.tap,
+        "anchors_name": entry.anchors_name,
+        "anchors": " ".join(map(str, entry.anchors)),
+        "num_anchors": len(entry.anchors),
+        "guidance_scale": CALL["guidance_scale"],
+        "psnr_db": quality.mean,
+        "psnr_median": quality.median,
+        "psnr_q10": quality.q10,
+        "psnr_q90": quality.q90,
+        "psnr_ci_low": quality.ci_low,
+        "psnr_ci_high": quality.ci_high,
+        "ssim": float(ssim(made["images"], full["images"]).mean()),
+        "num_samples": len(error),
+        "seconds_per_image": made["seconds"],
+        "forecast_step_ratio": made["step_ratio"],
+        "state_bytes": made["state_bytes"],
+        "fit_seconds": spec.metrics.get("fit_seconds") if spec else 0.0,
+        "solve_seconds": spec.metrics.get("solve_seconds") if spec else 0.0,
+        "num_trajectories": spec.num_trajectories if spec else 0,
+        "fit_evaluations": len(entry.anchors) if walked else None,
+        "rival": rival,
+        "paired_db": gap.mean,
+        "paired_low_db": gap.low,
+        "paired_high_db": gap.high,
+        "wins": gap.wins,
+    }
+
+
+if __name__ == "__main__":
+    auto_cli([record, search, fit, bench, curve, publish])
