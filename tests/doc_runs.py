@@ -4,7 +4,13 @@ import re
 import shlex
 
 WORLDS = {
-    "bundled": ("docs/quickstart.md", "docs/faq.md", "docs/l2p.md", "docs/text_to_image.md"),
+    "bundled": (
+        "docs/quickstart.md",
+        "docs/readout.md",
+        "docs/faq.md",
+        "docs/l2p.md",
+        "docs/text_to_image.md",
+    ),
     "tiny": (
         "README.md",
         "docs/compatibility.md",
@@ -57,6 +63,7 @@ MORE = {
             "--num_inference_steps 4 --num_trajectories 4"
         ),
         "foreseer search": "--num_samples 2 --num_moves 0",
+        "foreseer record --config configs/record/fashion_dit.yaml": "--num_trajectories 16",
     },
     "tiny": {
         "foreseer record --config configs/record/": "--pipeline tiny --num_trajectories 16",

@@ -74,8 +74,16 @@ class ReadoutFit(Resumable):
         self.recording = open_recording(recording, TAP, experts=True)
         header = self.recording.header
         check_header(header, recording)
-        told = {"recording": recording, "anchors": list(anchors), "tap": TAP, "fit": self.fit_name}
-        self.save_hyperparameters(told | {"arguments": None})  # known once the network has run
+        self.told = {
+            "recording": recording,
+            "anchors": list(anchors),
+            "tap": TAP,
+            "fit": self.fit_name,
+            "recipe": header.recipe_hash,
+            "rank": rank,
+            "neighbours": neighbours,
+        }
+        self.save_hyperparameters(self.told | {"arguments": None})  # known once the network has run
         self.tap, self.anchors = TAP, list(anchors)
         sizes = len(header.sigmas), anchors, header.num_branches, header.expert_steps
         self.rows = L2PExperts(*sizes)  # those of the formula that each segment started at
@@ -147,6 +155,7 @@ class ReadoutFit(Resumable):
                 f"max_epochs is {most}, and each of the {count} segments takes an epoch; set "
                 "max_epochs: -1, the fit ends by itself."
             )
+        self.trainer.fit_loop.max_epochs = count
         self.scratch = tempfile.TemporaryDirectory(prefix="foreseer_readout_")
         self.session = Session(self.pipe, self.walk)
 
@@ -171,7 +180,6 @@ class ReadoutFit(Resumable):
             f"on left-out prompts (strength {found.strength:g})"
         )
         self.optimizers().step()  # type: ignore[union-attr]
-        self.trainer.should_stop = number + 1 == count
 
     def on_train_epoch_end(self) -> None:
         """After the last segment, run the held-out trajectories."""
@@ -194,10 +202,24 @@ class ReadoutFit(Resumable):
         self._detach()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the segments fitted so far."""
+        """Go on with the segments fitted so far.
+
+        Raises:
+            ValueError: the checkpoint is of another fit.
+        """
         super().on_load_checkpoint(checkpoint)
-        if (arguments := checkpoint["hyper_parameters"]["arguments"]) is not None:
-            self._make_predictor(arguments)
+        found = checkpoint["hyper_parameters"]
+        other = {
+            name: found.get(name) for name, value in self.told.items() if found.get(name) != value
+        }
+        if other:
+            raise ValueError(
+                f"the checkpoint to resume is of another fit: it has {other}, this one "
+                f"{ {name: self.told[name] for name in other} }. Give this fit a folder of its own "
+                "(dirpath of ModelCheckpoint), or remove the checkpoint."
+            )
+        if found["arguments"] is not None:
+            self._make_predictor(found["arguments"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One that changes nothing, since segments are solved for: Lightning counts its steps."""
