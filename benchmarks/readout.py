@@ -7,7 +7,7 @@
     python benchmarks/readout.py curve
     python benchmarks/readout.py publish
     python benchmarks/readout.py cost
-    python benchmarks/readout.py page
+    python benchmarks/readout_page.py
 
 Every stage takes `--hosts '[fashion_dit]'` and `--budgets '[8]'`, and resumes. Fitted on: the first
 trajectories of the recording. Chosen on (lists): others of them. Judged on: (label, seed) pairs
@@ -51,7 +51,6 @@ ROOT = Path("runs/readout")
 RESULT = Path("benchmarks/results/readout.json")
 CURVE = Path("benchmarks/results/readout_curve.json")
 COST = Path("benchmarks/results/readout_cost.json")
-PAGE, END = Path("docs/readout.md"), "<!-- /readout -->"
 BUDGETS = (11, 8, 6, 4)
 SIZES = (32, 64, 128, 256, 512, 1000)  # calibration trajectories of the curve
 FORMULAS = ("taylor_1", "taylor_2", "taylor_3", "hicache_2", "adams_moulton")
@@ -411,84 +410,5 @@ def cost(num_rounds: int = 15) -> None:
     COST.write_text(json.dumps(told, indent=1) + "\n")
 
 
-def page() -> None:
-    """Write the tables of docs/readout.md."""
-    rows = json.loads(RESULT.read_text())
-    text = "\n\n".join([*(table(rows, host) for host in HOSTS), curve_table(), fit_table(rows)])
-    content = PAGE.read_text()
-    head, _, rest = content.partition("<!-- readout -->")
-    PAGE.write_text(f"{head}<!-- readout -->\n{text}\n<!-- /readout -->{rest.partition(END)[2]}")
-
-
-def table(rows: Sequence[dict[str, Any]], host: str) -> str:
-    """Readout and the best of every kind of rival, by number of evaluations."""
-    lines = [
-        f"`zoo:{host}`, PSNR in dB against the full 50-step run: mean / median / 10 % quantile over "
-        f"{rows[0]['num_samples']} judged samples. In brackets: the readout minus it on the same "
-        "samples, with its 95 % interval, and on how many the readout is ahead.",
-        "",
-        "| evaluations | readout | the same rows alone | closed-loop rows of 0.2 | best formula | "
-        "best solver |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for budget in sorted({row["num_anchors"] for row in rows if row["host"] == host}, reverse=True):
-        mine = [row for row in rows if row["host"] == host and row["num_anchors"] == budget]
-        kinds = [
-            [row for row in mine if row["method"] == name]
-            for name in ("readout", "rows", "l2p_closed_loop")
-        ]
-        kinds += [[row for row in mine if row["kind"] == kind] for kind in ("formula", "solver")]
-        cells = [cell(max(kind, key=lambda row: row["psnr_db"])) if kind else "" for kind in kinds]
-        lines.append(f"| {budget} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def cell(row: dict[str, Any]) -> str:
-    """One method's numbers."""
-    told = f"{row['psnr_db']:.2f} / {row['psnr_median']:.2f} / {row['psnr_q10']:.2f}"
-    if row["method"] == "readout":
-        return f"**{told}**"
-    name = "" if row["kind"] == "learned" else f"`{row['method']}` "
-    gap, low, high = -row["paired_db"], -row["paired_high_db"], -row["paired_low_db"]
-    ahead = row["num_samples"] - row["wins"]
-    return f"{name}{told} ({gap:+.2f}, {low:+.2f} to {high:+.2f}; {ahead})"
-
-
-def curve_table() -> str:
-    """Gain over rows against the number of calibration trajectories."""
-    rows = json.loads(CURVE.read_text())
-    lines = [
-        "The gain over the same rows against the number of trajectories fitted on, on the judged "
-        "samples (mean PSNR in dB; 10 % quantile):",
-        "",
-        "| model | evaluations | trajectories | rows | readout | gain, 95 % interval | quantiles |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        gain = f"{r['mean']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f})"
-        quantiles = f"{r['rows_q10']:.2f}, {r['readout_q10']:.2f}"
-        lines.append(
-            f"| {r['host']} | {r['num_anchors']} | {r['trajectories']} | {r['rows_db']:.2f} | "
-            f"{r['readout_db']:.2f} | {gain} | {quantiles} |"
-        )
-    return "\n".join(lines)
-
-
-def fit_table(rows: Sequence[dict[str, Any]]) -> str:
-    """What the fits took, and their lists."""
-    lines = [
-        "The fits behind the tables, and the anchors found for them (CPU, shared with other work):",
-        "",
-        "| model | anchors | trajectories | evaluations each | seconds, of them solving |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for r in (row for row in rows if row["method"] == "readout"):
-        lines.append(
-            f"| {r['host']} | {r['anchors']} | {r['num_trajectories']} | {r['fit_evaluations']} | "
-            f"{r['fit_seconds']:.0f}, {r['solve_seconds']:.0f} |"
-        )
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    auto_cli([record, search, fit, bench, curve, publish, cost, page])
+    auto_cli([record, search, fit, bench, curve, publish, cost])
