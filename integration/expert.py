@@ -122,14 +122,14 @@ class Expert:
             UnsupportedHost: the head does not work on each token alone.
         """
         shapes = (hidden.shape, output.shape)
-        if shapes in self._layouts:
-            return self._layouts[shapes]
-        head = functools.partial(self._head, call)
-        layout = find_layout(head, hidden, type(self.transformer).__name__)
-        layout = replace(layout, grid=find_grid(layout, [*call.args, *call.kwargs.values()]))
-        if layout.tokens.shape[1] == hidden[0, ..., 0].numel():
-            self._layouts[shapes] = layout
-        return layout
+        layout = self._layouts.get(shapes)
+        if layout is None:
+            head = functools.partial(self._head, call)
+            layout = find_layout(head, hidden, type(self.transformer).__name__)
+            if layout.tokens.shape[1] == hidden[0, ..., 0].numel():
+                self._layouts[shapes] = layout
+        # latents that are tokens have one shape at 512 x 1024 and at 1024 x 512
+        return replace(layout, grid=find_grid(layout, call.args, call.kwargs))
 
     def _head(self, call: Call, hidden: Tensor) -> Tensor:
         """The prediction for another hidden state."""

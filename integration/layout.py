@@ -10,7 +10,7 @@ of a token, E elements of a row of the output.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,20 @@ class Layout:
     def hidden(self, hidden: Float[Tensor, "B *N D"]) -> Float[Tensor, "B M D"]:
         """The hidden states of the tokens that enter the output."""
         flat = hidden.flatten(1, -2)
-        if self.tokens.shape[1] == flat.shape[1]:
-            return flat
         return flat.gather(1, self.tokens[..., None].expand(-1, -1, flat.shape[-1]))
 
     def place(self, values: Float[Tensor, "B M P"]) -> Float[Tensor, " B *shape"]:
-        """Values of tokens as an output."""
+        """Values of tokens as an output.
+
+        Raises:
+            ValueError: there are others than the output has.
+        """
+        if values.shape[1:] != self.elements.shape:
+            raise ValueError(
+                f"found {values.shape[2]} elements for each of {values.shape[1]} tokens, and "
+                f"{self.elements.shape[0]} tokens decide {self.elements.shape[1]} elements each of "
+                "this host's output: another host. Record and fit for this one."
+            )
         flat = torch.empty_like(values).flatten(1)
         flat[:, self.elements.flatten()] = values.flatten(1)
         return flat.unflatten(1, self.shape)
@@ -138,17 +146,18 @@ def _holds(
 ) -> bool:
     """Whether exchanging every third token changes their elements and no others."""
     chosen = (torch.arange(flat.shape[1], device=flat.device) % 3 == 0)[:, None]
-    changed = layout.pick(_changed(head, before, flat, other, chosen, shape)).any(-1)
+    changed = _changed(head, before, flat, other, chosen, shape)[:, layout.elements].any(-1)
     return torch.equal(changed, chosen[:, 0][layout.tokens])
 
 
-def find_grid(layout: Layout, arguments: Iterable[Any]) -> Grid | None:
+def find_grid(layout: Layout, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Grid | None:
     """Frames, height and width of the picture in tokens.
 
     Args:
         layout: of a call.
-        arguments: of the call, by position or name: rotary positions (`img_ids`) are among those of
-            hosts that take their latents as tokens, or the grid itself (`img_shapes`).
+        args: positional arguments of the call. Hosts that take their latents as tokens are given
+            rotary positions (`img_ids`) or the grid itself (`img_shapes`, or `height` and `width`).
+        kwargs: its keyword arguments.
 
     Returns:
         The grid, or None where nothing tells it.
@@ -156,7 +165,7 @@ def find_grid(layout: Layout, arguments: Iterable[Any]) -> Grid | None:
     count = len(layout.elements)
     if len(layout.shape) > 2:
         return _of_places(torch.stack(torch.unravel_index(layout.elements[:, 0], layout.shape), 1))
-    for value in arguments:
+    for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim >= 2 and not value.is_complex():
             places = value if value.ndim == 2 else value[0]
             if places.ndim == 2 and len(places) >= count:
@@ -166,7 +175,7 @@ def find_grid(layout: Layout, arguments: Iterable[Any]) -> Grid | None:
         found = _of_list(value, count)
         if found is not None:
             return found
-    return None
+    return _of_list(tuple(kwargs.get(name, 1) for name in ("num_frames", "height", "width")), count)
 
 
 def _of_places(places: Tensor) -> Grid | None:

@@ -202,13 +202,17 @@ class Session:
             output = call.run()
         self._keep(expert, key, found, output, call.x_t)
         expert.prove_rows(call, output)
-        if "hidden" in found and key not in self._asked:
-            self._asked.add(key)
-            self._ask(expert, call, key, found["hidden"], output)
+        self._ask(expert, call, key, found, output)
         return output
 
-    def _ask(self, expert: Expert, call: Call, key: str, hidden: Tensor, output: Any) -> None:
-        """Find out what the controller wants to know of the tokens of a call's head."""
+    def _ask(
+        self, expert: Expert, call: Call, key: str, found: dict[str, Tensor], output: Any
+    ) -> None:
+        """Find out, once a run, what the controller wants to know of a call's tokens."""
+        hidden = found.get("hidden")
+        if hidden is None or key in self._asked:
+            return
+        self._asked.add(key)
         if self.controller.wants_image_tokens:
             mask = expert.image_tokens(call, hidden)
             if mask is not None:
@@ -267,6 +271,7 @@ class Session:
         """What a call that was decided on the way returns, and whether the network ran."""
         if decided.taps is not None:
             self._keep(expert, key, decided.taps, decided.output, call.x_t)
+            self._ask(expert, call, key, decided.taps, decided.output)
         if decided.sample is None:
             return decided.output, decided.taps is not None
         return self._forms[key](decided.sample), decided.taps is not None

@@ -59,7 +59,7 @@ Fitted: TypeAlias = (
 
 
 def export_command(checkpoint: str, out: str) -> None:
-    """Write a predictor checkpoint from the Lightning checkpoint of any L2P, LESA or DisCa fit.
+    """Write a predictor checkpoint from the Lightning checkpoint of any fit.
 
     Args:
         checkpoint: the `.ckpt` file that `foreseer fit` wrote; it is read without running code.
@@ -261,6 +261,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} lacks the hyper-parameters {missing} or the tensor {learned}; expected "
             "a checkpoint of an L2P, LESA or DisCa fit."
         )
+    if not bool(state.get("finished", True)):
+        raise ValueError(
+            f"{path} was written before the last segment was fitted; let `foreseer fit` run on."
+        )
     return values
 
 
@@ -273,8 +277,8 @@ def validation_errors(state: dict[str, Tensor], where: str) -> dict[str, float]:
         ValueError: the fit stopped before it measured anything.
     """
     name = next((name for name in ("best_error", "val_error") if name in state), None)
-    if name is None:
-        return {}
+    if name is None or ("finished" in state and not math.isfinite(state[name])):
+        return {}  # nothing is measured, or no trajectory was held out
     best, start = float(state[name]), float(state["start_error"])
     if not math.isfinite(best) or not math.isfinite(start):
         raise ValueError(

@@ -43,16 +43,15 @@ class References:
         """
         header = self.recording.header
         settings = dict(header.recipe.get("settings", {}))
+        known = {"num_inference_steps": len(header.sigmas)}
+        known["guidance_scale"] = header.scheduler["guidance_scale"]
         objects = [name for name, value in settings.items() if str(value).startswith("<")]
         if objects:
             raise ValueError(
                 f"the recording was made with the settings {objects}, of which only a digest is "
                 "stored, so its runs cannot be repeated; pass such values per item when recording."
             )
-        return settings | {
-            "num_inference_steps": len(header.sigmas),
-            "guidance_scale": header.scheduler["guidance_scale"],
-        }
+        return settings or known  # a pipeline may take no guidance_scale, and run fewer steps
 
     @cached_property
     def batches(self) -> list[list[Item]]:

@@ -22,19 +22,20 @@ from ..trajectories.datamodule import ItemsDataModule
 from ..trajectories.header import Header
 from ..trajectories.prompts import Item, digest
 from ..trajectories.record_command import own_device
+from .closed_form import ClosedForm
 from .l2p import open_recording, spec_of
 from .measure import References, predictor_errors
 from .readout_parts import SegmentParts
 from .readout_segment import Part, SegmentFit, fit_segment
 from .readout_sums import NUM_FOLDS
 from .readout_walk import Visited, Walk
-from .resuming import Resumable
+from .resuming import close_epoch
 from .verdict_callbacks import RivalsVerdict, Verdict
 
 TAP = "output"
 
 
-class ReadoutFit(Resumable):
+class ReadoutFit(ClosedForm):
     """Fit rows and readout of every segment on the runs that the segments before it lead to.
 
     For each anchor in turn: evaluate the network on all calibration trajectories, where the
@@ -95,7 +96,9 @@ class ReadoutFit(Resumable):
         self.num_trajectories: Tensor
         self.start_error: Tensor
         self.val_error: Tensor
+        self.finished: Tensor
         self.register_buffer("num_trajectories", torch.tensor(0))
+        self.register_buffer("finished", torch.tensor(False))
         for name in ("start_error", "val_error"):
             self.register_buffer(name, torch.tensor(float("inf"), dtype=torch.float64))
 
@@ -112,10 +115,10 @@ class ReadoutFit(Resumable):
         """The predictor.
 
         Raises:
-            ValueError: no segment is fitted yet.
+            ValueError: not all segments are fitted yet.
         """
-        if self.predictor is None:
-            raise ValueError("no segment of the readout is fitted yet; let the fit run on.")
+        if self.predictor is None or not self.finished:
+            raise ValueError("not all segments of the readout are fitted yet; let the fit run on.")
         return self.predictor
 
     def metrics(self) -> dict[str, float]:
@@ -186,6 +189,7 @@ class ReadoutFit(Resumable):
         if self.current_epoch + 1 < len(self.parts.segments):
             return
         self._detach()
+        self.finished.fill_(True)
         if self.validation.items:
             assert self.predictor is not None  # its segments are fitted
             if not self.quiet:
@@ -208,6 +212,7 @@ class ReadoutFit(Resumable):
             ValueError: the checkpoint is of another fit.
         """
         super().on_load_checkpoint(checkpoint)
+        close_epoch(checkpoint)
         found = checkpoint["hyper_parameters"]
         other = {
             name: found.get(name) for name, value in self.told.items() if found.get(name) != value

@@ -92,7 +92,8 @@ class SegmentParts:
         noise = (sampler.start[end] - sampler.start[anchor]) / sampler.start[0]
         wanted = target - state.float() - float(noise) * first
         outputs = {a: self._guided(visited.at(a), a) for a in self.walk.rows.anchors if a <= anchor}
-        wanted = wanted - self._settled(visited, outputs, anchor, end)
+        settled = self._settled(visited, outputs, anchor, end)
+        wanted = wanted.reshape(settled.shape) - settled  # Z-Image adds an axis of one frame
         response = float(sampler.response[end, anchor + 1 : end].sum())
         layout = next(iter(visited.layouts.values()))
         known = torch.stack([outputs[a] for a in self.known(anchor)])  # (anchors, branches, B, ...)

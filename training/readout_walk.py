@@ -24,9 +24,7 @@ from ..predictors.base import History, Step
 from ..predictors.experts import L2PExperts, expert_start
 from ..predictors.readout import Readout
 from ..trajectories.prompts import Item, generate_batch
-from .tracking import guidance_weights
-
-SAME_GUIDANCE = 1e-3  # relative; lstsq on one step's outputs in the model's dtype
+from .tracking import guidance_tolerance, guidance_weights
 
 
 class Arrived(Exception):
@@ -144,16 +142,20 @@ class Walk(Controller):
         visited = self.visited
         visited.branches[key], visited.layouts[key] = step.branches, self.layouts[key]
         visited.outputs.setdefault(key, {})[step.index] = taps["output"]
-        visited.hidden[key] = visited.layouts[key].hidden(taps["hidden"])
-        if step.index != self.goal and self.predictor is not None:
-            self.read(self.predictor, key, step.index)
+        hidden = visited.layouts[key].hidden(taps["hidden"])
+        if step.index == self.goal:
+            visited.hidden[key] = hidden
+        elif self.predictor is not None:
+            self.read(self.predictor, key, step.index, hidden)
 
-    def read(self, predictor: Readout, key: str, anchor: int) -> None:
-        """Read the newest hidden state of a call, whose segment is fitted."""
+    def read(
+        self, predictor: Readout, key: str, anchor: int, hidden: Float[Tensor, "B M D"]
+    ) -> None:
+        """Read the hidden state of a call at an anchor whose segment is fitted."""
         visited = self.visited
         layout, output = visited.layouts[key], visited.outputs[key][anchor]
         step = Step(anchor, 0.0, predictor.num_steps)
-        values = predictor.read(visited.hidden[key], step, layout.grid)
+        values = predictor.read(hidden, step, layout.grid)
         assert values is not None  # the step is an anchor
         visited.readings.setdefault(key, {})[anchor] = layout.place(values.to(output))
 
@@ -181,7 +183,7 @@ class Walk(Controller):
             raise Arrived
 
     def _measure(self, outputs: Float[Tensor, "branches B *shape"], v: Tensor, index: int) -> None:
-        if outputs.shape[1:] != v.shape:
+        if outputs[0].flatten(1).shape != v.flatten(1).shape:
             raise ValueError(
                 f"the network's outputs have the shape {tuple(outputs.shape[1:])}, what the "
                 f"sampler is given {tuple(v.shape)}; the fit needs one to combine the other."
@@ -190,7 +192,7 @@ class Walk(Controller):
         first = expert_start(self.rows.expert_steps, index)
         before = self.guidance.setdefault(first, found)
         gap = float((found - before).norm()) if len(found) == len(before) else torch.inf
-        if not gap <= SAME_GUIDANCE * float(before.norm()):
+        if not gap <= guidance_tolerance(outputs.dtype) * float(before.norm()):
             raise ValueError(
                 f"guidance combines the branches by {found.tolist()} at step {index} and by "
                 f"{before.tolist()} before; a readout is fitted for one combination that "
@@ -210,9 +212,9 @@ class Walk(Controller):
             ValueError: the run ends before.
         """
         self.goal = anchor
-        for key in self.visited.hidden:  # the newest segment was fitted since
+        for key, hidden in self.visited.hidden.items():  # the newest segment was fitted since
             assert self.predictor is not None
-            self.read(self.predictor, key, max(self.visited.outputs[key]))
+            self.read(self.predictor, key, max(self.visited.outputs[key]), hidden)
         self.visited.hidden = {}
         try:
             generate_batch(pipe, batch, output_type="latent", **settings)
