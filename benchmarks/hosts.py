@@ -10,6 +10,7 @@ plumbing: no number here says anything about the quality of a picture.
 """
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -37,8 +38,8 @@ from foreseer.integration.verify import (
     check_abort,
     check_detached,
     check_tap,
+    final_latents,
     footprint,
-    plain_run,
     relative_error,
     same,
 )
@@ -80,7 +81,7 @@ def row_of(family: Family) -> dict[str, Any]:
 
 def exactness(pipe: Any, run: Any) -> dict[str, Any]:
     """Recorded, replayed, broken off and detached, on both taps; all must hold on both."""
-    expected = plain_run(pipe, run)
+    expected = final_latents(pipe, run)
     before = footprint(pipe)
     checks = {check.name: check for tap in TAPS for check in check_tap(pipe, run, tap, expected)}
     refused = [c.found for c in checks.values() if c.passed is False and "no such tap" in c.found]
@@ -88,7 +89,7 @@ def exactness(pipe: Any, run: Any) -> dict[str, Any]:
         raise ValueError(refused[-1])
     aborts = [check_abort(pipe, run, tap, expected) for tap in TAPS]
     detached = check_detached(pipe, before)
-    after = same(plain_run(pipe, run), expected)
+    after = same(final_latents(pipe, run), expected)
     return {
         "record_exact": all(bool(checks[f"record {tap}"].passed) for tap in TAPS),
         "replay_exact": all(bool(checks[f"replay {tap}"].passed) for tap in TAPS),
@@ -126,20 +127,20 @@ def fitted(family: Family) -> dict[str, Any]:
         recording = record(pipe, items, f"{folder}/recording", batch_size=2, **family.settings)
         header = Recording(recording).header
         anchors = sorted({*ANCHORS, *header.expert_steps})
-        expected = plain_run(pipe, lambda: call(family, pipe, HELD_OUT))
+        again = functools.partial(call, family, pipe, HELD_OUT)
+        expected = final_latents(pipe, again)
         deployed = True
         for tap in TAPS:
             module = fit(recording, anchors, tap)
             loaded = load_predictor(export_predictor(module, f"{folder}/{tap}", {}))
             with forecasting(pipe, loaded) as attached:
-                call(family, pipe, HELD_OUT)
-            final = attached.session.final
-            with forecasting(pipe, Reuse(), anchors, tap) as rival:
-                call(family, pipe, HELD_OUT)
+                final = final_latents(pipe, again)
+            with forecasting(pipe, Reuse(), anchors, tap):
+                rival = final_latents(pipe, again)
             errors[tap] = relative_error(final, expected)
-            errors[f"{tap} reuse"] = relative_error(rival.session.final, expected)
+            errors[f"{tap} reuse"] = relative_error(rival, expected)
             as_planned = attached.report().anchors == anchors
-            deployed &= as_planned and final is not None and bool(final.isfinite().all())
+            deployed &= as_planned and bool(final.isfinite().all())
     return {
         "fit_deployed": deployed,
         "branches": header.num_branches,
@@ -173,7 +174,7 @@ def extra_graphs(family: Family) -> tuple[int | None, str]:
     except ValueError:
         return None, "the class names no repeated blocks"
     try:
-        expected = plain_run(pipe, lambda: call(family, pipe))
+        expected = final_latents(pipe, lambda: call(family, pipe))
     except Exception as error:  # the class itself does not compile with fullgraph
         return None, f"does not compile by itself ({type(error).__name__})"
     before = counters["stats"]["unique_graphs"]
@@ -193,8 +194,7 @@ def replayed(pipe: Any, family: Family) -> Any:
     try:
         call(family, pipe)
         replay.replaying = True
-        call(family, pipe)
-        return session.final
+        return final_latents(pipe, functools.partial(call, family, pipe))
     finally:
         session.detach()
 

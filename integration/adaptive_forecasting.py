@@ -73,6 +73,11 @@ class ProbedForecaster(Forecaster):
         """Every later step may be an anchor."""
         return num_steps - 1 - index
 
+    def forget(self) -> None:
+        """Let go of all features, and of what the schedule compares with."""
+        super().forget()
+        self.schedule.kept = None
+
     def state_bytes(self) -> int:
         """Bytes of all histories and of what the schedule compares with."""
         return super().state_bytes() + self.schedule.state_bytes()
@@ -221,6 +226,11 @@ class VerifiedForecaster(Forecaster):
         super().close(step_index, v, before, after)
         self.runs = [run + 1 for run in self.runs]
         self.refused.pop(step_index, None)
+
+    def forget(self) -> None:
+        """Let go of all features."""
+        super().forget()
+        self.sample_histories = {}
 
     def state_bytes(self) -> int:
         """Bytes of all histories."""

@@ -91,5 +91,8 @@ class Controller:
         """Bytes of cached features at most by the end of the run, known after a step `index`."""
         return 0
 
+    def forget(self) -> None:
+        """The run is over, finished or not: let go of what only its own steps could read."""
+
     def finish(self, report: Report) -> None:
         """The run is over; add to its report what only the controller knows."""

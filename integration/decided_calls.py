@@ -57,10 +57,13 @@ def look(controller: Controller, expert: Expert, call: Call, key: str, step: Ste
         came = tensor if first_look.entered is None else first_look.entered
         return tensor if tap == "output" else entering_head(tap, feature)(came)
 
-    with expert.capturing(controller.taps) as found:
-        output, ran = first_look(call.forward, call.args, call.kwargs, judge, entering)
-        if "residual" in controller.taps and first_look.entered is not None:
-            found["trunk_in"] = first_look.entered
+    try:
+        with expert.capturing(controller.taps) as found:
+            output, ran = first_look(call.forward, call.args, call.kwargs, judge, entering)
+            if "residual" in controller.taps and first_look.entered is not None:
+                found["trunk_in"] = first_look.entered
+    finally:
+        first_look.entered = None
     if ran:
         return Decided(output, found)
     tap, feature = forecasts[0]

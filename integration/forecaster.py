@@ -148,6 +148,10 @@ class Forecaster(Controller):
             self.spec.check_branches(step_index, self.branches)
         self.branches = set()
 
+    def forget(self) -> None:
+        """Let go of all features."""
+        self.histories = {}
+
     def state_bytes(self) -> int:
         """Bytes of all histories."""
         return sum(history.state_bytes() for history in self.histories.values())

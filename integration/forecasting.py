@@ -20,7 +20,8 @@ class Run:
     """A predictor attached to a pipeline; `report()` tells what the latest call did."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
+        self.session: Session | None = session  # None when detached: it holds the pipeline
+        self._report = session.report
 
     def report(self) -> Report:
         """Which steps ran and which were forecast, state bytes, time per kind of step.
@@ -29,12 +30,15 @@ class Run:
             ValueError: nothing that was attached to is in the pipeline any more, so that calls
                 since were not seen.
         """
-        self.session.attachment.check_reached()
-        return self.session.report
+        if self.session is not None:
+            self.session.attachment.check_reached()
+        return self._report
 
     def detach(self) -> None:
         """Give the pipeline its own behaviour back."""
-        self.session.detach()
+        if self.session is not None:
+            self.session.detach()
+            self.session = None
 
 
 def attach(

@@ -77,8 +77,11 @@ class FirstLook:
         def enter(tensor: Tensor) -> Tensor:
             return entering(tensor) if self.stopped else tensor
 
-        with exchanged(self.transformer, self.blocks, self.gated, self.head, enter):
-            return forward(*args, **kwargs), not self.stopped
+        try:
+            with exchanged(self.transformer, self.blocks, self.gated, self.head, enter):
+                return forward(*args, **kwargs), not self.stopped
+        finally:
+            del self.judge  # it knows the step and its input
 
     def open_with(self, *args: Any, **kwargs: Any) -> Any:
         """Called in the first block's place."""

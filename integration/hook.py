@@ -19,6 +19,8 @@ from .watched import unwatch, watch
 
 MARK = "_foreseer_attached"
 CACHE_MODULES = ("_cache", "pyramid_attention_broadcast")  # of diffusers.hooks
+PATCHED = {"enable_teacache": "TeaCache", "magcache_thresh": "MagCache"}
+"""What forwards that are put in place of a class's own look up on the model, and whose they are."""
 LAST_BLOCK = "last_block"
 PATIENCE = 0.001  # seconds between two looks at what other threads are doing
 
@@ -72,14 +74,16 @@ def refuse_other_caches(transformer: nn.Module) -> None:
     """Raise if something else already caches on this transformer.
 
     Raises:
-        ValueError: a cache of diffusers, enabled or applied by hand, or cache-dit.
+        ValueError: a cache of diffusers, enabled or applied by hand, cache-dit, or the forwards
+            that TeaCache's and MagCache's authors put in place of a class's own.
     """
     found = _other_cache(transformer)
     if found is not None:
         raise ValueError(
             f"{type(transformer).__name__} already has a cache ({found}); take it off first, with "
-            "disable_cache() for one of diffusers or cache_dit.disable_cache(pipe): two caches on "
-            "one model would forecast each other's forecasts."
+            "disable_cache() for one of diffusers, cache_dit.disable_cache(pipe), or by giving the "
+            "class its own forward and attributes back: two caches on one model would forecast "
+            "each other's forecasts."
         )
 
 
@@ -89,6 +93,9 @@ def _other_cache(transformer: nn.Module) -> str | None:
         return type(config).__name__
     if getattr(transformer, "_is_cached", False):
         return "cache-dit"
+    for switch, cache in PATCHED.items():
+        if getattr(transformer, switch, None) not in (None, False):
+            return cache
     for module in transformer.modules():
         for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
             if any(word in type(hook).__module__ for word in CACHE_MODULES):

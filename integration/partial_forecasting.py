@@ -51,7 +51,12 @@ class PartialForecaster(Controller):
     def open(self, sigmas: list[float]) -> None:
         """Forget the last run."""
         self.base.settings = self.settings
+        self.forget()
         self.base.open(sigmas)
+
+    def forget(self) -> None:
+        """Let go of all features, attention outputs and clusters."""
+        self.base.forget()
         self.policy.reset()
         self.attention, self._anchor = {}, []
 

@@ -69,6 +69,7 @@ def prove(call: Call, taps: set[str], probe: str | None) -> Proven:
         for judge in (lambda seen: True, lambda seen: False):
             replayed, _ = first_look(forward, args, kwargs, judge, lambda entering: found["hidden"])
             check_same(call, expected, replayed, "looking at the first block")
+        first_look.entered = None
     return Proven(trunk, skipper, first_look, last_block)
 
 

@@ -45,7 +45,6 @@ class Session:
 
     Attributes:
         report: what the latest run did.
-        final: latents after the newest step; at the end of a run, its sample.
 
     Raises:
         UnsupportedHost: the pipeline has no transformer.
@@ -56,7 +55,6 @@ class Session:
         self.pipe = pipe
         self.controller = controller
         self.report = Report()
-        self.final: Tensor | None = None
         self._forms: dict[str, Callable[[Tensor], Any]] = {}
         self._turn = threading.RLock()  # of the threads that call the transformer
         self.attachment = Attachment(pipe, controller)
@@ -72,6 +70,7 @@ class Session:
             self._reset_run()
 
     def _reset_run(self) -> None:
+        self.controller.forget()
         self._caller: weakref.ref[Caller] | None = None  # who opened the run
         self._begun = False
         self._branches = Branches()
@@ -88,7 +87,12 @@ class Session:
             self.report.open()
             self.attachment.check()
             self._announced = sigmas
-            self._caller = weakref.ref(Caller.new())
+            self._caller = weakref.ref(Caller.new(), self._left)
+
+    def _left(self, caller: weakref.ref[Caller]) -> None:
+        """The call that opened the run is over, before its last step where it was interrupted."""
+        if self._caller is caller:
+            self._reset_run()
 
     def _check_caller(self) -> None:
         if self._caller is not None and not self._is_inside():
@@ -126,15 +130,13 @@ class Session:
             step = self._step(index, seen.key, seen.x_t)
             self.controller.observe(seen.key, seen.call, step, seen.taps)
         self._pending = []
-        self.final = after
         self.controller.settings = self._settings.read(pipeline_call())
         self.controller.close(index, v, before, after)
         self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
         check_memory(self.controller, self.report, index, v.device)
         if index == self._num_steps - 1:
-            self._caller = None
-            self.attachment.pace = Pace()
             self.controller.finish(self.report)
+            self._reset_run()
 
     def _step(self, index: int, key: str, x_t: Tensor | None) -> Step:
         branches, expert = self._branches.of(key), self._branches.expert_of(key)

@@ -87,8 +87,8 @@ class Broken(Exception):
     """Breaks a run off."""
 
 
-def plain_run(pipe: Any, run: Run) -> Tensor:
-    """The final latents of a run with nothing attached.
+def final_latents(pipe: Any, run: Run) -> Tensor:
+    """The final latents of a run, whatever is attached to the pipeline.
 
     Raises:
         UnsupportedHost: the pipeline never stepped its scheduler.
@@ -117,9 +117,9 @@ def verify_pipeline(pipe: Any, run: Run, predictor: Predictor | None = None) -> 
     Yields:
         The checks. The first that makes the others meaningless is the last.
     """
-    expected = plain_run(pipe, run)
+    expected = final_latents(pipe, run)
     before = footprint(pipe)  # after a run: the first one makes attributes of its own
-    repeated = same(plain_run(pipe, run), expected)
+    repeated = same(final_latents(pipe, run), expected)
     yield Check(
         "repeatable", repeated, "two plain runs are equal" if repeated else "two runs differ"
     )
@@ -138,7 +138,7 @@ def verify_pipeline(pipe: Any, run: Run, predictor: Predictor | None = None) -> 
     for tap in (tap for tap in EXACT_TAPS if tap in taps):
         yield check_abort(pipe, run, tap, expected)
     yield check_detached(pipe, before)
-    yield Check("after detach", same(plain_run(pipe, run), expected), "a plain run, once more")
+    yield Check("after detach", same(final_latents(pipe, run), expected), "a plain run, once more")
     for tap in taps:
         yield measure_cost(pipe, run, tap)
     if predictor is not None:
@@ -150,11 +150,9 @@ def check_tap(pipe: Any, run: Run, tap: str, expected: Tensor) -> Iterator[Check
     replay = Replay(tap)
     session = Session(pipe, replay)
     try:
-        run()
-        recorded = session.final
+        recorded = final_latents(pipe, run)
         replay.replaying = True
-        run()
-        replayed, report = session.final, session.report
+        replayed, report = final_latents(pipe, run), session.report
     except UnsupportedHost as error:
         passed = None if tap == "residual" else False
         yield Check(f"record {tap}", passed, f"no such tap: {error}")
@@ -181,8 +179,7 @@ def check_abort(pipe: Any, run: Run, tap: str, expected: Tensor) -> Check:
         except Broken:
             replay.fail_at = None
         replay.replaying, replay.kept = False, {}
-        run()
-        after = session.final
+        after = final_latents(pipe, run)
     finally:
         session.detach()
     return Check(f"abort {tap}", same(after, expected), difference(after, expected))
@@ -229,8 +226,7 @@ def check_predictor(pipe: Any, run: Run, predictor: Predictor, expected: Tensor)
         except PredictorMismatch as error:
             return Check("predictor", False, str(error))
         try:
-            run()
-            final, report = attached.session.final, attached.report()
+            final, report = final_latents(pipe, run), attached.report()
         except PredictorMismatch as error:
             return Check("predictor", False, str(error))
         finally:

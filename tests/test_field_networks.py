@@ -15,7 +15,13 @@ from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.denoisers import others_of, transformers_of
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.verify import check_abort, check_detached, check_tap, footprint, plain_run
+from foreseer.integration.verify import (
+    check_abort,
+    check_detached,
+    check_tap,
+    final_latents,
+    footprint,
+)
 from foreseer.predictors.polynomial import Reuse, Taylor
 from foreseer.training.l2p import rows_predictor, spec_of
 from foreseer.training.rows import expert_rows
@@ -56,7 +62,7 @@ def test_field_networks_guidance_by_a_second_network_is_forecast_too():
 def test_field_networks_both_are_put_back_bit_for_bit(tap):
     pipe = IDEOGRAM.build()
     again = functools.partial(call, IDEOGRAM, pipe)
-    expected, before = plain_run(pipe, again), footprint(pipe)
+    expected, before = final_latents(pipe, again), footprint(pipe)
     checks = [*check_tap(pipe, again, tap, expected), check_abort(pipe, again, tap, expected)]
     checks.append(check_detached(pipe, before))
     assert len(checks) == 5 and not [check for check in checks if check.passed is False]

@@ -19,7 +19,7 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.integration.memory import available_bytes, readable
 from foreseer.integration.partial_forecasting import partially
 from foreseer.integration.time_facts import modulation_width
-from foreseer.integration.verify import check_tap, plain_run
+from foreseer.integration.verify import check_tap, final_latents
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import Step
@@ -87,6 +87,19 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
+def at_the_end(controller: Any, look: Callable[[], Any]) -> list[Any]:
+    """A list of what `look` finds when a run ends, before its features are let go of."""
+    found: list[Any] = []
+    finish = controller.finish
+
+    def looking(report: Any) -> None:
+        found.append(look())
+        finish(report)
+
+    controller.finish = looking
+    return found
+
+
 def check_refused(attach: Callable[..., Any], host: str, pipe: Any, step: int = 0) -> None:
     """A run fits into what is predicted, and into a byte less it does not."""
     with attach() as free:
@@ -106,9 +119,11 @@ def test_what_every_predictor_holds_is_known_after_the_first_step(name):
     pipe = pipeline("dit_guided")
     check_refused(lambda **more: attached(name, pipe, **more), "dit_guided", pipe)
     with attached(name, pipe) as shown:
+        controller = shown.session.controller
+        held = at_the_end(controller, lambda: storage_bytes(kept_tensors(controller)))
         run("dit_guided", pipe)
-        assert storage_bytes(kept_tensors(shown.session.controller)) == shown.report().state_bytes
-    window = shown.session.controller.predictor.window or len(ANCHORS)
+    assert held == [shown.report().state_bytes]
+    window = controller.predictor.window or len(ANCHORS)
     assert shown.report().state_bytes == 2 * FEATURE * min(window, len(ANCHORS))
 
 
@@ -152,12 +167,20 @@ def test_a_schedule_that_decides_is_counted_at_its_most(host, rule, name):
     every, some = SCHEDULES[name]
     check_refused(functools.partial(attach, every), host, pipe)
     with attach(some) as attached:
+        controller = attached.session.controller
+
+        def held() -> tuple[int, int]:
+            schedule_bytes = controller.schedule.state_bytes() if name != "speca" else 0
+            return storage_bytes(
+                kept_tensors(controller)
+            ) + schedule_bytes, controller.state_bytes()
+
+        found = at_the_end(controller, held)
         run(host, pipe)
-        report, controller = attached.report(), attached.session.controller
-        assert len(report.anchors) < STEPS
-        assert report.state_bytes <= report.predicted_bytes
-        schedule_bytes = controller.schedule.state_bytes() if name != "speca" else 0
-        assert storage_bytes(kept_tensors(controller)) + schedule_bytes == controller.state_bytes()
+    report = attached.report()
+    assert len(report.anchors) < STEPS
+    assert report.state_bytes <= report.predicted_bytes
+    assert found[0][0] == found[0][1] > 0
 
 
 def test_a_sample_computed_on_its_own_keeps_no_other_alive():
@@ -176,11 +199,12 @@ def test_two_transformers_are_counted_when_the_second_one_starts(predictor, feat
     pipe = family.build()
     anchors = (0, 1, 3, 4, 6)  # the second starts at 3
     with forecasting(pipe, predictor, anchors, "hidden") as attached:
+        controller = attached.session.controller
+        pushed = at_the_end(controller, lambda: sum(map(len, controller.histories.values())))
         image = call(family, pipe)
     report = attached.report()
     assert report.predicted_bytes == report.state_bytes
-    histories = attached.session.controller.histories.values()
-    assert sum(len(history) for history in histories) == 2 * features  # two calls per step
+    assert pushed == [2 * features]  # two calls per step
     budget = report.predicted_bytes
     with forecasting(pipe, predictor, anchors, "hidden", memory_budget=budget):
         assert torch.equal(call(family, pipe), image)
@@ -195,7 +219,9 @@ def test_verify_tells_the_same_bytes():
     calling = functools.partial(run, "dit_guided", pipe)
     with forecasting(pipe, Reuse(), ANCHORS, "hidden") as attached:
         calling()
-    checks = {c.name: c.found for c in check_tap(pipe, calling, "hidden", plain_run(pipe, calling))}
+    checks = {
+        c.name: c.found for c in check_tap(pipe, calling, "hidden", final_latents(pipe, calling))
+    }
     told = attached.report().predicted_bytes / 1024
     assert checks["memory hidden"] == f"{told:,.1f} KiB per anchor kept"
 
@@ -210,8 +236,8 @@ def test_case_17_memory(monkeypatch):
             run("flux", pipe)
         controller = attached.session.controller
         assert attached.report().anchors == [0]
-        held = controller.state_bytes()
-        assert storage_bytes(kept_tensors(controller)) == held == 2 * 4 * 16 * 4
+        held = attached.report().state_bytes
+        assert held == 2 * 4 * 16 * 4 and kept_tensors(controller) == []  # let go of since
         assert attached.report().predicted_bytes == 4 * held
         monkeypatch.setattr(memory, "available_bytes", lambda device: 3 * held)
         run("flux", pipe)  # with the one that is held already

@@ -15,7 +15,7 @@ from foreseer.cli import main
 from foreseer.integration.host import UnsupportedHost
 from foreseer.integration.pipeline_call import call_settings, first_samples, joined, samples
 from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.verify import Check, plain_run, verify_pipeline
+from foreseer.integration.verify import Check, final_latents, verify_pipeline
 from foreseer.integration.verify_command import table, verdict
 from foreseer.predictors.linear import L2P
 from foreseer.trajectories.inspect_pipeline import inspected
@@ -88,7 +88,7 @@ def test_a_host_that_remembers_its_calls_is_found_out():
 def test_a_pipeline_that_never_steps_is_refused():
     pipe = FAMILIES["flux"].build()
     with pytest.raises(UnsupportedHost, match="never called scheduler.step"):
-        plain_run(pipe, lambda: None)
+        final_latents(pipe, lambda: None)
 
 
 def test_verify_prints_a_table_a_verdict_and_the_predictor(folder, tmp_path, capsys):
