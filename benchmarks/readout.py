@@ -6,6 +6,7 @@
     python benchmarks/readout.py bench
     python benchmarks/readout.py curve
     python benchmarks/readout.py publish
+    python benchmarks/readout.py ship
     python benchmarks/readout.py cost
     python benchmarks/readout_page.py
 
@@ -16,9 +17,10 @@ method runs on the anchors searched for it and on those of the readout.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from foreseer.checkpoints.format import load_predictor
+from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.cli import main
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.metrics import paired, psnr, ssim, summarise
@@ -374,6 +376,25 @@ def row_of(
     }
 
 
+def ship(num_trajectories: int = 1024) -> None:
+    """Put the fitted readouts among the bundled predictors, with what was measured of them.
+
+    Args:
+        num_trajectories: that the readouts were fitted on.
+    """
+    rows = json.loads(RESULT.read_text())
+    for mine in (row for row in rows if row["method"] == "readout"):
+        host, budget = mine["host"], mine["num_anchors"]
+        fitted = ROOT / host / f"readout_{budget}_{num_trajectories}"
+        predictor: Any = load_predictor(fitted)
+        beside = [r for r in rows if r["host"] == host and r["num_anchors"] == budget]
+        metrics = {f"psnr_db_{r['method']}": r["psnr_db"] for r in beside if r["kind"] != "learned"}
+        metrics |= {"psnr_db": mine["psnr_db"], "fit_seconds": mine["fit_seconds"]}
+        folder = Path("checkpoints/zoo") / f"{host}_readout_{budget}"
+        save_predictor(predictor, replace(predictor.spec, metrics=metrics), folder)
+        shutil.copy(fitted / "grams.safetensors", folder)
+
+
 def cost(num_rounds: int = 15) -> None:
     """Measure a forecast step beside L2P's on both taps, on one thread, in turns.
 
@@ -411,4 +432,4 @@ def cost(num_rounds: int = 15) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([record, search, fit, bench, curve, publish, cost])
+    auto_cli([record, search, fit, bench, curve, publish, ship, cost])

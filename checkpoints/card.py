@@ -10,6 +10,7 @@ from ..predictors.lesa import LesaPredictor
 from ..predictors.lesa_values import LesaValues
 from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import L2PBands, PartedL2P
+from ..predictors.readout import Readout
 from .spec import PredictorSpec
 
 MEASURES = {
@@ -193,12 +194,16 @@ def _number(value: Any) -> str:
 def _form(predictor: Predictor) -> str:
     if isinstance(predictor, DiscaPredictor):
         return "a small transformer's view of the step's tokens and"
+    if isinstance(predictor, Readout):
+        return "what was read off the last hidden state, and weighted sums of"
     return f"{'curves' if isinstance(predictor, LesaValues) else 'weighted sums'} of"
 
 
 def _tag(predictor: Predictor) -> str:
     if isinstance(predictor, DiscaPredictor):
         return "disca"
+    if isinstance(predictor, Readout):
+        return "readout"
     if isinstance(predictor, LesaPredictor):
         return "lesa"
     return "hyca" if isinstance(predictor, HyCa) else "l2p"
