@@ -45,7 +45,7 @@ HELD_OUT_PROMPTS = "benchmarks/emoji_held_out.txt"
 ROOT = Path("runs/emoji_flux")
 RESULT = Path("benchmarks/results/emoji_flux.json")
 SHEET = Path("docs/images/emoji_flux.png")
-PAGES = (Path("docs/text_to_image.md"), Path("README.md"))
+PAGES = (Path("docs/text_to_image.md"),)
 GUIDANCE_SCALE = 3.0
 BUDGETS = (11, 8)
 NEURAL_BUDGET = 8  # LESA and DisCa are trained on one list
@@ -212,7 +212,7 @@ def sheet(prompts: Sequence[str] = SHEET_PROMPTS, seed: int = 0) -> None:
 
 
 def page() -> None:
-    """Write the table of docs/text_to_image.md and the README from the published rows."""
+    """Write the table of docs/text_to_image.md from the published rows."""
     rows = load_rows(RESULT)
     block = f"<!-- emoji -->\n{verdict(rows)}\n\n{short_table(rows, BUDGETS)}<!-- /emoji -->"
     for path in PAGES:

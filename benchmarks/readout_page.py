@@ -1,4 +1,4 @@
-"""The tables of docs/readout.md from what benchmarks/readout.py has measured.
+"""The tables of docs/readout.md and the README from what benchmarks/readout.py has measured.
 
 python benchmarks/readout_page.py
 """
@@ -11,19 +11,52 @@ from typing import Any
 RESULT = Path("benchmarks/results/readout.json")
 CURVE = Path("benchmarks/results/readout_curve.json")
 COST = Path("benchmarks/results/readout_cost.json")
-PAGE, END = Path("docs/readout.md"), "<!-- /readout -->"
+PAGE, README = Path("docs/readout.md"), Path("README.md")
 
 
 def page() -> None:
-    """Write the tables of docs/readout.md."""
+    """Write the tables of both pages."""
     rows = json.loads(RESULT.read_text())
     hosts = dict.fromkeys(row["host"] for row in rows)
     text = "\n\n".join(
         [*(table(rows, host) for host in hosts), curve_table(), fit_table(rows), cost_table()]
     )
-    content = PAGE.read_text()
-    head, _, rest = content.partition("<!-- readout -->")
-    PAGE.write_text(f"{head}<!-- readout -->\n{text}\n<!-- /readout -->{rest.partition(END)[2]}")
+    put(PAGE, "readout", text)
+    put(README, "table", readme_table(rows))
+
+
+def put(path: Path, name: str, text: str) -> None:
+    """Replace what stands between two marks of a page."""
+    head, _, rest = path.read_text().partition(f"<!-- {name} -->\n")
+    _, _, tail = rest.partition(f"<!-- /{name} -->")
+    path.write_text(f"{head}<!-- {name} -->\n{text}\n<!-- /{name} -->{tail}")
+
+
+def readme_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean PSNR of the readout and of the best of every other kind, by model and evaluations."""
+    lines = [
+        "| model | evaluations of 50 | readout | rows of 0.2 | best formula | best few-step "
+        "solver | ahead of the best of them by |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for mine in (row for row in rows if row["method"] == "readout"):
+        beside = [r for r in rows if (r["host"], r["num_anchors"]) == place(mine)]
+        kinds = [[row for row in beside if row["method"] == "l2p_closed_loop"]]
+        kinds += [[r for r in beside if r["kind"] == kind] for kind in ("formula", "solver")]
+        best = [max(kind, key=lambda row: row["psnr_db"]) if kind else None for kind in kinds]
+        cells = ["" if row is None else f"{row['psnr_db']:.2f}" for row in best]
+        gap = f"{mine['paired_db']:+.2f} ({mine['paired_low_db']:+.2f}"
+        gap += f" to {mine['paired_high_db']:+.2f})"
+        lines.append(
+            f"| `zoo:{mine['host']}` | {mine['num_anchors']} | **{mine['psnr_db']:.2f}** | "
+            f"{' | '.join(cells)} | {gap} |"
+        )
+    return "\n".join(lines)
+
+
+def place(row: dict[str, Any]) -> tuple[str, int]:
+    """What rows must share to be compared."""
+    return row["host"], row["num_anchors"]
 
 
 def table(rows: Sequence[dict[str, Any]], host: str) -> str:

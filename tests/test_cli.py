@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import yaml
@@ -173,3 +174,27 @@ def test_trainer_words_go_to_lightning_without_a_warning(
     assert "--trainer.max_epochs" in out
     assert not [warning for warning in recwarn if "sys.argv" in str(warning.message)]
     assert sys.argv is before
+
+
+def test_a_shipped_configuration_is_found_by_its_name_and_a_file_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = Path(cli.__file__).parent / "configs/fit"
+    assert cli.packaged("fit", ["--config", "l2p_lstsq"]) == [
+        "--config",
+        str(shipped / "l2p_lstsq.yaml"),
+    ]
+    assert cli.packaged("fit", ["--config=readout"]) == [f"--config={shipped}/readout.yaml"]
+    assert cli.packaged("fit", ["--config", "none_such"]) == ["--config", "none_such"]
+    assert cli.packaged("record", ["--config", "l2p_lstsq"]) == ["--config", "l2p_lstsq"]
+    (tmp_path / "readout").write_text("")
+    assert cli.packaged("fit", ["--config", "readout"]) == ["--config", "readout"]
+
+
+def test_a_fit_without_a_configuration_is_that_of_a_readout(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    more = ["--data.seed", "1"]
+    words = cli.packaged("fit", more)
+    assert words[0] == "--config" and words[1].endswith("configs/fit/readout.yaml")
+    assert words[2:] == more and "fitting a readout" in capsys.readouterr().out
+    for own in (["--model", "A"], ["--model=A"], ["--config=a.yaml"], ["--help"]):
+        assert cli.packaged("fit", own) == own

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from foreseer.integration.metrics import latent_rel_l2, psnr, ssim, summarise
+from foreseer.integration.metrics import latent_rel_l2, paired, psnr, ssim, summarise
 
 
 def noisy_pair(count=3, channels=1):
@@ -120,3 +120,22 @@ def test_measuring_never_loads_lightning():
         "assert not {'lightning', 'pytorch_lightning', 'diffusers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_paired_difference_is_told_apart_where_the_intervals_of_both_overlap():
+    generator = torch.Generator().manual_seed(0)
+    hard = 30 + 5 * torch.randn(64, generator=generator)  # samples differ far more than methods
+    ahead = hard + 0.5 + 0.3 * torch.randn(64, generator=generator)
+    gap = paired(ahead, hard)
+    assert summarise(ahead).ci_low < summarise(hard).ci_high
+    assert 0.3 < gap.low < gap.mean < gap.high < 0.7 and gap.mean == pytest.approx(0.5, abs=0.1)
+    assert gap.wins == int((ahead > hard).sum()) and gap.count == 64
+    turned = paired(hard, ahead)
+    assert (turned.mean, turned.wins) == (pytest.approx(-gap.mean), 64 - gap.wins)
+
+
+def test_samples_that_cannot_be_paired_are_refused():
+    with pytest.raises(ValueError, match="two equal"):
+        paired(torch.ones(3), torch.ones(2))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        paired(torch.tensor([1.0, math.inf]), torch.ones(2))

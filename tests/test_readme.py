@@ -95,4 +95,4 @@ def test_the_flux_example_records_fits_exports_and_forecasts(tmp_path, monkeypat
     report = names["run"].report()
     assert report.anchors == [0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44]
     assert report.num_steps == 50
-    assert Path("runs/flux_l2p/config.json").exists()
+    assert Path("runs/flux_11/config.json").exists()

@@ -25,3 +25,17 @@ def test_with_every_step_an_anchor_the_recorded_samples_come_back(dtype, tmp_pat
     found = json.loads((tmp_path / "s.json").read_text())
     assert found[f"reuse|output|{STEPS}"] == list(range(STEPS))
     assert len(found["reuse|output|3"]) == 3
+
+
+def test_a_readout_is_searched_with_the_readout_in_the_loop(tmp_path, capsys):
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    pipeline, recording = ["--pipeline", str(tmp_path / "pipe")], str(tmp_path / "r")
+    steps = ["--num_trajectories", "16", "--num_inference_steps", str(STEPS)]
+    main(["record", *pipeline, "--out", recording, *steps])
+    words = ["search", *pipeline, "--recording", recording, "--num_anchors", "[3]"]
+    words += ["--methods", "[readout|output]", "--num_samples", "16", "--num_moves", "1"]
+    main([*words, "--out", str(tmp_path / "s.json")])
+    found = json.loads((tmp_path / "s.json").read_text())["readout|output|3"]
+    printed = capsys.readouterr().out
+    assert f"readout|output|3: {' '.join(map(str, found))} at -" in printed
+    assert "verdict" not in printed  # a fit among many says nothing
