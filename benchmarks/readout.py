@@ -56,7 +56,7 @@ CURVE = Path("benchmarks/results/readout_curve.json")
 COST = Path("benchmarks/results/readout_cost.json")
 BUDGETS = (11, 8, 6, 4)
 SIZES = (32, 64, 128, 256, 512, 1000)  # calibration trajectories of the curve
-FORMULAS = ("taylor_1", "taylor_2", "taylor_3", "hicache_2", "adams_moulton")
+FORMULAS = ("taylor_1", "taylor_2", "hicache_2", "adams_moulton")
 SOLVER_NAMES = ("euler", "ab2", "dpmpp_2m", "unipc")
 CALL = {"guidance_scale": 3.0, "num_inference_steps": 50}
 
