@@ -8,9 +8,10 @@ from typing import Any
 import lightning
 import torch
 from jaxtyping import Float
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from .verdict_callbacks import OpenLoopVerdict, Verdict
+from .verdict_callbacks import OpenLoopVerdict
 
 ONE_PARAMETER = "needed_by_ddp"
 
@@ -42,7 +43,7 @@ class ClosedForm(lightning.LightningModule):
     solves for the same rows.
     """
 
-    def configure_callbacks(self) -> list[Verdict]:
+    def configure_callbacks(self) -> list[Callback]:
         """End the fit with its verdict."""
         return [OpenLoopVerdict()]
 
@@ -60,7 +61,7 @@ class ClosedForm(lightning.LightningModule):
         if hasattr(self, ONE_PARAMETER):
             checkpoint["state_dict"][ONE_PARAMETER] = torch.zeros(())
 
-    def configure_optimizers(self) -> None:
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """Nothing to optimise step by step."""
 
 
