@@ -3,6 +3,7 @@
 Shapes: n trajectories, S sampling steps.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
@@ -43,7 +44,7 @@ class ClosedForm(lightning.LightningModule):
     solves for the same rows.
     """
 
-    def configure_callbacks(self) -> list[Callback]:
+    def configure_callbacks(self) -> Sequence[Callback]:
         """End the fit with its verdict."""
         return [OpenLoopVerdict()]
 

@@ -54,7 +54,7 @@ class L2PModule(lightning.LightningModule):
         self.num_trajectories: Tensor
         self.register_buffer("num_trajectories", torch.tensor(0))
 
-    def configure_callbacks(self) -> list[Callback]:
+    def configure_callbacks(self) -> Sequence[Callback]:
         """End the fit with its verdict."""
         return [OpenLoopVerdict()]
 
