@@ -3,14 +3,16 @@
 Shapes: n trajectories, S sampling steps.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
 import torch
 from jaxtyping import Float
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from .verdict_callbacks import OpenLoopVerdict, Verdict
+from .verdict_callbacks import OpenLoopVerdict
 
 ONE_PARAMETER = "needed_by_ddp"
 
@@ -42,7 +44,7 @@ class ClosedForm(lightning.LightningModule):
     solves for the same rows.
     """
 
-    def configure_callbacks(self) -> list[Verdict]:
+    def configure_callbacks(self) -> Sequence[Callback]:
         """End the fit with its verdict."""
         return [OpenLoopVerdict()]
 
@@ -60,7 +62,7 @@ class ClosedForm(lightning.LightningModule):
         if hasattr(self, ONE_PARAMETER):
             checkpoint["state_dict"][ONE_PARAMETER] = torch.zeros(())
 
-    def configure_optimizers(self) -> None:
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """Nothing to optimise step by step."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 import torch
 from jaxtyping import Float
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from .closed_form import ClosedForm, HeldOut
 from .cross_validation import CrossValidation, cross_validate
 from .fit_figures import HELD_OUT, log_figures
 from .rows import expert_rows, published_loss, reuse_weight
-from .verdict_callbacks import OpenLoopVerdict, Verdict
+from .verdict_callbacks import OpenLoopVerdict
 
 
 class L2PModule(lightning.LightningModule):
@@ -53,7 +54,7 @@ class L2PModule(lightning.LightningModule):
         self.num_trajectories: Tensor
         self.register_buffer("num_trajectories", torch.tensor(0))
 
-    def configure_callbacks(self) -> list[Verdict]:
+    def configure_callbacks(self) -> Sequence[Callback]:
         """End the fit with its verdict."""
         return [OpenLoopVerdict()]
 

@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from .readout_segment import Part, SegmentFit, fit_segment
 from .readout_sums import NUM_FOLDS
 from .readout_walk import Visited, Walk
 from .resuming import close_epoch
-from .verdict_callbacks import RivalsVerdict, Verdict
+from .verdict_callbacks import RivalsVerdict
 
 TAP = "output"
 
@@ -102,9 +103,9 @@ class ReadoutFit(ClosedForm):
         for name in ("start_error", "val_error"):
             self.register_buffer(name, torch.tensor(float("inf"), dtype=torch.float64))
 
-    def configure_callbacks(self) -> list[Verdict]:
-        """End the fit with its verdict."""
-        return [RivalsVerdict()]
+    def configure_callbacks(self) -> list[Callback]:
+        """End the fit with its verdict, and leave the pipeline as it was, come what may."""
+        return [Detaching(), LastVerdict()]
 
     def spec(self) -> PredictorSpec:
         """What the predictor was fitted on."""
@@ -188,7 +189,7 @@ class ReadoutFit(ClosedForm):
         """After the last segment, run the held-out trajectories."""
         if self.current_epoch + 1 < len(self.parts.segments):
             return
-        self._detach()
+        self.detach()
         self.finished.fill_(True)
         if self.validation.items:
             assert self.predictor is not None  # its segments are fitted
@@ -198,12 +199,8 @@ class ReadoutFit(ClosedForm):
             self.log("val/error_db", self.val_error)
 
     def on_fit_end(self) -> None:
-        """Take the hooks off and the files away."""
-        self._detach()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """The same after an interruption."""
-        self._detach()
+        """Leave the pipeline as it was."""
+        self.detach()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the segments fitted so far.
@@ -307,11 +304,40 @@ class ReadoutFit(ClosedForm):
         )
         return float(errors.mean())
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Take the hooks off the pipeline and the files away."""
         if self.session is not None:
             self.session.detach()
             self.session = None
             self.scratch.cleanup()
+
+
+class Detaching(Callback):
+    """Takes the hooks of a fit off after an interruption, of which Lightning tells no module."""
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Take them off."""
+        assert isinstance(pl_module, ReadoutFit)  # the fit brings this callback
+        pl_module.detach()
+
+
+class LastVerdict(RivalsVerdict):
+    """The verdict of a readout fit: rivals are run once the walk leaves the pipeline free."""
+
+    def on_save_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Keep the formulas' errors in the checkpoints of a finished fit."""
+        if pl_module.finished:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
 
 def check_header(header: Header, recording: str) -> None:
@@ -430,8 +456,8 @@ class _Quiet(ReadoutFit):
 
     quiet = True
 
-    def configure_callbacks(self) -> list[Verdict]:
-        return []
+    def configure_callbacks(self) -> list[Callback]:
+        return [Detaching()]
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         pass

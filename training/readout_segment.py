@@ -168,7 +168,8 @@ def _directions(
     b = scale[:, None] * torch.linalg.solve(unit, scale[:, None] * cross)
     vectors = torch.linalg.eigh(b.T @ normal @ b).eigenvectors
     v = b @ vectors[:, -min(rank, *b.shape) :]
-    power = (v * (normal @ v)).sum(0).clamp_min(1e-300)
+    power = (v * (normal @ v)).sum(0)
+    power = power.clamp_min(1e-6 * float(power.max()) + 1e-300)  # normalised channels sum to 0
     v = v * (normal.trace() / len(normal) / power).sqrt()  # hidden states have a mean square of one
     return v.T.float().to(STORED)
 

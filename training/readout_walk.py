@@ -188,7 +188,7 @@ class Walk(Controller):
                 f"the network's outputs have the shape {tuple(outputs.shape[1:])}, what the "
                 f"sampler is given {tuple(v.shape)}; the fit needs one to combine the other."
             )
-        found = guidance_weights(outputs, v)
+        found = guidance_weights(outputs.flatten(2), v.flatten(1))
         first = expert_start(self.rows.expert_steps, index)
         before = self.guidance.setdefault(first, found)
         gap = float((found - before).norm()) if len(found) == len(before) else torch.inf
