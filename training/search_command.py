@@ -43,7 +43,7 @@ def search_anchors(
         references: calibration samples of a recording.
         method: a solver (`euler`, `ab2`, `dpmpp_2m`, `unipc`), a formula (`reuse`, ...),
             `l2p_lstsq`, `l2p_closed_loop` (tracked rows on the `output` tap), or `readout`, fitted
-            on three of four samples for every list and measured on the others; give it 64 or more.
+            on three of four samples for every list and measured on the others: give it 256.
         tap: `output` or `hidden`; `none` for a solver.
         num_anchors: network evaluations.
         num_moves: evaluations spent on moving single anchors of the best list.
