@@ -113,7 +113,7 @@ def record(hosts: Sequence[str] = tuple(HOSTS), num_trajectories: int = 1024) ->
 def search(
     hosts: Sequence[str] = tuple(HOSTS),
     budgets: Sequence[int] = BUDGETS,
-    num_samples: int = 96,
+    num_samples: int = 256,
     num_moves: int = 8,
 ) -> None:
     """Search the readout's anchors: fitted on three of four samples, measured on the others.
