@@ -1,6 +1,10 @@
 """A readout fit solves what it says, walks the very runs that are deployed, and can be resumed."""
 
+import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import lightning
 import pytest
@@ -25,6 +29,7 @@ from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.readout import STORED, neighbourhood, normalised
 from foreseer.training import readout_segment, readout_sums
+from foreseer.training.closed_form import ONE_PARAMETER
 from foreseer.training.export import export_command, export_predictor
 from foreseer.training.measure import References, predictor_errors
 from foreseer.training.readout import folds_of
@@ -35,6 +40,7 @@ from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 
+HERE = Path(__file__).parent
 EVERY = FAMILIES | MORE
 GRID = (1, 4, 5)
 WIDTH, PATCH, TRAJECTORIES = 6, 4, 10
@@ -578,3 +584,36 @@ def test_a_recording_of_another_number_of_steps_is_refused(guided):
 
 def _shorter(recipe):
     return recipe | {"settings": recipe["settings"] | {"num_inference_steps": STEPS - 1}}
+
+
+# ---------------------------------------------------------------------------------- two processes
+
+
+@pytest.mark.slow
+def test_two_processes_fit_what_one_fits_and_their_checkpoint_is_exported(guided, tmp_path):
+    paths = os.pathsep.join([str(HERE), *(path for path in sys.path if path)])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        (tmp_path / name).mkdir()
+        script = [str(HERE / "readout_training.py"), guided, str(tmp_path / name)]
+        result = subprocess.run(
+            [sys.executable, *launcher, *script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+    one, first, second = (
+        torch.load(tmp_path / name) for name in ("one/0.pt", "two/0.pt", "two/1.pt")
+    )
+    assert one.keys() == first.keys() - {ONE_PARAMETER} == second.keys() - {ONE_PARAMETER}
+    for name, tensor in one.items():
+        assert torch.equal(first[name], second[name]), name  # bit for bit on both ranks
+        gap = (first[name].double() - tensor.double()).abs().max()
+        # sums in another order; eigenvectors and bfloat16 carry their rounding on
+        assert gap <= 1e-2 * tensor.double().abs().max(), name
+    assert float(first["val_error"]) == pytest.approx(float(one["val_error"]), abs=0.05)
+    export_command(str(tmp_path / "two" / "last.ckpt"), str(tmp_path / "p"))
+    assert torch.equal(load_predictor(tmp_path / "p").outer, first["predictor.outer"])
