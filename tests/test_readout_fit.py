@@ -435,7 +435,7 @@ def test_a_fit_that_was_killed_goes_on_to_the_same_predictor(after, guided, tmp_
     assert not module.finished
     with pytest.raises(ValueError, match="not all segments of the readout are fitted"):
         export_predictor(module, tmp_path / "p", {})
-    with pytest.raises(ValueError, match="before the last segment was fitted"):
+    with pytest.raises(ValueError, match="from before the last segment was fitted"):
         export_command(str(tmp_path / "last.ckpt"), str(tmp_path / "p"))
     resumed = module_of(guided, pipeline("dit_guided"))
     trainer = trainer_of()
@@ -612,8 +612,8 @@ def test_two_processes_fit_what_one_fits_and_their_checkpoint_is_exported(guided
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), name  # bit for bit on both ranks
         gap = (first[name].double() - tensor.double()).abs().max()
-        # sums in another order; eigenvectors and bfloat16 carry their rounding on
-        assert gap <= 1e-2 * tensor.double().abs().max(), name
+        # float32 products added up in float64, in whatever order, are rounded by 1e-16 at most
+        assert gap <= 1e-6 * tensor.double().abs().max(), name
     assert float(first["val_error"]) == pytest.approx(float(one["val_error"]), abs=0.05)
     export_command(str(tmp_path / "two" / "last.ckpt"), str(tmp_path / "p"))
     assert torch.equal(load_predictor(tmp_path / "p").outer, first["predictor.outer"])

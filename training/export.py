@@ -262,9 +262,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "a checkpoint of an L2P, LESA or DisCa fit."
         )
     if not bool(state.get("finished", True)):
-        raise ValueError(
-            f"{path} was written before the last segment was fitted; let `foreseer fit` run on."
-        )
+        raise ValueError(f"{path} is from before the last segment was fitted; let the fit run on.")
     return values
 
 
