@@ -44,7 +44,8 @@ from foreseer.training.bench_plan import Entry
 from foreseer.training.bench_runs import run_entry
 from foreseer.training.benchmark import FIRST_ITEM
 from foreseer.training.export import export_predictor
-from foreseer.training.readout import ReadoutFit, run_fit
+from foreseer.training.readout import ReadoutFit
+from foreseer.training.readout_runs import run_fit
 from foreseer.training.rows import RULES
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import generate_batch

@@ -73,6 +73,26 @@ class Readout(L2PExperts):
         self.register_buffer("outer", torch.zeros(count, patch, rank, side, side, dtype=STORED))
         self.register_buffer("constant", torch.zeros(count, patch))
 
+    def set_readout(
+        self,
+        anchor: int,
+        inner: Float[Tensor, "few D"],
+        outer: Float[Tensor, "P few k k"],
+        constant: Float[Tensor, " P"],
+    ) -> None:
+        """Make these V, U and c of one anchor; directions beyond theirs read nothing.
+
+        Args:
+            anchor: one of `anchors`.
+            inner: V, of r directions at most.
+            outer: U.
+            constant: c.
+        """
+        number, few = self.anchors.index(anchor), len(inner)
+        self.inner[number, :few] = inner.to(self.inner)
+        self.outer[number, :, :few] = outer.to(self.outer)
+        self.constant[number] = constant.to(self.constant)
+
     def read(
         self, hidden: Float[Tensor, "B M D"], step: Step, grid: Grid | None = None
     ) -> Float[Tensor, "B M P"] | None:

@@ -32,7 +32,7 @@ from foreseer.training import readout_segment, readout_sums
 from foreseer.training.closed_form import ONE_PARAMETER
 from foreseer.training.export import export_command, export_predictor
 from foreseer.training.measure import References, predictor_errors
-from foreseer.training.readout import folds_of
+from foreseer.training.readout_parts import folds_of
 from foreseer.training.readout_segment import Part, fit_segment
 from foreseer.training.readout_sums import NUM_FOLDS, SegmentSums, _Total
 from foreseer.trajectories.datamodule import ItemsDataModule

@@ -2,14 +2,12 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
@@ -19,19 +17,16 @@ from ..integration.pipelines import load_pipeline
 from ..integration.session import Session
 from ..predictors.experts import L2PExperts
 from ..predictors.readout import Readout
-from ..trajectories.datamodule import ItemsDataModule
-from ..trajectories.header import Header
-from ..trajectories.prompts import Item, digest
 from ..trajectories.record_command import own_device
 from .closed_form import ClosedForm
 from .l2p import open_recording, spec_of
 from .measure import References, predictor_errors
-from .readout_parts import SegmentParts
+from .readout_callbacks import Detaching, LastVerdict
+from .readout_parts import SegmentParts, check_header, folds_of, sizes_of
 from .readout_segment import Part, SegmentFit, fit_segment
-from .readout_sums import NUM_FOLDS
+from .readout_sums import add_up
 from .readout_walk import Visited, Walk
 from .resuming import close_epoch
-from .verdict_callbacks import RivalsVerdict
 
 TAP = "output"
 
@@ -237,7 +232,7 @@ class ReadoutFit(ClosedForm):
             self.walk.visited = visited
             self.walk.visit(self.pipe, items, anchor, self.calibration.settings)
             if self.predictor is None:
-                self._make_predictor(self._arguments(visited))
+                self._make_predictor(sizes_of(self.rows, visited, self.rank, self.neighbours))
             visited.save(path)
             self.batches[place] = (items, visited)
 
@@ -250,25 +245,6 @@ class ReadoutFit(ClosedForm):
     def _path(self, place: int) -> Path:
         """Where a batch's tensors lie between two visits."""
         return Path(self.scratch.name) / f"{place}.safetensors"
-
-    def _arguments(self, visited: Visited) -> dict[str, Any]:
-        """Of a predictor for the host that computed this."""
-        layout, hidden = next(iter(visited.layouts.values())), next(iter(visited.hidden.values()))
-        if self.neighbours and layout.grid is None:
-            self.print(
-                "Nothing tells on which grid the tokens of this host lie, so each token is read "
-                "alone, without its neighbours."
-            )
-        return {
-            "num_steps": self.rows.num_steps,
-            "anchors": self.anchors,
-            "num_branches": self.rows.num_branches,
-            "expert_steps": list(self.rows.expert_steps),
-            "width": hidden.shape[-1],
-            "patch": layout.elements.shape[1],
-            "rank": min(self.rank, hidden.shape[-1]),
-            "neighbours": self.neighbours and layout.grid is not None,
-        }
 
     def _make_predictor(self, arguments: dict[str, Any]) -> None:
         self.hparams["arguments"] = arguments
@@ -285,10 +261,7 @@ class ReadoutFit(ClosedForm):
         delta = found.delta.view(len(known), -1).T[:, None]  # (branches, 1, known)
         predictor.weight[:, steps] = self.rows.weight[:, steps]
         predictor.weight[:, steps, known] += delta.to(predictor.weight)
-        number, rank = self.anchors.index(anchor), len(found.inner)
-        predictor.inner[number, :rank] = found.inner.to(predictor.inner)
-        predictor.outer[number, :, :rank] = found.outer.to(predictor.outer)
-        predictor.constant[number] = found.constant.to(predictor.constant)
+        predictor.set_readout(anchor, found.inner, found.outer, found.constant)
 
     def _error(self, predictor: L2PExperts) -> float:
         """Mean error in dB of the held-out samples."""
@@ -310,154 +283,3 @@ class ReadoutFit(ClosedForm):
             self.session.detach()
             self.session = None
             self.scratch.cleanup()
-
-
-class Detaching(Callback):
-    """Takes the hooks of a fit off after an interruption, of which Lightning tells no module."""
-
-    def on_exception(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        exception: BaseException,
-    ) -> None:
-        """Take them off."""
-        assert isinstance(pl_module, ReadoutFit)  # the fit brings this callback
-        pl_module.detach()
-
-
-class LastVerdict(RivalsVerdict):
-    """The verdict of a readout fit: rivals are run once the walk leaves the pipeline free."""
-
-    def on_save_checkpoint(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Keep the formulas' errors in the checkpoints of a finished fit."""
-        if pl_module.finished:
-            super().on_save_checkpoint(trainer, pl_module, checkpoint)
-
-
-def check_header(header: Header, recording: str) -> None:
-    """Raise unless a readout can be fitted on a recording.
-
-    Args:
-        header: of the recording.
-        recording: its folder, for the message.
-
-    Raises:
-        ValueError: it has no states, or its guidance ends in mid-run.
-    """
-    if not header.states:
-        raise ValueError(f"{recording} holds no states; record it again with states: true.")
-    if header.branch_steps:
-        raise ValueError(
-            f"the guidance branches of {recording} last {list(header.branch_steps)} steps; a "
-            "readout is fitted for guidance that holds for the whole run. Record without truncated "
-            "guidance, or fit L2PLeastSquares."
-        )
-
-
-def folds_of(items: Iterable[Item]) -> dict[int, int]:
-    """A fold for every item, the same for items of the same inputs.
-
-    Args:
-        items: with what their pipeline calls are given.
-
-    Returns:
-        The fold by the item's number. Fewer kinds of input than folds are dealt item by item.
-    """
-    kinds: dict[str, int] = {}
-    found = {}
-    for item in items:
-        kind = digest([Item(0, 0, item.inputs)], {})
-        found[item.index] = kinds.setdefault(kind, len(kinds)) % NUM_FOLDS
-    if len(kinds) < NUM_FOLDS:
-        found = {item: place % NUM_FOLDS for place, item in enumerate(found)}
-    return found
-
-
-def add_up(tensors: list[Tensor]) -> None:
-    """Add tensors up over all processes, in place; nothing happens where there is one."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def fit_readout(
-    pipe: Any,
-    recording: str,
-    anchors: Sequence[int],
-    out: str | None = None,
-    data: ItemsDataModule | None = None,
-    **options: Any,
-) -> Readout:
-    """Fit a readout to a recording of a pipeline that is at hand.
-
-    Args:
-        pipe: the recorded pipeline, on the device and in the dtype to run it in.
-        recording: folder of the recording, with states.
-        anchors: steps at which the network runs.
-        out: folder to save the predictor to; None does not save it.
-        data: which trajectories are fitted on and which only measured; None is 4 in 5 of all.
-        options: `rank`, `neighbours` and `batch_size` of `ReadoutFit`.
-
-    Returns:
-        The predictor, with its `spec`.
-
-    Raises:
-        ValueError: see `ReadoutFit`.
-    """
-    from .export import export_predictor
-
-    module = ReadoutFit(recording, "", anchors, **options)
-    run_fit(module, pipe, data or ItemsDataModule(recording))
-    if out is not None:
-        export_predictor(module, out, module.metrics())
-    predictor = module.deployed()
-    setattr(predictor, "spec", module.spec())  # noqa: B010 - `Predictor` declares no such attribute
-    return predictor
-
-
-def run_fit(module: ReadoutFit, pipe: Any, data: ItemsDataModule) -> None:
-    """Let a trainer without logs and checkpoints run a fit on a pipeline that is at hand."""
-    module.pipe = pipe
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, datamodule=data)
-
-
-def held_out_error(
-    pipe: Any, recording: str, anchors: Sequence[int], num_trajectories: int
-) -> float:
-    """Error in dB of a readout on the quarter of some trajectories that it was not fitted on.
-
-    Args:
-        pipe: the recorded pipeline.
-        recording: folder of the recording, with states.
-        anchors: steps at which the network runs.
-        num_trajectories: of the recording, from the first on.
-    """
-    module = _Quiet(recording, "", anchors)
-    run_fit(module, pipe, ItemsDataModule(recording, 0.25, num_trajectories=num_trajectories))
-    return float(module.val_error)
-
-
-class _Quiet(ReadoutFit):
-    """A fit among many, which says nothing and is measured against nothing."""
-
-    quiet = True
-
-    def configure_callbacks(self) -> list[Callback]:
-        return [Detaching()]
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        pass

@@ -5,18 +5,21 @@ forecasts enter with one weight, and solving for the forecast that lands it is a
 Shapes: S sampling steps, B batch, Q outputs known so far (one per branch and anchor).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..predictors.experts import expert_start
+from ..predictors.experts import L2PExperts, expert_start
 from ..predictors.readout import normalised
-from ..trajectories.prompts import Item
+from ..trajectories.header import Header
+from ..trajectories.prompts import Item, digest
 from ..trajectories.recording import Recording
 from .readout_segment import Part
+from .readout_sums import NUM_FOLDS
 from .readout_walk import Visited, Walk
 from .rows import RULES, adams_bashforth_rows, formula_rows
 
@@ -132,3 +135,69 @@ class SegmentParts:
         """A tensor's branches times their guidance weights, in float32."""
         wide = tensor.float()
         return torch.einsum("b,b...->b...", self.guidance(step).to(wide), wide)
+
+
+def sizes_of(rows: L2PExperts, visited: Visited, rank: int, neighbours: bool) -> dict[str, Any]:
+    """Arguments of a `Readout` for the host that computed a batch.
+
+    Args:
+        rows: of the fit's steps and anchors.
+        visited: the batch.
+        rank: directions to read at most.
+        neighbours: whether neighbours are read where the host tells the tokens' grid.
+    """
+    layout, hidden = next(iter(visited.layouts.values())), next(iter(visited.hidden.values()))
+    if neighbours and layout.grid is None:
+        print(
+            "Nothing tells on which grid the tokens of this host lie, so each token is read alone, "
+            "without its neighbours."
+        )
+    return {
+        "num_steps": rows.num_steps,
+        "anchors": list(rows.anchors),
+        "num_branches": rows.num_branches,
+        "expert_steps": list(rows.expert_steps),
+        "width": hidden.shape[-1],
+        "patch": layout.elements.shape[1],
+        "rank": min(rank, hidden.shape[-1]),
+        "neighbours": neighbours and layout.grid is not None,
+    }
+
+
+def check_header(header: Header, recording: str) -> None:
+    """Raise unless a readout can be fitted on a recording.
+
+    Args:
+        header: of the recording.
+        recording: its folder, for the message.
+
+    Raises:
+        ValueError: it has no states, or its guidance ends in mid-run.
+    """
+    if not header.states:
+        raise ValueError(f"{recording} holds no states; record it again with states: true.")
+    if header.branch_steps:
+        raise ValueError(
+            f"the guidance branches of {recording} last {list(header.branch_steps)} steps; a "
+            "readout is fitted for guidance that holds for the whole run. Record without truncated "
+            "guidance, or fit L2PLeastSquares."
+        )
+
+
+def folds_of(items: Iterable[Item]) -> dict[int, int]:
+    """A fold for every item, the same for items of the same inputs.
+
+    Args:
+        items: with what their pipeline calls are given.
+
+    Returns:
+        The fold by the item's number. Fewer kinds of input than folds are dealt item by item.
+    """
+    kinds: dict[str, int] = {}
+    found = {}
+    for item in items:
+        kind = digest([Item(0, 0, item.inputs)], {})
+        found[item.index] = kinds.setdefault(kind, len(kinds)) % NUM_FOLDS
+    if len(kinds) < NUM_FOLDS:
+        found = {item: place % NUM_FOLDS for place, item in enumerate(found)}
+    return found

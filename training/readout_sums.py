@@ -9,6 +9,7 @@ so far (one per branch and anchor), V = Q + 1 with the target, J folds.
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
@@ -167,3 +168,10 @@ class _Total:
         rows = c @ self.inner @ c
         both = torch.einsum("dvp,v,dp->", self.cross, c, readout)
         return float(rows - 2 * both + (readout * (self.normal @ readout)).sum())
+
+
+def add_up(tensors: list[Tensor]) -> None:
+    """Add tensors up over all processes, in place; nothing happens where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)

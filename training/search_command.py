@@ -20,7 +20,7 @@ from ..predictors.linear import tabulate
 from ..trajectories.prompts import generate_batch
 from ..trajectories.recording import Recording
 from .measure import References, closed_loop_errors, log_error
-from .readout import held_out_error
+from .readout_runs import held_out_error
 from .rows import RULES, least_squares_rows
 from .search import Found, beam_search, closed_loop_search, common_lists
 from .tracking import track

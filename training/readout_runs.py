@@ -1,0 +1,88 @@
+"""Readout fits without a configuration: on a pipeline at hand, and many of them in a search."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from ..predictors.readout import Readout
+from ..trajectories.datamodule import ItemsDataModule
+from .export import export_predictor
+from .readout import ReadoutFit
+from .readout_callbacks import Detaching
+
+
+def fit_readout(
+    pipe: Any,
+    recording: str,
+    anchors: Sequence[int],
+    out: str | None = None,
+    data: ItemsDataModule | None = None,
+    **options: Any,
+) -> Readout:
+    """Fit a readout to a recording of a pipeline that is at hand.
+
+    Args:
+        pipe: the recorded pipeline, on the device and in the dtype to run it in.
+        recording: folder of the recording, with states.
+        anchors: steps at which the network runs.
+        out: folder to save the predictor to; None does not save it.
+        data: which trajectories are fitted on and which only measured; None is 4 in 5 of all.
+        options: `rank`, `neighbours` and `batch_size` of `ReadoutFit`.
+
+    Returns:
+        The predictor, with its `spec`.
+
+    Raises:
+        ValueError: see `ReadoutFit`.
+    """
+    module = ReadoutFit(recording, "", anchors, **options)
+    run_fit(module, pipe, data or ItemsDataModule(recording))
+    if out is not None:
+        export_predictor(module, out, module.metrics())
+    predictor = module.deployed()
+    setattr(predictor, "spec", module.spec())  # noqa: B010 - `Predictor` declares no such attribute
+    return predictor
+
+
+def run_fit(module: ReadoutFit, pipe: Any, data: ItemsDataModule) -> None:
+    """Let a trainer without logs and checkpoints run a fit on a pipeline that is at hand."""
+    module.pipe = pipe
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+
+
+def held_out_error(
+    pipe: Any, recording: str, anchors: Sequence[int], num_trajectories: int
+) -> float:
+    """Error in dB of a readout on the quarter of some trajectories that it was not fitted on.
+
+    Args:
+        pipe: the recorded pipeline.
+        recording: folder of the recording, with states.
+        anchors: steps at which the network runs.
+        num_trajectories: of the recording, from the first on.
+    """
+    module = _Quiet(recording, "", anchors)
+    run_fit(module, pipe, ItemsDataModule(recording, 0.25, num_trajectories=num_trajectories))
+    return float(module.val_error)
+
+
+class _Quiet(ReadoutFit):
+    """A fit among many, which says nothing and is measured against nothing."""
+
+    quiet = True
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [Detaching()]
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        pass
