@@ -56,6 +56,7 @@ RESULT = Path("benchmarks/results/readout.json")
 CURVE = Path("benchmarks/results/readout_curve.json")
 COST = Path("benchmarks/results/readout_cost.json")
 BUDGETS = (11, 8, 6, 4)
+FITTED_ON = 512  # trajectories, a twentieth of which is only measured
 SIZES = (32, 64, 128, 256, 512, 1000)  # calibration trajectories of the curve
 FORMULAS = ("taylor_1", "taylor_2", "hicache_2", "adams_moulton")
 SOLVER_NAMES = ("euler", "ab2", "dpmpp_2m", "unipc")
@@ -135,7 +136,7 @@ def search(
 def fit(
     hosts: Sequence[str] = tuple(HOSTS),
     budgets: Sequence[int] = BUDGETS,
-    num_trajectories: int = 1024,
+    num_trajectories: int = FITTED_ON,
 ) -> None:
     """Fit the readout, and rows alone by the same walk.
 
@@ -219,7 +220,7 @@ def bench(
     hosts: Sequence[str] = tuple(HOSTS),
     budgets: Sequence[int] = BUDGETS,
     num_samples: int = 64,
-    num_trajectories: int = 1024,
+    num_trajectories: int = FITTED_ON,
 ) -> None:
     """Generate the judged samples with every method and keep their images.
 
@@ -303,7 +304,7 @@ def publish(
     hosts: Sequence[str] = tuple(HOSTS),
     budgets: Sequence[int] = BUDGETS,
     num_samples: int = 64,
-    num_trajectories: int = 1024,
+    num_trajectories: int = FITTED_ON,
 ) -> None:
     """Write one row per method, on the list that suits it best, with its paired differences.
 
@@ -317,7 +318,7 @@ def publish(
     for host in hosts:
         batches = [[None] * num_samples]  # everything has run: files alone are read
         full = run_kept(None, host, Entry("full", "full", "none", "all", tuple(range(50))), batches)
-        for budget in budgets:
+        for budget in (b for b in budgets if has_run(host, b, num_trajectories)):
             best: dict[str, tuple[Entry, dict[str, Any], Tensor]] = {}
             for entry in entries(host, budget, num_trajectories):
                 made = run_kept(None, host, entry, batches, full["sigmas"])
@@ -330,6 +331,12 @@ def publish(
                 against = rival if name == "readout" else "readout"
                 rows.append(row_of(host, entry, made, error, full, against, best[against][2]))
     RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def has_run(host: str, budget: int, num_trajectories: int) -> bool:
+    """Whether a budget was fitted and benched."""
+    folders = [ROOT / host / f"{kind}_{budget}_{num_trajectories}" for kind in ("readout", "rows")]
+    return all((folder / "config.json").exists() for folder in folders)
 
 
 def row_of(
@@ -377,7 +384,7 @@ def row_of(
     }
 
 
-def ship(num_trajectories: int = 1024) -> None:
+def ship(num_trajectories: int = FITTED_ON) -> None:
     """Put the fitted readouts among the bundled predictors, with what was measured of them.
 
     Args:
@@ -405,7 +412,7 @@ def cost(num_rounds: int = 15) -> None:
     anchors = json.loads(lists("fashion_dit").read_text())["readout|output|8"]
     pipe = load_pipeline("zoo:fashion_dit")
     items = asked_items(pipe, None, 8, FIRST_ITEM)
-    readout = load_predictor(fit_one("fashion_dit", "readout", anchors, 1024))
+    readout = load_predictor(fit_one("fashion_dit", "readout", anchors, FITTED_ON))
     rows = L2P(50, anchors, 2)
     told = []
     for name, predictor, tap in (
