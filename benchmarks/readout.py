@@ -250,8 +250,7 @@ def run_kept(
     sigmas: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The samples of an entry, from its file where it has run before."""
-    count = sum(map(len, batches))
-    path = ROOT / host / "samples" / f"{entry.key(f'{host} {count}')}.pt"
+    path = kept(host, entry, sum(map(len, batches)))
     if not path.exists():
         made = run_entry(pipe, entry, sigmas, batches, lambda done: None, **CALL)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -318,9 +317,13 @@ def publish(
     for host in hosts:
         batches = [[None] * num_samples]  # everything has run: files alone are read
         full = run_kept(None, host, Entry("full", "full", "none", "all", tuple(range(50))), batches)
-        for budget in (b for b in budgets if has_run(host, b, num_trajectories)):
+        for budget in budgets:
             best: dict[str, tuple[Entry, dict[str, Any], Tensor]] = {}
-            for entry in entries(host, budget, num_trajectories):
+            planned = entries(host, budget, num_trajectories)
+            if not all(kept(host, entry, num_samples).exists() for entry in planned):
+                print(f"{host} at {budget} evaluations was not benched to its end: left out")
+                continue
+            for entry in planned:
                 made = run_kept(None, host, entry, batches, full["sigmas"])
                 error = psnr(made["images"], full["images"])
                 if entry.method not in best or error.mean() > best[entry.method][2].mean():
@@ -333,10 +336,9 @@ def publish(
     RESULT.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def has_run(host: str, budget: int, num_trajectories: int) -> bool:
-    """Whether a budget was fitted and benched."""
-    folders = [ROOT / host / f"{kind}_{budget}_{num_trajectories}" for kind in ("readout", "rows")]
-    return all((folder / "config.json").exists() for folder in folders)
+def kept(host: str, entry: Entry, num_samples: int) -> Path:
+    """Where the samples of an entry lie."""
+    return ROOT / host / "samples" / f"{entry.key(f'{host} {num_samples}')}.pt"
 
 
 def row_of(
