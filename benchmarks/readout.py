@@ -13,8 +13,8 @@
 Every stage takes `--hosts '[fashion_dit]'` and `--budgets '[8]'`, and resumes. Fitted on: the first
 trajectories of the recording. Chosen on (lists): others of them. Judged on: (label, seed) pairs
 that were never recorded, and captions kept from the model's training and from every fit. Every
-method runs on the anchors searched for it (benchmarks/results/*_searched.json), or, where none were
-searched, on those of the readout.
+method runs on the anchors searched for it (benchmarks/results/*_searched.json) and on those of the
+readout, and stands in the table with the better ones.
 """
 
 import json
@@ -200,10 +200,11 @@ def entries(host: str, budget: int, num_trajectories: int) -> list[Entry]:
             ("solver", ["none"]) if method in SOLVERS else ("formula", ["output", "hidden"])
         )
         for tap in taps:
-            anchors = found.get(f"{method}|{tap}|{budget}")
-            name = "readout's" if anchors is None else "searched"
-            rule, chosen = RULES.get(method), tuple(anchors or own)
-            made.append(Entry(method, kind, tap, name, chosen, rule))
+            named = {"readout's": own}
+            if anchors := found.get(f"{method}|{tap}|{budget}"):
+                named["searched"] = tuple(anchors)
+            rule = RULES.get(method)
+            made += [Entry(method, kind, tap, n, each, rule) for n, each in named.items()]
     for kind in ("readout", "rows"):
         predictor = load_predictor(fit_one(host, kind, own, num_trajectories))
         made.append(Entry(kind, "learned", "output", "searched", own, predictor))
