@@ -9,6 +9,8 @@ the checkpoints in OTHER, of another number of processes, to OUT/crossed_<name>-
 import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,25 @@ def made(name: str, recording: str) -> tuple[lightning.LightningModule, Recordin
     if name == "disca":
         module: Any = disca_module(Path(recording), **PHASES[name])
         module.adversary.accuracy.fill_(1.0)  # so that its verdict counts from the first update
+        module.configure_optimizers = partial(above_rounding, module.configure_optimizers)
         return module, RecordingDataModule(recording, NAMES, 4, 0.25, 3)
     predictor = factory()
     module = LesaModule(recording, "none", LESA_ANCHORS, predictor, **PHASES[name])
     module.pipe = pipeline("dit_guided")
     return module, RecordingDataModule(recording, ["feature/hidden", "final"], 4, 0.3, 3)
+
+
+def above_rounding(configure: Callable[[], Any]) -> Any:
+    """Optimizers that a gradient of the size of its rounding moves by next to nothing.
+
+    Adam divides by a gradient's size: without this, rows whose gradient is nothing but rounding
+    move by the whole rate, in a direction that differs from one processor to the next.
+    """
+    made = configure()
+    for optimizer in made if isinstance(made, list | tuple) else [made]:
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-5
+    return made
 
 
 class MidEpoch(lightning.Callback):

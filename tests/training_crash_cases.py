@@ -157,6 +157,7 @@ CASES = {
         [Kill("batch", 1), Kill("batch", 3), Kill("write", 0)],
         {"trainer.max_epochs": 6, "trainer.callbacks.1.init_args.every_n_epochs": 2},
     ),
+    "readout": Case("fit/readout", [Kill("write", 0), Kill("batch", 1), Kill("saved", 0)]),
     "l2p_lstsq": Case("fit/l2p_lstsq", ONCE),
     "l2p_bands": Case("fit/l2p_bands", ONCE),
     "l2p_groups": Case("fit/l2p_groups", ONCE),
