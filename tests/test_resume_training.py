@@ -26,6 +26,7 @@ SOLVED = {
     "l2p_groups",
     "l2p_gram",
     "l2p_continuous",
+    "readout",
     "emoji_l2p",
 }
 FROM_THE_START = {"judge"}  # its configuration goes on from no checkpoint
