@@ -30,6 +30,7 @@ from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.predictors.neural import DiscaPredictor
 from foreseer.predictors.parted import L2PBands, L2PGroups
+from foreseer.predictors.readout import Readout
 from foreseer.trajectories.header import Header
 from foreseer.trajectories.manifest import Entry, append_entry, parse_line
 from foreseer.trajectories.recording import CorruptShard, Recording, RecordingError
@@ -60,6 +61,7 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "LesaPredictor": lambda: LesaPredictor(SIGMAS, 2, (0.5,), (2, 3), "kan", (3,)),
     "LesaValues": lambda: LesaValues(SIGMAS, 2, (0.5,), (2, 3), (2,), "mlp", (2,)),
     "DiscaPredictor": lambda: DiscaPredictor(6, 4, max_gap=1.0),
+    "Readout": lambda: Readout(8, ANCHORS, 2, width=6, patch=4, rank=2),
 }
 
 
