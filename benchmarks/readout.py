@@ -48,7 +48,7 @@ from foreseer.training.readout import ReadoutFit
 from foreseer.training.readout_runs import run_fit
 from foreseer.training.rows import RULES
 from foreseer.trajectories.datamodule import ItemsDataModule
-from foreseer.trajectories.prompts import generate_batch
+from foreseer.trajectories.prompts import Item, generate_batch
 from foreseer.trajectories.record_command import asked_items
 
 ROOT = Path("runs/readout")
@@ -60,6 +60,7 @@ FITTED_ON = 512  # trajectories, a twentieth of which is only measured
 SIZES = (32, 64, 128, 256, 512, 1000)  # calibration trajectories of the curve
 FORMULAS = ("taylor_1", "taylor_2", "hicache_2", "adams_moulton")
 SOLVER_NAMES = ("euler", "ab2", "dpmpp_2m", "unipc")
+FULL = Entry("full", "full", "none", "all", tuple(range(50)))
 CALL = {"guidance_scale": 3.0, "num_inference_steps": 50}
 
 
@@ -232,15 +233,20 @@ def bench(
         num_trajectories: that the readout was fitted on.
     """
     for host in hosts:
-        pipe = load_pipeline(f"zoo:{host}")
-        items = asked_items(pipe, HOSTS[host].judged, num_samples, FIRST_ITEM)
-        batches = [items[i : i + 16] for i in range(0, num_samples, 16)]
-        full = run_kept(pipe, host, Entry("full", "full", "none", "all", tuple(range(50))), batches)
+        pipe, batches, full = judged(host, num_samples)
         for budget in budgets:
             for entry in entries(host, budget, num_trajectories):
                 made = run_kept(pipe, host, entry, batches, full["sigmas"])
                 error = psnr(made["images"], full["images"])
                 print(f"{host} {budget} {entry}: {summarise(error).mean:.2f} dB", flush=True)
+
+
+def judged(host: str, num_samples: int) -> tuple[Any, list[list[Item]], dict[str, Any]]:
+    """A host, the samples it is judged on in batches, and its full runs of them."""
+    pipe = load_pipeline(f"zoo:{host}")
+    items = asked_items(pipe, HOSTS[host].judged, num_samples, FIRST_ITEM)
+    batches = [items[i : i + 16] for i in range(0, num_samples, 16)]
+    return pipe, batches, run_kept(pipe, host, FULL, batches)
 
 
 def run_kept(
@@ -276,10 +282,7 @@ def curve(
     rows = json.loads(CURVE.read_text()) if CURVE.exists() else []
     known = {(row["host"], row["num_anchors"], row["trajectories"]) for row in rows}
     for host in hosts:
-        pipe = load_pipeline(f"zoo:{host}")
-        items = asked_items(pipe, HOSTS[host].judged, num_samples, FIRST_ITEM)
-        batches = [items[i : i + 16] for i in range(0, num_samples, 16)]
-        full = run_kept(pipe, host, Entry("full", "full", "none", "all", tuple(range(50))), batches)
+        pipe, batches, full = judged(host, num_samples)
         found = json.loads(lists(host).read_text())
         for budget in budgets:
             own = tuple(found[f"readout|output|{budget}"])
@@ -317,7 +320,7 @@ def publish(
     rows = []
     for host in hosts:
         batches = [[None] * num_samples]  # everything has run: files alone are read
-        full = run_kept(None, host, Entry("full", "full", "none", "all", tuple(range(50))), batches)
+        full = run_kept(None, host, FULL, batches)
         for budget in budgets:
             best: dict[str, tuple[Entry, dict[str, Any], Tensor]] = {}
             planned = entries(host, budget, num_trajectories)
