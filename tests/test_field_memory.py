@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_hosts import STEPS, bare_pipeline, pipeline, run, seeded
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import attach, forecasting
@@ -23,11 +24,29 @@ SCALARS = 64  # bytes of the outlines of a first block's outputs, which have no 
 
 
 def tensor_bytes() -> int:
-    """Bytes of the storages of all tensors that are alive."""
+    """Bytes of the storages of all tensors that are alive.
+
+    A storage is known by its own address, not by that of its data: what `torch.compile` traced
+    with earlier in the same process may still be alive and has no data to point at.
+    """
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    held = [storage for storage in storages if storage.device.type != "meta"]
+    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
+
+
+def test_field_memory_counts_tensors_and_none_without_data():
+    before = tensor_bytes()
+    real = torch.zeros(256)
+    view, functional = real[1:], torch._to_functional_tensor(torch.zeros(8))
+    with FakeTensorMode():
+        fake = torch.zeros(1024)
+    added = tensor_bytes() - before
+    assert added >= real.nbytes
+    assert added < fake.nbytes
+    assert view.untyped_storage()._cdata == real.untyped_storage()._cdata
+    assert functional.numel() == 8
 
 
 SETUPS: dict[str, Callable[[Any], Any]] = {
