@@ -5,9 +5,7 @@ They know no hooks and no features of their own; `ProbedForecaster` and `Verifie
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -204,14 +202,3 @@ def check_threshold(threshold: float) -> None:
     """Raise unless the threshold is positive."""
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}, expected a number > 0.")
-
-
-def take_rows(value: Any, rows: Sequence[int], num_rows: int) -> Any:
-    """`value` with every tensor of `num_rows` rows cut down to `rows`; others are kept."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == num_rows:
-        return value[torch.as_tensor(rows, device=value.device)]
-    if isinstance(value, list | tuple):
-        return type(value)(take_rows(entry, rows, num_rows) for entry in value)
-    if isinstance(value, dict):
-        return {name: take_rows(entry, rows, num_rows) for name, entry in value.items()}
-    return value

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checkpoints.spec import PredictorSpec
 from ..predictors.base import History, Predictor, Step
 from .adaptive import ProbeSchedule, SpeCa, relative_errors
+from .call_rows import Narrowed
 from .forecaster import Forecaster, check_shape, is_finite
 from .hook import LAST_BLOCK, own
 from .memory import most_bytes
@@ -68,6 +69,13 @@ class ProbedForecaster(Forecaster):
         planned = step.index in self.anchors
         self.decided[step.index] = self.schedule.judge(step.index, statistic, planned)
         return self.decided[step.index]
+
+    def adopt(self, key: str, narrowed: Narrowed) -> None:
+        """Go on with the history of the branches that are left, and compare with them alone."""
+        super().adopt(key, narrowed)
+        kept = self.schedule.kept
+        if kept is not None and len(kept) == narrowed.rows:
+            self.schedule.kept = narrowed.take(kept)
 
     def to_come(self, index: int, num_steps: int) -> int:
         """Every later step may be an anchor."""
@@ -167,6 +175,13 @@ class VerifiedForecaster(Forecaster):
                 mine = own(rows[place :: len(samples)])  # a view would keep the whole batch
                 check_shape(histories[i], mine, tap, step)
                 histories[i].push(step, mine)
+
+    def adopt(self, key: str, narrowed: Narrowed) -> None:
+        """Go on with the histories of the branches that are left."""
+        for source, tap in list(self.sample_histories):
+            if source == narrowed.source:
+                histories = self.sample_histories.pop((source, tap))
+                self.sample_histories[key, tap] = [h.map(narrowed.take) for h in histories]
 
     def knows(self, key: str) -> bool:
         """Whether the call has an anchor."""

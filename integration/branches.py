@@ -3,14 +3,19 @@
 A call is known by its network, its ordinal among that network's calls of the step and the shapes of
 what the network is given: pipelines put their branches into one call or several, or into calls of
 two networks, leave some out for a part of the run (truncated guidance), or add one (skip-layer
-guidance). A call of another shape, as of latents that grow in mid-run, is another call, which has
-no history.
+guidance). A call of another shape is another call. Where it holds some of the branches that an
+earlier call held, told by their conditions, it goes on with their history; otherwise, as where
+latents grow in mid-run, it has none.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .call import Call
+from .call_rows import Conditions, Narrowed
 
 DOUBLED_LATENTS = ("DiTPipeline",)
 """Pipelines that hand the scheduler every sample twice, once per guidance branch."""
@@ -36,23 +41,46 @@ class Branches:
     def __init__(self) -> None:
         self._known: dict[str, tuple[int, ...]] = {}
         self._step: list[tuple[str, int]] = []
+        self._new: dict[str, Call] = {}  # calls of the step in progress not seen before
+        self._conditions: dict[str, Conditions] = {}  # of calls with several branches
 
     @property
     def calls(self) -> int:
         """Calls of the step in progress that are over."""
         return len(self._step)
 
-    def key(self, expert: int, name: str, outline: str) -> str:
-        """What the next call of a network is known by.
+    def enter(self, expert: int, name: str, call: Call) -> tuple[str, Narrowed | None]:
+        """What the next call of a network is known by, and what it goes on from.
 
         Args:
             expert: number of the transformer.
             name: its name in the pipeline; those that run at one step share a number.
-            outline: the shapes of what it is given.
+            call: the call.
+
+        Returns:
+            Its key, and at its first step the earlier call whose branches it holds, if any.
         """
         known = f"{expert}.{name}."
         ordinal = sum(key.startswith(known) for key, _ in self._step)
-        return f"{known}{ordinal}x{outline}"
+        key = f"{known}{ordinal}x{call.outline}"
+        if key in self._known:
+            return key, None
+        narrowed = self._narrowed(known, call)
+        if narrowed is None:
+            self._new[key] = call
+        else:
+            self._known[key] = narrowed.branches
+        return key, narrowed
+
+    def _narrowed(self, network: str, call: Call) -> Narrowed | None:
+        """The latest call of a network that held all branches of this one, and others."""
+        taken = {branch for key, _ in self._step for branch in self.of(key)}
+        for key, conditions in reversed(self._conditions.items()):
+            places = conditions.find((call.args, call.kwargs)) if key.startswith(network) else None
+            branches = tuple(self._known[key][place] for place in places or ())
+            if places and taken.isdisjoint(branches):
+                return Narrowed(key, places, branches, conditions.count, conditions.rows)
+        return None
 
     def expert_of(self, key: str) -> int:
         """Number of the transformer of a call."""
@@ -77,9 +105,15 @@ class Branches:
         Args:
             samples: samples of the pipeline call.
         """
-        first = 0
+        taken = {branch for key, _ in self._step for branch in self._known.get(key, ())}
+        free = (number for number in itertools.count() if number not in taken)
         for key, rows in self._step:
+            if key in self._known:
+                continue
             count = max(1, rows // samples)
-            self._known.setdefault(key, tuple(range(first, first + count)))
-            first += count
-        self._step = []
+            self._known[key] = tuple(itertools.islice(free, count))
+            call = self._new.get(key)
+            if call is not None and count > 1:
+                arguments = (call.args, call.kwargs)
+                self._conditions[key] = Conditions(arguments, count, rows, call.listed)
+        self._step, self._new = [], {}

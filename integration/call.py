@@ -1,12 +1,13 @@
 """One call of a transformer, with everything that running it again or without its trunk takes."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from .call_rows import take_rows
 from .denoisers import TIME_ARGUMENTS
 from .host import first_tensor
 
@@ -36,6 +37,21 @@ class Call:
         """The network's input; None where it is no tensor, as in hosts that take lists."""
         found = self._input()
         return found if isinstance(found, Tensor) else None
+
+    @property
+    def listed(self) -> bool:
+        """Whether the host takes lists with a tensor per row."""
+        return isinstance(self._input(), list)
+
+    def rows(self, rows: Sequence[int], num_rows: int) -> "Call":
+        """The call with some of its rows only.
+
+        Args:
+            rows: their numbers.
+            num_rows: how many it has.
+        """
+        args, kwargs = take_rows((self.args, self.kwargs), rows, num_rows, self.listed)
+        return replace(self, args=args, kwargs=kwargs)
 
     @property
     def outline(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..predictors.base import Step
+from .call_rows import Narrowed
 from .layout import Layout
 from .report import Report
 
@@ -71,6 +72,21 @@ class Controller:
 
     def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
         """The taps of a call at an anchor, once the number of its branches is known."""
+
+    def adopt(self, key: str, narrowed: Narrowed) -> None:
+        """A call goes on with some of the branches of an earlier one: guidance has stopped.
+
+        Args:
+            key: of the call, not seen before.
+            narrowed: the earlier call, and which rows of its tensors are this one's.
+
+        Raises:
+            ValueError: the controller cannot go on.
+        """
+        raise ValueError(
+            f"guidance stops in mid-run, which {type(self).__name__} cannot follow; record without "
+            "truncated guidance, or use a fit on Grams (L2PLeastSquares, L2PAdam)."
+        )
 
     def knows(self, key: str) -> bool:
         """Whether a call can be forecast; one that cannot is computed at every step."""

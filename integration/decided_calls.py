@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..predictors.base import Step
-from .adaptive import take_rows
 from .call import Call
 from .controller import Controller
 from .expert import Expert
@@ -83,8 +82,7 @@ def check(controller: Controller, expert: Expert, call: Call, key: str, step: St
     per_branch = len(sample) // len(step.branches)
     rows = [b * per_branch + i for b in range(len(step.branches)) for i in rejected]
     if len(rejected) < per_branch:
-        args, kwargs = take_rows((call.args, call.kwargs), rows, len(sample))
-        call = replace(call, args=args, kwargs=kwargs)
+        call = call.rows(rows, len(sample))
     with expert.capturing(controller.taps) as found:
         computed = call.run()
     merged = sample.clone()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..checkpoints.spec import PredictorSpec, check_host, check_run
 from ..predictors.base import History, Predictor, Step
+from .call_rows import Narrowed
 from .controller import Controller
 from .denoisers import transformers_of
 from .fingerprint import host_fingerprint
@@ -113,6 +114,12 @@ class Forecaster(Controller):
                 f"the network's {self.tap} at step {step.index} holds NaN or Inf; forecasting "
                 "from it would spread it over the run. Check the model's dtype and inputs."
             )
+
+    def adopt(self, key: str, narrowed: Narrowed) -> None:
+        """Go on with the history of the branches that are left."""
+        history = self.histories.pop(narrowed.source, None)
+        if history is not None:
+            self.histories[key] = history.map(narrowed.take)
 
     def knows(self, key: str) -> bool:
         """Whether the call has an anchor: one that starts in mid-run is computed first."""

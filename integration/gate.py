@@ -4,12 +4,14 @@
 last block, on forecast inputs.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from .call_rows import Narrowed
 from .hook import block_list, exchanged, own
 from .host import SkippedBlocks, UnsupportedHost, first_tensor, stream_of
 from .trunk_facts import Trunk
@@ -83,6 +85,12 @@ class FirstLook:
         finally:
             del self.judge  # it knows the step and its input
 
+    def adopt(self, narrowed: Narrowed) -> None:
+        """The next call has the rows of some branches of the last one only."""
+        self._shapes = _pytree.tree_map_only(
+            _Shape, functools.partial(_Shape.narrowed, narrowed=narrowed), self._shapes
+        )
+
     def open_with(self, *args: Any, **kwargs: Any) -> Any:
         """Called in the first block's place."""
         entered = first_tensor(args, kwargs)
@@ -122,6 +130,10 @@ class _Shape:
     def __init__(self, tensor: Tensor) -> None:
         self.one = tensor.new_zeros(())
         self.shape = tensor.shape
+
+    def narrowed(self, narrowed: Narrowed) -> "_Shape":
+        shape = narrowed.shape(self.shape)
+        return _Shape(self.one.expand(shape))
 
     def fill(self) -> Tensor:
         return self.one.expand(self.shape)

@@ -18,6 +18,7 @@ from ..predictors.base import History, LinearPredictor, Predictor, Step
 from ..predictors.polynomial import Reuse
 from ..predictors.tokens import TokenPolicy
 from .call import Call
+from .call_rows import Narrowed
 from .controller import Controller
 from .denoisers import transformer_of
 from .expert import Expert
@@ -74,6 +75,14 @@ class PartialForecaster(Controller):
         for block, output in found.items():
             history = self.attention.setdefault((key, block), History(self.attention_rule.window))
             history.push(step, output)
+
+    def adopt(self, key: str, narrowed: Narrowed) -> None:
+        """Go on with the features and attention outputs of the branches that are left."""
+        self.base.adopt(key, narrowed)
+        for source, block in list(self.attention):
+            if source == narrowed.source:
+                history = self.attention.pop((source, block))
+                self.attention[key, block] = history.map(narrowed.take)
 
     def knows(self, key: str) -> bool:
         """The base decides."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adaptive import take_rows
 from .call import Call
 from .gate import FirstLook, LastBlock
 from .hook import LAST_BLOCK, TrunkSkipper, capturing
@@ -132,8 +131,7 @@ def check_rows(call: Call, expected: Tensor) -> None:
         UnsupportedHost: the row differs.
     """
     rows = [len(expected) - 1]
-    args, kwargs = take_rows((call.args, call.kwargs), rows, len(expected))
-    alone = prediction(call.forward(*args, **kwargs))
+    alone = prediction(call.rows(rows, len(expected)).run())
     if alone.shape != expected[rows].shape or not torch.allclose(
         alone.float(), expected[rows].float(), rtol=ROWS_TOLERANCE, atol=ROWS_TOLERANCE
     ):

@@ -22,6 +22,7 @@ from ..predictors.base import Step
 from .attachment import Attachment
 from .branches import Branches, rows_per_branch
 from .call import Call, Seen
+from .call_rows import Narrowed
 from .call_settings import CallSettings
 from .clock import Pace
 from .controller import Controller
@@ -176,7 +177,9 @@ class Session:
 
     def _answer(self, expert: Expert, call: Call) -> Any:
         started = time.perf_counter()
-        key = self._branches.key(expert.number, expert.name, call.outline)
+        key, narrowed = self._branches.enter(expert.number, expert.name, call)
+        if narrowed is not None:
+            self._adopt(expert, key, narrowed)
         step = self._step(self.clock.index, key, call.x_t)
         if not expert.proven:
             self._prove(expert, call)
@@ -195,6 +198,13 @@ class Session:
         kind = "anchor" if ran else "forecast"
         self.report.count(step.index, kind, time.perf_counter() - started)
         return output
+
+    def _adopt(self, expert: Expert, key: str, narrowed: Narrowed) -> None:
+        """Let a call that holds some branches of an earlier one go on with what is kept of them."""
+        self._forms[key] = self._forms[narrowed.source]
+        self.controller.adopt(key, narrowed)
+        if expert.first_look is not None:
+            expert.first_look.adopt(narrowed)
 
     def _prove(self, expert: Expert, call: Call) -> None:
         expert.prove(call, self.controller)

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from ..checkpoints.spec import PredictorMismatch, PredictorSpec
 from ..predictors.base import Predictor, Step
 from ..predictors.polynomial import Reuse
+from .call_rows import Narrowed
 from .clock import Clock
 from .controller import Controller
 from .denoisers import others_of, transformers_of
@@ -66,6 +67,9 @@ class Replay(Controller):
     def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
         """Keep the tap."""
         self.kept[key, step.index] = taps[self.tap]
+
+    def adopt(self, key: str, narrowed: Narrowed) -> None:
+        """The call has its own tensors of every step."""
 
     def knows(self, key: str) -> bool:
         """Whether the call was recorded."""

@@ -4,7 +4,7 @@ Shapes: K history length, B batch, N tokens, D channels. Features keep whatever 
 batch first; (B, N, D) stands for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -88,6 +88,16 @@ class History:
         """Forget everything."""
         self.steps, self.sigmas, self.features = [], [], []
         self.reading = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "History":
+        """A history of the same steps with every tensor changed.
+
+        Args:
+            change: from a tensor to what takes its place.
+        """
+        features = [change(feature) for feature in self.features]
+        reading = None if self.reading is None else change(self.reading)
+        return History(self.window, list(self.steps), list(self.sigmas), features, reading)
 
     def state_bytes(self) -> int:
         """Bytes of the features held, and of what was read."""

@@ -18,7 +18,8 @@ from tiny_hosts import (
     tiny_dit,
 )
 
-from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache, relative_errors, take_rows
+from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache, relative_errors
+from foreseer.integration.call_rows import take_rows
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host import UnsupportedHost
 from foreseer.predictors.base import History, Step

@@ -520,7 +520,7 @@ def test_guidance_that_ends_in_mid_run_is_refused(tmp_path):
     listed = [Item(i, i, family.inputs(i)) for i in range(2)]
     truncated = family.settings | {"cfg_trunc_ratio": 0.5}
     recording = recorded(pipe, listed, tmp_path, truncated)
-    with pytest.raises(ValueError, match=r"last \[8, \d\] steps; a readout is fitted for guidance"):
+    with pytest.raises(ValueError, match=r"last \[8, \d\] steps; this fit is for guidance"):
         module_of(recording, pipe)
 
 

@@ -20,7 +20,7 @@ from .l2p import L2PModule, open_loop_errors
 from .measure import References, closed_loop_errors
 from .resuming import Resumable
 from .rows import analytic_rows
-from .tracking import track
+from .tracking import check_branches, track
 from .verdict_callbacks import StartVerdict, Verdict
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -70,6 +70,8 @@ class L2PClosedLoop(Resumable, L2PModule):
         self.automatic_optimization = False
         if not self.recording.header.states:
             raise ValueError(f"{recording} holds no states; record it again with states: true.")
+        if tap == "output":
+            check_branches(self.recording.header, recording)  # tracking needs them all
         self.pipe: Any = None
         self.pipeline = pipeline
         self.ridge = ridge

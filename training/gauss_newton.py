@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..integration.call_rows import Narrowed
 from ..integration.controller import Controller
 from ..integration.session import Session
 from ..predictors.base import Step, combine
@@ -93,12 +94,14 @@ class Replayer(Controller):
         self.rows = torch.empty(0)
         self.num_replayed = 0
         self.kept: dict[str, dict[int, Tensor]] = {}
-        self.branches: dict[str, tuple[int, ...]] = {}
 
     def open(self, sigmas: list[float]) -> None:
         """Start a run from the replayed anchors alone."""
         replayed = self.anchors[: self.num_replayed]
-        self.features = {key: {a: kept[a] for a in replayed} for key, kept in self.kept.items()}
+        self.features = {
+            key: {a: kept[a] for a in replayed if a in kept}  # a branch may have ended before
+            for key, kept in self.kept.items()
+        }
 
     def is_anchor(self, step: Step) -> bool:
         """Whether the network runs: at anchors that are not replayed."""
@@ -106,8 +109,13 @@ class Replayer(Controller):
 
     def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
         """Use the anchor's feature in this run."""
-        self.branches[key] = step.branches
         self.features.setdefault(key, {})[step.index] = taps[self.tap]
+
+    def adopt(self, key: str, narrowed: Narrowed) -> None:
+        """Go on with the features of the branches that are left."""
+        before = self.features[narrowed.source]
+        taken = {anchor: narrowed.take(feature) for anchor, feature in before.items()}
+        self.features[key] = taken | self.features.get(key, {})
 
     def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
         """A replayed anchor's feature, or the forecast of the rows."""
@@ -115,7 +123,7 @@ class Replayer(Controller):
         if step.index in self.anchors:
             return self.tap, features[step.index]
         known = [a for a in self.anchors if a < step.index]
-        rows = self.rows[list(self.branches[key]), step.index][:, known]
+        rows = self.rows[list(step.branches), step.index][:, known]
         return self.tap, combine(rows.mT, [features[a] for a in known])
 
 

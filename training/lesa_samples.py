@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..integration.call_rows import Narrowed
 from ..integration.forecaster import Forecaster
 from ..integration.session import Session
 from ..predictors.base import Step
@@ -119,6 +120,11 @@ class Collector(Forecaster):
         """Add an anchor's feature to its branch's queue."""
         super().observe(key, call, step, taps)
         self._push(key, taps[self.tap])
+
+    def adopt(self, key: str, narrowed: Narrowed) -> None:
+        """Go on with the queue of the branches that are left."""
+        super().adopt(key, narrowed)
+        self.queues[key] = [narrowed.take(kept) for kept in self.queues.pop(narrowed.source, [])]
 
     def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
         """The forecast, after its queue was put aside and before it enters the queue itself."""

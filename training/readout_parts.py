@@ -22,6 +22,7 @@ from .readout_segment import Part
 from .readout_sums import NUM_FOLDS
 from .readout_walk import Visited, Walk
 from .rows import RULES, adams_bashforth_rows, formula_rows
+from .tracking import check_branches
 
 
 class SegmentParts:
@@ -176,12 +177,7 @@ def check_header(header: Header, recording: str) -> None:
     """
     if not header.states:
         raise ValueError(f"{recording} holds no states; record it again with states: true.")
-    if header.branch_steps:
-        raise ValueError(
-            f"the guidance branches of {recording} last {list(header.branch_steps)} steps; a "
-            "readout is fitted for guidance that holds for the whole run. Record without truncated "
-            "guidance, or fit L2PLeastSquares."
-        )
+    check_branches(header, recording)
 
 
 def folds_of(items: Iterable[Item]) -> dict[int, int]:

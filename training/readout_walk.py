@@ -24,7 +24,7 @@ from ..predictors.base import History, Step
 from ..predictors.experts import L2PExperts, expert_start
 from ..predictors.readout import Readout
 from ..trajectories.prompts import Item, generate_batch
-from .tracking import guidance_tolerance, guidance_weights
+from .tracking import check_guidance, guidance_weights
 
 
 class Arrived(Exception):
@@ -191,13 +191,7 @@ class Walk(Controller):
         found = guidance_weights(outputs.flatten(2), v.flatten(1))
         first = expert_start(self.rows.expert_steps, index)
         before = self.guidance.setdefault(first, found)
-        gap = float((found - before).norm()) if len(found) == len(before) else torch.inf
-        if not gap <= guidance_tolerance(outputs.dtype) * float(before.norm()):
-            raise ValueError(
-                f"guidance combines the branches by {found.tolist()} at step {index} and by "
-                f"{before.tolist()} before; a readout is fitted for one combination that "
-                "holds for the whole run. Switch off what changes it."
-            )
+        check_guidance(before, found, index, outputs.dtype)
 
     def visit(self, pipe: Any, batch: Sequence[Item], anchor: int, settings: dict) -> None:
         """Take one batch to an anchor.

@@ -16,6 +16,7 @@ from ..integration.controller import Controller
 from ..integration.sampler import SamplerMap, pristine, probe
 from ..integration.session import Session
 from ..predictors.base import Step
+from ..trajectories.header import Header
 from ..trajectories.prompts import Item, generate_batch
 
 
@@ -80,8 +81,10 @@ class Tracker(Controller):
         """Note the state at the new anchor and end the call."""
         if step_index != self.stop_at:
             return
+        found = guidance_weights(self.branch_outputs(self.batch, step_index), v)
         if self.guidance is None:
-            self.guidance = guidance_weights(self.branch_outputs(self.batch, step_index), v)
+            self.guidance = found
+        check_guidance(self.guidance, found, step_index, v.dtype)
         self.states.append(before.detach().double())
         raise _Stop
 
@@ -139,6 +142,46 @@ def guidance_weights(
             "instead."
         )
     return weights
+
+
+def check_guidance(
+    before: Float[Tensor, " branches"],
+    found: Float[Tensor, " others"],
+    index: int,
+    dtype: torch.dtype,
+) -> None:
+    """Raise where a pipeline combines its branches otherwise than at an earlier step.
+
+    Args:
+        before: weights of an earlier step.
+        found: those of this one.
+        index: this step.
+        dtype: of the network's outputs.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    gap = float((found - before).norm()) if len(found) == len(before) else torch.inf
+    if not gap <= guidance_tolerance(dtype) * float(before.norm()):
+        raise ValueError(
+            f"guidance combines the branches by {found.tolist()} at step {index} and by "
+            f"{before.tolist()} before; the fit is for one combination that holds for the whole "
+            "run. Switch off what changes it, or use a fit on Grams (L2PLeastSquares, L2PAdam)."
+        )
+
+
+def check_branches(header: Header, recording: str) -> None:
+    """Raise unless all guidance branches of a recording last to the end of its runs.
+
+    Raises:
+        ValueError: some end in mid-run.
+    """
+    if header.branch_steps:
+        raise ValueError(
+            f"the guidance branches of {recording} last {list(header.branch_steps)} steps; this "
+            "fit is for guidance that holds for the whole run. Record without truncated guidance, "
+            "or use a fit on Grams (L2PLeastSquares, L2PAdam)."
+        )
 
 
 def track(

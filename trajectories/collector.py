@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..checkpoints.call_settings import Setting
+from ..integration.call_rows import Narrowed
 from ..integration.controller import Controller
 from ..predictors.base import Step
 from ..predictors.partition import Partition
@@ -66,6 +67,9 @@ class Recorder(Controller):
             parts = feature.chunk(len(step.branches))
             _check_shapes(steps, zip(step.branches, parts, strict=True), tap, step.index)
             steps[step.index].update(zip(step.branches, parts, strict=True))
+
+    def adopt(self, key: str, narrowed: Narrowed) -> None:
+        """Nothing is kept by call."""
 
     def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
         """Keep the state a step started from, the last one it ended at, and its settings."""
