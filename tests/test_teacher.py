@@ -117,6 +117,40 @@ def test_the_clock_stops_training_at_its_budget_and_survives_a_checkpoint(tmp_pa
     assert restored.elapsed_s == clock.elapsed_s == 10
 
 
+def rates(monkeypatch, tmp_path, clock: ClockCosine) -> list[float]:
+    """The rate of every step, one second each, relative to the module's."""
+
+    class Noting(TeacherModule):
+        def training_step(self, batch, batch_idx):
+            seen.append(self.optimizers().param_groups[0]["lr"] / self.learning_rate)
+            return super().training_step(batch, batch_idx)
+
+    seen: list[float] = []
+    fake_clock(monkeypatch, seconds_per_look=1.0)
+    trainer = quiet_trainer(tmp_path, max_epochs=-1, callbacks=[clock], enable_checkpointing=False)
+    arguments = dict(num_layers=1, num_attention_heads=1, sample_size=8, num_classes=3)
+    trainer.fit(Noting(**arguments), tiny_batches(6))
+    return seen
+
+
+def test_the_rate_stays_until_the_last_minutes_and_a_longer_budget_moves_them(
+    tmp_path, monkeypatch
+):
+    clock = ClockCosine(10 / 60, warmup_steps=1, floor=0.0, decay_minutes=4 / 60)
+    assert rates(monkeypatch, tmp_path, clock) == pytest.approx(
+        [1.0] * 6 + [(2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0.0]
+    )
+    longer = ClockCosine(14 / 60, warmup_steps=1, floor=0.0, decay_minutes=2 / 60)
+    longer.load_state_dict(clock.state_dict())  # 10 of 14 seconds are spent
+    assert rates(monkeypatch, tmp_path, longer) == pytest.approx([1.0, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("decay", [0.0, -1.0, 3.5])
+def test_a_decay_that_the_budget_does_not_hold_is_refused(decay):
+    with pytest.raises(ValueError, match=rf"decay_minutes is {decay}, .*at most the 3.0"):
+        ClockCosine(3.0, decay_minutes=decay)
+
+
 class InterruptedTeacher(TeacherModule):
     """Receives Ctrl-C in its sixth step."""
 

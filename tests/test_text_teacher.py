@@ -14,7 +14,7 @@ from PIL import Image
 from foreseer.cli import main
 from foreseer.integration.pipelines import load_pipeline
 from foreseer.integration.sentence_encoder import SentenceEncoder, encode, plain
-from foreseer.training.emoji import CaptionedEmoji, Picture, read_pictures, split
+from foreseer.training.emoji import CaptionedEmoji, Picture, has_two_sides, read_pictures, split
 from foreseer.training.teacher_export import export_teacher
 from foreseer.training.text_judge import content_words, judge_text_teacher, retrieval, sharing
 from foreseer.training.text_teacher import TextTeacherModule, zeroed_layers
@@ -79,6 +79,51 @@ def test_one_picture_in_twenty_is_kept_from_training_with_all_its_names(archive)
     expected = encode([train[0].captions[1]])
     torch.testing.assert_close(embeds, expected[0][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pooled, expected[1][0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mirrored_epoch_holds_every_caption_twice_and_turns_what_has_two_sides(archive):
+    plain_data = CaptionedEmoji(str(archive))
+    mirrored = CaptionedEmoji(str(archive), mirror=True)
+    for data in (plain_data, mirrored):
+        data.setup("fit")
+    count = len(plain_data.train)
+    assert len(mirrored.train) == 2 * count and len(mirrored.test) == len(plain_data.test)
+    mirrored.train.two_sided[0] = True  # the package's pictures are all symbols
+    for index in range(count):
+        expected = plain_data.train[index]
+        turned = expected[0].flip(-1) if index < 2 else expected[0]  # both captions of the first
+        for got, wanted in zip(mirrored.train[index], expected, strict=True):
+            assert torch.equal(got, wanted)
+        again = mirrored.train[count + index]
+        assert torch.equal(again[0], turned) and torch.equal(again[1], expected[1])
+        assert torch.equal(again[2], expected[2])
+    assert not torch.equal(mirrored.train[0][0], mirrored.train[count][0])
+
+
+@pytest.mark.parametrize(
+    ("captions", "category", "expected"),
+    [
+        (("slice of pizza", "pizza"), "Food & Drink", True),
+        (("left-facing fist", "left facing fist"), "People & Body", False),
+        (("clock face eight oclock", "clock8"), "Travel & Places", False),
+        (("chart with downwards trend", "chart"), "Objects", False),
+        (("chad flag", "flag td"), "Flags", False),
+        (("heavy dollar sign", "heavy dollar sign"), "Symbols", False),
+    ],
+)
+def test_flags_signs_clocks_and_sides_are_not_mirrored(captions, category, expected):
+    assert has_two_sides(Picture(captions, category, torch.zeros(3, 4, 4))) is expected
+
+
+def test_sigma_stays_exact_under_autocast():
+    module = TextTeacherModule(1, 1, 1, sample_size=16)
+    module.setup("fit")
+    seen = []
+    module.transformer.time_text_embed.register_forward_pre_hook(lambda _, args: seen.append(args))
+    sigma, words = torch.tensor([0.7031, 0.9812]), encode(["a cat", "a dog"])
+    with torch.autocast("cpu", torch.bfloat16):
+        module.velocity(torch.randn(2, 3, 16, 16), sigma, list(words), torch.zeros(2).bool())
+    assert torch.equal(seen[0][0], 1000 * sigma)
 
 
 def test_prompts_end_in_zeros_and_their_mean_counts_words_only():

@@ -180,6 +180,11 @@ CASES = {
         TEACHER | {"data.init_args.batch_size": 4},
     ),
     "text_teacher": Case("teacher/emoji_flux", CLOCK[::2], TEXT_TEACHER),
+    "text_teacher_2": Case(
+        "teacher/emoji_flux_2",
+        CLOCK[:1],
+        TEXT_TEACHER | {"trainer.callbacks.0.init_args.decay_minutes": 3 / 60},
+    ),
     "emoji_l2p": Case(  # on the tap `hidden` for the same reason
         "fit/emoji_l2p",
         ONCE[:2],
@@ -234,7 +239,7 @@ def configuration(case: Case, sources: dict[str, Any], folder: Path) -> str:
         named["model.init_args.pipeline"] = str(folder / "tiny")
     if kind == "teacher":
         named["data.init_args.folder"] = str(folder)
-        if case.config != "teacher/emoji_flux":
+        if not case.config.startswith("teacher/emoji_flux"):
             content["data"].setdefault("init_args", {})["folder"] = ""
     for path, value in (QUIET | named | case.changes).items():
         put(content, path.split("."), value, path in case.changes or path in QUIET)

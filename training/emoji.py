@@ -5,6 +5,7 @@ Data: `emoji-datasource-google` 16.0.0 (Noto; images Apache-2.0), 1,911 pictures
 """
 
 import json
+import re
 import tarfile
 from dataclasses import dataclass
 from io import BytesIO
@@ -25,6 +26,8 @@ ARCHIVE = "emoji-datasource-google-16.0.0.tgz"
 INDEX = "package/emoji.json"
 PICTURES = "package/img/google/64/"
 HOLD_OUT_EVERY = 20
+ONE_SIDED = frozenset({"Flags", "Symbols"})  # categories whose pictures a mirror makes wrong
+SIDES = re.compile(r"left|right|wards?\b|clock|\d")
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,29 @@ class CaptionedEmoji(lightning.LightningDataModule):
         sample_size: image side in pixels, at most the 64 that the pictures have.
         batch_size: captions per batch.
         seed: seed of the training order.
+        mirror: train on every picture a second time in an epoch, left and right exchanged where
+            its names and category allow it.
     """
 
     def __init__(
-        self, archive: str = ARCHIVE, sample_size: int = 32, batch_size: int = 32, seed: int = 0
+        self,
+        archive: str = ARCHIVE,
+        sample_size: int = 32,
+        batch_size: int = 32,
+        seed: int = 0,
+        mirror: bool = False,
     ) -> None:
         super().__init__()
         self.archive = Path(archive)
         self.sample_size = sample_size
         self.batch_size = batch_size
         self.seed = seed
+        self.mirror = mirror
 
     def setup(self, stage: str) -> None:
         """Read the pictures and encode their names into memory (120 MB)."""
         train, held_out = split(read_pictures(self.archive, self.sample_size))
-        self.train, self.test = CaptionedImages(train), CaptionedImages(held_out)
+        self.train, self.test = CaptionedImages(train, self.mirror), CaptionedImages(held_out)
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches `(images (B, 3, H, W), prompt_embeds (B, L, E), pooled (B, E))`."""
@@ -80,21 +91,34 @@ class CaptionedImages(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     Args:
         pictures: at least one.
+        mirror: all of them again after that, in a mirror where `has_two_sides` allows it.
     """
 
-    def __init__(self, pictures: list[Picture]) -> None:
+    def __init__(self, pictures: list[Picture], mirror: bool = False) -> None:
         self.owners = [i for i, picture in enumerate(pictures) for _ in picture.captions]
         self.images = torch.stack([picture.image for picture in pictures])
+        self.two_sided = [has_two_sides(picture) for picture in pictures]
+        self.rounds = 2 if mirror else 1
         captions = [caption for picture in pictures for caption in picture.captions]
         self.prompt_embeds, self.pooled = encode(captions)
 
     def __len__(self) -> int:
-        """Number of captions."""
-        return len(self.owners)
+        """Number of captions, twice that with mirrored pictures."""
+        return self.rounds * len(self.owners)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """The image of one caption, the caption's hidden states, and their mean."""
-        return self.images[self.owners[index]], self.prompt_embeds[index], self.pooled[index]
+        again, caption = divmod(index, len(self.owners))
+        owner = self.owners[caption]
+        image = self.images[owner]
+        if again and self.two_sided[owner]:
+            image = image.flip(-1)
+        return image, self.prompt_embeds[caption], self.pooled[caption]
+
+
+def has_two_sides(picture: Picture) -> bool:
+    """Whether its mirror image suits its names: it is no flag, sign, clock or side of anything."""
+    return picture.category not in ONE_SIDED and not SIDES.search(" ".join(picture.captions))
 
 
 def split(pictures: list[Picture]) -> tuple[list[Picture], list[Picture]]:

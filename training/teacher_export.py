@@ -20,7 +20,7 @@ from .text_teacher import TextTeacherModule
 KINDS = {each.__name__: each for each in (TeacherModule, TextTeacherModule)}
 CARDS = {"TeacherModule": teacher_card.write_card, "TextTeacherModule": text_card.write_card}
 LOSS_WINDOW = 50  # logged values in the running mean of the loss
-MAX_WEIGHT_BYTES = 20_000_000
+MAX_WEIGHT_BYTES = 24_000_000
 
 
 def export_teacher(checkpoint: str, out: str) -> None:
@@ -37,7 +37,7 @@ def export_teacher(checkpoint: str, out: str) -> None:
 
     Raises:
         FileNotFoundError: the configuration or the events are missing beside the checkpoint.
-        ValueError: the checkpoint holds no averaged weights, or the weights are over 20 MB.
+        ValueError: the checkpoint holds no averaged weights, or the weights are over 24 MB.
     """
     run, folder = Path(checkpoint).parent, Path(out)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -74,7 +74,7 @@ def save_weights(
         The module, with the weights that were written.
 
     Raises:
-        ValueError: the checkpoint holds no averaged weights, or the weights are over 20 MB.
+        ValueError: the checkpoint holds no averaged weights, or the weights are over 24 MB.
     """
     if "averaging_state" not in state:
         raise ValueError(

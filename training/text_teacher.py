@@ -72,7 +72,10 @@ class TextTeacherModule(FlowTeacher):
     def setup(self, stage: str) -> None:
         """Encode the prompts that are drawn, and the empty one; compile what is to be trained."""
         self.text_encoder = [SentenceEncoder.knowing(self.prompts)]  # in a list: not trained
-        if self.compile_blocks and stage == "fit":
+        if stage != "fit":
+            return
+        self.transformer.x_embedder.register_forward_hook(in_float)
+        if self.compile_blocks:
             self.transformer.compile_repeated_blocks()
 
     def velocity(
@@ -115,6 +118,14 @@ class TextTeacherModule(FlowTeacher):
         return prompt_grid(
             self.pipeline(), self.prompts, columns, num_inference_steps, guidance_scale
         )
+
+
+def in_float(module: nn.Module, arguments: tuple[Tensor], tokens: Tensor) -> Tensor:
+    """The embedded tokens in float32, also where autocast made bfloat16 of them.
+
+    The transformer brings sigma into their type, and bfloat16 has 128 values between 0.5 and 1.
+    """
+    return tokens.float()
 
 
 def zeroed_layers(transformer: FluxTransformer2DModel) -> list[nn.Linear]:
