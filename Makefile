@@ -71,7 +71,7 @@ clean:
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear .venv
 	$(DEV) $(PIP_INSTALL) "$(TORCH)"
-	$(DEV) $(PIP_INSTALL) --editable .
+	$(DEV) $(PIP_INSTALL) --editable ".[train]"
 	touch $@
 
 .venv/.dev: .venv/.installed

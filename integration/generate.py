@@ -16,8 +16,9 @@ from .forecasting import forecasting
 from .metrics import psnr
 from .pipeline_call import call_settings, generators, joined, pictures, samples
 from .pipelines import load_pipeline
-from .report_plots import DIFFERENCE_GAIN, save_figure
+from .report_plots import DIFFERENCE_GAIN
 from .report_table import decibels
+from .sheet import Row, sheet
 
 TITLE_WIDTH, TITLE_LINES = 16, 4  # what fits above a sample
 
@@ -62,7 +63,7 @@ def generate_command(
     if compare:
         difference = (panels["forecast"] - panels["full run"]).abs()
         error = psnr(panels["forecast"], panels["full run"])
-        panels[f"|difference| × {DIFFERENCE_GAIN}"] = (DIFFERENCE_GAIN * difference).clamp(0, 1)
+        panels[f"{DIFFERENCE_GAIN} x difference"] = (DIFFERENCE_GAIN * difference).clamp(0, 1)
         captions = [f"{decibels(float(value))} dB" for value in error]
         print(f"PSNR against the full run: {' '.join(captions)}")
         print(f"mean PSNR: {decibels(float(error.mean()))} dB")
@@ -104,22 +105,11 @@ def save_panels(
         captions: words under each column; empty for none.
         headings: words above each column; empty for none.
     """
-    from matplotlib.figure import Figure
-
-    count = len(next(iter(panels.values())))
-    size = (1.1 * count + 1.2, 1.1 * len(panels) + 0.3)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(panels), count, squeeze=False)
-    for line, (label, images) in zip(grid, panels.items(), strict=True):
-        for axes, image in zip(line, images, strict=True):
-            pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
-            axes.imshow(pixels, vmin=0, vmax=1, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    for axes, caption in zip(grid[-1], captions, strict=False):
-        axes.set_xlabel(caption, fontsize=8)
-    for axes, heading in zip(grid[0], headings, strict=False):
-        axes.set_title(heading, fontsize=7)
+    last = len(panels) - 1
+    rows = [
+        Row(label, images, captions if line == last else ())
+        for line, (label, images) in enumerate(panels.items())
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    return save_figure(figure, path)
+    sheet(rows, headings).save(path)
+    return path

@@ -4,6 +4,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
@@ -13,6 +14,7 @@ from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
 from foreseer.integration.clock import flow_sigmas
 from foreseer.integration.generate import draw, save_panels
+from foreseer.integration.sheet import MARGIN, Row, cell_size, sheet
 from foreseer.predictors.linear import L2P
 from foreseer.training.benchmark import rows_predictor
 
@@ -84,7 +86,25 @@ def test_another_guidance_than_the_predictors_is_refused(generate):
 def test_panels_have_one_row_each_and_captions_underneath(tmp_path):
     images = torch.rand(3, 1, 16, 16)
     one = imread(save_panels({"full": images}, tmp_path / "one.png"))
-    two = imread(save_panels({"full": images, "forecast": images}, tmp_path / "two.png"))
+    two = imread(save_panels({"full": images, "fu": images}, tmp_path / "two.png"))
     assert two.shape[0] > 1.5 * one.shape[0] and two.shape[1] == one.shape[1]
     named = imread(save_panels({"full": images}, tmp_path / "named.png", ["1 dB", "2 dB", "3 dB"]))
-    assert not (named == one).all()
+    assert named.shape[0] > one.shape[0] and named.shape[1] == one.shape[1]
+
+
+def test_samples_are_drawn_larger_by_whole_pixels_and_large_ones_reduced():
+    assert cell_size(32, 32) == (128, 128)
+    assert cell_size(1024, 512) == (384, 192)
+    colours = torch.tensor([[0.0, 1.0], [0.2, 0.6]]).expand(1, 3, 2, 2)
+    drawn = np.asarray(sheet([Row("two by two", colours)]))[MARGIN:-MARGIN][
+        :112, -MARGIN - 112 : -MARGIN
+    ]
+    corners = drawn[[0, 55, 56, 111]][:, [0, 55, 56, 111], 0]
+    expected = np.repeat(np.repeat([[0, 255], [51, 153]], 2, 0), 2, 1)
+    assert (corners == expected).all()
+
+
+def test_rows_of_other_samples_are_refused():
+    rows = [Row("one", torch.rand(2, 1, 8, 8)), Row("other", torch.rand(3, 1, 8, 8))]
+    with pytest.raises(ValueError, match="expected one number and size"):
+        sheet(rows)

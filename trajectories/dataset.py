@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..extras import require
 from .recording import Recording
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def trajectory_index(folder: str | Path) -> "datasets.Dataset":
     Raises:
         ValueError: a meta key holds text in one item and a number in another.
     """
+    require("train", "trajectory_index")
     import datasets
 
     entries = list(Recording(folder).entries.values())
@@ -116,6 +118,7 @@ def trajectory_stream(
         ValueError: no items, an unknown name, a tensor with more than five axes, or (while reading)
             a shape unlike the first item's.
     """
+    require("train", "trajectory_stream")
     import datasets
 
     recording = Recording(folder)

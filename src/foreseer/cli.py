@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import commands, pipeline_commands
+from .extras import require
 
 TRAINER_WORDS = {
     "fit": "Train a predictor from a YAML file (LightningCLI).",
@@ -151,6 +152,7 @@ def packaged(word: str, words: list[str]) -> list[str]:
 
 def run_trainer(words: list[str], prog: str) -> None:
     """Hand `words`, the first one a Trainer method, to LightningCLI."""
+    require("train", f"{prog} {words[0]}" if words else prog)
     from lightning.pytorch.cli import LightningCLI
 
     with command_line(words):
