@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.integration.adaptive import FirstBlock, Schedule, SpeCa, TeaCache

@@ -25,7 +25,7 @@ import yaml
 from fashion_dit import HELD_OUT
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.integration.bench_meta import collect_meta

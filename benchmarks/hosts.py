@@ -23,7 +23,7 @@ from typing import Any
 import lightning
 import torch
 from torch._dynamo.utils import counters
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 

@@ -42,7 +42,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from overhead_systems import Ran, System, flux_70m, pipeline, run, systems
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from foreseer.integration.timing import one_thread
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from foreseer.distill.fields import Mixture, ring
 from foreseer.distill.meanflow import AlphaFlowTarget, MeanFlowTarget

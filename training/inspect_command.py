@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..integration.report_analysis import plot_cosines, plot_rule_errors, plot_weights
 from ..integration.report_heat import Weights, forecast_weights

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..integration.pixel_pipeline import PixelDiTPipeline
 from .fashion_mnist import CLASS_NAMES, DEFAULT_FOLDER, load_split

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..checkpoints.spec import PredictorSpec
 from ..integration.pipelines import load_pipeline

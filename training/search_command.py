@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..integration.pipelines import load_pipeline
 from ..integration.solvers import SOLVERS, sampling_with, solver_scheduler

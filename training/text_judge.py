@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..checkpoints.zoo import resolve
 from ..integration.generate import draw

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..integration.controller import Controller
 from ..integration.sampler import SamplerMap, pristine, probe

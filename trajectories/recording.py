@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .header import Header as Header
 from .header import RecordingError as RecordingError

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .header import RecordingError
 from .manifest import Entry, append_entry, cut_half_line, manifest_path, meta_problem, parse_line
