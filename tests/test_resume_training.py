@@ -29,7 +29,6 @@ SOLVED = {
     "readout",
     "emoji_l2p",
 }
-FROM_THE_START = {"judge"}  # its configuration goes on from no checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +72,22 @@ def test_case_18_interrupted_training_ends_in_the_same_bits(
             assert run["kept"] is not None
         lost += died["step"] > kept["step"] or run["kept"] is None
         if following["begun"] is not None:  # else nothing was left to do
-            assert following["begun"]["step"] == (0 if name in FROM_THE_START else kept["step"])
+            assert following["begun"]["step"] == (kept["step"] if CASES[name].resumes else 0)
     assert lost > 0 or CASES[name].steps  # work was lost, and done again
     if CASES[name].steps or name in ("guidance", "teacher"):
         assert any(run["begun"] and run["begun"]["batch"] > 0 for run in seen["broken"])
     assert seen["different"] == [] and seen["files"] == []
     assert seen["compared"]["state_dict"] > 0
     assert seen["compared"]["optimizer_states"] > 0 or name in SOLVED
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.resumes])
+def test_case_18_another_training_is_refused_at_the_checkpoints_of_this_one(
+    name: str, report: dict[str, Any]
+) -> None:
+    assert "is of another fit: it has model.anchors" in report[name]["refused"]
 
 
 def test_a_checkpoint_after_an_epochs_last_batch_is_one_between_epochs() -> None:

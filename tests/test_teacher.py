@@ -151,12 +151,10 @@ def test_a_decay_that_the_budget_does_not_hold_is_refused(decay):
         ClockCosine(3.0, decay_minutes=decay)
 
 
-class InterruptedTeacher(TeacherModule):
-    """Receives Ctrl-C in its sixth step."""
-
-    def on_train_batch_start(self, batch, batch_idx):
-        if self.global_step == 5:
-            raise KeyboardInterrupt
+def interrupted(self, batch, batch_idx):
+    """Ctrl-C in the sixth step."""
+    if self.global_step == 5:
+        raise KeyboardInterrupt
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -177,8 +175,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     arguments = dict(num_layers=1, num_attention_heads=1, sample_size=8, num_classes=3)
     try:
-        with pytest.raises(SystemExit):
-            trainer().fit(InterruptedTeacher(**arguments), tiny_batches(20))
+        with pytest.raises(SystemExit), monkeypatch.context() as patched:
+            patched.setattr(TeacherModule, "on_train_batch_start", interrupted)
+            trainer().fit(TeacherModule(**arguments), tiny_batches(20))
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from here
     last = torch.load(tmp_path / "last.ckpt", weights_only=True)

@@ -104,6 +104,22 @@ def forked(kill: Kill | None, trainer: Any, *arguments: Any, **options: Any) -> 
     return seen
 
 
+def refused(trainer: Any, model: Any, *arguments: Any, **options: Any) -> str:
+    """What another training says to the checkpoints of this one, in a fork."""
+    child = os.fork()
+    if child == 0:
+        model._given = {**model._given, "anchors": "others"}
+        try:
+            FIT(trainer, model, *arguments, **options)
+            told = "nothing"
+        except ValueError as error:
+            told = str(error)
+        Path("refused.txt").write_text(told)
+        os._exit(0)
+    os.waitpid(child, 0)
+    return Path("refused.txt").read_text()
+
+
 def newest(runs: Path) -> Path | None:
     """The checkpoint the same command goes on from, if there is one."""
     found = sorted(runs.glob("*/*/*last.ckpt")) or sorted(runs.glob("*/*/*.ckpt"))
@@ -147,6 +163,8 @@ def train(case: Case) -> None:
         report["whole"] = [forked(None, *arguments, **options)]
         os.rename("runs", "whole")
         report["broken"] = [forked(kill, *arguments, **options) for kill in [*case.kills, None]]
+        if case.resumes:
+            report["refused"] = refused(*arguments, **options)
 
     lightning.Trainer.fit = fit  # type: ignore[method-assign, assignment]
     foreseer(case.words)

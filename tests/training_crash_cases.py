@@ -62,6 +62,11 @@ class Case:
     steps: int | None = None
 
     @property
+    def resumes(self) -> bool:
+        """Whether the same command goes on from the last checkpoint."""
+        return self.config != "teacher/judge"
+
+    @property
     def words(self) -> list[str]:
         """The command."""
         kind = self.config.partition("/")[0]

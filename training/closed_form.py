@@ -12,6 +12,7 @@ from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from .resuming import Resumable
 from .verdict_callbacks import OpenLoopVerdict
 
 ONE_PARAMETER = "needed_by_ddp"
@@ -37,7 +38,7 @@ class HeldOut:
         return self.total / self.count
 
 
-class ClosedForm(lightning.LightningModule):
+class ClosedForm(Resumable):
     """A fit that is solved for, in one step: nothing is descended to.
 
     It may run on several processes: each gets the whole sum of the Grams (`GramDataModule`) and
@@ -55,10 +56,12 @@ class ClosedForm(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint is the same whatever the number of processes."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"].pop(ONE_PARAMETER, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Loading is strict."""
+        super().on_load_checkpoint(checkpoint)
         if hasattr(self, ONE_PARAMETER):
             checkpoint["state_dict"][ONE_PARAMETER] = torch.zeros(())
 

@@ -18,7 +18,6 @@ from .fit_figures import HELD_OUT, draws_now, log_figures
 from .gauss_newton import Direction, Quadratics, directions, feature_bases, linearise
 from .l2p import L2PModule, open_loop_errors
 from .measure import References, closed_loop_errors
-from .resuming import Resumable
 from .rows import analytic_rows
 from .tracking import check_branches, track
 from .verdict_callbacks import StartVerdict, Verdict
@@ -28,7 +27,7 @@ LINEARISED = "linearised"  # what the checkpoint keeps of an epoch's batches
 MOVES = "moves"  # and of the start: LAPACK may round otherwise in another process
 
 
-class L2PClosedLoop(Resumable, L2PModule):
+class L2PClosedLoop(L2PModule):
     """Fit rows on the error of the finished sample, never ending below the best analytic rule.
 
     1. The formula (or AB2) with the least closed-loop error on these anchors is the start.
@@ -144,6 +143,7 @@ class L2PClosedLoop(Resumable, L2PModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was found at the start, and what the epoch's batches have told so far."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint[LINEARISED] = [dict(vars(part)) for part in self.parts]
         moves = [dict(vars(move)) for move in self.moves]
         checkpoint[MOVES] = {"start_name": self.start_name, "moves": moves}

@@ -181,14 +181,11 @@ class SeveralGrams(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.folders = list(folders)
         self.parts = [GramDataModule(f, tap, validation_fraction, seed) for f in folders]
 
     def setup(self, stage: str | None = None) -> None:
-        """Split the items of each recording and sum their Grams.
-
-        Raises:
-            ValueError: see `GramDataModule.setup`.
-        """
+        """Split and sum each recording, see `GramDataModule.setup`."""
         for part in self.parts:
             part.setup(stage)
 

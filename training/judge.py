@@ -6,7 +6,6 @@ Shapes: B batch, C channels, H height, W width.
 import json
 from pathlib import Path
 
-import lightning
 import torch
 from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -15,10 +14,11 @@ from tqdm.auto import tqdm
 
 from ..integration.pixel_pipeline import PixelDiTPipeline
 from .fashion_mnist import CLASS_NAMES, DEFAULT_FOLDER, load_split
+from .resuming import Resumable
 from .teacher_card import judge_table, write_card
 
 
-class ClassifierModule(lightning.LightningModule):
+class ClassifierModule(Resumable):
     """A plain convolutional classifier of 32x32 images.
 
     Args:

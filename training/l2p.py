@@ -7,7 +7,6 @@ Shapes: n trajectories, S sampling steps.
 from collections.abc import Sequence
 from typing import Any
 
-import lightning
 import torch
 from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
@@ -23,11 +22,12 @@ from ..trajectories.recording import Recording
 from .closed_form import ClosedForm, HeldOut
 from .cross_validation import CrossValidation, cross_validate
 from .fit_figures import HELD_OUT, log_figures
+from .resuming import Resumable
 from .rows import expert_rows, published_loss, reuse_weight
 from .verdict_callbacks import OpenLoopVerdict
 
 
-class L2PModule(lightning.LightningModule):
+class L2PModule(Resumable):
     """What the three fits share: the predictor being fitted and what it was fitted on.
 
     Args:

@@ -26,7 +26,6 @@ from .readout_parts import SegmentParts, check_header, folds_of, sizes_of
 from .readout_segment import Part, SegmentFit, fit_segment
 from .readout_sums import add_up
 from .readout_walk import Visited, Walk
-from .resuming import close_epoch
 
 TAP = "output"
 
@@ -71,16 +70,8 @@ class ReadoutFit(ClosedForm):
         self.recording = open_recording(recording, TAP, experts=True)
         header = self.recording.header
         check_header(header, recording)
-        self.told = {
-            "recording": recording,
-            "anchors": list(anchors),
-            "tap": TAP,
-            "fit": self.fit_name,
-            "recipe": header.recipe_hash,
-            "rank": rank,
-            "neighbours": neighbours,
-        }
-        self.save_hyperparameters(self.told | {"arguments": None})  # known once the network has run
+        told = {"recording": recording, "anchors": list(anchors), "tap": TAP, "fit": self.fit_name}
+        self.save_hyperparameters(told | {"arguments": None})  # known once the network has run
         self.tap, self.anchors = TAP, list(anchors)
         sizes = len(header.sigmas), anchors, header.num_branches, header.expert_steps
         self.rows = L2PExperts(*sizes)  # those of the formula that each segment started at
@@ -198,25 +189,10 @@ class ReadoutFit(ClosedForm):
         self.detach()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the segments fitted so far.
-
-        Raises:
-            ValueError: the checkpoint is of another fit.
-        """
+        """Go on with the segments fitted so far."""
         super().on_load_checkpoint(checkpoint)
-        close_epoch(checkpoint)
-        found = checkpoint["hyper_parameters"]
-        other = {
-            name: found.get(name) for name, value in self.told.items() if found.get(name) != value
-        }
-        if other:
-            raise ValueError(
-                f"the checkpoint to resume is of another fit: it has {other}, this one "
-                f"{ {name: self.told[name] for name in other} }. Give this fit a folder of its own "
-                "(dirpath of ModelCheckpoint), or remove the checkpoint."
-            )
-        if found["arguments"] is not None:
-            self._make_predictor(found["arguments"])
+        if (arguments := checkpoint["hyper_parameters"]["arguments"]) is not None:
+            self._make_predictor(arguments)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One that changes nothing, since segments are solved for: Lightning counts its steps."""

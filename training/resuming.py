@@ -4,17 +4,53 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+
+from .same_training import NOTED, arguments_of, check_same, described, described_data
 
 RANDOM_STATE = "random_state"
 WEIGHTS = "current_model_state"  # where Lightning's weight averaging keeps those being trained
 
 
 class Resumable(lightning.LightningModule):
-    """A training that goes on from a checkpoint of any batch."""
+    """A training that goes on from a checkpoint of any batch of its own, and from no other.
+
+    All trainings are: their checkpoints note every argument, see `same_training`.
+    """
+
+    _given: dict[str, Any]
+    _described: dict[str, Any] | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Remember the arguments of whatever training this is."""
+        module = super().__new__(cls)
+        given = arguments_of(cls.__init__, args, kwargs)
+        object.__setattr__(module, "_given", given)  # a module's own needs its __init__ first
+        object.__setattr__(module, "_described", None)
+        return module
+
+    def described(self) -> dict[str, Any]:
+        """What this training is made of, as its recordings were when it was first asked."""
+        if self._described is None:
+            data = getattr(self.trainer, "datamodule", None)
+            model = described(type(self).__name__, self._given)
+            self._described = {"model": model, "data": described_data(data)}
+        return self._described
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the training is made of."""
+        checkpoint[NOTED] = self.described()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Mend what Lightning mistakes; it reads its loops' state afterwards."""
+        """Refuse another training's; mend what Lightning mistakes, which it reads afterwards.
+
+        Raises:
+            ValueError: the checkpoint to resume is of another training.
+        """
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            found, where = checkpoint.get(NOTED), str(self.trainer.ckpt_path)
+            check_same(self.described(), found, where)
         close_epoch(checkpoint)
 
 
@@ -46,6 +82,7 @@ class Drawing(Resumable):
         Where nothing is left to train, weight averaging puts the average in the weights' place
         before Lightning writes the checkpoint again.
         """
+        super().on_save_checkpoint(checkpoint)
         checkpoint[RANDOM_STATE] = torch.get_rng_state()
         if self._weights is not None:
             checkpoint[WEIGHTS] = self._weights
