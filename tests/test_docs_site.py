@@ -45,6 +45,12 @@ def test_the_site_builds_without_a_warning_and_imports_nothing_of_ours(tmp_path)
     page = (tmp_path / "site" / "api" / "predictors.html").read_text()
     assert 'id="foreseer.predictors.linear.L2P"' in page
     assert "Raises" in page
+    first = (tmp_path / "site" / "index.html").read_text()  # works from a disk, search included
+    assert (
+        'href="api/predictors.html"' in first and '<script src="assets/iframe-worker.js"' in first
+    )
+    assert (tmp_path / "site" / "search" / "search_index.js").exists()
+    assert not re.search(r'<script[^>]*src="(https?:)?//', first)
 
 
 def test_every_page_is_in_the_navigation_once():

@@ -5,20 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from lesa_training_cases import ANCHORS, STEPS, factory, trainer_for
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_hosts import items, pipeline, settings
 
+from foreseer.integration.sheet import SMALLEST
 from foreseer.predictors.base import Step
 from foreseer.predictors.linear import L2P, tabulate
 from foreseer.predictors.neural import DiscaPredictor
 from foreseer.predictors.polynomial import Taylor
 from foreseer.training import disca, fit_figures
 from foreseer.training.any_anchors import L2PGramModule
+from foreseer.training.board import Board
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.continuous import L2PContinuousModule, SeveralGrams
 from foreseer.training.disca import DiscaModule
-from foreseer.training.fit_figures import StepMeans
+from foreseer.training.fit_figures import NUM_SAMPLES, SAMPLES, StepMeans
 from foreseer.training.fit_report import FitReport
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares, open_loop_errors
 from foreseer.training.lesa import LesaModule
@@ -42,7 +43,7 @@ def recording(tmp_path_factory) -> Path:
 
 def events(module, data, out: Path, max_epochs: int = 1, callbacks=()) -> EventAccumulator:
     """Fit, and read what TensorBoard was told."""
-    logger = TensorBoardLogger(out, name="", version="")
+    logger = Board(str(out), name="", version="")
     trainer = trainer_for(max_epochs, logger=logger, log_every_n_steps=1, callbacks=list(callbacks))
     trainer.fit(module, datamodule=data)
     found = EventAccumulator(str(out), {"images": 0, "scalars": 0})
@@ -99,8 +100,15 @@ def test_the_closed_loop_draws_every_epoch_that_is_due(recording, tmp_path):
     module.pipe = pipeline("dit_guided")
     data = RecordingDataModule(recording, ["final"], 4, 0.3, 3)
     found = events(module, data, tmp_path, 3)
-    assert {ERRORS, LISTS} | WEIGHTS == set(found.Tags()["images"])
-    assert epochs(found, ERRORS) == epochs(found, LISTS) == [0, 1, 2]
+    assert {ERRORS, LISTS, SAMPLES} | WEIGHTS == set(found.Tags()["images"])
+    assert epochs(found, ERRORS) == epochs(found, LISTS) == epochs(found, SAMPLES) == [0, 1, 2]
+    told = set(found.Tags()["scalars"])
+    assert told == {"train/error_db", "val/error_db", "val/gain_over_start_db"}
+    count = min(NUM_SAMPLES, len(data.val_items))
+    full, forecast = module.samples.full, module.samples._drawn(module.pipe)
+    assert full.shape[0] == count and (full == forecast).all()  # the hooks are off again
+    image = found.Images(SAMPLES)[-1]
+    assert image.width > count * SMALLEST and image.height > 2 * SMALLEST
 
 
 def test_lesa_draws_both_kinds_of_error_and_its_linear_part(recording, tmp_path, monkeypatch):

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..integration.pipelines import load_pipeline
 from ..trajectories.gram_sums import sum_grams
 from .closed_form import refuse_several_processes
-from .fit_figures import HELD_OUT, draws_now, log_figures
+from .fit_figures import HELD_OUT, SampleLog, draws_now, log_figures
 from .gauss_newton import Direction, Quadratics, directions, feature_bases, linearise
 from .l2p import L2PModule, open_loop_errors
 from .measure import References, closed_loop_errors
@@ -97,6 +98,7 @@ class L2PClosedLoop(L2PModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.validation = self._references(data.val_items)
         self.calibration = self._references(data.train_items)
+        self.samples = SampleLog(self.validation, self.tap, self.predictor.anchors)
         if self.moves:
             return
         start = self._choose_start()
@@ -110,7 +112,8 @@ class L2PClosedLoop(L2PModule):
         probe = self._references(self.calibration.items[: self.num_probe])
         formulas = analytic_rows(anchors, sigmas)
         rows = {name: rule.repeat(branches, 1, 1) for name, rule in formulas.items()}
-        errors = {name: self._error(each, probe) for name, each in rows.items()}
+        bar = tqdm(rows.items(), desc="formulas", unit="formula", delay=2, leave=False)
+        errors = {name: self._error(each, probe) for name, each in bar}
         errors = {name: error for name, error in errors.items() if math.isfinite(error)}
         self.start_name = min(errors, key=lambda name: errors[name])
         start = rows[self.start_name]
@@ -185,13 +188,14 @@ class L2PClosedLoop(L2PModule):
             grams = self.recording.stack(f"gram/{self.tap}", self.validation.items)
             errors = open_loop_errors(grams, self.predictor.weight).mean((0, 1))
             log_figures(self, self.predictor.anchors, {HELD_OUT: errors})
+            self.samples.log(self, self.predictor)
 
     def _move(self) -> None:
         """Take the Gauss-Newton step that does best on the validation split, if any does."""
         quadratics = Quadratics.join(self.parts)
         self.parts = []
         at = self.predictor.weight.clone()
-        for ridge in RIDGES:
+        for ridge in tqdm(RIDGES, desc="shrinkages", unit="run", delay=2, leave=False):
             z = quadratics.solve(ridge)
             rows = at + sum(float(c) * move.rows for c, move in zip(z, self.moves, strict=True))
             error = self._error(rows, self.validation)

@@ -1,22 +1,28 @@
 """The figures of a fit in TensorBoard: error per step, weights, anchors.
 
-Tags: `figures/error_per_step`, `figures/weights_branch_<b>`, `figures/anchors`; the slider of each
-is the epoch. Shapes: S sampling steps.
+Tags: `figures/error_per_step`, `figures/weights_branch_<b>`, `figures/anchors`, and `samples` of
+fits that run the pipeline; the slider of each is the epoch. Shapes: S sampling steps.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from ..integration.forecaster import Forecaster
 from ..integration.report_analysis import step_error_figure, weights_figure
 from ..integration.report_heat import forecast_weights
 from ..integration.report_plots import timeline_figure
-from ..predictors.base import Step
+from ..integration.session import Session
+from ..integration.sheet import Row, sheet
+from ..predictors.base import Predictor, Step
+from ..trajectories.prompts import Item, generate_batch
+from .measure import References
 from .weight_rows import weight_rows
 
 HELD_OUT = "held-out features, open loop"  # the usual label of a line
@@ -25,6 +31,7 @@ ERRORS, WEIGHTS, ANCHORS = (
     "figures/weights_branch_",
     "figures/anchors",
 )
+SAMPLES, NUM_SAMPLES = "samples", 4
 
 
 class StepMeans:
@@ -87,6 +94,51 @@ def log_figures(
     for branch, matrix in enumerate(rows):
         figure = weights_figure(*forecast_weights(matrix, anchors), anchors)
         board.add_figure(f"{WEIGHTS}{branch}", figure, epoch)
+
+
+class SampleLog:
+    """Held-out samples in TensorBoard, in full and as forecast so far, under each other.
+
+    Args:
+        references: held-out trajectories, of which the first few are drawn.
+        tap: forecast tap.
+        anchors: steps at which the network runs.
+    """
+
+    def __init__(self, references: References, tap: str, anchors: Sequence[int]) -> None:
+        self.items: Sequence[Item] = next(iter(references.batches), [])[:NUM_SAMPLES]
+        self.settings = {**references.settings, "output_type": "np"}
+        self.tap, self.anchors = tap, anchors
+        self.full: Tensor | None = None
+
+    def log(self, module: Any, predictor: Predictor) -> None:
+        """Draw, where figures are due and something is held out.
+
+        Args:
+            module: attached to a trainer; has the pipeline as `pipe`.
+            predictor: what the fit has come to.
+        """
+        if not self.items or not draws_now(module):
+            return
+        if self.full is None:
+            self.full = self._drawn(module.pipe)
+        session = Session(module.pipe, Forecaster(predictor, self.tap, self.anchors))
+        try:
+            forecast = self._drawn(module.pipe)
+        finally:
+            session.detach()
+        label = f"forecast\n{len(self.anchors)} evaluations"
+        picture = np.asarray(sheet([Row("full run", self.full), Row(label, forecast)]))
+        board, epoch = module.logger.experiment, module.current_epoch
+        board.add_image(SAMPLES, picture, epoch, dataformats="HWC")
+
+    def _drawn(self, pipe: Any) -> Float[Tensor, "B C H W"]:
+        """The samples, of videos their middle frames."""
+        with torch.no_grad():
+            drawn = torch.from_numpy(np.stack(generate_batch(pipe, self.items, **self.settings)[0]))
+        if drawn.ndim == 5:  # (B, frames, H, W, C)
+            drawn = drawn[:, drawn.shape[1] // 2]
+        return drawn.movedim(-1, 1).float()
 
 
 def _points(

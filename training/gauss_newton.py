@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..integration.call_rows import Narrowed
 from ..integration.controller import Controller
@@ -212,7 +213,7 @@ def linearise(
         replayer.kept = replayer.features
         columns = [
             (run(rows + DIFFERENCE * move.rows, move.segment + 1) - base) / DIFFERENCE
-            for move in moves
+            for move in tqdm(moves, desc="derivatives", unit="run", delay=2, leave=False)
         ]
     finally:
         session.detach()

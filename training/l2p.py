@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from ..checkpoints.call_settings import as_settings
@@ -81,11 +80,6 @@ class L2PModule(Resumable):
         errors = self.held_out.by_step
         self.log("val/open_loop_error", errors.mean())
         log_figures(self, self.predictor.anchors, {HELD_OUT: errors})
-        if not isinstance(self.logger, TensorBoardLogger):
-            return
-        for step, error in enumerate(errors.tolist()):
-            if step not in self.predictor.anchors:
-                self.logger.experiment.add_scalar("val/error_by_step", error, step)
 
 
 def rows_predictor(header: Header, anchors: Sequence[int]) -> L2P:

@@ -19,6 +19,7 @@ from ..predictors.experts import L2PExperts
 from ..predictors.readout import Readout
 from ..trajectories.record_command import own_device
 from .closed_form import ClosedForm
+from .fit_figures import SampleLog
 from .l2p import open_recording, spec_of
 from .measure import References, predictor_errors
 from .readout_callbacks import Detaching, LastVerdict
@@ -183,6 +184,7 @@ class ReadoutFit(ClosedForm):
                 self.start_error.fill_(self._error(self.rows))
             self.val_error.fill_(self._error(self.predictor))
             self.log("val/error_db", self.val_error)
+            SampleLog(self.validation, TAP, self.anchors).log(self, self.predictor)
 
     def on_fit_end(self) -> None:
         """Leave the pipeline as it was."""
