@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError as CheckpointError
 from .call_settings import as_settings
 from .spec import PredictorSpec
 from .strict import MalformedFile, parse_json, read_plain
@@ -26,10 +27,6 @@ MAX_REPLAY = 2**24
 DIGEST = re.compile(r"[0-9a-f]{64}")
 Rule = tuple[Callable[[Any], bool], str]
 """A test of a JSON value, and what it expects in words."""
-
-
-class CheckpointError(ValueError):
-    """A predictor checkpoint that cannot be trusted: what was found, expected, and what to do."""
 
 
 @dataclass(frozen=True)

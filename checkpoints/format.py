@@ -138,7 +138,7 @@ def load_predictor(name: str | Path, revision: str | None = None) -> Predictor:
     state = {n.removeprefix(STATE_PREFIX): tensor for n, tensor in tensors.items()}
     predictor.load_state_dict(state, strict=True)
     check_golden(predictor, config.spec, golden[0], golden[1], where)
-    setattr(predictor, "spec", config.spec)  # noqa: B010 - `Predictor` declares no such attribute
+    predictor.spec = config.spec
     return predictor
 
 

@@ -4,14 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import PredictorMismatch as PredictorMismatch
 from ..predictors.base import Predictor
 from .call_settings import Setting, at_step, first_difference, readable_setting
 
 SIGMA_TOLERANCE = 1e-5  # float32 grids of one recipe agree to about 1e-7
-
-
-class PredictorMismatch(ValueError):
-    """A learned predictor meets a host, grid, guidance mode or dtype it was not fitted on."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,15 @@ class PredictorSpec:
     latent_shapes: tuple[tuple[int, ...], ...] = ()
     branch_steps: tuple[int, ...] = ()
     expert_steps: tuple[int, ...] = (0,)
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        told = f"{len(self.anchors)} of {len(self.sigmas)} steps evaluated, tap {self.tap}"
+        host = self.host.get("class", "an unnamed host")
+        return (
+            f"{told}, guidance_scale {self.guidance_scale:g}, {self.dtype}, on {host}, fitted on "
+            f"{self.num_trajectories} trajectories"
+        )
 
     def check_latents(self, shape: Sequence[int]) -> None:
         """Raise unless one sample's latents have a shape that was fitted on.

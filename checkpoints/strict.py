@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..errors import ForeseerError
+
 MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 4096
 MAX_NAME_LENGTH = 256
@@ -32,7 +34,7 @@ ITEM_BYTES = {code: dtype.itemsize for dtype, code in DTYPE_CODES.items()}
 ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
-class MalformedFile(ValueError):
+class MalformedFile(ForeseerError, ValueError):
     """A file that cannot be trusted; the message says what is wrong, not where."""
 
 

@@ -8,6 +8,8 @@ becomes what it stood for.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..errors import ForeseerError
+
 Values = dict[str, Any]
 Upgrade = Callable[[Values], Values]
 
@@ -15,7 +17,7 @@ ONE_TRANSFORMER: Values = {"guidance": {}, "branch_steps": [], "expert_steps": [
 """What a run stands for that names no further guidance, branches that stop or transformers."""
 
 
-class NewerVersion(ValueError):
+class NewerVersion(ForeseerError, ValueError):
     """A file of a later release: what was found, what is read here, and what to do."""
 
 

@@ -1,9 +1,11 @@
 """The public way to use a predictor: `with forecasting(pipe, predictor): pipe(...)`."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..checkpoints.format import load_predictor
 from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, choose_anchors
 from ..predictors.base import Predictor
 from .adaptive import ProbeSchedule, Schedule, SpeCa
@@ -13,7 +15,7 @@ from .fingerprint import host_fingerprint
 from .forecaster import Forecaster
 from .memory import check_budget
 from .report import Report
-from .session import Session
+from .session import SESSIONS, Session
 
 
 class Run:
@@ -40,10 +42,38 @@ class Run:
             self.session.detach()
             self.session = None
 
+    def __repr__(self) -> str:
+        """Whether it is attached and to what, and what the latest call did."""
+        done = str(self._report).splitlines()[0]
+        if self.session is None:
+            return f"<Run, detached: {done}>"
+        return f"<Run, attached to {type(self.session.pipe).__name__}: {done}>"
+
+
+def detach(pipe: Any) -> bool:
+    """Give a pipeline its own behaviour back, whoever attached what to it.
+
+    Args:
+        pipe: the pipeline; others on the same transformers get theirs back too.
+
+    Returns:
+        Whether something was attached.
+    """
+    mine = {id(transformer) for transformer in transformers_of(pipe).values()}
+    found = [
+        session
+        for session in list(SESSIONS)
+        if session.pipe is pipe
+        or any(id(expert.transformer) in mine for expert in session.experts.values())
+    ]
+    for session in found:
+        session.detach()
+    return bool(found)
+
 
 def attach(
     pipe: Any,
-    predictor: Predictor,
+    predictor: Predictor | str | os.PathLike[str],
     anchors: Sequence[int] | None = None,
     tap: str | None = None,
     schedule: Schedule | None = None,
@@ -53,7 +83,7 @@ def attach(
 
     Args:
         pipe: a diffusers pipeline with a `transformer` and a `scheduler`.
-        predictor: a forecaster, loaded with `load_predictor` or built.
+        predictor: a forecaster, or the folder, `zoo:<name>` or hub name of one.
         anchors: steps at which the network runs; None takes the predictor's own.
         tap: `output`, `hidden` or `residual`; None takes the predictor's own, else `output`, or
             `hidden` under `SpeCa`.
@@ -70,6 +100,8 @@ def attach(
         ValueError: no anchors are known, or the host has a cache enabled.
     """
     check_budget(memory_budget)
+    if isinstance(predictor, str | os.PathLike):
+        predictor = load_predictor(os.fspath(predictor))
     controller = checked_forecaster(pipe, predictor, anchors, tap, schedule)
     controller.memory_budget = memory_budget
     return Run(Session(pipe, controller))
@@ -95,7 +127,7 @@ def checked_forecaster(
         PredictorMismatch: a learned predictor was fitted on another model.
         ValueError: no anchors are known, or tap and schedule do not go together.
     """
-    spec: PredictorSpec | None = getattr(predictor, "spec", None)
+    spec: PredictorSpec | None = predictor.spec
     if spec is not None:
         check_host(spec, host_fingerprint(*transformers_of(pipe).values()), pipe.scheduler)
         if tap is not None and tap != spec.tap:
@@ -140,7 +172,7 @@ def checked_forecaster(
 @contextlib.contextmanager
 def forecasting(
     pipe: Any,
-    predictor: Predictor,
+    predictor: Predictor | str | os.PathLike[str],
     anchors: Sequence[int] | None = None,
     tap: str | None = None,
     schedule: Schedule | None = None,

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .forecasting import forecasting
 from .metrics import psnr
 from .pipeline_call import call_settings, generators, joined, pictures, samples
-from .pipelines import load_pipeline
+from .pipelines import opened
 from .report_plots import DIFFERENCE_GAIN
 from .report_table import decibels
 from .sheet import Row, sheet
@@ -24,7 +23,7 @@ TITLE_WIDTH, TITLE_LINES = 16, 4  # what fits above a sample
 
 
 def generate_command(
-    pipeline: str,
+    pipeline: Any,
     predictor: str | None,
     class_labels: Sequence[int],
     seed: int,
@@ -47,7 +46,7 @@ def generate_command(
         raise ValueError(
             "compare needs a predictor to compare with the full run: --predictor FOLDER"
         )
-    pipe = load_pipeline(pipeline, getattr(torch, dtype), device)
+    pipe = opened(pipeline, dtype, device)
     asked = samples(pipe, prompts, class_labels)
     given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
     panels: dict[str, Tensor] = {}

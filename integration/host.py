@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedHost as UnsupportedHost
 from .trunk_facts import TRUNK_FACTS, Trunk
-
-
-class UnsupportedHost(ValueError):
-    """The transformer's trunk and head could not be found, or replaying its tap is not exact."""
 
 
 class SkippedBlocks(nn.ModuleList):

@@ -240,7 +240,7 @@ def attach_partially(
         PredictorMismatch: a learned predictor was fitted on another model or tap.
         ValueError: the attention rule is a learned one, or what `attach` refuses.
     """
-    spec: PredictorSpec | None = getattr(predictor, "spec", None)
+    spec: PredictorSpec | None = predictor.spec
     if spec is not None and spec.tap != "hidden":
         raise PredictorMismatch(
             f"the predictor was fitted on the tap {spec.tap!r}; computed tokens need one fitted on "

@@ -1,5 +1,6 @@
 """Load a pipeline from its folder, the bundled ones by name."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,27 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: str | N
             "pipe.save_pretrained(FOLDER)."
         ) from error
     pipe.set_progress_bar_config(disable=True)
+    pipe.register_to_config(
+        _name_or_path=name
+    )  # as given: a bundled one by its name, not its place
     return pipe.to(device)
+
+
+def opened(pipeline: Any, dtype: str = "float32", device: str | None = None) -> Any:
+    """A pipeline, given itself or by its name.
+
+    Args:
+        pipeline: a pipeline, which is taken as it is, or the name of one to load.
+        dtype: dtype of the weights of one that is loaded.
+        device: where to put one that is loaded; None takes a GPU where there is one.
+
+    Raises:
+        FileNotFoundError: see `load_pipeline`.
+        ValueError: see `load_pipeline`.
+    """
+    if isinstance(pipeline, str | os.PathLike):
+        return load_pipeline(os.fspath(pipeline), getattr(torch, dtype), device)
+    return pipeline
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import UnsupportedHost
 from .clock import step_output
 
 
-class NonAffineScheduler(ValueError):
+class NonAffineScheduler(UnsupportedHost):
     """The scheduler's step is stochastic or not affine in the model output."""
 
 

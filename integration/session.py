@@ -36,6 +36,9 @@ from .report import Report
 from .running import Caller, pipeline_call, steps_made_elsewhere
 from .time_facts import modulations
 
+SESSIONS: "weakref.WeakSet[Session]" = weakref.WeakSet()
+"""Those that are attached; each is kept alive by what it has put on its pipeline."""
+
 
 class Session:
     """Attach a controller to a pipeline until `detach`.
@@ -63,10 +66,12 @@ class Session:
         self._reset_run()
         ticks = (self._open, self._close, self._check_caller)
         self.clock = self.attachment.install(self._route, self._counts, ticks)
+        SESSIONS.add(self)
 
     def detach(self) -> None:
         """Give the host and the scheduler their own methods back."""
         with self._turn:
+            SESSIONS.discard(self)
             self.attachment.remove()
             self._reset_run()
 
@@ -104,6 +109,7 @@ class Session:
         self._sigmas = self._announced[self.clock.begin :]
         self._num_steps = len(self._sigmas)
         self.report.num_steps = self._num_steps
+        self._step_began = time.perf_counter()
         self._settings = CallSettings(expert.transformer for expert in self.experts.values())
         self.controller.settings = self._settings.read(pipeline_call())
         self.controller.image_tokens, self.controller.layouts = {}, {}
@@ -135,6 +141,9 @@ class Session:
         self.controller.close(index, v, before, after)
         self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
         check_memory(self.controller, self.report, index, v.device)
+        now = time.perf_counter()
+        self.report.steps.append(now - self._step_began)
+        self._step_began = now
         if index == self._num_steps - 1:
             self.controller.finish(self.report)
             self._reset_run()

@@ -220,7 +220,7 @@ def measure_cost(pipe: Any, run: Run, tap: str) -> Check:
 
 def check_predictor(pipe: Any, run: Run, predictor: Predictor, expected: Tensor) -> Check:
     """Run a predictor, and reuse on the same steps and tap beside it."""
-    spec: PredictorSpec | None = getattr(predictor, "spec", None)
+    spec: PredictorSpec | None = predictor.spec
     if spec is None:
         raise ValueError("this predictor was not loaded with load_predictor: it has no spec.")
     errors = []

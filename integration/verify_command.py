@@ -11,7 +11,7 @@ from ..checkpoints.format import load_predictor
 from ..predictors.base import Predictor
 from .host import UnsupportedHost
 from .pipeline_call import call_settings, first_samples, joined
-from .pipelines import load_pipeline
+from .pipelines import opened
 from .verify import EXACT_TAPS, Check, verify_pipeline
 
 DEFAULT_STEPS = 8
@@ -19,7 +19,7 @@ WORDS = {True: "ok", False: "FAILED", None: ""}
 
 
 def verify_pipeline_command(
-    pipeline: str,
+    pipeline: Any,
     predictor: str | None = None,
     prompts: str | None = None,
     num_inference_steps: int | None = None,
@@ -33,7 +33,7 @@ def verify_pipeline_command(
     Raises:
         SystemExit: with code 1 when a check failed.
     """
-    pipe = load_pipeline(pipeline, getattr(torch, dtype), device)
+    pipe = opened(pipeline, dtype, device)
     loaded = None if predictor is None else load_predictor(predictor)
     steps = num_inference_steps or num_steps_of(loaded)
     run = one_call(pipe, prompts, steps, guidance_scale, settings)
@@ -54,8 +54,9 @@ def verify_pipeline_command(
 
 def num_steps_of(predictor: Predictor | None) -> int:
     """The steps a predictor was fitted on; a few where there is none."""
-    spec = getattr(predictor, "spec", None)
-    return DEFAULT_STEPS if spec is None else len(spec.sigmas)
+    if predictor is None or predictor.spec is None:
+        return DEFAULT_STEPS
+    return len(predictor.spec.sigmas)
 
 
 def one_call(

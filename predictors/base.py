@@ -4,9 +4,10 @@ Shapes: K history length, B batch, N tokens, D channels. Features keep whatever 
 batch first; (B, N, D) stands for it.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -122,6 +123,8 @@ class Predictor(nn.Module):
             are then only the list it takes when none is given.
         any_grid: whether a learned predictor serves other grids than the one in its spec;
             `check_grid` says which.
+        spec: what it was fitted on, a `PredictorSpec`; None of a formula, and of a learned one that
+            was only built.
     """
 
     window: int | None = None
@@ -130,6 +133,16 @@ class Predictor(nn.Module):
     learned: bool = False
     any_anchors: bool = False
     any_grid: bool = False
+    spec: Any = None
+
+    def extra_repr(self) -> str:
+        """What tells this one from others: its circumstances, or its class's own arguments."""
+        if self.spec is not None:
+            return str(self.spec)
+        names = inspect.signature(type(self)).parameters
+        told = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        plain = {n: v for n, v in told.items() if isinstance(v, int | float | str | tuple | None)}
+        return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
     def check_grid(self, sigmas: Sequence[float]) -> None:
         """Raise if the predictor serves any grid but this one; asked only where `any_grid` holds.

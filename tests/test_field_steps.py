@@ -100,7 +100,7 @@ def test_field_steps_several_calls_of_one_time_are_counted():
             | {"negative_pooled_prompt_embeds": torch.ones(2, 12)},
         )
     text = str(attached.report())
-    assert text.startswith("3 network evaluations, 5 forecasts of 8 steps")
+    assert text.startswith("5 of 8 steps forecast: 2.7 x fewer evaluations")
     assert "calls of the network: 6 computed, 10 forecast" in text and "broken off" not in text
 
 

@@ -594,4 +594,4 @@ def test_the_report_tells_what_ran_and_what_is_cached(host, tap):
     }["output" if tap == "output" else "hidden"][host.split("_")[0]]
     branches = 2 if host in ("dit_guided", "flux_two_calls") else 1
     assert report.state_bytes == 2 * branches * elements * 4  # window 2, float32
-    assert "4 network evaluations, 4 forecasts of 8 steps" in str(report)
+    assert "4 of 8 steps forecast: 2.0 x fewer evaluations" in str(report)

@@ -62,7 +62,7 @@ def test_without_a_predictor_the_full_run_is_drawn(generate, tmp_path):
 
 def test_a_comparison_reports_the_run_and_the_error(generate):
     printed = generate("--predictor", "reuse", "--compare", "true")
-    assert "3 network evaluations, 3 forecasts of 6 steps" in printed
+    assert "3 of 6 steps forecast: 2.0 x fewer evaluations" in printed
     values = re.search(r"PSNR against the full run: ([\d.]+) dB ([\d.]+) dB", printed)
     mean = sum(map(float, values.groups())) / 2
     assert f"mean PSNR: {mean:.1f}" in printed

@@ -44,7 +44,7 @@ class Entry:
         told = [self.method, self.kind, self.tap, self.anchors_name, self.anchors, common]
         digest = hashlib.sha256(json.dumps(told).encode())
         if self.predictor is not None:
-            spec = getattr(self.predictor, "spec", None)
+            spec = self.predictor.spec
             digest.update(json.dumps(asdict(spec) if spec else None, sort_keys=True).encode())
             digest.update(json.dumps(settings_of(self.predictor), sort_keys=True).encode())
             for name, tensor in sorted(self.predictor.state_dict().items()):
@@ -158,7 +158,7 @@ def spec_of(predictor: Predictor | None) -> PredictorSpec:
     Raises:
         ValueError: it does not tell.
     """
-    spec: PredictorSpec | None = getattr(predictor, "spec", None)
+    spec: PredictorSpec | None = None if predictor is None else predictor.spec
     if spec is None:
         raise ValueError(
             f"a learned {type(predictor).__name__} has no spec; load it with load_predictor."

@@ -100,7 +100,7 @@ def run_forecast(
     pipe: Any, entry: Entry, batches: Sequence[Sequence[Item]], tick: Tick, **settings: Any
 ) -> Samples:
     """Generate while forecasting."""
-    spec = getattr(entry.predictor, "spec", None)
+    spec = None if entry.predictor is None else entry.predictor.spec
     controller = TimedForecaster(entry.predictor, entry.tap, entry.anchors, spec, pipe)
     session = Session(pipe, controller)
     images, latents, seconds = [], [], []
@@ -150,7 +150,7 @@ def score(
             "leave it out with `methods`."
         )
     quality = summarise(psnr(samples.images, reference.images))
-    spec = getattr(entry.predictor, "spec", None)
+    spec = None if entry.predictor is None else entry.predictor.spec
     num_steps = len(reference.sigmas)
     if entry.predictor is None:
         ratio = len(entry.anchors) / num_steps

@@ -20,7 +20,7 @@ from ..integration.denoisers import transformer_of
 from ..integration.fingerprint import host_fingerprint
 from ..integration.flops import StepFlops, first_call, step_flops
 from ..integration.pipeline_call import call_settings, guidance_of_call
-from ..integration.pipelines import load_pipeline
+from ..integration.pipelines import opened
 from ..integration.report_html import write_report
 from ..integration.report_rows import BenchRow, load_rows
 from ..integration.report_table import gaps, verdict
@@ -127,12 +127,12 @@ def rows_predictor(
         guidance_scale=guidance_scale,
         dtype=str(next(transformer.parameters()).dtype).removeprefix("torch."),
     )
-    setattr(predictor, "spec", spec)  # noqa: B010 - `Predictor` declares no such attribute
+    predictor.spec = spec
     return predictor
 
 
 def bench_command(
-    pipeline: str,
+    pipeline: Any,
     out: str,
     budgets: Sequence[int],
     num_samples: int,
@@ -155,7 +155,7 @@ def bench_command(
     """
     options = dict(locals())
     torch.set_num_threads(num_threads)
-    pipe = load_pipeline(pipeline, getattr(torch, dtype), device)
+    pipe = opened(pipeline, dtype, device)
     page = bench(
         pipe,
         asked_items(pipe, prompts, num_samples, FIRST_ITEM),
@@ -201,10 +201,15 @@ def command_line(options: Mapping[str, Any]) -> str:
     """`foreseer bench` with every option written out."""
     words = ["foreseer", "bench"]
     for name, value in options.items():
-        if value is not None:
-            text = value if isinstance(value, str) else json.dumps(value)
+        if value is not None and value != {}:
+            text = value if isinstance(value, str) else json.dumps(value, default=_class_name)
             words += [f"--{name}", text]
     return shlex.join(words)
+
+
+def _class_name(value: Any) -> str:
+    """What stands for a pipeline that was given itself."""
+    return f"<{type(value).__name__}>"
 
 
 def _in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..integration.pipelines import load_pipeline
+from ..integration.pipelines import opened
 from ..trajectories.gram_sums import sum_grams
 from .closed_form import refuse_several_processes
 from .fit_figures import HELD_OUT, SampleLog, draws_now, log_figures
@@ -43,7 +43,7 @@ class L2PClosedLoop(L2PModule):
 
     Args:
         recording: folder of the recording, with states.
-        pipeline: folder of the pipeline, or `zoo:<name>`.
+        pipeline: the pipeline, its folder or name, or `zoo:<name>`.
         anchors: steps at which the network runs.
         tap: `output` or `hidden`.
         ridge: shrinkage of tracking toward the start.
@@ -59,7 +59,7 @@ class L2PClosedLoop(L2PModule):
     def __init__(
         self,
         recording: str,
-        pipeline: str,
+        pipeline: Any,
         anchors: Sequence[int],
         tap: str = "output",
         ridge: float = 1e-2,
@@ -94,7 +94,7 @@ class L2PClosedLoop(L2PModule):
         refuse_several_processes(self)
         super().on_fit_start()
         if self.pipe is None:
-            self.pipe = load_pipeline(self.pipeline)
+            self.pipe = opened(self.pipeline, device="cpu")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.validation = self._references(data.val_items)
         self.calibration = self._references(data.train_items)

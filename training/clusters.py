@@ -54,7 +54,7 @@ def fit_hyca(
     solvers = best_solvers(recording, tap, groups, anchors, chosen)
     predictor = HyCa(groups.labels, solvers)
     spec = spec_of(recording.header, tap, anchors, len(chosen))
-    setattr(predictor, "spec", spec)  # noqa: B010 - `Predictor` declares no such attribute
+    predictor.spec = spec
     return predictor
 
 

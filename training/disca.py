@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..checkpoints.spec import PredictorSpec
-from ..integration.pipelines import load_pipeline
+from ..integration.pipelines import opened
 from ..integration.schedule import check_anchors
 from ..integration.time_facts import modulation_width
 from ..predictors.neural import DiscaPredictor
@@ -69,7 +69,7 @@ class DiscaModule(Descent):
     def __init__(
         self,
         recording: str,
-        pipeline: str,
+        pipeline: Any,
         anchors: Sequence[int],
         width_mult: float = 1.0,
         num_heads: int = 3,
@@ -92,7 +92,7 @@ class DiscaModule(Descent):
         self.recording = open_features(recording, self.tap)
         header = self.recording.header
         self.anchors = check_anchors(anchors, header.num_steps)
-        self.pipe = load_pipeline(pipeline)
+        self.pipe = opened(pipeline, device="cpu")
         self.pipe.transformer.eval().requires_grad_(False)
         if hasattr(self.pipe, "conditioner"):
             self.pipe.conditioner.eval().requires_grad_(False)

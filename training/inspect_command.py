@@ -9,8 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from ..integration.report_analysis import plot_cosines, plot_rule_errors, plot_weights
 from ..integration.report_heat import Weights, forecast_weights
 from ..integration.report_plots import plot_timeline
@@ -20,12 +18,17 @@ from ..trajectories.recording import Recording
 from ..trajectories.storage import is_url
 from .inspect_markdown import inspect_markdown
 from .inspect_page import Answer, inspect_page
-from .offline import LEARNED, OfflineRow, Remembered, TapGrams, best_row, offline_rows, verdict
-from .rows import RULES
+from .offline import (
+    FORECAST_TAPS,
+    LEARNED,
+    MAX_TRAJECTORIES,
+    OfflineRow,
+    TapGrams,
+    best_row,
+    compared,
+    verdict,
+)
 
-MAX_TRAJECTORIES = 64  # averages over more look the same and take longer
-FORECAST_TAPS = ("output", "hidden", "residual")  # what a predictor can put back into a run
-QUIET_SECONDS = 2  # before the progress bar shows
 UNITS = {
     "open_loop_error": "||F_hat_t - F_t|| / ||F_t||, mean over forecast steps, trajectories and "
     "branches",
@@ -96,13 +99,7 @@ def inspect_command(
 
 def answer(taps: Sequence[TapGrams], budgets: Sequence[int], folder: Path) -> Answer:
     """Compare the rules, print the tables and the verdict, write `offline.json`."""
-    rows: list[OfflineRow] = []
-    rules = {name: Remembered(rule) for name, rule in RULES.items()}
-    total = len(taps) * len(budgets) * len(rules)
-    with tqdm(total=total, desc="anchors", unit="rule", delay=QUIET_SECONDS, leave=False) as bar:
-        for grams in taps:
-            for num_anchors in budgets:
-                rows += offline_rows(grams, rules, num_anchors, bar.update)
+    rows = compared(taps, budgets)
     num_held_out = len(taps[0].held) if taps[0].can_learn else 0
     line = verdict(rows, num_held_out)
     for grams in taps:

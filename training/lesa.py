@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from ..checkpoints.spec import PredictorSpec
-from ..integration.pipelines import load_pipeline
+from ..integration.pipelines import opened
 from ..integration.schedule import check_anchors
 from ..predictors.kan import with_pykan, without_pykan
 from ..predictors.lesa import LesaPredictor
@@ -57,7 +57,7 @@ class LesaModule(Descent):
         recording: folder of the recording, with features of the tap; must be that of the data
             module, whose `names` must hold `feature/<tap>` and `final` (and `tokens/<tap>` where
             only some tokens were recorded).
-        pipeline: folder of the pipeline, or `zoo:<name>`.
+        pipeline: the pipeline, its folder or name, or `zoo:<name>`.
         anchors: steps at which the network runs, starting with 0.
         predictor: class and arguments of the predictor but `sigmas` and `num_branches`.
         tap: `hidden` or `output`.
@@ -86,7 +86,7 @@ class LesaModule(Descent):
     def __init__(
         self,
         recording: str,
-        pipeline: str,
+        pipeline: Any,
         anchors: Sequence[int],
         predictor: LesaFactory,
         tap: str = "hidden",
@@ -166,7 +166,7 @@ class LesaModule(Descent):
             self.predictor.set_value_range(largest)
         self.num_trajectories.fill_(len(data.train_items))
         if self.pipe is None:
-            self.pipe = load_pipeline(self.pipeline)
+            self.pipe = opened(self.pipeline, device="cpu")
             self.pipe.set_progress_bar_config(disable=True)
         if not math.isfinite(float(self.start_error)) and data.val_items:
             errors = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..integration.schedule import uniform
 from ..predictors.base import History, LinearPredictor, Step
@@ -18,6 +19,9 @@ from .rows import RULES, expert_rows, formula_rows
 from .search import beam_search, common_lists
 
 LEARNED = "l2p_lstsq"
+MAX_TRAJECTORIES = 64  # averages over more look the same and take longer
+FORECAST_TAPS = ("output", "hidden", "residual")  # what a predictor can put back into a run
+QUIET_SECONDS = 2  # before the progress bar shows
 WIDTH = 16  # of the beam; 24 changes few lists, by some tenths of a dB, and takes longer
 MEAN_GAPS = 2.5  # longest stretch between two anchors; the best lists stay below 2
 LEVEL_DB = 1.0  # smaller gaps order two methods hardly better than chance: docs/inspect.md
@@ -171,6 +175,18 @@ def offline_rows(
         for method, searched in best.items()
         for name, anchors in (("searched", searched), ("uniform", even))
     ]
+
+
+def compared(taps: Sequence[TapGrams], budgets: Sequence[int]) -> list[OfflineRow]:
+    """`offline_rows` of several taps and numbers of evaluations, under a bar."""
+    rows: list[OfflineRow] = []
+    rules = {name: Remembered(rule) for name, rule in RULES.items()}
+    total = len(taps) * len(budgets) * len(rules)
+    with tqdm(total=total, desc="anchors", unit="rule", delay=QUIET_SECONDS, leave=False) as bar:
+        for grams in taps:
+            for num_anchors in budgets:
+                rows += offline_rows(grams, rules, num_anchors, bar.update)
+    return rows
 
 
 def best_row(rows: Sequence[OfflineRow], learned: bool) -> OfflineRow:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checkpoints.spec import PredictorSpec
-from ..integration.pipelines import load_pipeline
+from ..integration.pipelines import opened
 from ..integration.session import Session
 from ..predictors.experts import L2PExperts
 from ..predictors.readout import Readout
@@ -44,7 +44,7 @@ class ReadoutFit(ClosedForm):
 
     Args:
         recording: folder of the recording, with states.
-        pipeline: folder of the pipeline, or `zoo:<name>`.
+        pipeline: the pipeline, its folder or name, or `zoo:<name>`.
         anchors: steps at which the network runs.
         rank: directions of the hidden state that are read.
         neighbours: read the tokens around a token too, where the host tells their grid.
@@ -60,7 +60,7 @@ class ReadoutFit(ClosedForm):
     def __init__(
         self,
         recording: str,
-        pipeline: str,
+        pipeline: Any,
         anchors: Sequence[int],
         rank: int = 64,
         neighbours: bool = True,
@@ -123,8 +123,7 @@ class ReadoutFit(ClosedForm):
             ValueError: the trainer ends before the last segment, or a process has nothing to do.
         """
         if self.pipe is None:
-            dtype = getattr(torch, self.recording.header.dtype)
-            self.pipe = load_pipeline(self.pipeline, dtype, own_device(os.environ))
+            self.pipe = opened(self.pipeline, self.recording.header.dtype, own_device(os.environ))
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.num_trajectories.fill_(len(data.train_items))
         self.calibration = References(self.recording, data.train_items, self.batch_size)
@@ -202,7 +201,7 @@ class ReadoutFit(ClosedForm):
 
     def _visit(self, anchor: int, label: str) -> None:
         """Take every batch to an anchor."""
-        bar = tqdm(self.batches, desc=label, unit="batch", disable=self.quiet, delay=2)
+        bar = tqdm(self.batches, label, unit="batch", disable=self.quiet, delay=2, leave=False)
         for place, (items, visited) in enumerate(bar):
             path = self._path(place)
             if path.exists():

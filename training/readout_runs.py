@@ -42,7 +42,7 @@ def fit_readout(
     if out is not None:
         export_predictor(module, out, module.metrics())
     predictor = module.deployed()
-    setattr(predictor, "spec", module.spec())  # noqa: B010 - `Predictor` declares no such attribute
+    predictor.spec = module.spec()
     return predictor
 
 

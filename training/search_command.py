@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..integration.pipelines import load_pipeline
+from ..integration.pipelines import opened
 from ..integration.solvers import SOLVERS, sampling_with, solver_scheduler
 from ..predictors.linear import tabulate
 from ..trajectories.prompts import generate_batch
@@ -131,18 +131,18 @@ def solve(pipe: Any, solver: str, sigmas: Sequence[float], references: Reference
 
 def search_command(
     recording: str,
-    pipeline: str,
+    pipeline: Any,
     out: str,
     num_anchors: Sequence[int],
     methods: Sequence[str],
     num_samples: int = 16,
     num_moves: int = 8,
-) -> None:
+) -> dict[str, list[int]]:
     """Search every method at every budget and write the best lists; resumes after an interruption.
 
     Args:
         recording: folder of the recording.
-        pipeline: the pipeline it was made with, which is loaded in the dtype it ran in then.
+        pipeline: the pipeline it was made with; a name is loaded in the dtype it ran in then.
         out: JSON file: `method|tap|num_anchors` to a list of anchors.
         num_anchors: budgets.
         methods: `method|tap` of each, such as `ab2|none` or `taylor_1|hidden`.
@@ -159,7 +159,7 @@ def search_command(
             f"steps {source.header.expert_steps}; lists are tried in closed loop for one only. "
             "`foreseer inspect` finds lists for several, on their Grams."
         )
-    pipe = load_pipeline(pipeline, getattr(torch, source.header.dtype))
+    pipe = opened(pipeline, source.header.dtype, "cpu")
     references = References(source, source.items[:num_samples])
     path = Path(out)
     found: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
@@ -173,3 +173,4 @@ def search_command(
         tqdm.write(f"{key}: {' '.join(map(str, best.anchors))} at {best.error_db:.2f} dB")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
+    return found

@@ -11,17 +11,15 @@ import xxhash
 from ..checkpoints.call_settings import as_settings, first_difference
 from ..checkpoints.strict import parse_json
 from ..checkpoints.upgrade import RECORDING, NewerVersion, upgraded
+from ..errors import RecordingError as RecordingError
 from .shards import write_atomically
 
 SCHEMA_VERSION = 3
 HEADER_FILE = "recording.json"
 MAX_RECORDING_JSON_BYTES = 1_000_000
 MAX_INT = 1 << 63
+MAX_NAME = 4096
 FEATURE_MODES = ("none", "tokens", "full")
-
-
-class RecordingError(ValueError):
-    """A recording folder that cannot be read, or is not the one that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +42,8 @@ class Header:
             checkpoints/call_settings.py): a number, None, or a list of a value per step.
         branch_steps: steps each guidance branch lasts; empty where all last to the end.
         expert_steps: first step of each transformer of the pipeline, starting with 0.
+        pipeline: name or folder the pipeline was loaded by; empty where it does not tell. It is no
+            part of what makes headers equal.
         recipe_hash: xxh3-128 of `recipe` as sorted JSON; computed when left empty.
         schema_version: version of this file's layout.
 
@@ -64,6 +64,7 @@ class Header:
     guidance: dict[str, Any] = field(default_factory=dict)
     branch_steps: list[int] = field(default_factory=list)
     expert_steps: list[int] = field(default_factory=lambda: [0])
+    pipeline: str = field(default="", compare=False)
     recipe_hash: str = ""
     schema_version: int = SCHEMA_VERSION
 
@@ -107,6 +108,8 @@ class Header:
         holds = first == [0] and all(map(_is_size, others))
         holds = holds and self.expert_steps == sorted(set(self.expert_steps))
         _require(holds, "expert_steps", self.expert_steps, "rising steps starting with 0")
+        named = isinstance(self.pipeline, str) and len(self.pipeline) <= MAX_NAME
+        _require(named, "pipeline", self.pipeline, f"a string of at most {MAX_NAME} characters")
         _require(isinstance(self.recipe_hash, str), "recipe_hash", self.recipe_hash, "a string")
         version = self.schema_version
         _require(version == SCHEMA_VERSION, "schema_version", version, f"{SCHEMA_VERSION}")
@@ -147,7 +150,7 @@ class Header:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise RecordingError(f"{where} has unknown keys {unknown}; expected {sorted(known)}.")
-        if missing := sorted(known - values.keys()):
+        if missing := sorted(known - values.keys() - {"pipeline"}):  # was not always told
             raise RecordingError(f"{where} lacks the keys {missing}.")
         try:
             return cls(**values)

@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ..integration.denoisers import TURNS, others_of, transformers_of
 from ..integration.host import UnsupportedHost
 from ..integration.pipeline_call import call_settings, first_samples
-from ..integration.pipelines import load_pipeline
+from ..integration.pipelines import opened
 from ..integration.session import Session
 from ..integration.time_facts import modulation_width
 from .collector import Recorder
@@ -19,7 +17,7 @@ TAPS = ("output", "hidden", "residual")
 
 
 def inspect_pipeline_command(
-    pipeline: str,
+    pipeline: Any,
     prompts: str | None = None,
     guidance_scale: float | None = None,
     num_inference_steps: int = 50,
@@ -32,7 +30,7 @@ def inspect_pipeline_command(
     Raises:
         SystemExit: with code 1 when no tap of it can be used.
     """
-    pipe = load_pipeline(pipeline, getattr(torch, dtype), device)
+    pipe = opened(pipeline, dtype, device)
     given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
     item = Item(0, 0, first_samples(pipe, prompts))
     lines, supported = inspected(pipe, item, given)

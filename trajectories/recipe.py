@@ -110,6 +110,7 @@ def describe(
         guidance=recorder.guidance,
         branch_steps=recorder.branch_steps,
         expert_steps=recorder.expert_steps,
+        pipeline=str(getattr(pipe, "name_or_path", None) or ""),
     )
 
 

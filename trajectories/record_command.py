@@ -4,13 +4,13 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..integration.denoisers import transformer_of
 from ..integration.pipeline_call import call_settings, samples, takes_labels
-from ..integration.pipelines import load_pipeline
+from ..integration.pipelines import opened
 from .estimate import Estimate, estimate
 from .partitions import asked_partitions
 from .prompts import Item, class_items
@@ -19,6 +19,7 @@ from .recording import Recording
 from .remote import cache_folder
 from .storage import exists, is_url
 
+CLASS_ITEMS = 64  # trajectories of a pipeline that draws classes, unless told otherwise
 LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """Environment variables that tell a process its rank and the number of processes."""
 
@@ -27,11 +28,11 @@ LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def record_command(
-    pipeline: str,
+    pipeline: Any,
     out: str,
     guidance_scale: float | None,
     num_inference_steps: int,
-    num_trajectories: int,
+    num_trajectories: int | None,
     first_item: int,
     batch_size: int,
     taps: Sequence[str],
@@ -42,11 +43,11 @@ def record_command(
     world: int | None = None,
     bands: int | None = None,
     groups: str | None = None,
-    prompts: str | None = None,
+    prompts: str | Sequence[str] | Sequence[Item] | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     device: str | None = None,
-) -> None:
+) -> Recording | None:
     """Record this process's share of the items; see `foreseer.commands.record` for the arguments.
 
     Raises:
@@ -54,11 +55,11 @@ def record_command(
         OSError: the disk has less room than the recording needs.
     """
     rank, world = place(rank, world, os.environ)
-    pipe = load_pipeline(pipeline, getattr(torch, dtype), device or own_device(os.environ))
+    pipe = opened(pipeline, dtype, device or own_device(os.environ))
     items = asked_items(pipe, prompts, num_trajectories, first_item)
     if not items[rank::world]:
         print(f"rank {rank} of {world} has nothing to record: there are {len(items)} trajectories")
-        return
+        return None
     given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
     partitions = asked_partitions(pipe, items[0], taps, bands, groups, **given)
     size = estimate(pipe, items[0], taps, features, num_tokens, states, partitions, **given)
@@ -77,7 +78,9 @@ def record_command(
         partitions=partitions,
         **given,
     )
-    print(summary(Recording(out), size))
+    recording = Recording(out)
+    print(summary(recording, size))
+    return recording
 
 
 def place(rank: int | None, world: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
@@ -136,26 +139,37 @@ def own_device(environment: Mapping[str, str]) -> str:
 
 
 def asked_items(
-    pipe: Any, prompts: str | None, num_trajectories: int, first_item: int
+    pipe: Any,
+    prompts: str | Sequence[str] | Sequence[Item] | None,
+    num_trajectories: int | None,
+    first_item: int,
 ) -> list[Item]:
     """The items to record over all writers; item i has seed i.
 
     Args:
         pipe: the pipeline.
-        prompts: see `foreseer.commands.record`; None goes round the pipeline's classes.
-        num_trajectories: how many.
+        prompts: see `foreseer.commands.record`; None goes round the pipeline's classes. Items are
+            taken as they are.
+        num_trajectories: how many; None takes one per prompt, 64 of classes.
         first_item: index of the first.
 
     Raises:
         ValueError: none are asked for, or the pipeline draws from something else.
     """
-    if num_trajectories < 1:
+    if num_trajectories is not None and num_trajectories < 1:
         raise ValueError(f"num_trajectories is {num_trajectories}, expected at least 1.")
     if prompts is None:
-        return class_items(num_trajectories, number_of_classes(pipe), first_item)
-    entries = samples(pipe, prompts)
-    numbers = range(first_item, first_item + num_trajectories)
-    return [Item(i, i, entries[i % len(entries)]) for i in numbers]
+        count = CLASS_ITEMS if num_trajectories is None else num_trajectories
+        return class_items(count, number_of_classes(pipe), first_item)
+    given = [] if isinstance(prompts, str) else list(prompts)
+    items = [each for each in given if isinstance(each, Item)]
+    if items and len(items) == len(given):
+        return items[:num_trajectories]
+    entries = samples(pipe, cast(Any, prompts))
+    if not entries:
+        raise ValueError("prompts is an empty list; expected at least one prompt.")
+    count = len(entries) if num_trajectories is None else num_trajectories
+    return [Item(i, i, entries[i % len(entries)]) for i in range(first_item, first_item + count)]
 
 
 def number_of_classes(pipe: Any) -> int:

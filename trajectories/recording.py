@@ -43,6 +43,15 @@ class Recording:
             for entry in self.entries.values():
                 self.store.shard(entry)
 
+    def __repr__(self) -> str:
+        """What it is of, and how much of it."""
+        header = self.header
+        taps = ", ".join(header.taps)
+        return (
+            f"Recording({str(self.folder)!r}: {len(self)} trajectories of {header.num_steps} "
+            f"steps, {header.host.get('class', 'an unnamed host')}, taps {taps})"
+        )
+
     def __len__(self) -> int:
         """Number of finished items."""
         return len(self.entries)

@@ -139,7 +139,7 @@ def _problem(store: Folder, line: bytes, where: str, listed: dict[int, Entry]) -
         found = store.digest(entry)
         if found.xxh3 != entry.xxh3:
             raise CorruptShard(entry.file, entry.item, "hash differs (flipped bits)")
-    except (RecordingError, CorruptShard) as error:
+    except RecordingError as error:
         _set_aside(store.path, store.path / entry.file)
         return str(error)
     listed[entry.item] = entry

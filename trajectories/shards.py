@@ -24,12 +24,13 @@ from ..checkpoints.strict import DTYPE_CODES as DTYPE_CODES
 from ..checkpoints.strict import MAX_HEADER_BYTES as MAX_HEADER_BYTES
 from ..checkpoints.strict import MAX_TENSORS as MAX_TENSORS
 from ..checkpoints.strict import MalformedFile, read_header
+from ..errors import RecordingError
 
 HASHES_KEY = "tensor_xxh3"
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 
-class CorruptShard(ValueError):
+class CorruptShard(RecordingError):
     """A shard that cannot be trusted; the message names the file, the item and the way out."""
 
     def __init__(self, path: str | Path, item: int | None, problem: str) -> None:

@@ -1,44 +1,49 @@
 """The `foreseer` command: a thin dispatcher over LightningCLI and jsonargparse."""
 
+import functools
+import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from . import commands, pipeline_commands
+from . import commands, fit_commands, pipeline_commands
 from .extras import require
 
 TRAINER_WORDS = {
-    "fit": "Train a predictor from a YAML file (LightningCLI).",
     "validate": "Run a trained predictor over the validation split (LightningCLI).",
     "distill": "Distil a guided model into a few-step student, stage by stage (LightningCLI).",
     "teacher": "Train the bundled model by its own recipe: foreseer teacher fit (LightningCLI).",
 }
-FUNCTIONS: dict[str, Callable[..., None]] = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         commands.record,
-        commands.search,
-        commands.export,
-        commands.refit,
+        fit_commands.fit,
+        fit_commands.search,
+        fit_commands.export,
+        fit_commands.refit,
         commands.generate,
         commands.bench,
         commands.inspect,
         commands.verify,
         commands.merge,
+        fit_commands.push,
         commands.demo,
     )
 }
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # of a shipped configuration
 DEFAULT_FIT = "readout"
+OF_TRAINER = re.compile(r"--(config|print_config|model|data|trainer|ckpt_path|seed_everything)\b")
+"""Options of a `fit` that is LightningCLI's: one by a YAML file or by a class's own arguments."""
 FLAGS = ("--repair", "--compare")
 """Options that are switched on by being named."""
 
-OF_PIPELINES: dict[str, Callable[..., None]] = {
+OF_PIPELINES: dict[str, Callable[..., Any]] = {
     "inspect": pipeline_commands.inspect,
     "verify": pipeline_commands.verify,
 }
@@ -65,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     elif word in OF_PIPELINES and any(w.partition("=")[0] == "--pipeline" for w in rest):
         asked = {"-h", "--help"} & set(rest)  # also without the pipeline's name
         run_function(OF_PIPELINES[word], ["--help"] if asked else rest)
+    elif word == "fit" and any(map(OF_TRAINER.match, rest)):
+        run_trainer([word, *rest], "foreseer")
     elif word in FUNCTIONS:
         run_function(FUNCTIONS[word], with_values(rest))
     elif word == "teacher":
@@ -105,7 +112,7 @@ def usage() -> str:
     )
 
 
-def run_function(function: Callable[..., None], words: list[str]) -> None:
+def run_function(function: Callable[..., Any], words: list[str]) -> Any:
     """Parse `words` against the function's signature and call it.
 
     Required parameters are options, since `--config` cannot be combined with an override of a
@@ -115,7 +122,37 @@ def run_function(function: Callable[..., None], words: list[str]) -> None:
     from jsonargparse import auto_cli
 
     lone = function in (commands.inspect, commands.verify)
-    auto_cli(function, words, as_positional=lone, prog=f"foreseer {function.__name__}")
+    prog = f"foreseer {function.__name__}"
+    return auto_cli(
+        function if lone else spelled_out(function), words, as_positional=lone, prog=prog
+    )
+
+
+def spelled_out(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as a command line can give it: by options only, further keywords as a mapping.
+
+    `**settings` becomes the option `--settings`, and what may be None need not be given.
+    """
+    signature = inspect.signature(function)
+    parameters, further = [], ""
+    for each in signature.parameters.values():
+        default, kind = each.default, each.annotation
+        if each.kind is each.VAR_KEYWORD:
+            further, default, kind = each.name, None, dict[str, Any] | None
+        elif default is each.empty and "None" in str(kind):
+            default = None
+        named = inspect.Parameter(each.name, each.KEYWORD_ONLY, default=default, annotation=kind)
+        parameters.append(named)
+
+    @functools.wraps(function)
+    def called(**given: Any) -> Any:
+        more = given.pop(further, None) or {}
+        return function(**given, **more)
+
+    del called.__wrapped__
+    called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {each.name: each.annotation for each in parameters}
+    return called
 
 
 def with_values(words: list[str]) -> list[str]:
@@ -131,11 +168,11 @@ def packaged(word: str, words: list[str]) -> list[str]:
     """Words in which a shipped configuration's name stands for its file.
 
     `--config readout` takes `configs/fit/readout.yaml` of the installation where no file `readout`
-    lies in the working directory. A `fit` that names neither a configuration nor a model is that of
-    a readout.
+    lies in the working directory. A `fit` of LightningCLI that names neither a configuration nor a
+    model is that of a readout.
     """
-    asks = {"-h", "--help", "--print_config"} & set(words)
-    if word == "fit" and not asks and not any(re.match(r"--(config|model)(=|$)", w) for w in words):
+    ours = word != "fit" or not any(map(OF_TRAINER.match, words)) or {"-h", "--help"} & set(words)
+    if not ours and not any(re.match(r"--(config|model|print_config)(=|$)", w) for w in words):
         print(f"No --config and no --model: fitting a readout, --config {DEFAULT_FIT}.")
         words = ["--config", DEFAULT_FIT, *words]
     found, before = [], ""

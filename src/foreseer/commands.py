@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 
 def record(
-    pipeline: str,
+    pipeline: Any,
+    prompts: str | Sequence[str] | None,
     out: str,
-    prompts: str | None = None,
+    *,
     guidance_scale: float | None = None,
     num_inference_steps: int = 50,
-    num_trajectories: int = 64,
+    num_trajectories: int | None = None,
     first_item: int = 0,
     batch_size: int = 8,
     taps: Sequence[str] = ("output", "hidden"),
@@ -25,10 +26,10 @@ def record(
     world: int | None = None,
     bands: int | None = None,
     groups: str | None = None,
-    settings: dict[str, Any] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
-) -> None:
+    **settings: Any,
+) -> Any:
     """Run a pipeline at every step and record its trajectories.
 
     Item i belongs to the writer with i mod world = rank, and its seed follows from i, so any number
@@ -36,15 +37,15 @@ def record(
     srun or as a SLURM array, each process takes its own share and its own GPU.
 
     Args:
-        pipeline: folder or hub name of a diffusers pipeline, or `zoo:<name>` for a bundled one.
+        pipeline: folder or hub name of a diffusers pipeline, or `zoo:<name>` for a bundled one; in
+            Python also the pipeline itself.
+        prompts: prompts, a .txt file with one per line, or a .safetensors file of embeddings by
+            argument of the pipeline, a row each; item i draws prompt i, going round. In Python also
+            a list of `Item`. None for pipelines that draw classes.
         out: folder of the recording, made when missing, or a URL such as s3://bucket/run.
-        prompts: a .txt file with a prompt per line, or a .safetensors file of prompt embeddings by
-            argument of the pipeline, a row per prompt; item i draws prompt i, going round. None for
-            pipelines that draw classes.
-        guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
-            one that draws classes.
+        guidance_scale: guidance strength; None leaves the pipeline's default, 3 for classes.
         num_inference_steps: sampler steps S per trajectory.
-        num_trajectories: items to record, counted over all writers.
+        num_trajectories: items to record over all writers; None: one per prompt, 64 of classes.
         first_item: index of the first item; recordings of other items do not overlap.
         batch_size: samples drawn at once.
         taps: tensors to record, as a list: `output`, `hidden`, `residual`, `blocks.i`, `blocks.*`.
@@ -53,84 +54,24 @@ def record(
         states: keep the sampler's state x_t at every step, which closed-loop fits need.
         rank: this writer's index in `[0, world)`; None reads what the launcher set.
         world: number of writers; None reads what the launcher set.
-        bands: also store the Grams of this many equal frequency bands of every tap, as
-            `gram/<tap>/bands`; None stores none.
-        groups: JSON file with the group of every channel, a list per tap, as in
-            {"hidden": [0, 1, 0]}; their Grams are stored as `gram/<tap>/groups`.
-        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
-        dtype: dtype the pipeline is loaded in.
+        bands: also store the Grams of so many equal frequency bands of a tap: `gram/<tap>/bands`.
+        groups: JSON file with a list per tap, the group of every channel, as in {"hidden": [0, 1]};
+            their Grams are stored as `gram/<tap>/groups`.
+        dtype: dtype a pipeline given by name is loaded in.
         device: where to; None takes this process's own GPU where there is one.
+        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
+
+    Returns:
+        The `Recording`; None where this writer had nothing to do.
     """
     given = dict(locals())
     from .trajectories.record_command import record_command
 
-    record_command(**given)
-
-
-def search(
-    recording: str,
-    pipeline: str = "zoo:fashion_dit",
-    out: str = "runs/search.json",
-    num_anchors: Sequence[int] = (8,),
-    methods: Sequence[str] = ("newton_1|output",),
-    num_samples: int = 16,
-    num_moves: int = 8,
-) -> None:
-    """Choose the steps at which the network runs: on Grams, then by the error of real samples.
-
-    Args:
-        recording: folder of the recording.
-        pipeline: the recorded pipeline, a folder or `zoo:<name>`.
-        out: JSON file for the lists; the same command resumes.
-        num_anchors: network evaluations per trajectory (NFE), one search each.
-        methods: `method|tap` pairs: `newton_1|hidden`, `ab2|none`, `l2p_closed_loop|output`, ...
-        num_samples: calibration trajectories the lists are compared on.
-        num_moves: evaluations spent on moving single anchors of the best list.
-    """
-    from .training.search_command import search_command
-
-    search_command(
-        recording=recording,
-        pipeline=pipeline,
-        out=out,
-        num_anchors=num_anchors,
-        methods=methods,
-        num_samples=num_samples,
-        num_moves=num_moves,
-    )
-
-
-def export(checkpoint: str, out: str) -> None:
-    """Turn a training checkpoint into a predictor checkpoint that loads without Lightning.
-
-    Args:
-        checkpoint: the `.ckpt` file that `foreseer fit` wrote.
-        out: folder of the predictor: weights, configuration and model card.
-    """
-    from .training.export import export_command
-
-    export_command(checkpoint=checkpoint, out=out)
-
-
-def refit(predictor: str, recordings: Sequence[str], out: str, ridge: float | None = None) -> None:
-    """Add recordings to a predictor: its rows are solved again, without its old trajectories.
-
-    The closed form (least squares) on the sum of the Grams beside the predictor and those of the
-    recordings; rows of another fit are refused. Recordings of a LoRA make a predictor for it.
-
-    Args:
-        predictor: folder of the predictor, or `zoo:<name>`.
-        recordings: list of folders or URLs, recorded with the predictor's settings.
-        out: folder of the new predictor.
-        ridge: shrinkage toward reuse; None takes the one that does best on trajectories left out.
-    """
-    from .training.refit_command import refit_command
-
-    refit_command(predictor=predictor, recordings=recordings, out=out, ridge=ridge)
+    return record_command(**given)
 
 
 def generate(
-    pipeline: str,
+    pipeline: Any,
     predictor: str | None = None,
     class_labels: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
     prompts: str | Sequence[str] | None = None,
@@ -139,9 +80,9 @@ def generate(
     num_inference_steps: int = 50,
     out: str = "samples.png",
     compare: bool = False,
-    settings: dict[str, Any] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
+    **settings: Any,
 ) -> None:
     """Draw samples, with or without a predictor, into one image.
 
@@ -158,9 +99,9 @@ def generate(
         out: PNG file; of a video its middle frame.
         compare: draw the full run's samples, the forecast ones and their difference side by side,
             and print the error.
-        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
-        dtype: dtype the pipeline is loaded in.
+        dtype: dtype a pipeline given by name is loaded in.
         device: where to; None takes a GPU where there is one.
+        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
     given = dict(locals())
     from .integration.generate import generate_command
@@ -169,7 +110,7 @@ def generate(
 
 
 def bench(
-    pipeline: str,
+    pipeline: Any,
     out: str,
     prompts: str | None = None,
     budgets: Sequence[int] = (11, 8, 6),
@@ -181,9 +122,9 @@ def bench(
     methods: Sequence[str] | None = None,
     batch_size: int = 16,
     num_threads: int = 1,
-    settings: dict[str, Any] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
+    **settings: Any,
 ) -> None:
     """Compare the full run, few-step solvers and every predictor on the same seeds and anchors.
 
@@ -205,9 +146,9 @@ def bench(
         methods: list of solvers and formulas to run; None runs all.
         batch_size: samples drawn at once.
         num_threads: threads torch uses.
-        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
-        dtype: dtype the pipeline is loaded in.
+        dtype: dtype a pipeline given by name is loaded in.
         device: where to; None takes a GPU where there is one.
+        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
     given = dict(locals())
     from .training.benchmark import bench_command

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 
 def inspect(
-    pipeline: str,
+    pipeline: Any,
     prompts: str | None = None,
     guidance_scale: float | None = None,
     num_inference_steps: int = 50,
-    settings: dict[str, Any] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
+    **settings: Any,
 ) -> None:
     """Run one step of a pipeline and tell whether it is supported, and why not.
 
@@ -26,9 +26,9 @@ def inspect(
             by argument of the pipeline, of which the first row is taken.
         guidance_scale: guidance strength; None leaves the pipeline's default.
         num_inference_steps: sampler steps S.
-        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
-        dtype: dtype the pipeline is loaded in.
+        dtype: dtype a pipeline given by name is loaded in.
         device: where to; None takes a GPU where there is one.
+        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
     from .trajectories.inspect_pipeline import inspect_pipeline_command
 
@@ -44,14 +44,14 @@ def inspect(
 
 
 def verify(
-    pipeline: str,
+    pipeline: Any,
     predictor: str | None = None,
     prompts: str | None = None,
     guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
-    settings: dict[str, Any] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
+    **settings: Any,
 ) -> None:
     """Prove on a pipeline of yours that foreseer is exact, and measure what it costs there.
 
@@ -67,9 +67,9 @@ def verify(
             by argument of the pipeline, of which the first row is taken.
         guidance_scale: guidance strength; None leaves the pipeline's default.
         num_inference_steps: sampler steps S; None takes the predictor's, or 8.
-        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
-        dtype: dtype the pipeline is loaded in.
+        dtype: dtype a pipeline given by name is loaded in.
         device: where to; None takes a GPU where there is one.
+        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
     from .integration.verify_command import verify_pipeline_command
 

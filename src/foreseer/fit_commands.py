@@ -1,0 +1,166 @@
+"""The functions behind `foreseer fit`, `search`, `export`, `refit` and `push`.
+
+As in commands.py, their signatures are the command lines and their docstrings the help text.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def fit(
+    recording: Any,
+    evaluations: int | None = None,
+    *,
+    method: str | None = None,
+    anchors: Sequence[int] | None = None,
+    tap: str | None = None,
+    pipeline: Any = None,
+    out: str | None = None,
+    validation_fraction: float = 0.2,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """Fit a predictor to a recording; what is not given is chosen.
+
+    The anchors are searched on the recording's Grams, as `foreseer inspect` does. Nothing is
+    resumed: a fit takes seconds to minutes. One of hours is a YAML file's (`--config`), which
+    keeps checkpoints and logs.
+
+    Args:
+        recording: the recording or its folder; for `continuous` also a list of them.
+        evaluations: network evaluations per trajectory; not needed where `anchors` are given.
+        method: `readout`, `lstsq`, `closed_loop`, `adam`, `gram`, `continuous`, `bands`, `groups`,
+            `lesa` or `disca`; None takes a readout where the recorded pipeline is given or can be
+            loaded by the name in the recording, else `lstsq`, and says which.
+        anchors: steps at which the network runs, starting with 0; None searches them.
+        tap: feature to forecast; None takes the method's, or the one of least error.
+        pipeline: the recorded pipeline, or its folder or name, for fits that run it; None takes the
+            one that the recording names.
+        out: folder of the predictor: weights, configuration, card, and Grams for `refit`; None
+            writes nothing.
+        validation_fraction: share of trajectories held out, in [0, 1).
+        seed: seed of the split and of what is drawn.
+        options: further arguments of the method, as in {"rank": 32} or {"ridge": 0.001}.
+
+    Returns:
+        The predictor, with its `spec`, ready for `forecasting`.
+    """
+    from .training.fits import fit_predictor
+
+    several = recording if isinstance(recording, list | tuple) else [recording]
+    return fit_predictor(
+        [str(getattr(each, "folder", each)) for each in several],
+        evaluations,
+        method,
+        anchors,
+        tap,
+        pipeline,
+        out,
+        validation_fraction,
+        seed,
+        options,
+    )
+
+
+def search(
+    recording: Any,
+    pipeline: Any = "zoo:fashion_dit",
+    out: str = "runs/search.json",
+    num_anchors: Sequence[int] = (8,),
+    methods: Sequence[str] = ("newton_1|output",),
+    num_samples: int = 16,
+    num_moves: int = 8,
+) -> dict[str, list[int]]:
+    """Choose the steps at which the network runs: on Grams, then by the error of real samples.
+
+    Args:
+        recording: the recording or its folder.
+        pipeline: the recorded pipeline, or its folder or name.
+        out: JSON file for the lists; the same command resumes.
+        num_anchors: network evaluations per trajectory (NFE), one search each.
+        methods: `method|tap` pairs: `newton_1|hidden`, `ab2|none`, `l2p_closed_loop|output`, ...
+        num_samples: calibration trajectories the lists are compared on.
+        num_moves: evaluations spent on moving single anchors of the best list.
+
+    Returns:
+        The lists, by `method|tap|num_anchors`.
+    """
+    from .training.search_command import search_command
+
+    return search_command(
+        recording=str(getattr(recording, "folder", recording)),
+        pipeline=pipeline,
+        out=out,
+        num_anchors=num_anchors,
+        methods=methods,
+        num_samples=num_samples,
+        num_moves=num_moves,
+    )
+
+
+def export(checkpoint: str, out: str) -> None:
+    """Turn a training checkpoint into a predictor checkpoint that loads without Lightning.
+
+    Args:
+        checkpoint: the `.ckpt` file that `foreseer fit` wrote.
+        out: folder of the predictor: weights, configuration and model card.
+    """
+    from .training.export import export_command
+
+    export_command(checkpoint=checkpoint, out=out)
+
+
+def refit(predictor: str, recordings: Sequence[str], out: str, ridge: float | None = None) -> None:
+    """Add recordings to a predictor: its rows are solved again, without its old trajectories.
+
+    The closed form (least squares) on the sum of the Grams beside the predictor and those of the
+    recordings; rows of another fit are refused. Recordings of a LoRA make a predictor for it.
+
+    Args:
+        predictor: folder of the predictor, or `zoo:<name>`.
+        recordings: list of folders or URLs, recorded with the predictor's settings.
+        out: folder of the new predictor.
+        ridge: shrinkage toward reuse; None takes the one that does best on trajectories left out.
+    """
+    from .training.refit_command import refit_command
+
+    refit_command(predictor=predictor, recordings=recordings, out=out, ridge=ridge)
+
+
+def save(predictor: Any, folder: str) -> Any:
+    """Write a predictor that was fitted or loaded, with its card; `fit(out=...)` adds its Grams.
+
+    Args:
+        predictor: the predictor, with its `spec`.
+        folder: where to; made when missing.
+
+    Returns:
+        The folder.
+    """
+    from .checkpoints.format import save_predictor
+    from .errors import CheckpointError
+
+    if predictor.spec is None:
+        raise CheckpointError(
+            f"this {type(predictor).__name__} has no spec, which says what it may be used on; "
+            "expected one that was fitted or loaded. A formula needs no file."
+        )
+    return save_predictor(predictor, predictor.spec, folder)
+
+
+def push(folder: str, repo_id: str, private: bool = False) -> str:
+    """Upload a predictor to the Hugging Face hub, with its card.
+
+    Args:
+        folder: of the predictor; it is loaded first, so that only a sound one leaves this machine.
+        repo_id: `owner/name` of the repository, made when missing.
+        private: make a new repository private.
+
+    Returns:
+        Address of the upload.
+    """
+    from .checkpoints.format import push_predictor
+
+    address = push_predictor(folder, repo_id, private)
+    print(address)
+    return address

@@ -1,0 +1,150 @@
+"""Any fit by one call: method, tap and anchors are chosen where they are not given."""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from ..checkpoints.spec import check_host
+from ..integration.denoisers import transformers_of
+from ..integration.fingerprint import host_fingerprint
+from ..integration.pipelines import opened
+from ..predictors.base import Predictor
+from ..trajectories.recording import Recording, split
+from .choosing import Choice, choose, choose_method, recorded_pipeline
+from .export import export_predictor, validation_errors
+from .offline import FORECAST_TAPS
+from .progress import Progress, quiet
+from .recipes import SEVERAL, Recipe
+from .verdict_callbacks import CHECKPOINT_KEY
+
+ANY_TAP = ("lstsq", "gram")  # methods that take the tap of least error
+ERROR = "val/error_db"  # by which the kept epoch of a training is chosen
+
+
+def fit_predictor(
+    recordings: Sequence[str],
+    evaluations: int | None,
+    method: str | None,
+    anchors: Sequence[int] | None,
+    tap: str | None,
+    pipeline: Any,
+    out: str | None,
+    validation_fraction: float,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Predictor:
+    """One fit; `foreseer.fit_commands.fit` tells of the arguments.
+
+    Raises:
+        ValueError: an argument is wrong, or the recording lacks what the method needs.
+        PredictorMismatch: the pipeline is not the recorded one.
+    """
+    recording = Recording(recordings[0])
+    why = "as asked for"
+    if method is None:
+        method, why = choose_method(recording, pipeline is not None)
+    recipe = Recipe(method, options)
+    if recipe.runs_pipeline and "batch_size" in recipe.takes:
+        recipe.options.setdefault("batch_size", recording.header.recipe.get("batch_size", 1))
+    if len(recordings) > 1 and method != SEVERAL:
+        raise ValueError(
+            f"the method {method!r} is fitted on one recording, {len(recordings)} were given; join "
+            f"them with `foreseer merge`, or fit {SEVERAL!r}."
+        )
+    given: dict[str, Any] = {"recording": recordings[0], "recordings": list(recordings)}
+    if recipe.runs_pipeline:
+        name = recorded_pipeline(recording, method) if pipeline is None else pipeline
+        given["pipeline"] = opened(name, recording.header.dtype)
+    fitted_on, _ = split(recording.items, (1 - validation_fraction, validation_fraction), seed)
+    choice = chosen(recipe, recording, evaluations, anchors, tap, fitted_on)
+    print(f"{method} ({why}): {choice}", flush=True)
+    module = recipe.module(given | {"anchors": choice.anchors, "tap": choice.tap})
+    if recipe.runs_pipeline:
+        check_pipeline(module, given["pipeline"])
+    data = recipe.datamodule(recordings, choice.tap, validation_fraction, seed)
+    metrics = train(recipe, module, data, seed)
+    if out is not None:
+        print(f"wrote {export_predictor(module, out, metrics)}", flush=True)
+    predictor: Predictor = module.deployed() if hasattr(module, "deployed") else module.predictor
+    predictor.spec = dataclasses.replace(module.spec(), metrics=metrics)
+    return predictor
+
+
+def chosen(
+    recipe: Recipe,
+    recording: Recording,
+    evaluations: int | None,
+    anchors: Sequence[int] | None,
+    tap: str | None,
+    items: Sequence[int],
+) -> Choice:
+    """Tap and anchors of a method: those given, else by the trajectories it is fitted on.
+
+    Raises:
+        ValueError: the method does not forecast this tap, or see `choose`.
+    """
+    own, recorded = recipe.tap, [t for t in FORECAST_TAPS if t in recording.header.taps]
+    if tap is not None and tap != own and "tap" not in recipe.takes:
+        raise ValueError(f"the method {recipe.method!r} forecasts the tap {own!r}, not {tap!r}.")
+    taps = [own] if tap is None else [tap]
+    if tap is None and recipe.method in ANY_TAP:
+        taps = recorded or taps
+    elif tap is None and recipe.method == "closed_loop":
+        taps = [own, "output"] if own in recorded else ["output"]
+    return choose(recording, evaluations, anchors, taps, items)
+
+
+def check_pipeline(module: Any, pipe: Any) -> None:
+    """Raise unless a pipeline is the one whose recording a module is fitted on.
+
+    Raises:
+        PredictorMismatch: another model, other weights or another scheduler.
+    """
+    found = host_fingerprint(*transformers_of(pipe).values())
+    check_host(module.spec(), found, pipe.scheduler)
+
+
+def train(
+    recipe: Recipe, module: Any, data: lightning.LightningDataModule, seed: int
+) -> dict[str, float]:
+    """Fit a module, quietly and leaving no files; of a training the best epoch is kept.
+
+    Returns:
+        The errors measured on the way, by name.
+    """
+    with quiet(), isolate_rng(), tempfile.TemporaryDirectory(prefix="foreseer_fit_") as folder:
+        lightning.seed_everything(seed, verbose=False)
+        best = ModelCheckpoint(folder, monitor=ERROR, enable_version_counter=False)
+        callbacks: list[Callback] = [Progress(), *([best] if recipe.keeps_best else [])]
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=recipe.keeps_best,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+            **recipe.trainer_arguments(),
+        )
+        trainer.fit(module, datamodule=data)
+        if recipe.keeps_best and best.best_model_path:
+            kept = torch.load(Path(best.best_model_path), weights_only=True)
+            module.load_state_dict(kept["state_dict"])
+        return measured(trainer, module, recipe.method)
+
+
+def measured(trainer: lightning.Trainer, module: Any, method: str) -> dict[str, float]:
+    """What the fit and its verdict measured, as its checkpoint would say it."""
+    told: dict[str, Any] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, ModelCheckpoint):
+            callback.on_save_checkpoint(trainer, module, told)
+    errors = validation_errors(module.state_dict(), f"the {method} fit")
+    return errors | told.get(CHECKPOINT_KEY, {})
