@@ -223,7 +223,7 @@ def neural(folder: Path) -> tuple[Any, list[str]]:
 def test_a_training_is_judged_against_formulas_that_are_run(
     made, folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(disca, "load_pipeline", lambda _: pipeline("dit_guided"))
+    monkeypatch.setattr(disca, "opened", lambda *_, **__: pipeline("dit_guided"))
     module, names = made(folder)
     data = RecordingDataModule(folder / "r", names, 3, 0.4, 0)
     fit(module, data, tmp_path, epochs=2, monitor="val/error_db")

@@ -163,7 +163,10 @@ class Header:
         Raises:
             ValueError: it would be too large to be read.
         """
-        text = json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        values = asdict(self)
+        if not self.pipeline:
+            del values["pipeline"]
+        text = json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
         content = text.encode()
         if len(content) > MAX_RECORDING_JSON_BYTES:
             raise ValueError(
