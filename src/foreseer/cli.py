@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if argv is None else argv
     word, rest = (words[0], packaged(words[0], words[1:])) if words else ("", [])
+    if word == "fit":
+        require("train", "foreseer fit")
     if word in ("-h", "--help"):
         show(usage())
     elif word == "--version":
@@ -157,7 +159,7 @@ def spelled_out(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def with_values(words: list[str]) -> list[str]:
     """A flag alone stands for `--flag true`: jsonargparse wants a value of every option."""
-    following = [*words[1:], ""]
+    following = [*words, ""][1:]
     return [
         f"{word}=true" if word in FLAGS and after not in ("true", "false") else word
         for word, after in zip(words, following, strict=True)

@@ -2,6 +2,8 @@
 
 from importlib.util import find_spec
 
+from .errors import ForeseerError
+
 OF_EXTRAS = {
     "train": {
         "datasets": "datasets",
@@ -17,7 +19,7 @@ OF_EXTRAS = {
 """For each extra: the packages in pyproject.toml, by the name they are imported by."""
 
 
-class MissingExtra(ModuleNotFoundError):
+class MissingExtra(ForeseerError, ModuleNotFoundError):
     """Something was asked for that needs packages which are not installed."""
 
 
