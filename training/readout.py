@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..checkpoints.spec import PredictorSpec
 from ..integration.pipelines import opened
 from ..integration.session import Session
+from ..predictors.base import Grid
 from ..predictors.experts import L2PExperts
 from ..predictors.readout import Readout
 from ..trajectories.record_command import own_device
@@ -24,7 +25,7 @@ from .l2p import open_recording, spec_of
 from .measure import References, predictor_errors
 from .readout_callbacks import Detaching, LastVerdict
 from .readout_parts import SegmentParts, check_header, folds_of, sizes_of
-from .readout_segment import Part, SegmentFit, fit_segment
+from .readout_segment import Part, Segment, SegmentFit, fit_segment
 from .readout_sums import add_up
 from .readout_walk import Visited, Walk
 
@@ -81,6 +82,7 @@ class ReadoutFit(ClosedForm):
         self.pipeline = pipeline
         self.rank, self.neighbours, self.batch_size = rank, neighbours, batch_size
         self.session: Session | None = None
+        self.segments: dict[int, Segment] = {}  # by anchor
         self.num_trajectories: Tensor
         self.start_error: Tensor
         self.val_error: Tensor
@@ -154,19 +156,11 @@ class ReadoutFit(ClosedForm):
         number, count = self.current_epoch, len(self.parts.segments)
         anchor, end = self.parts.segments[number]
         self._visit(anchor, f"anchor {anchor}, segment {number + 1} of {count}")
-        layout = next(iter(self.batches[0][1].layouts.values()))
-        found = fit_segment(
-            partial(self._parts, anchor, end),
-            self.parts.formulas(anchor, end),
-            self.rank,
-            layout.grid if self.neighbours else None,
-            add_up,
-            float(self.parts.guidance(anchor).sum()),
-        )
-        self._keep(found, anchor, end)
+        found = self._solve(anchor, end)
+        self._keep(found.segment, self._started(found, anchor, end), anchor, end)
         self.log("train/readout_gain_db", found.gain_db, prog_bar=True, batch_size=1)
         self.print(
-            f"steps {anchor} to {end}: rows from {found.formula}, readout {found.gain_db:+.2f} dB "
+            f"steps {anchor} to {end}: rows from {found.origin}, readout {found.gain_db:+.2f} dB "
             f"on left-out prompts (strength {found.strength:g})"
         )
         self.optimizers().step()  # type: ignore[union-attr]
@@ -229,16 +223,32 @@ class ReadoutFit(ClosedForm):
         if hasattr(self, "walk"):
             self.walk.predictor = self.predictor
 
-    def _keep(self, found: SegmentFit, anchor: int, end: int) -> None:
+    def _grid(self) -> Grid | None:
+        """On which the host's tokens lie, where neighbours are read."""
+        return next(iter(self.batches[0][1].layouts.values())).grid if self.neighbours else None
+
+    def _solve(self, anchor: int, end: int) -> SegmentFit:
+        """The segment from what was visited."""
+        parts, guided = partial(self._parts, anchor, end), float(self.parts.guidance(anchor).sum())
+        formulas = self.parts.formulas(anchor, end)
+        return fit_segment(parts, formulas, self.rank, self._grid(), add_up, guided)
+
+    def _started(self, found: SegmentFit, anchor: int, end: int) -> Tensor:
+        """The rows of a segment's steps before they moved, `(branches, steps, S)`."""
+        steps = slice(anchor + 1, end)
+        self.rows.weight[:, steps] = self.parts.tables[found.origin][steps].to(self.rows.weight)
+        return self.rows.weight[:, steps]
+
+    def _keep(self, found: Segment, started: Tensor, anchor: int, end: int) -> None:
         """Write a segment's rows and readout into the predictor."""
         predictor, known = self.predictor, self.parts.known(anchor)
         assert predictor is not None  # a batch was visited
         steps = slice(anchor + 1, end)
-        self.rows.weight[:, steps] = self.parts.tables[found.formula][steps].to(self.rows.weight)
         delta = found.delta.view(len(known), -1).T[:, None]  # (branches, 1, known)
-        predictor.weight[:, steps] = self.rows.weight[:, steps]
+        predictor.weight[:, steps] = started
         predictor.weight[:, steps, known] += delta.to(predictor.weight)
         predictor.set_readout(anchor, found.inner, found.outer, found.constant)
+        self.segments[anchor] = found
 
     def _error(self, predictor: L2PExperts) -> float:
         """Mean error in dB of the held-out samples."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..predictors.base import Grid
 from ..predictors.readout import STORED, neighbourhood
-from .readout_sums import SegmentSums, solve
+from .readout_sums import SegmentSums, Solved, Total, solve
 
 ROWS_RIDGE = 1e-2  # of the rows toward their formula, relative to the diagonal
 DIRECTIONS_RIDGE = 3e-2  # of the regression that chooses what is read
@@ -47,24 +47,39 @@ Parts = Callable[[], Iterator[Part]]
 
 
 @dataclass(frozen=True)
-class SegmentFit:
-    """What was found for a segment.
+class Segment:
+    """What was found for a segment, and what it takes to go on with it.
 
     Args:
-        formula: name of the formula that the rows started at.
+        start: weights of the outputs in the formula that the rows started at.
         delta: movement of the rows from it.
         inner: V, in the dtype it is stored in.
         outer: U, zeros where nothing is read.
         constant: c.
-        strength: ridge strength of U; infinite where nothing is read.
-        gain_db: by how much the readout lowers the error on left-out prompts.
+        sums: what was solved.
     """
 
-    formula: str
+    start: Float[Tensor, " Q"]
     delta: Float[Tensor, " Q"]
     inner: Float[Tensor, "r D"]
     outer: Float[Tensor, "P r k k"]
     constant: Float[Tensor, " P"]
+    sums: Total
+
+
+@dataclass(frozen=True)
+class SegmentFit:
+    """A segment, and how it came about.
+
+    Args:
+        segment: what was found.
+        origin: name of the formula that the rows started at, or of what was extended.
+        strength: ridge strength of U; infinite where nothing is read.
+        gain_db: by how much the readout lowers the error on left-out prompts.
+    """
+
+    segment: Segment
+    origin: str
     strength: float
     gain_db: float
 
@@ -93,18 +108,56 @@ def fit_segment(
     sums = _readout_sums(parts, formulas[name], weights, inner, grid, guided)
     total(sums.tensors)
     found = solve(sums, ROWS_RIDGE)
+    return _as_fit(found, formulas[name].to(found.delta), inner, grid, found.rows_error, name)
+
+
+@torch.no_grad()
+def extend_segment(
+    parts: Parts,
+    fitted: Segment,
+    grid: Grid | None,
+    total: Callable[[list[Tensor]], None],
+    guided: float,
+) -> SegmentFit:
+    """Solve a segment again, with more trajectories; what it starts at and reads stays.
+
+    Args:
+        parts: yields this process's new trajectories anew at every call.
+        fitted: the segment so far.
+        grid: of the tokens, as it was fitted.
+        total: adds sums up over all processes, in place.
+        guided: sum of the guidance weights.
+
+    Returns:
+        The fit, whose `gain_db` is that over the segment so far, on left-out prompts of the new
+        trajectories.
+    """
+    weights = fitted.start + fitted.delta
+    sums = _readout_sums(parts, fitted.start, weights, fitted.inner, grid, guided)
+    total(sums.tensors)
+    folds = [fold for fold, count in enumerate(sums.count) if count > 0]
+    matrix = fitted.outer.permute(2, 3, 1, 0).flatten(0, 2)
+    before = torch.cat([matrix, fitted.constant[None].to(matrix)]).to(sums.normal)
+    delta = fitted.delta.to(sums.normal)
+    error = sum(Total.of(sums, [fold]).error(delta, before) for fold in folds) / len(folds)
+    found = solve(sums, ROWS_RIDGE, fitted.sums)
+    return _as_fit(found, fitted.start, fitted.inner, grid, error, "the predictor")
+
+
+def _as_fit(
+    found: Solved,
+    start: Float[Tensor, " Q"],
+    inner: Float[Tensor, "r D"],
+    grid: Grid | None,
+    before: float,
+    origin: str,
+) -> SegmentFit:
     side = 1 if grid is None else 3
     outer = found.readout[:-1].unflatten(0, (side, side, len(inner))).permute(3, 2, 0, 1)
-    gain = 10 * torch.log10(torch.tensor(found.rows_error / found.readout_error))
-    return SegmentFit(
-        name,
-        found.delta,
-        inner,
-        outer.contiguous(),
-        found.readout[-1],
-        found.strength,
-        float(gain),
-    )
+    gain = 10 * torch.log10(torch.tensor(before / found.readout_error))
+    outer, constant = outer.contiguous(), found.readout[-1]
+    segment = Segment(start, found.delta, inner, outer, constant, found.total)
+    return SegmentFit(segment, origin, found.strength, float(gain))
 
 
 def _rows(

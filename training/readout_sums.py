@@ -93,6 +93,7 @@ class Solved:
         strength: ridge strength of the readout; infinite where nothing is read.
         rows_error: error that the rows alone leave on folds left out, weights included.
         readout_error: what both leave there.
+        total: the sums that were solved.
     """
 
     delta: Float[Tensor, " Q"]
@@ -100,9 +101,10 @@ class Solved:
     strength: float
     rows_error: float
     readout_error: float
+    total: "Total"
 
 
-def solve(sums: SegmentSums, ridge: float) -> Solved:
+def solve(sums: SegmentSums, ridge: float, known: "Total | None" = None) -> Solved:
     """Rows by ridge toward the start and the readout by ridge toward zero, together.
 
     min sum w || y - u^T delta - R z ||^2 + ridge || delta ||^2 + strength || R ||^2, both relative
@@ -112,35 +114,42 @@ def solve(sums: SegmentSums, ridge: float) -> Solved:
     Args:
         sums: of the segment.
         ridge: of the rows.
+        known: sums of other trajectories, which are solved for too and choose nothing.
     """
     folds = [fold for fold in range(NUM_FOLDS) if sums.count[fold] > 0]
     errors = {strength: 0.0 for strength in (INFINITE, *STRENGTHS)}
     for fold in folds:
-        rest = _Total.of(sums, [other for other in folds if other != fold])
-        judge = _Total.of(sums, [fold])
+        rest = Total.of(sums, [other for other in folds if other != fold], known)
+        judge = Total.of(sums, [fold])
         for strength in errors:
             errors[strength] += judge.error(*rest.solve(ridge, strength)) / len(folds)
     best = min(errors, key=errors.__getitem__)
-    delta, readout = _Total.of(sums, folds).solve(ridge, best)
-    return Solved(delta, readout, best, errors[INFINITE], errors[best])
+    total = Total.of(sums, folds, known)
+    delta, readout = total.solve(ridge, best)
+    return Solved(delta, readout, best, errors[INFINITE], errors[best], total)
 
 
 @dataclass(frozen=True)
-class _Total:
-    """The sums of some folds."""
+class Total:
+    """The sums of some folds; see `SegmentSums`."""
 
     normal: Float[Tensor, "D D"]
     cross: Float[Tensor, "D V P"]
     inner: Float[Tensor, "V V"]
 
     @classmethod
-    def of(cls, sums: SegmentSums, folds: list[int]) -> "_Total":
-        return cls(sums.normal[folds].sum(0), sums.cross[folds].sum(0), sums.inner[folds].sum(0))
+    def of(cls, sums: SegmentSums, folds: list[int], known: "Total | None" = None) -> "Total":
+        """Of these folds, and of what is known beside them."""
+        found = [tensor[folds].sum(0) for tensor in (sums.normal, sums.cross, sums.inner)]
+        if known is not None:
+            pairs = zip(found, (known.normal, known.cross, known.inner), strict=True)
+            found = [mine + other.to(mine) for mine, other in pairs]
+        return cls(*found)
 
     def solve(
         self, ridge: float, strength: float
     ) -> tuple[Float[Tensor, " Q"], Float[Tensor, "D P"]]:
-        """The minimum of both.
+        """The minimum over rows and readout together.
 
         With S = (N + strength diag N)^-1 C the best R for any rows is linear in them, which leaves
         a quadratic of the rows alone.
