@@ -59,6 +59,7 @@ CLASSES: dict[str, type[Predictor]] = {
 MODEL_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 GRAMS_FILE = "grams.safetensors"
+SEGMENTS_FILE = "segments.safetensors"  # the normal equations of a readout
 MAX_MODEL_BYTES = 2**30
 STATE_PREFIX = "predictor."
 GOLDEN_NAMES = ("golden.features", "golden.forecasts")
@@ -158,16 +159,16 @@ def push_predictor(folder: str | Path, repo_id: str, private: bool = False) -> s
         CheckpointError: the folder holds no sound checkpoint, or the hub refused.
     """
     load_predictor(Path(folder))
-    names = (MODEL_FILE, CONFIG_FILE, CARD_FILE, GRAMS_FILE)
+    names = (MODEL_FILE, CONFIG_FILE, CARD_FILE, GRAMS_FILE, SEGMENTS_FILE)
     check_plain(Path(folder), names)
     return upload(Path(folder), repo_id, private, names)
 
 
 def check_plain(folder: Path, names: Sequence[str]) -> None:
-    """Raise unless the files to publish are files of the folder itself, and the Grams are tensors.
+    """Raise unless the files to publish are files of the folder itself, and the sums are tensors.
 
     Raises:
-        CheckpointError: a link, which could publish any file of this machine, or no Grams.
+        CheckpointError: a link, which could publish any file of this machine, or no sums.
     """
     for path in (folder / name for name in names):
         if path.is_symlink():
@@ -175,12 +176,12 @@ def check_plain(folder: Path, names: Sequence[str]) -> None:
                 f"{path} is a link, expected a plain file: publishing it would publish the file it "
                 "leads to. Copy that file here if that is what you want."
             )
-    grams = folder / GRAMS_FILE
-    try:
-        if grams.exists():
-            read_header(grams)
-    except MalformedFile as error:
-        raise CheckpointError(f"{grams}: {error}; {AGAIN}") from error
+    for sums in (folder / GRAMS_FILE, folder / SEGMENTS_FILE):
+        try:
+            if sums.exists():
+                read_header(sums)
+        except MalformedFile as error:
+            raise CheckpointError(f"{sums}: {error}; {AGAIN}") from error
 
 
 def argument_names(name: str) -> list[str]:

@@ -34,7 +34,7 @@ from foreseer.training.export import export_command, export_predictor
 from foreseer.training.measure import References, predictor_errors
 from foreseer.training.readout_parts import folds_of
 from foreseer.training.readout_segment import Part, fit_segment
-from foreseer.training.readout_sums import NUM_FOLDS, SegmentSums, _Total
+from foreseer.training.readout_sums import NUM_FOLDS, SegmentSums, Total
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
@@ -83,6 +83,7 @@ def without_ridges(monkeypatch):
 
 def read_by(found, hidden, grid):
     """What the segment's readout, as stored, makes of tokens."""
+    found = found.segment
     values = hidden @ found.inner.float().T
     near = values if grid is None else neighbourhood(values, grid)
     outer = found.outer.to(STORED).float().permute(0, 2, 3, 1).flatten(1)
@@ -107,12 +108,12 @@ def test_what_is_linear_in_the_hidden_state_is_found_to_the_rounding_of_what_is_
     constant = 0.0 if grid is None else 0.3
     parts, weights = parts_of(reading, constant=constant, guided=0.7)
     found = solved(parts, grid, guided=0.7)
-    assert found.formula == "near" and found.strength == 1e-9 and found.gain_db > 40
+    assert found.origin == "near" and found.strength == 1e-9 and found.gain_db > 40
     start = torch.tensor([0.4, -0.2, 1.4, 0.1])
     # the rows make up for the rounding of V, of which they know nothing
-    torch.testing.assert_close(start + found.delta.float(), weights, atol=2e-3, rtol=0)
+    torch.testing.assert_close(start + found.segment.delta.float(), weights, atol=2e-3, rtol=0)
     torch.testing.assert_close(
-        found.constant.float(), torch.full((PATCH,), constant), atol=5e-3, rtol=0
+        found.segment.constant.float(), torch.full((PATCH,), constant), atol=5e-3, rtol=0
     )
     for part in parts:
         expected = reading(part.hidden) + constant
@@ -137,11 +138,15 @@ def test_the_directions_are_those_that_are_read(without_ridges):
     kernel = torch.randn(PATCH, 2, generator=seeded(10))
     parts, _ = parts_of(lambda hidden: hidden @ two.T @ kernel.T)
     found = solved(parts, None, rank=2)
-    inner = found.inner.float()
+    inner = found.segment.inner.float()
     basis = torch.linalg.qr((inner - inner.mean(1, keepdim=True)).T)[0]
     angles = torch.linalg.svdvals(basis.T @ two.T)
     torch.testing.assert_close(angles, torch.ones(2), atol=1e-3, rtol=0)
-    power = torch.cat([part.hidden @ found.inner.float().T for part in parts]).square().mean((0, 1))
+    power = (
+        torch.cat([part.hidden @ found.segment.inner.float().T for part in parts])
+        .square()
+        .mean((0, 1))
+    )
     torch.testing.assert_close(power, torch.ones(2), atol=0.05, rtol=0)
 
 
@@ -155,7 +160,7 @@ def test_where_nothing_can_be_predicted_nothing_is_read(grid):
         assert read_by(found, part.hidden, grid).square().mean() < 1e-3  # of noise of size 1
     if grid is not None:
         assert found.strength == float("inf")
-        assert not found.outer.any() and not found.constant.any()
+        assert not found.segment.outer.any() and not found.segment.constant.any()
 
 
 def test_every_trajectory_counts_by_its_decibels(without_ridges):
@@ -220,7 +225,7 @@ def test_rows_and_readout_together_are_a_dense_ridge_regression(strength):
     extra = torch.diag((shrink.double() * squares).sqrt())
     padded = torch.cat([target, torch.zeros(len(extra), dtype=torch.float64)])
     dense = torch.linalg.lstsq(torch.cat([design, extra]), padded[:, None]).solution[:, 0]
-    total = _Total.of(sums, list(range(NUM_FOLDS)))
+    total = Total.of(sums, list(range(NUM_FOLDS)))
     delta, readout = total.solve(ridge, strength)
     # lstsq, which does not square the condition of the design, is good to about 1e-9 of it
     torch.testing.assert_close(delta, dense[:outputs], atol=1e-7, rtol=0)
@@ -355,8 +360,8 @@ def test_what_is_wanted_lands_the_next_state_on_the_recorded_one(tmp_path, monke
     module = module_of(recording, pipe, [0, 2, 5])
     keep = module._keep
 
-    def keeping(found, anchor, end):
-        keep(found, anchor, end)
+    def keeping(found, started, anchor, end):
+        keep(found, started, anchor, end)
         kept[anchor] = [
             _left(module, part, found, anchor, end) for part in module._parts(anchor, end)
         ]
@@ -377,8 +382,7 @@ def test_what_is_wanted_lands_the_next_state_on_the_recorded_one(tmp_path, monke
 def _left(module, part, found, anchor, end):
     """What the deployed rows and readout of a segment leave of what is wanted, token by token."""
     layout = next(iter(module.batches[0][1].layouts.values()))
-    start = module.parts.formulas(anchor, end)[found.formula]
-    rows = torch.einsum("q,qnmp->nmp", (start + found.delta).float(), part.outputs)
+    rows = torch.einsum("q,qnmp->nmp", (found.start + found.delta).float(), part.outputs)
     guided = float(module.parts.guidance(anchor).sum())
     outer = found.outer.to(STORED).float().permute(0, 2, 3, 1).flatten(1)
     near = neighbourhood(part.hidden @ found.inner.float().T, layout.grid)

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import pickle
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,7 +35,8 @@ from .disca import DiscaModule
 from .l2p import L2PModule, rows_predictor, spec_of
 from .lesa import LesaModule
 from .parts import L2PPartsLeastSquares, recorded_partition
-from .readout import ReadoutFit
+from .readout import SUMS, ReadoutFit
+from .readout_shipped import write_segments
 from .shipped import sums_of, write_sums
 from .verdict_callbacks import CHECKPOINT_KEY
 
@@ -85,7 +86,8 @@ def export_command(checkpoint: str, out: str) -> None:
     count = int(state["num_trajectories"])
     spec = spec_of(headers[0], settings["tap"], settings["anchors"], count, digest, headers[1:])
     errors = validation_errors(state, checkpoint) | content.get(CHECKPOINT_KEY, {})
-    _save(predictor, spec, recordings, out, errors, settings.get("partition"))
+    partition, segments = settings.get("partition"), content.get(SUMS)
+    _save(predictor, spec, recordings, out, errors, partition, segments)
     total = sum(len(recording) for recording in recordings)
     folders = ", ".join(str(recording.folder) for recording in recordings)
     print(f"{out}: {settings['fit']} fit on {total} trajectories of {folders}")
@@ -213,7 +215,8 @@ def export_predictor(
     predictor = (
         module.deployed() if isinstance(module, LesaModule | ReadoutFit) else module.predictor
     )
-    return _save(predictor, module.spec(), recordings, out, metrics, partition)
+    segments = module.sums if isinstance(module, ReadoutFit) else None
+    return _save(predictor, module.spec(), recordings, out, metrics, partition, segments)
 
 
 DAMAGED = (  # what torch.load and the zip and pickle readers below it raise on damaged bytes
@@ -292,9 +295,12 @@ def _save(
     out: str | Path,
     metrics: dict[str, float],
     partition: str | None,
+    segments: Mapping[str, Tensor] | None = None,
 ) -> Path:
     names = [f"gram/{spec.tap}", *([f"gram/{spec.tap}/{partition}"] if partition else [])]
     sums = [sums_of(recording, names) for recording in recordings]
     folder = save_predictor(predictor, dataclasses.replace(spec, metrics=metrics), out)
     write_sums(folder, sums, spec.recording_digest)
+    if segments:
+        write_segments(folder, segments, spec.recording_digest)
     return folder

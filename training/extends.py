@@ -1,11 +1,14 @@
 """Whether a recording may be added to a fit: what must be equal, and what may differ."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from ..checkpoints.call_settings import as_settings, first_difference, with_weights_of
 from ..checkpoints.spec import SIGMA_TOLERANCE, PredictorSpec
 from ..trajectories.header import Header
 from ..trajectories.recording import Recording
+from .shipped import ShippedSums
 
 
 def check_extends(
@@ -93,3 +96,26 @@ def check_one_host(first: Recording, other: Recording) -> None:
             f"{first.header.host}, expected one for all recordings added at once: the predictor is "
             "bound to it. Add one host's after the other's; the last one's is the predictor's."
         )
+
+
+def extended_spec(
+    old: PredictorSpec, headers: Sequence[Header], sums: ShippedSums, metrics: dict[str, float]
+) -> PredictorSpec:
+    """What a predictor is of, once recordings were added.
+
+    Args:
+        old: before.
+        headers: of the recordings added.
+        sums: of all trajectories.
+        metrics: measured of the new predictor.
+    """
+    shapes = dict.fromkeys([*old.latent_shapes, *(tuple(h.latent_shape) for h in headers)])
+    return dataclasses.replace(
+        old,
+        host=headers[0].host,
+        guidance=with_weights_of(old.guidance, as_settings(headers[0].guidance)),
+        recording_digest=sums.digest,
+        num_trajectories=sums.count,
+        metrics=metrics,
+        latent_shapes=tuple(shapes) if old.latent_shapes else (),
+    )

@@ -26,10 +26,12 @@ from .measure import References, predictor_errors
 from .readout_callbacks import Detaching, LastVerdict
 from .readout_parts import SegmentParts, check_header, folds_of, sizes_of
 from .readout_segment import Part, Segment, SegmentFit, fit_segment
+from .readout_shipped import segment_tensors
 from .readout_sums import add_up
 from .readout_walk import Visited, Walk
 
 TAP = "output"
+SUMS = "segment_sums"  # in a checkpoint
 
 
 class ReadoutFit(ClosedForm):
@@ -50,6 +52,8 @@ class ReadoutFit(ClosedForm):
         rank: directions of the hidden state that are read.
         neighbours: read the tokens around a token too, where the host tells their grid.
         batch_size: trajectories per pipeline call.
+        keep_sums: export the normal equations too, so that `foreseer refit` can add recordings
+            without these trajectories: 4 MB an anchor for 64 directions and their neighbours.
 
     Raises:
         ValueError: the recording has no states, or its guidance ends in mid-run.
@@ -66,6 +70,7 @@ class ReadoutFit(ClosedForm):
         rank: int = 64,
         neighbours: bool = True,
         batch_size: int = 16,
+        keep_sums: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -82,7 +87,8 @@ class ReadoutFit(ClosedForm):
         self.pipeline = pipeline
         self.rank, self.neighbours, self.batch_size = rank, neighbours, batch_size
         self.session: Session | None = None
-        self.segments: dict[int, Segment] = {}  # by anchor
+        self.keep_sums = keep_sums
+        self.sums: dict[str, Tensor] = {}  # what is kept of the segments
         self.num_trajectories: Tensor
         self.start_error: Tensor
         self.val_error: Tensor
@@ -188,6 +194,13 @@ class ReadoutFit(ClosedForm):
         super().on_load_checkpoint(checkpoint)
         if (arguments := checkpoint["hyper_parameters"]["arguments"]) is not None:
             self._make_predictor(arguments)
+        self.sums = checkpoint.get(SUMS, {})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the segments' sums, where they are asked for."""
+        super().on_save_checkpoint(checkpoint)
+        if self.keep_sums:
+            checkpoint[SUMS] = self.sums
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One that changes nothing, since segments are solved for: Lightning counts its steps."""
@@ -248,7 +261,8 @@ class ReadoutFit(ClosedForm):
         predictor.weight[:, steps] = started
         predictor.weight[:, steps, known] += delta.to(predictor.weight)
         predictor.set_readout(anchor, found.inner, found.outer, found.constant)
-        self.segments[anchor] = found
+        if self.keep_sums:
+            self.sums |= segment_tensors({anchor: found})
 
     def _error(self, predictor: L2PExperts) -> float:
         """Mean error in dB of the held-out samples."""

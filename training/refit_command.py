@@ -6,7 +6,7 @@ replaced by those, which would lose what that fit gained.
 Shapes: n trajectories, P parts (1 of the whole feature), S sampling steps.
 """
 
-import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,30 +16,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checkpoints.call_settings import as_settings, with_weights_of
 from ..checkpoints.card import model_card
 from ..checkpoints.config import CONFIG_FILE
 from ..checkpoints.format import (
     CARD_FILE,
     GRAMS_FILE,
     MODEL_FILE,
+    SEGMENTS_FILE,
     load_predictor,
     save_predictor,
 )
 from ..checkpoints.hub import locate
 from ..checkpoints.spec import PredictorSpec
+from ..integration.pipelines import load_pipeline
 from ..predictors.any_anchors import L2PGram
 from ..predictors.base import Predictor
 from ..predictors.experts import L2PExperts
 from ..predictors.linear import L2P
 from ..predictors.parted import L2PBands, L2PGroups, PartedL2P
+from ..predictors.readout import Readout
 from ..trajectories.gram_sums import GramBatches
-from ..trajectories.header import Header
+from ..trajectories.record_command import own_device
 from ..trajectories.recording import Recording
+from .choosing import recorded_pipeline
 from .cross_validation import RIDGES, CrossValidation, cross_validate
-from .extends import check_extends, check_one_host
+from .extends import check_extends, check_one_host, extended_spec
 from .left_out import leave_one_out, solved
 from .parts import part_errors
+from .readout_refit import refit_readout
 from .rows import RULES, formula_rows
 from .shipped import ShippedSums, read_sums, write_sums
 from .verdict import Estimate, open_loop_line
@@ -88,9 +92,17 @@ class Refit:
 
 
 def refit_command(
-    predictor: str, recordings: Sequence[str], out: str, ridge: float | None = None
+    predictor: str,
+    recordings: Sequence[str],
+    out: str,
+    ridge: float | None = None,
+    pipeline: str | None = None,
 ) -> None:
-    """Refit, write the predictor and say what came of it; see `refit`."""
+    """Refit, write the predictor and say what came of it; see `refit` and `refit_readout`."""
+    old = load_predictor(predictor)
+    if isinstance(old, Readout):
+        _refit_readout(old, predictor, recordings, out, ridge, pipeline)
+        return
     found = refit(predictor, recordings, ridge)
     folder = save_predictor(found.predictor, found.spec, out, _card(found))
     write_sums(folder, [found.sums], found.spec.recording_digest)
@@ -106,6 +118,37 @@ def refit_command(
         f"{found.sums.count - added} of {predictor}"
     )
     print(open_loop_line([found.estimate]))
+
+
+def _refit_readout(
+    old: Readout,
+    name: str,
+    recordings: Sequence[str],
+    out: str,
+    ridge: float | None,
+    pipeline: str | None,
+) -> None:
+    if ridge is not None:
+        raise ValueError(
+            f"{name} is a Readout, whose fit chooses its own strengths: found ridge {ridge}, "
+            "expected none."
+        )
+    if not recordings:
+        raise ValueError("no recordings were given; name the folders to add.")
+    folder = locate(name, None, (MODEL_FILE, CONFIG_FILE, CARD_FILE, GRAMS_FILE, SEGMENTS_FILE))
+    first = Recording(recordings[0])
+    dtype = getattr(torch, first.header.dtype)
+    pipe = load_pipeline(
+        pipeline or recorded_pipeline(first, "readout"), dtype, own_device(os.environ)
+    )
+    found = refit_readout(old, folder, recordings, pipe)
+    found.save(out)
+    gains = ", ".join(f"{gain:+.2f}" for gain in found.gains)
+    print(
+        f"{out}: {found.added} trajectories of {', '.join(map(str, recordings))} added to "
+        f"{found.spec.num_trajectories - found.added} of {name}; error of each segment on left-out "
+        f"prompts of the last recording, against {name}: {gains} dB"
+    )
 
 
 def refit(name: str, recordings: Sequence[str | Path], ridge: float | None = None) -> Refit:
@@ -160,7 +203,7 @@ def refit(name: str, recordings: Sequence[str | Path], ridge: float | None = Non
     left_out = leave_one_out(
         old, total, sums.count, validation.ridge, _chunks(opened, gram, parts is not None)
     )
-    spec = _spec(
+    spec = extended_spec(
         old.spec, [recording.header for recording in opened], sums, metrics | left_out.metrics()
     )
     return Refit(new, spec, sums, validation, left_out)
@@ -233,21 +276,6 @@ def formula_errors(
         for name, table in rows.items():
             totals[name] += float(part_errors(grams, table).mean((1, 2)).sum())
     return {name: total / count for name, total in totals.items()}
-
-
-def _spec(
-    old: PredictorSpec, headers: Sequence[Header], sums: ShippedSums, metrics: dict[str, float]
-) -> PredictorSpec:
-    shapes = dict.fromkeys([*old.latent_shapes, *(tuple(h.latent_shape) for h in headers)])
-    return dataclasses.replace(
-        old,
-        host=headers[0].host,
-        guidance=with_weights_of(old.guidance, as_settings(headers[0].guidance)),
-        recording_digest=sums.digest,
-        num_trajectories=sums.count,
-        metrics=metrics,
-        latent_shapes=tuple(shapes) if old.latent_shapes else (),
-    )
 
 
 def _card(found: Refit) -> str:

@@ -110,21 +110,31 @@ def export(checkpoint: str, out: str) -> None:
     export_command(checkpoint=checkpoint, out=out)
 
 
-def refit(predictor: str, recordings: Sequence[str], out: str, ridge: float | None = None) -> None:
-    """Add recordings to a predictor: its rows are solved again, without its old trajectories.
+def refit(
+    predictor: str,
+    recordings: Sequence[str],
+    out: str,
+    ridge: float | None = None,
+    pipeline: str | None = None,
+) -> None:
+    """Add recordings to a predictor: it is solved for again, without its old trajectories.
 
     The closed form (least squares) on the sum of the Grams beside the predictor and those of the
-    recordings; rows of another fit are refused. Recordings of a LoRA make a predictor for it.
+    recordings; rows of another fit are refused. Of a readout, whose new trajectories the pipeline
+    has to run, the normal equations beside it (`keep_sums`). Recordings of a LoRA make a predictor
+    for it.
 
     Args:
         predictor: folder of the predictor, or `zoo:<name>`.
         recordings: list of folders or URLs, recorded with the predictor's settings.
         out: folder of the new predictor.
         ridge: shrinkage toward reuse; None takes the one that does best on trajectories left out.
+        pipeline: of a readout: folder of the pipeline, or `zoo:<name>`; None loads the one that
+            the recordings name.
     """
     from .training.refit_command import refit_command
 
-    refit_command(predictor=predictor, recordings=recordings, out=out, ridge=ridge)
+    refit_command(predictor, recordings, out, ridge, pipeline)
 
 
 def save(predictor: Any, folder: str) -> Any:
