@@ -35,6 +35,7 @@ PARSED = {
     r"^npm pack": "74 MB; tests/test_text_teacher.py reads a package of that form",
     r"^python -m foreseer.training.t(eacher_export|ext_judge)": "tests/test_text_teacher.py",
     r"^foreseer record --config configs/record/emoji_flux": "minutes; tests/test_text_host.py",
+    r"^foreseer (refit|fit) .*(runs/readout_more|keep_sums)": "tests/test_readout_refit.py",
     r"^foreseer fit --config configs/fit/emoji": "minutes; tests/test_text_host.py fits all kinds",
     r"^(\S+=\S+ |'.*' )*bash ": "a GPU and weights; tests/test_recipes.py runs the script itself",
     r"^make ": "the environment of its own that it makes takes minutes; its target exists",

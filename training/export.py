@@ -219,16 +219,9 @@ def export_predictor(
     return _save(predictor, module.spec(), recordings, out, metrics, partition, segments)
 
 
-DAMAGED = (  # what torch.load and the zip and pickle readers below it raise on damaged bytes
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    struct.error,
-)
+# What torch.load and the zip and pickle readers below it raise on damaged bytes.
+READERS_ERRORS = pickle.UnpicklingError, RuntimeError, EOFError, struct.error
+DAMAGED = (*READERS_ERRORS, LookupError, ValueError, TypeError, AttributeError)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
