@@ -1,7 +1,7 @@
 """One call of a transformer, with everything that running it again or without its trunk takes."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .call_rows import take_rows
 from .denoisers import TIME_ARGUMENTS
 from .host import first_tensor
+from .host_facts import form_of_call
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Call:
         """The network's input; None where it is no tensor, as in hosts that take lists."""
         found = self._input()
         return found if isinstance(found, Tensor) else None
+
+    @property
+    def form(self) -> Hashable:
+        """The kinds of its arguments, see `form_of_call`."""
+        return form_of_call(self.args, self.kwargs)
 
     @property
     def listed(self) -> bool:

@@ -15,9 +15,10 @@ from .controller import Controller
 from .gate import FirstLook, LastBlock
 from .hook import LAST_BLOCK, TrunkSkipper, capturing
 from .host import UnsupportedHost
+from .host_facts import HostFacts, facts_of
 from .layout import Layout, find_grid, find_layout
 from .prediction import prediction
-from .proof import check_rows, prove
+from .proof import Parts, check_rows, prove
 from .trunk_facts import Trunk
 
 
@@ -42,22 +43,41 @@ class Expert:
         self.first_look: FirstLook | None = None
         self.last_block: LastBlock | None = None
         self.image_only = False  # whether the head is known to be given no text
-        self._layouts: dict[tuple[torch.Size, torch.Size], Layout] = {}  # of such heads, by shapes
+        self._facts: HostFacts | None = None
         self.proven = not (controller.taps - {"output"}) and controller.probe is None
         self.rows_proven = LAST_BLOCK not in controller.taps  # else checked on the first batch
 
+    @property
+    def facts(self) -> HostFacts:
+        """What is known of the transformer, of earlier attachments too."""
+        if self._facts is None:
+            self._facts = facts_of(self.transformer)
+        return self._facts
+
     def prove(self, call: Call, controller: Controller) -> None:
-        """Find the trunk on this call's inputs and check everything the controller relies on."""
-        proven = prove(call, set(controller.taps), controller.probe)
-        self.trunk, self.skipper = proven.trunk, proven.skipper
-        self.first_look, self.last_block = proven.first_look, proven.last_block
+        """Find the trunk on this call's inputs and check everything the controller relies on.
+
+        What was proven of this transformer before, on a call of this form, is not proven again.
+        """
+        taps, probe = set(controller.taps), controller.probe
+        proof = (frozenset(taps - {"output"}), probe, call.form)
+        if proof in self.facts.proven and self.facts.trunk is not None:
+            parts = Parts.of(self.transformer, self.facts.trunk, taps, probe)
+        else:
+            self.facts.trunk, parts = prove(call, taps, probe)
+            self.facts.proven.add(proof)
+        self.trunk, self.skipper = self.facts.trunk, parts.skipper
+        self.first_look, self.last_block = parts.first_look, parts.last_block
         self.proven = True
 
     def prove_rows(self, call: Call, output: Any) -> None:
         """Check, once, that rows computed alone are what they are in their batch."""
         sample = prediction(output) if not self.rows_proven else None
         if sample is not None and len(sample) > 1:
-            check_rows(call, sample)
+            proof = ("rows", call.form)
+            if proof not in self.facts.proven:
+                check_rows(call, sample)
+                self.facts.proven.add(proof)
             self.rows_proven = True
 
     def capturing(
@@ -121,13 +141,13 @@ class Expert:
         Raises:
             UnsupportedHost: the head does not work on each token alone.
         """
-        shapes = (hidden.shape, output.shape)
-        layout = self._layouts.get(shapes)
+        key = (hidden.shape, output.shape, hidden.device, call.form)
+        layout = self.facts.layouts.get(key)
         if layout is None:
             head = functools.partial(self._head, call)
             layout = find_layout(head, hidden, type(self.transformer).__name__)
             if layout.tokens.shape[1] == hidden[0, ..., 0].numel():
-                self._layouts[shapes] = layout
+                self.facts.layouts[key] = layout
         # latents that are tokens have one shape at 512 x 1024 and at 1024 x 512
         return replace(layout, grid=find_grid(layout, call.args, call.kwargs))
 

@@ -190,7 +190,10 @@ class PartialSession(Session):
         expert.proven = False  # until the second proof, too, has passed
         assert expert.trunk is not None  # just traced
         self.partial = PartialTrunk(expert.transformer, expert.trunk)
-        self.partial.prove(call.forward, call.args, call.kwargs)
+        proof = ("tokens", call.form)
+        if proof not in expert.facts.proven:
+            self.partial.prove(call.forward, call.args, call.kwargs)
+            expert.facts.proven.add(proof)
         expert.proven = True
 
     def _run(self, expert: Expert, call: Call, key: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .call import Call
 from .gate import FirstLook, LastBlock
@@ -21,16 +21,24 @@ ROWS_TOLERANCE = 1e-2  # products of another batch size round differently, in bf
 
 
 @dataclass(frozen=True)
-class Proven:
-    """The facts of a host and what runs parts of it; None where nothing asked for it."""
+class Parts:
+    """What runs parts of a host; None where nothing asked for it."""
 
-    trunk: Trunk
     skipper: TrunkSkipper
     first_look: FirstLook | None
     last_block: LastBlock | None
 
+    @classmethod
+    def of(cls, host: nn.Module, trunk: Trunk, taps: set[str], probe: str | None) -> "Parts":
+        """What a controller asks for, see `prove`."""
+        return cls(
+            TrunkSkipper(host, trunk),
+            FirstLook(host, trunk, probe) if probe is not None else None,
+            LastBlock(host, trunk) if LAST_BLOCK in taps else None,
+        )
 
-def prove(call: Call, taps: set[str], probe: str | None) -> Proven:
+
+def prove(call: Call, taps: set[str], probe: str | None) -> tuple[Trunk, Parts]:
     """Find the trunk and check that what a controller asks for is exact.
 
     Args:
@@ -45,7 +53,8 @@ def prove(call: Call, taps: set[str], probe: str | None) -> Proven:
     with TrunkTracer(host) as tracer:
         call.run()
     trunk = tracer.trunk()
-    last_block = LastBlock(host, trunk) if LAST_BLOCK in taps else None
+    parts = Parts.of(host, trunk, taps, probe)
+    skipper, first_look, last_block = parts.skipper, parts.first_look, parts.last_block
     with capturing(host, trunk, {"hidden"} | taps) as found:
         expected = prediction(call.run())
     if "hidden" not in found:
@@ -54,7 +63,6 @@ def prove(call: Call, taps: set[str], probe: str | None) -> Proven:
             "row in integration/trunk_facts.py names another module."
         )
     check_batch_axis(call, found["hidden"], expected)
-    skipper = TrunkSkipper(host, trunk)
     replayed = skipper(forward, args, kwargs, lambda entering: found["hidden"])
     check_same(call, expected, replayed, f"replaying the head input ({trunk.head})")
     if "residual" in taps:
@@ -63,13 +71,12 @@ def prove(call: Call, taps: set[str], probe: str | None) -> Proven:
         inputs = [found[f"{LAST_BLOCK}.{i}"] for i in range(len(trunk.streams))]
         replayed = last_block(forward, args, kwargs, inputs, lambda entering: entering)
         check_same(call, expected, replayed, "running the last block on its own input")
-    first_look = FirstLook(host, trunk, probe) if probe is not None else None
     if first_look is not None:
         for judge in (lambda seen: True, lambda seen: False):
             replayed, _ = first_look(forward, args, kwargs, judge, lambda entering: found["hidden"])
             check_same(call, expected, replayed, "looking at the first block")
         first_look.entered = None
-    return Proven(trunk, skipper, first_look, last_block)
+    return trunk, parts
 
 
 def check_batch_axis(call: Call, hidden: Tensor, expected: Tensor) -> None:

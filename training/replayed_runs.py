@@ -1,8 +1,9 @@
 """Recorded runs played again, with a forecast taken through the head at every forecast step.
 
-The recorded outputs stand in for the network, so a run costs its forecasts alone, and every
-forecast is made from true features at true states: the open loop. Tokens, modulation and head are
-the pipeline's own, so nothing here knows a host.
+The recorded outputs stand in for the network, so a batch costs its forecasts and one evaluation,
+which tells whether the pipeline is the recorded one. Every forecast is made from true features at
+true states: the open loop. Tokens, modulation and head are the pipeline's own, so nothing here
+knows a host.
 Shapes: B batch, S sampling steps.
 """
 
