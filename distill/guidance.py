@@ -30,6 +30,24 @@ class Conditions:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def guidance_range(
+    min_guidance: float | None, max_guidance: float | None
+) -> tuple[float, float] | None:
+    """The guidance scales a student is for, None for a teacher without an unconditional branch.
+
+    Raises:
+        ValueError: one end is given without the other, or they are the wrong way round.
+    """
+    if min_guidance is None and max_guidance is None:
+        return None
+    if min_guidance is None or max_guidance is None or min_guidance > max_guidance:
+        raise ValueError(
+            f"found min_guidance {min_guidance} and max_guidance {max_guidance}; expected two "
+            "numbers, the smaller first, or None for both."
+        )
+    return float(min_guidance), float(max_guidance)
+
+
 def velocity(
     transformer: nn.Module,
     x_t: Float[Tensor, " B *shape"],

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..integration.average_velocity import Conditioning, IntervalConditioner, conditioner_for
 from ..integration.pipelines import load_pipeline
 from ..training.resuming import Drawing
-from .guidance import Conditions, class_conditions, guided, guided_velocity
+from .guidance import Conditions, class_conditions, guidance_range, guided, guided_velocity
 from .meanflow import AverageVelocity, Target, expand
 from .points import Points, Runs
 from .runs import starting
@@ -89,6 +89,7 @@ class DistillModule(Drawing):
         self.interval_warmup = interval_warmup
         self.num_validation_steps = num_validation_steps
         self.fresh_noise = fresh_noise
+        guidance_range(min_guidance, max_guidance)
         self.min_guidance = min_guidance
         self.max_guidance = max_guidance
         self._teacher = [load_pipeline(pipeline).transformer.eval().requires_grad_(False)]
@@ -215,7 +216,7 @@ class DistillModule(Drawing):
     def _on_pairs(
         self, x_0: Tensor, labels: Tensor, share: float, generator: torch.Generator | None
     ) -> Points:
-        low, high = float(self.min_guidance or 1), float(self.max_guidance or 1)
+        low, high = guidance_range(self.min_guidance, self.max_guidance) or (1.0, 1.0)
         scale = low + (high - low) * torch.rand(len(x_0), generator=generator).to(x_0)
         conditions = class_conditions(labels, self._num_classes)
         return self._toward_noise(x_0, conditions, scale, share, generator)

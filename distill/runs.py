@@ -23,7 +23,7 @@ from ..integration.fingerprint import host_fingerprint
 from ..integration.pipelines import load_pipeline
 from ..trajectories.sampler import ResumableLoader
 from ..trajectories.shards import write_atomically, write_shard
-from .guidance import Conditions, class_conditions, guided_velocity
+from .guidance import Conditions, class_conditions, guidance_range, guided_velocity
 
 FACTS_FILE = "runs.json"
 NOISE_SEED, SCALE_SEED = 1_000_000, 2_000_000  # far from the seeds of recordings and benchmarks
@@ -165,10 +165,11 @@ class TeacherRuns(lightning.LightningDataModule):
         eps = torch.stack([torch.randn(shape, generator=_seeded(NOISE_SEED + i)) for i in items])
         conditions = self._conditions(transformer, items)
         scale = None
-        if self.min_guidance is not None:
+        guidance = guidance_range(self.min_guidance, self.max_guidance)
+        if guidance is not None:
             drawn = [torch.rand((), generator=_seeded(SCALE_SEED + i)) for i in items]
-            spread = float(self.max_guidance or 0) - self.min_guidance
-            scale = self.min_guidance + spread * torch.stack(drawn)
+            low, high = guidance
+            scale = low + (high - low) * torch.stack(drawn)
         x_t, velocities = eps, []
         for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
             v = guided_velocity(transformer, x_t, sigma.expand(size), conditions, scale).half()

@@ -85,7 +85,7 @@ class TeaCache(ProbeSchedule):
                 mapped = mapped * change + coefficient
             self.total += mapped
         self.kept = statistic
-        if planned or first or index == self.last or self.total >= self.threshold:
+        if planned or first or index == self.last or not self.total < self.threshold:  # NaN, too
             self.total = 0.0
             return True
         return False

@@ -39,6 +39,9 @@ def flow_sigmas(scheduler: Any) -> list[float]:
     )
 
 
+ROUNDING = 1e-2  # of a time that is told in bfloat16, relative
+
+
 class Clock:
     """Watch one scheduler: `set_timesteps` opens a run, `step` closes a step.
 
@@ -66,6 +69,7 @@ class Clock:
         self.check = check
         self.sigmas: list[float] = []
         self.steps_done = 0
+        self._unit = 0.0  # what the network is told per timestep, as its first call shows
         self._wrap()
 
     @property
@@ -80,6 +84,26 @@ class Clock:
         Pipelines tell after `set_timesteps`, before they call the network.
         """
         return getattr(self.scheduler, "begin_index", None) or 0
+
+    def is_elsewhere(self, time: Tensor | None) -> bool:
+        """Whether the network is told the time of another step than the one now being evaluated.
+
+        It is told timesteps or a multiple of them, which the first step shows. A time that is no
+        step's, as of a network that is told something else, says nothing.
+
+        Args:
+            time: what it is told; None where that is not known.
+        """
+        if time is None:
+            return False
+        told = float(time.flatten()[0])
+        steps = self.scheduler.timesteps[self.begin :].tolist()
+        if self.index == 0:
+            self._unit = told / steps[0] if steps[0] else 0.0
+        times = [self._unit * step for step in steps]
+        expected = times[min(self.index, len(times) - 1)]
+        off = abs(told - expected) > ROUNDING * abs(expected)
+        return off and any(abs(told - each) <= 1e-4 * abs(each) for each in times)
 
     def _wrap(self) -> None:
         scheduler = self.scheduler

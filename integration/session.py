@@ -92,7 +92,7 @@ class Session:
                 return  # another pipeline on the same scheduler
             self.report.open()
             self.attachment.check()
-            self._announced = sigmas
+            self._announced, self._by_hand = sigmas, call is None
             self._caller = weakref.ref(Caller.new(), self._left)
 
     def _left(self, caller: weakref.ref[Caller]) -> None:
@@ -176,6 +176,10 @@ class Session:
                     raise
                 return call.run()
             try:
+                if self._by_hand and not self.attachment.pace.calls:
+                    if self.clock.is_elsewhere(call.time):  # the loop has ended before its last
+                        self._reset_run()
+                        return call.run()
                 self.attachment.pace.call(call.time)
                 if not self._begun:
                     self._begin()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .base import History, Predictor, Step, combine
 from .gates import GATES, build_gate, time_differences
+from .kept_values import same_values, values_of
 
 MAX_FOLDED = 1000  # lists of anchors whose rows are kept; an adaptive schedule meets ever new ones
 
@@ -90,7 +91,8 @@ class LesaPredictor(Predictor):
             self.table = nn.Parameter(torch.ones(num_branches, len(self.sigmas)))
         else:
             self.gates = self._build_gates()
-        self.folded: dict[tuple, dict[int, Tensor]] = {}
+        self.folded: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        self.folded_of: list[Tensor] = []  # the values that they were made of
         self.shared: dict[tuple[int, ...], dict[int, Tensor]] | None = None
 
     def _build_gates(self) -> nn.ModuleList:
@@ -226,17 +228,16 @@ class LesaPredictor(Predictor):
 
     def _kept_rows(self, steps: tuple[int, ...]) -> dict[int, Float[Tensor, "branches R"]]:
         """The rows after some anchors, computed once for given parameters."""
-        state = tuple(self.parameters())
-        if any(tensor.is_inference() for tensor in state):  # their changes cannot be seen
-            return self._rows(steps, len(self.sigmas))
-        key = (steps, *((tensor.data_ptr(), tensor._version) for tensor in state))
-        if key not in self.folded:
+        state = values_of(p for name, p in self.named_parameters() if name[:7] != "curves.")
+        if not same_values(state, self.folded_of):
+            self.folded, self.folded_of = {}, state
+        if steps not in self.folded:
             if len(self.folded) >= MAX_FOLDED:
                 self.folded.clear()
             with torch.no_grad():
                 rows = self._rows(steps, len(self.sigmas))
-            self.folded[key] = {t: row.cpu() for t, row in rows.items()}
-        return self.folded[key]
+            self.folded[steps] = {t: row.cpu() for t, row in rows.items()}
+        return self.folded[steps]
 
     def _rows(self, steps: tuple[int, ...], stop: int) -> dict[int, Float[Tensor, "branches R"]]:
         """Rows of the steps before `stop` over the anchors at `steps`.

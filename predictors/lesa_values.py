@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .base import History, Step
+from .kept_values import same_values, values_of
 from .lesa import LesaPredictor
 from .partition import wide_dtype
 from .splines import SplineNet
@@ -69,7 +70,7 @@ class LesaValues(LesaPredictor):
             bias=bias,
         )
         self.value_hidden = tuple(value_hidden)
-        self.bends: dict[tuple, tuple[tuple, list[weakref.ref], Tensor]] = {}
+        self.bends: dict[tuple, tuple[list[Tensor], list[weakref.ref], Tensor]] = {}
         self.value_range: Float[Tensor, " branches"]
         self.register_buffer("value_range", torch.ones(num_branches))
         with torch.random.fork_rng(devices=[]):
@@ -138,9 +139,9 @@ class LesaValues(LesaPredictor):
     def _kept_bend(self, features: list[Tensor], wide: list[Tensor], step: Step) -> Tensor:
         """What the curves made of these very features, computed once per anchor and stage."""
         key = (step.branches, self.stages[step.index])
-        state = tuple((p.data_ptr(), p._version) for p in (*self.parameters(), *self.buffers()))
+        state = values_of((*self.curves.parameters(), self.value_range))
         known = self.bends.get(key)
-        if known is not None and known[0] == state and len(known[1]) == len(features):
+        if known is not None and same_values(known[0], state) and len(known[1]) == len(features):
             if all(ref() is feature for ref, feature in zip(known[1], features, strict=True)):
                 return known[2]
         bend = self._bend(wide, step)

@@ -110,6 +110,8 @@ class DiscaPredictor(Predictor):
                 f"predictor was trained on gaps up to {self.max_gap:g}; add an anchor."
             )
         cache = history.features[-1]
+        if self.out.weight.device != cache.device:
+            self.to(cache.device)  # loaded predictors come on the CPU
         forecast = self.correction(cache, step.tokens, step.modulation, gap)
         if self.residual:
             forecast = forecast + self.base(history, step).to(forecast.dtype)

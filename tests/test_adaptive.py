@@ -336,3 +336,11 @@ def test_after_an_added_step_rows_are_moved_by_what_they_were_wrong_there():
     assert torch.equal(forecast([0, 1, 3, 4], 6), forecast([0, 1, 4], 6))
     with pytest.raises(ValueError, match="must start at step 0 and evaluate every anchor"):
         forecast([0, 4, 5], 6)
+
+
+def test_teacache_computes_from_a_change_that_is_no_number_on():
+    schedule, zero, one = TeaCache(0.1), torch.zeros(1, 2), torch.ones(1, 2)
+    schedule.open(10)
+    probes = [zero, zero, one, one, 5 * one, 5 * one]  # 0 / 0, 1 / 0, then 0, 4 and 0
+    found = [schedule.judge(index, probe, False) for index, probe in enumerate(probes)]
+    assert found == [True, True, True, False, True, False]

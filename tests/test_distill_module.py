@@ -11,7 +11,13 @@ from tiny_hosts import pipeline, seeded
 from torch.utils.data import DataLoader
 
 from foreseer.distill.export import export_student
-from foreseer.distill.guidance import Conditions, class_conditions, guided_velocity, velocity
+from foreseer.distill.guidance import (
+    Conditions,
+    class_conditions,
+    guidance_range,
+    guided_velocity,
+    velocity,
+)
 from foreseer.distill.meanflow import ChordTarget, MeanFlowTarget, VelocityTarget
 from foreseer.distill.module import DistillModule, runs_of
 from foreseer.distill.sampling import few_steps, psnr_db
@@ -273,3 +279,17 @@ def test_loaders_hand_out_whole_runs(teacher, drawn):
     assert isinstance(data.val_dataloader(), DataLoader)
     seen = sum(len(batch["eps"]) for batch in data.train_dataloader())
     assert seen == 6
+
+
+@pytest.mark.parametrize("ends", [(None, 4.0), (1.0, None), (4.0, 1.0)])
+def test_half_a_range_of_guidance_is_refused(ends):
+    with pytest.raises(ValueError, match=f"found min_guidance {ends[0]} and max_guidance"):
+        guidance_range(*ends)
+
+
+def test_guidance_zero_is_zero(teacher, tmp_path):
+    module = module_for(teacher, min_guidance=0.0, max_guidance=0.5)
+    x_0, labels = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    points = module._on_pairs(x_0, labels, 1.0, None)
+    assert 0 <= float(points.guidance_scale.min()) <= float(points.guidance_scale.max()) <= 0.5
+    assert guidance_range(None, None) is None

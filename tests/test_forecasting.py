@@ -595,3 +595,30 @@ def test_the_report_tells_what_ran_and_what_is_cached(host, tap):
     branches = 2 if host in ("dit_guided", "flux_two_calls") else 1
     assert report.state_bytes == 2 * branches * elements * 4  # window 2, float32
     assert "4 of 8 steps forecast: 2.0 x fewer evaluations" in str(report)
+
+    assert "4 network evaluations, 4 forecasts of 8 steps" in str(report)
+
+
+@pytest.mark.parametrize("then", ["first", "later"])
+def test_a_loop_by_hand_that_broke_off_leaves_plain_calls_alone(then):
+    pipe = bare_pipeline(pipeline("dit"))
+    label = torch.tensor([0])
+
+    def network(x_t, t):
+        return pipe.transformer(x_t, timestep=t.expand(1), class_labels=label).sample
+
+    x_t = torch.randn(1, 1, 4, 4, generator=seeded())
+    with torch.no_grad(), forecasting(pipe, Reuse(), [0], "output") as run:
+        pipe.scheduler.set_timesteps(6)
+        timesteps = pipe.scheduler.timesteps
+        v = network(x_t, timesteps[0])
+        later = pipe.scheduler.step(v, timesteps[0], x_t, return_dict=False)[0]
+        forecast = network(later, timesteps[1])
+        assert torch.equal(forecast, v) and run.report().forecasts == [1]
+        pipe.scheduler.step(forecast, timesteps[1], later, return_dict=False)  # and no further
+        t = timesteps[0 if then == "first" else 4]
+        found = network(later, t)
+        again = network(later, timesteps[2])  # the run is over
+    with torch.no_grad():
+        assert torch.equal(found, network(later, t))
+        assert torch.equal(again, network(later, timesteps[2]))

@@ -139,6 +139,8 @@ def test_a_changed_parameter_changes_the_next_forecast():
         assert not torch.equal(predictor(history, step_at(9)), before)
         predictor.load_state_dict(lesa(None).state_dict())
         assert torch.equal(predictor(history, step_at(9)), history.features[-1])
+        predictor.weight.data.fill_(0.3)  # which no version counter sees
+        assert not torch.equal(predictor(history, step_at(9)), history.features[-1])
 
 
 def test_curves_are_computed_once_per_anchor_and_stage_and_never_stale(monkeypatch):
@@ -162,6 +164,9 @@ def test_curves_are_computed_once_per_anchor_and_stage_and_never_stale(monkeypat
         predictor.curves[1][2].layers[0].base += 1.0
         assert not torch.equal(predictor(other, step_at(9)), predictor(history, step_at(9)))
         assert len(calls) == 5
+        stale = predictor(history, step_at(9))
+        predictor.curves[0][2].layers[0].base.data += 1.0
+        assert not torch.equal(predictor(history, step_at(9)), stale)
     copied = pickle.loads(pickle.dumps(predictor))
     assert torch.equal(copied(history, step_at(9)), predictor(history, step_at(9)))
 

@@ -234,3 +234,13 @@ def test_a_learned_predictor_needs_its_host():
     with pytest.raises(ValueError, match="spec"):
         with forecasting(student_pipeline(), made, anchors=(0, 3), tap="hidden"):
             pass
+
+
+def test_a_loaded_predictor_follows_the_features_to_their_device():
+    seen = History(1)
+    seen.push(Step(0, 1.0, STEPS), torch.empty(2, 4, WIDTH, device="meta"))  # stands for a GPU
+    given = {
+        "tokens": torch.empty(2, 4, WIDTH, device="meta"),
+        "modulation": torch.empty(2, MODULATION, device="meta"),
+    }
+    assert predictor()(seen, step(**given)).device.type == "meta"

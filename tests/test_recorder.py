@@ -220,8 +220,16 @@ def test_two_ranks_record_the_items_of_one(tmp_path):
     two, one = Recording(tmp_path / "two"), Recording(tmp_path / "one")
     assert two.items == one.items
     assert torch.equal(two.stack("gram/hidden"), one.stack("gram/hidden"))
-    with pytest.raises(ValueError, match="rank 7 of 8 has nothing to do with 4 items"):
-        recorded("dit", tmp_path / "none", rank=7, world=8)
+    with pytest.raises(ValueError, match="found 4 items for rank 8 of 8; expected"):
+        recorded("dit", tmp_path / "none", rank=8, world=8)
+
+
+def test_a_rank_without_items_leaves_them_to_the_others(tmp_path):
+    pipe = pipeline("dit")
+    call = {"batch_size": 1, "world": 3, **settings("dit")}
+    for rank in range(3):
+        out = record(pipe, items("dit", 2), tmp_path / "r", rank=rank, **call)
+    assert Recording(out).items == [0, 1]
 
 
 # --------------------------------------------------------------------------------------- refusals

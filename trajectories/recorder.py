@@ -65,9 +65,9 @@ def record(
         RecordingError: the folder holds another recording.
         ValueError: an argument is wrong, or a feature is not finite.
     """
-    mine = list(items)[rank::world]
+    mine = _share(items, rank, world)
     if not mine:
-        raise ValueError(f"rank {rank} of {world} has nothing to do with {len(items)} items.")
+        return out  # the others have them all; raising would end theirs under torchrun
     recipe = {
         "taps": sorted(taps),
         "features": features,
@@ -84,6 +84,20 @@ def record(
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     _record_batches(pipe, batches, recorder, out, recipe, rank, settings)
     return out
+
+
+def _share(items: Sequence[Item], rank: int, world: int) -> list[Item]:
+    """The items of one process, none where there are fewer than processes.
+
+    Raises:
+        ValueError: there is no item at all, or no such rank.
+    """
+    if not items or not 0 <= rank < world:
+        raise ValueError(
+            f"found {len(items)} items for rank {rank} of {world}; expected at least one item, and "
+            "a rank in [0, world)."
+        )
+    return list(items)[rank::world]
 
 
 def _record_batches(
