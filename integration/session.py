@@ -249,15 +249,7 @@ class Session:
     def _keep(
         self, expert: Expert, key: str, found: dict[str, Tensor], output: Any, x_t: Tensor | None
     ) -> None:
-        """Put a call's taps aside until its step is over.
-
-        Args:
-            expert: the host called.
-            key: branch key of the call.
-            found: the taps captured.
-            output: what the call returned.
-            x_t: the network's input.
-        """
+        """Put a call's captured taps and its input aside until its step is over."""
         self._forms[key] = form_of(output)
         taps = set(self.controller.taps)
         if "output" in taps:
