@@ -1,7 +1,10 @@
 """Load a pipeline from its folder, the bundled ones by name."""
 
+import importlib
+import inspect
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +22,28 @@ OURS = {each.__name__: each for each in (PixelDiTPipeline, PixelFluxPipeline, St
 INDEX_FILE = "model_index.json"
 MAX_INDEX_BYTES = 1_000_000
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+FACTORY = re.compile(r"(?!zoo:)([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: str | None = "cpu") -> Any:
     """A pipeline in diffusers format, of safetensors only: no pickle and no code of its own is run.
 
     Args:
-        name: a folder, `zoo:<name>` for a bundled one, or a hub repository `owner/name`.
-        dtype: dtype of the weights.
-        device: where to put it; None takes a GPU where there is one.
+        name: a folder, `zoo:<name>` for a bundled one, a hub repository `owner/name`, or
+            `package.module:factory` for a function of yours that makes one.
+        dtype: dtype of the weights; a factory that takes no `dtype` decides itself.
+        device: where to put it; None takes a GPU where there is one; a factory that takes no
+            `device` decides itself.
 
     Raises:
         FileNotFoundError: the folder is missing, is no pipeline, or has no safetensors.
-        ValueError: it asks for code of its own, or its index is malformed.
+        ValueError: it asks for code of its own, its index is malformed, or there is no such
+            factory, or it makes no pipeline.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if factory := FACTORY.fullmatch(name):
+        return _made(factory[1], factory[2], {"dtype": dtype, "device": device})
     try:
         if HUB_NAME.fullmatch(name) and not Path(name).exists():
             pipe = DiffusionPipeline.from_pretrained(
@@ -72,6 +81,37 @@ def opened(pipeline: Any, dtype: str = "float32", device: str | None = None) -> 
     if isinstance(pipeline, str | os.PathLike):
         return load_pipeline(os.fspath(pipeline), getattr(torch, dtype), device)
     return pipeline
+
+
+def device_of(pipe: Any) -> torch.device:
+    """Where a pipeline runs, offloaded or not."""
+    return torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
+
+
+def _made(module: str, function: str, wanted: dict[str, Any]) -> Any:
+    """What a factory of the user's makes; modules of the working directory are found too.
+
+    Raises:
+        ValueError: there is no such function, or what it returns has no transformer and scheduler.
+    """
+    sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"there is no {module}:{function} ({error}); expected package.module:factory, a "
+            "function without required arguments that returns a pipeline."
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    takes = inspect.signature(factory).parameters
+    pipe = factory(**{name: value for name, value in wanted.items() if name in takes})
+    if not hasattr(pipe, "transformer") or not hasattr(pipe, "scheduler"):
+        raise ValueError(
+            f"{module}:{function} returned {type(pipe).__name__}, expected a pipeline with a "
+            "transformer and a scheduler."
+        )
+    return pipe
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:

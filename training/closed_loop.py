@@ -12,13 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..integration.pipelines import opened
 from ..trajectories.gram_sums import sum_grams
 from .closed_form import refuse_several_processes
 from .fit_figures import HELD_OUT, SampleLog, draws_now, log_figures
 from .gauss_newton import Direction, Quadratics, directions, feature_bases, linearise
 from .l2p import L2PModule, open_loop_errors
-from .measure import References, closed_loop_errors
+from .measure import References, closed_loop_errors, opened_for
 from .rows import analytic_rows
 from .tracking import check_branches, track
 from .verdict_callbacks import StartVerdict, Verdict
@@ -49,6 +48,8 @@ class L2PClosedLoop(L2PModule):
         ridge: shrinkage of tracking toward the start.
         num_probe: calibration trajectories the start and the base are chosen on.
         batch_size: trajectories per pipeline call where it is free to choose.
+        device: where to put a pipeline that is loaded; None takes this process's GPU, if any.
+        dtype: dtype to load it in; None takes that of the recording.
 
     Raises:
         ValueError: the recording has no states.
@@ -65,6 +66,8 @@ class L2PClosedLoop(L2PModule):
         ridge: float = 1e-2,
         num_probe: int = 16,
         batch_size: int = 16,
+        device: str | None = None,
+        dtype: str | None = None,
     ) -> None:
         super().__init__(recording, anchors, tap)
         self.automatic_optimization = False
@@ -73,7 +76,7 @@ class L2PClosedLoop(L2PModule):
         if tap == "output":
             check_branches(self.recording.header, recording)  # tracking needs them all
         self.pipe: Any = None
-        self.pipeline = pipeline
+        self.pipeline, self.place = pipeline, (dtype, device)
         self.ridge = ridge
         self.num_probe = num_probe
         self.batch_size = batch_size
@@ -94,7 +97,7 @@ class L2PClosedLoop(L2PModule):
         refuse_several_processes(self)
         super().on_fit_start()
         if self.pipe is None:
-            self.pipe = opened(self.pipeline, device="cpu")
+            self.pipe = opened_for(self.recording, self.pipeline, *self.place)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.validation = self._references(data.val_items)
         self.calibration = self._references(data.train_items)

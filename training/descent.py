@@ -2,13 +2,18 @@
 
 import math
 import time
+from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from ..integration.pipelines import device_of
 from .processes import check_strategy
 from .resuming import Resumable
 from .verdict_callbacks import RivalsVerdict, Verdict
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in the place of its parameters
 
 
 class Descent(Resumable):
@@ -21,6 +26,7 @@ class Descent(Resumable):
         val_error: held-out error after the newest epoch, in dB.
     """
 
+    home: torch.device | None = None  # where the pipeline runs, once it is known
     num_trajectories: Tensor
     fit_seconds: Tensor
     start_error: Tensor
@@ -37,9 +43,22 @@ class Descent(Resumable):
             start = 0.0 if name == "fit_seconds" else math.inf
             self.register_buffer(name, torch.tensor(start, dtype=torch.float64))
 
+    def follow(self, pipe: Any) -> None:
+        """Train where the pipeline runs, wherever Lightning keeps its own numbers."""
+        self.home = device_of(pipe)
+        for child in self.children():
+            child.to(self.home)
+
+    def at_home(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch where the training is."""
+        return move_data_to_device(batch, self.home) if self.home is not None else batch
+
     def on_train_start(self) -> None:
         """Start the clock: an epoch that is resumed in its middle does not begin."""
         check_strategy(self)
+        for optimizer in self.trainer.optimizers:  # Lightning restores what they keep at its place
+            for parameter, state in optimizer.state.items():
+                state |= {k: v.to(parameter.device) for k, v in state.items() if k in MOMENTS}
         self._started = time.perf_counter()
 
     def on_train_epoch_start(self) -> None:

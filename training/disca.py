@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..checkpoints.spec import PredictorSpec
-from ..integration.pipelines import opened
 from ..integration.schedule import check_anchors
 from ..integration.time_facts import modulation_width
 from ..predictors.neural import DiscaPredictor
@@ -26,7 +25,7 @@ from .frozen_runs import final_latents
 from .l2p import spec_of
 from .lesa_rates import rate_factor
 from .lesa_samples import open_features
-from .measure import References, generate, item_of, log_error
+from .measure import References, generate, item_of, log_error, opened_for
 from .replayed_runs import Forced, draw_anchors, replayed, velocity_error
 
 PHASES = ("mse", "gan", "closed")
@@ -58,6 +57,8 @@ class DiscaModule(Descent):
         discriminator_rate: Adam's rate for the discriminator.
         adversarial_weight: lambda.
         gradient_clip: largest norm of the gradient.
+        device: where to put a pipeline that is loaded; None takes this process's GPU, if any.
+        dtype: dtype to load it in; None takes that of the recording.
 
     Raises:
         ValueError: the recording lacks features, or an argument is out of range.
@@ -86,13 +87,15 @@ class DiscaModule(Descent):
         discriminator_rate: float = 1e-2,
         adversarial_weight: float = 1.0,
         gradient_clip: float = 1.0,
+        device: str | None = None,
+        dtype: str | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.recording = open_features(recording, self.tap)
         header = self.recording.header
         self.anchors = check_anchors(anchors, header.num_steps)
-        self.pipe = opened(pipeline, device="cpu")
+        self.pipe = opened_for(self.recording, pipeline, dtype, device)
         self.pipe.transformer.eval().requires_grad_(False)
         if hasattr(self.pipe, "conditioner"):
             self.pipe.conditioner.eval().requires_grad_(False)
@@ -150,6 +153,7 @@ class DiscaModule(Descent):
 
     def on_fit_start(self) -> None:
         """Measure the start on the validation split."""
+        self.follow(self.pipe)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.num_trajectories.fill_(len(data.train_items))
         if not math.isfinite(float(self.start_error)) and data.val_items:
@@ -158,6 +162,7 @@ class DiscaModule(Descent):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One update on all forecasts of a batch of runs."""
+        batch = self.at_home(batch)
         phase = self.phase
         self.set_rate(phase, batch_idx)
         if phase == "closed":
@@ -230,6 +235,7 @@ class DiscaModule(Descent):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out error of the finished samples, and of single forecasts on recorded features."""
+        batch = self.at_home(batch)
         self.errors.append(self.closed_errors(batch))
         with torch.no_grad():
             forced = self.forced(batch, self.anchors)

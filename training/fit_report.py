@@ -140,7 +140,7 @@ def closed_loop_state_errors(
     try:
         for batch in references.batches:
             generate_batch(pipe, batch, output_type="latent", **references.settings)
-            reached = torch.stack(keeper.states, dim=1).flatten(2)  # (B, S, M)
+            reached = torch.stack(keeper.states, dim=1).flatten(2).cpu()  # (B, S, M)
             states = recording.stack("states", [item.index for item in batch])
             full = states[:, 1:].flatten(2)
             errors.append((reached - full).norm(dim=-1) / full.norm(dim=-1))

@@ -206,7 +206,7 @@ def linearise(
     def run(moved: Tensor, num_replayed: int) -> Float[Tensor, "n M"]:
         replayer.rows, replayer.num_replayed = moved, num_replayed
         latents = generate_batch(pipe, items, output_type="latent", **settings)[0]
-        return latents.flatten(1).double()
+        return latents.flatten(1).cpu().double()
 
     try:
         base = run(rows, 0)

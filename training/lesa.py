@@ -19,7 +19,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from ..checkpoints.spec import PredictorSpec
-from ..integration.pipelines import opened
 from ..integration.schedule import check_anchors
 from ..predictors.kan import with_pykan, without_pykan
 from ..predictors.lesa import LesaPredictor
@@ -41,7 +40,7 @@ from .lesa_samples import (
     stage_errors,
 )
 from .lesa_start import LesaFactory, description, untrained
-from .measure import References, item_of, log_error
+from .measure import References, item_of, log_error, opened_for
 
 
 class LesaModule(Descent):
@@ -76,6 +75,8 @@ class LesaModule(Descent):
         weight_decay: of AdamW.
         gradient_clip: largest norm of the gradient.
         pykan_seed: train pykan's layers from its initialisation with this seed; None trains ours.
+        device: where to put a pipeline that is loaded; None takes this process's GPU, if any.
+        dtype: dtype to load it in; None takes that of the recording.
 
     Raises:
         ValueError: the recording lacks features of the tap, or an argument is out of range.
@@ -103,13 +104,15 @@ class LesaModule(Descent):
         weight_decay: float = 1e-4,
         gradient_clip: float = 1.0,
         pykan_seed: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.recording = open_features(recording, tap)
         header = self.recording.header
         self.anchors = check_anchors(anchors, header.num_steps)
-        self.pipeline, self.tap = pipeline, tap
+        self.pipeline, self.place, self.tap = pipeline, (dtype, device), tap
         self.open_loop_epochs, self.closed_loop_epochs = open_loop_epochs, closed_loop_epochs
         self.closed_loop_target = closed_loop_target
         self.tap_rate, self.gate_rate, self.decay = tap_rate, gate_rate, decay
@@ -166,8 +169,9 @@ class LesaModule(Descent):
             self.predictor.set_value_range(largest)
         self.num_trajectories.fill_(len(data.train_items))
         if self.pipe is None:
-            self.pipe = opened(self.pipeline, device="cpu")
+            self.pipe = opened_for(self.recording, self.pipeline, *self.place)
             self.pipe.set_progress_bar_config(disable=True)
+        self.follow(self.pipe)
         if not math.isfinite(float(self.start_error)) and data.val_items:
             errors = []
             for batch in data.val_dataloader():
@@ -176,6 +180,7 @@ class LesaModule(Descent):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Update on every forecast step of a batch, a few at a time, or once on its samples."""
+        batch = self.at_home(batch)
         if self.closed_loop and self.closed_loop_target == "sample":
             self.set_rates(batch_idx, 0, 1)
             error = self.sample_error(batch)
@@ -239,6 +244,7 @@ class LesaModule(Descent):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out errors per stage, guided and in closed loop, and that of the final latents."""
+        batch = self.at_home(batch)
         guided = recorded_samples(batch[f"feature/{self.tap}"], self.anchors, self.predictor)
         closed, errors = self.run(batch)
         for name, samples in (("guided", guided), ("closed_loop", closed)):

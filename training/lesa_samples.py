@@ -154,7 +154,7 @@ class Collector(Forecaster):
 
     def _kept(self, feature: Tensor) -> Tensor:
         kept = feature if self.tokens is None else feature[:, self.tokens]
-        return kept.detach().float()
+        return kept.detach().float().to(self.lesa.weight.device)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 Shapes: S sampling steps, B batch, n trajectories.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +14,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..integration.forecaster import Forecaster
+from ..integration.pipelines import opened
 from ..integration.session import Session
 from ..predictors.base import Predictor
 from ..predictors.linear import L2P
 from ..trajectories.prompts import CONTENT, Item, generate_batch
+from ..trajectories.record_command import own_device
 from ..trajectories.recording import Recording
+
+
+def opened_for(
+    recording: Recording, pipeline: Any, dtype: str | None = None, device: str | None = None
+) -> Any:
+    """The pipeline of a fit, given itself or by name.
+
+    Args:
+        recording: what is fitted on.
+        pipeline: a pipeline, which is taken as and where it is, or the name of one to load.
+        dtype: dtype to load it in; None takes that of the recording.
+        device: where to put it then; None takes this process's GPU, the CPU where there is none.
+    """
+    place = device or own_device(os.environ)
+    return opened(pipeline, dtype or recording.header.dtype, place)
 
 
 @dataclass(frozen=True)
@@ -118,7 +136,7 @@ def log_error(
     latents: Float[Tensor, " B *shape"], reference: Float[Tensor, " B *shape"]
 ) -> Float[Tensor, " B"]:
     """10 log10 of each sample's mean squared error, in dB: the negative of what PSNR averages."""
-    squared = (latents.float() - reference.float()).flatten(1).square().mean(1)
+    squared = (latents.float() - reference.to(latents.device).float()).flatten(1).square().mean(1)
     return 10 * squared.clamp_min(1e-12).log10()
 
 

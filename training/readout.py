@@ -1,6 +1,5 @@
 """The fit of a readout: one walk over the anchors, a segment an epoch, all in closed form."""
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,16 +12,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checkpoints.spec import PredictorSpec
-from ..integration.pipelines import opened
 from ..integration.session import Session
 from ..predictors.base import Grid
 from ..predictors.experts import L2PExperts
 from ..predictors.readout import Readout
-from ..trajectories.record_command import own_device
 from .closed_form import ClosedForm
 from .fit_figures import SampleLog
 from .l2p import open_recording, spec_of
-from .measure import References, predictor_errors
+from .measure import References, opened_for, predictor_errors
 from .readout_callbacks import Detaching, LastVerdict
 from .readout_parts import SegmentParts, check_header, folds_of, sizes_of
 from .readout_segment import Part, Segment, SegmentFit, fit_segment
@@ -54,6 +51,8 @@ class ReadoutFit(ClosedForm):
         batch_size: trajectories per pipeline call.
         keep_sums: export the normal equations too, so that `foreseer refit` can add recordings
             without these trajectories: 4 MB an anchor for 64 directions and their neighbours.
+        device: where to put a pipeline that is loaded; None takes this process's GPU, if any.
+        dtype: dtype to load it in; None takes that of the recording.
 
     Raises:
         ValueError: the recording has no states, or its guidance ends in mid-run.
@@ -71,6 +70,8 @@ class ReadoutFit(ClosedForm):
         neighbours: bool = True,
         batch_size: int = 16,
         keep_sums: bool = False,
+        device: str | None = None,
+        dtype: str | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -84,7 +85,7 @@ class ReadoutFit(ClosedForm):
         self.rows = L2PExperts(*sizes)  # those of the formula that each segment started at
         self.predictor: Readout | None = None
         self.pipe: Any = None
-        self.pipeline = pipeline
+        self.pipeline, self.place = pipeline, (dtype, device)
         self.rank, self.neighbours, self.batch_size = rank, neighbours, batch_size
         self.session: Session | None = None
         self.keep_sums = keep_sums
@@ -131,7 +132,7 @@ class ReadoutFit(ClosedForm):
             ValueError: the trainer ends before the last segment, or a process has nothing to do.
         """
         if self.pipe is None:
-            self.pipe = opened(self.pipeline, self.recording.header.dtype, own_device(os.environ))
+            self.pipe = opened_for(self.recording, self.pipeline, *self.place)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.num_trajectories.fill_(len(data.train_items))
         self.calibration = References(self.recording, data.train_items, self.batch_size)

@@ -24,7 +24,7 @@ from ..integration.session import Session
 from ..predictors.base import Predictor, Step
 from ..trajectories.prompts import Item, generate_batch
 
-REPEATED = 1e-3  # relative; a batch of another size rounds differently
+REPEATED = 1e-3  # relative; a batch of another size rounds differently, in bfloat16 more
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class ReplayedRun(Session):
         self.hidden = hidden
         self.outputs = outputs
         self.forced: list[Forced] = []
+        self.dtype = outputs.dtype  # of the network, once it has run
 
     def _prove(self, *call: Any) -> None:
         with torch.no_grad():
@@ -103,8 +104,9 @@ class ReplayedRun(Session):
             with torch.no_grad():
                 computed = call.run()
             self._forms[key] = form_of(computed)
+            self.dtype = prediction(computed).dtype
             check_repeated(prediction(computed), recorded)
-        output = self._forms[key](recorded)
+        output = self._forms[key](recorded.to(self.dtype))
         if index not in self.forecaster.anchors:
             with torch.enable_grad():
                 step = self._step(index, key, x_t)
@@ -114,7 +116,7 @@ class ReplayedRun(Session):
             repeated = (call.forward, call.args, call.kwargs)
             self.forced.append(Forced(step, forecast, recorded, x_t, following, *repeated))
         feature = torch.cat([self.hidden[:, branch, index] for branch in branches])
-        taps = {self.forecaster.tap: feature}
+        taps = {self.forecaster.tap: feature.to(self.dtype)}
         self._pending.append(Seen(key, self._branches.calls, taps, None))
         return output
 
@@ -159,7 +161,7 @@ def check_repeated(computed: Tensor, recorded: Tensor) -> None:
         ValueError: it does not.
     """
     gap = float((computed - recorded).norm() / recorded.norm())
-    if not gap <= REPEATED:
+    if not gap <= max(REPEATED, 8 * torch.finfo(computed.dtype).eps):
         raise ValueError(
             f"the pipeline's first output differs from the recorded one by {gap:.1e} (relative), "
             "expected the recorded pipeline and settings; record it again."

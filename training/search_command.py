@@ -14,12 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..integration.pipelines import opened
 from ..integration.solvers import SOLVERS, sampling_with, solver_scheduler
 from ..predictors.linear import tabulate
 from ..trajectories.prompts import generate_batch
 from ..trajectories.recording import Recording
-from .measure import References, closed_loop_errors, log_error
+from .measure import References, closed_loop_errors, log_error, opened_for
 from .readout_runs import held_out_error
 from .rows import RULES, least_squares_rows
 from .search import Found, beam_search, closed_loop_search, common_lists
@@ -126,7 +125,7 @@ def solve(pipe: Any, solver: str, sigmas: Sequence[float], references: Reference
     with sampling_with(pipe, solver_scheduler(solver, sigmas)), torch.no_grad():
         for batch in references.batches:
             latents.append(generate_batch(pipe, batch, output_type="latent", **settings)[0])
-    return torch.cat(latents)
+    return torch.cat(latents).cpu()
 
 
 def search_command(
@@ -137,17 +136,21 @@ def search_command(
     methods: Sequence[str],
     num_samples: int = 16,
     num_moves: int = 8,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> dict[str, list[int]]:
     """Search every method at every budget and write the best lists; resumes after an interruption.
 
     Args:
         recording: folder of the recording.
-        pipeline: the pipeline it was made with; a name is loaded in the dtype it ran in then.
+        pipeline: the pipeline it was made with, or its name.
         out: JSON file: `method|tap|num_anchors` to a list of anchors.
         num_anchors: budgets.
         methods: `method|tap` of each, such as `ab2|none` or `taylor_1|hidden`.
         num_samples: calibration samples.
         num_moves: evaluations spent on moving single anchors.
+        dtype: dtype to load the pipeline in; None takes that of the recording.
+        device: where to put it; None takes a GPU where there is one.
 
     Raises:
         ValueError: several transformers took turns in the recorded runs.
@@ -159,7 +162,7 @@ def search_command(
             f"steps {source.header.expert_steps}; lists are tried in closed loop for one only. "
             "`foreseer inspect` finds lists for several, on their Grams."
         )
-    pipe = opened(pipeline, source.header.dtype, "cpu")
+    pipe = opened_for(source, pipeline, dtype, device)
     references = References(source, source.items[:num_samples])
     path = Path(out)
     found: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}

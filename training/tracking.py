@@ -85,7 +85,7 @@ class Tracker(Controller):
         if self.guidance is None:
             self.guidance = found
         check_guidance(self.guidance, found, step_index, v.dtype)
-        self.states.append(before.detach().double())
+        self.states.append(before.detach().cpu().double())
         raise _Stop
 
     def branch_outputs(self, batch: int, anchor: int) -> Float[Tensor, "branches B *shape"]:
@@ -115,7 +115,7 @@ class Tracker(Controller):
     def features(self, anchor: int) -> Float[Tensor, "branches n M"]:
         """All outputs at one anchor, flattened, float64."""
         outputs = [self.branch_outputs(b, anchor) for b in range(len(self.outputs))]
-        return torch.cat(outputs, dim=1).flatten(2).double()
+        return torch.cat(outputs, dim=1).flatten(2).cpu().double()
 
 
 def guidance_tolerance(dtype: torch.dtype) -> float:
@@ -131,8 +131,8 @@ def guidance_weights(
     Raises:
         ValueError: no weights do (as with guidance that rescales norms).
     """
-    flat = outputs.flatten(1).double()
-    target = v.detach().flatten().double()
+    flat = outputs.flatten(1).cpu().double()
+    target = v.detach().flatten().cpu().double()
     weights = torch.linalg.lstsq(flat.T, target[:, None]).solution[:, 0]
     error = float((weights @ flat - target).norm() / target.norm())
     if not error <= guidance_tolerance(v.dtype):

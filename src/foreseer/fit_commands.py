@@ -70,6 +70,8 @@ def search(
     methods: Sequence[str] = ("newton_1|output",),
     num_samples: int = 16,
     num_moves: int = 8,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> dict[str, list[int]]:
     """Choose the steps at which the network runs: on Grams, then by the error of real samples.
 
@@ -81,6 +83,8 @@ def search(
         methods: `method|tap` pairs: `newton_1|hidden`, `ab2|none`, `l2p_closed_loop|output`, ...
         num_samples: calibration trajectories the lists are compared on.
         num_moves: evaluations spent on moving single anchors of the best list.
+        dtype: dtype to load the pipeline in; None takes that of the recording.
+        device: where to put it; None takes a GPU where there is one.
 
     Returns:
         The lists, by `method|tap|num_anchors`.
@@ -95,6 +99,8 @@ def search(
         methods=methods,
         num_samples=num_samples,
         num_moves=num_moves,
+        dtype=dtype,
+        device=device,
     )
 
 
