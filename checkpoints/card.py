@@ -15,6 +15,7 @@ from .spec import PredictorSpec
 
 MEASURES = {
     "psnr_db": ("PSNR of the samples against the full run, dB (higher is better)", 1),
+    "test_error_db": ("10 log10 MSE of the final latents of samples that chose nothing", -1),
     "val_error_db": ("10 log10 MSE of the final latents on the split the rows were chosen on", -1),
     "estimate_db": ("Estimate of what piles up on recorded features, dB (higher is better)", 1),
     "open_loop_error": ("Relative error against recorded features (lower is better)", -1),

@@ -194,7 +194,12 @@ def test_training_resumes_bit_for_bit_from_every_checkpoint(folder: Path, tmp_pa
 def test_the_data_module_splits_by_trajectory(folder: Path) -> None:
     data = RecordingDataModule(folder, ["final"], 4, validation_fraction=0.3, seed=0)
     data.setup()
-    assert sorted(data.train_items + data.val_items) == list(range(ITEMS))
+    parts = [data.train_items, data.val_items, data.test_items]
+    assert sorted(item for part in parts for item in part) == list(range(ITEMS))
+    for batch_size in (1, 7):
+        other = RecordingDataModule(folder, ["final"], batch_size, 0.3, seed=0)
+        other.setup()
+        assert [other.train_items, other.val_items, other.test_items] == parts
     train = torch.cat([batch["item"] for batch in data.train_dataloader()]).tolist()
     val = torch.cat([batch["item"] for batch in data.val_dataloader()]).tolist()
     assert sorted(train) == data.train_items and val == data.val_items and val

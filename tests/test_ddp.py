@@ -133,7 +133,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
         )
         assert result.returncode == 0, result.stderr[-4000:]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddp_training.disca, "opened", lambda *_, **__: pipeline("dit_guided"))
+        patch.setattr(ddp_training.disca, "opened_for", lambda *_, **__: pipeline("dit_guided"))
         for name in CROSSED:
             recording = str(disca if name == "disca" else lesa)
             start = folder / "two" / f"{name}.ckpt"

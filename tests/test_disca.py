@@ -53,7 +53,7 @@ def host(request, tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.fixture
 def loads_host(host, monkeypatch) -> None:
-    monkeypatch.setattr(disca, "opened", lambda *_, **__: HOSTS[host[0]]())
+    monkeypatch.setattr(disca, "opened_for", lambda *_, **__: HOSTS[host[0]]())
 
 
 def module_for(recording: Path, **changes: Any) -> DiscaModule:

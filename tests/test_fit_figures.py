@@ -130,7 +130,7 @@ def test_lesa_draws_both_kinds_of_error_and_its_linear_part(recording, tmp_path,
 
 
 def test_disca_draws_errors_and_anchors_and_has_no_weights(recording, tmp_path, monkeypatch):
-    monkeypatch.setattr(disca, "opened", lambda *_, **__: pipeline("dit_guided"))
+    monkeypatch.setattr(disca, "opened_for", lambda *_, **__: pipeline("dit_guided"))
     module = DiscaModule(str(recording), "none", ANCHORS, num_heads=1, max_gap=0.5, mse_epochs=1)
     data = RecordingDataModule(recording, ["feature/hidden", "feature/output", "final"], 2, 0.25, 3)
     found = events(module, data, tmp_path)

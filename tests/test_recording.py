@@ -244,14 +244,22 @@ def test_writing_without_the_lock_is_refused(tmp_path: Path) -> None:
         RecordingWriter(tmp_path, small_header()).write(0, trajectory(0), {})
 
 
-def test_split_never_moves_old_items_and_follows_the_fractions() -> None:
-    old, new = split(range(400), (0.75, 0.25), seed=3), split(range(4000), (0.75, 0.25), seed=3)
-    for before, after in zip(old, new, strict=True):
-        assert set(before) == {item for item in after if item < 400}
-    assert sorted(new[0] + new[1]) == list(range(4000))
-    assert abs(len(new[1]) / 4000 - 0.25) < 0.03  # 4 standard deviations of a binomial share
-    assert split(range(400), (0.75, 0.25), seed=4) != old
+def test_split_gives_every_part_its_share_and_at_least_one() -> None:
+    for count in (3, 4, 8, 9, 64, 1000):
+        for held in (0.05, 0.2, 0.25, 0.5):
+            parts = split(range(count), (1 - held, held / 2, held / 2), seed=3)
+            assert sorted(item for part in parts for item in part) == list(range(count))
+            assert [len(part) for part in parts[1:]] == [max(1, round(count * held / 2))] * 2
+    assert split(range(400), (0.75, 0.25), seed=4) != split(range(400), (0.75, 0.25), seed=3)
+    assert split([5, 3, 9, 4], (0.5, 0.5)) == split((9, 4, 5, 3), (0.5, 0.5))  # in any order
     assert split(range(9), (1.0, 0.0)) == [list(range(9)), []]
+    assert split([7], (0.5, 0.5)) == [[], [7]]
+
+
+def test_split_moves_few_items_where_some_are_added() -> None:
+    old, new = (split(range(count), (0.75, 0.25), seed=3) for count in (400, 440))
+    stayed = [set(before) & set(after) for before, after in zip(old, new, strict=True)]
+    assert sum(map(len, stayed)) >= 385
 
 
 @pytest.mark.parametrize("fractions", [(), (0.5, 0.4), (1.5, -0.5)])

@@ -195,12 +195,13 @@ def test_a_closed_loop_fit_is_judged_by_its_samples(tap, folder, tmp_path, capsy
     line, ((count, gain, rival, grade),) = told(capsys.readouterr().out)
     sigmas = module.recording.header.sigmas
     start = Rows(adams_bashforth_rows(ANCHORS, sigmas)) if rival == "ab2" else RULES[rival]
-    mine = sample_error(module.predictor, module, data.val_items)
-    expected = sample_error(start, module, data.val_items) - mine
+    mine = sample_error(module.predictor, module, data.test_items)
+    expected = sample_error(start, module, data.test_items) - mine
     assert (count, rival) == (4, module.start_name)
     assert gain == pytest.approx(expected, abs=0.06)
     assert grade.startswith("good" if expected >= 1 else "marginal" if expected > 0 else "no gain")
-    assert f"final latents of {len(data.val_items)} held-out" in line
+    assert f"final latents of {len(data.test_items)} held-out" in line and "chose nothing" in line
+    assert not {*data.test_items} & {*data.train_items, *data.val_items} and data.val_items
     assert text_of(tmp_path) == line
 
 
@@ -223,23 +224,25 @@ def neural(folder: Path) -> tuple[Any, list[str]]:
 def test_a_training_is_judged_against_formulas_that_are_run(
     made, folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(disca, "opened", lambda *_, **__: pipeline("dit_guided"))
+    monkeypatch.setattr(disca, "opened_for", lambda *_, **__: pipeline("dit_guided"))
     module, names = made(folder)
     data = RecordingDataModule(folder / "r", names, 3, 0.4, 0)
     fit(module, data, tmp_path, epochs=2, monitor="val/error_db")
     line, ((count, gain, rival, _),) = told(capsys.readouterr().out)
     ab2 = Rows(adams_bashforth_rows(ANCHORS, module.recording.header.sigmas))
     rivals = {"reuse": Reuse(), "taylor_1": Taylor(1), "taylor_2": Taylor(2), "ab2": ab2}
-    errors = {n: sample_error(rule, module, data.val_items) for n, rule in rivals.items()}
+    errors = {n: sample_error(rule, module, data.test_items) for n, rule in rivals.items()}
     export_command(str(tmp_path / "kept.ckpt"), str(tmp_path / "out"))  # the best epoch's
     loaded: Any = load_predictor(tmp_path / "out")
-    expected = min(errors.values()) - sample_error(loaded, module, data.val_items)
+    expected = min(errors.values()) - sample_error(loaded, module, data.test_items)
     assert (count, rival) == (4, min(errors, key=lambda name: errors[name]))
     assert gain == pytest.approx(expected, abs=0.06)
     assert text_of(tmp_path) == line
     for name, error in errors.items():
-        found = loaded.spec.metrics[f"val_error_db_{name}"]
+        found = loaded.spec.metrics[f"test_error_db_{name}"]
         assert found == pytest.approx(error, abs=1e-3)
+    mine = sample_error(loaded, module, data.test_items)
+    assert loaded.spec.metrics["test_error_db"] == pytest.approx(mine, abs=1e-3)
 
 
 def test_a_resumed_training_does_not_run_the_formulas_again(folder, tmp_path, monkeypatch, capsys):

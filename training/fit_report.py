@@ -24,6 +24,7 @@ from ..trajectories.prompts import generate_batch
 from ..trajectories.recording import Recording
 from .l2p import L2PModule, open_loop_errors
 from .measure import References
+from .verdict_callbacks import held_out
 
 CURVES = {
     "oracle_all": "oracle, all earlier steps",
@@ -150,7 +151,7 @@ def closed_loop_state_errors(
 
 
 class FitReport(Callback):
-    """Write the report of an L2P fit when it ends, on the data module's validation split.
+    """Write the report of an L2P fit when it ends, on the trajectories its verdict judges by.
 
     TensorBoard shows it as `figures/fit_report`, where the trainer logs there.
 
@@ -174,7 +175,7 @@ class FitReport(Callback):
         """
         if not isinstance(pl_module, L2PModule):
             raise TypeError(f"FitReport reports on an L2PModule, got {type(pl_module).__name__}.")
-        if not trainer.datamodule.val_items:  # type: ignore[attr-defined]
+        if not held_out(trainer):
             raise ValueError("FitReport needs held-out trajectories; raise validation_fraction.")
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -182,7 +183,7 @@ class FitReport(Callback):
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, L2PModule)
-        items = trainer.datamodule.val_items  # type: ignore[attr-defined]
+        items = held_out(trainer)
         predictor, tap, recording = pl_module.predictor, pl_module.tap, pl_module.recording
         pipe, closed_loop = getattr(pl_module, "pipe", None), None
         if pipe is not None:

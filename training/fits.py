@@ -62,7 +62,7 @@ def fit_predictor(
     if recipe.runs_pipeline:
         name = recorded_pipeline(recording, method) if pipeline is None else pipeline
         given["pipeline"] = opened(name, recording.header.dtype)
-    fitted_on, _ = split(recording.items, (1 - validation_fraction, validation_fraction), seed)
+    fitted_on = split(recording.items, (1 - validation_fraction, validation_fraction), seed)[0]
     choice = chosen(recipe, recording, evaluations, anchors, tap, fitted_on)
     print(f"{method} ({why}): {choice}", flush=True)
     module = recipe.module(given | {"anchors": choice.anchors, "tap": choice.tap})

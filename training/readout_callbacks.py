@@ -25,6 +25,10 @@ class Detaching(Callback):
 class LastVerdict(RivalsVerdict):
     """The verdict of a readout fit: rivals are run once the walk leaves the pipeline free."""
 
+    def error(self, trainer: lightning.Trainer, module: Any) -> float:
+        """The fit has measured it: its validation chooses nothing."""
+        return float(module.val_error)
+
     def on_save_checkpoint(
         self,
         trainer: lightning.Trainer,

@@ -150,7 +150,7 @@ def closed_loop_line(
         num_anchors: network evaluations.
         error_db: 10 log10 of the mean squared error of the final latents.
         rivals_db: the same of formulas on the same anchors and tap; not empty.
-        count: held-out trajectories.
+        count: held-out trajectories, which chose nothing.
     """
     best = min(rivals_db, key=lambda name: rivals_db[name])
     gain = rivals_db[best] - error_db
@@ -159,7 +159,8 @@ def closed_loop_line(
         grade = "good" if gain >= LEVEL_DB else "marginal"
     return (
         f"verdict: {num_anchors} evaluations: {_apart(gain)} the best formula on these anchors "
-        f"({best}), {grade}. Measured on the final latents of {count} held-out trajectories; "
+        f"({best}), {grade}. Measured on the final latents of {count} held-out trajectories, "
+        f"which chose nothing; "
         f"{_bench([num_anchors])}."
     )
 

@@ -14,13 +14,16 @@ from .sampler import ResumableLoader, everything
 
 
 class RecordingDataModule(LightningDataModule):
-    """Training and validation trajectories of a recording.
+    """Trajectories of a recording to fit on, to choose on, and to judge on.
+
+    Half of those held out are for validation, by which a training chooses its best epoch or step;
+    the other half is what its verdict is measured on.
 
     Args:
         folder: recording folder.
         names: tensors of each example, as in ["gram/output"].
         batch_size: trajectories per batch over all processes, >= 1.
-        validation_fraction: share of trajectories held out, in [0, 1); 0 means no validation.
+        validation_fraction: share of trajectories held out, in [0, 1); 0 means none.
         seed: seed of the split and of the order of training trajectories.
         num_workers: loader processes; 0 loads in the main process.
 
@@ -54,8 +57,10 @@ class RecordingDataModule(LightningDataModule):
             ValueError: a part would be empty.
         """
         items = Recording(self.folder).items
-        fractions = (1 - self.validation_fraction, self.validation_fraction)
-        self.train_items, self.val_items = split(items, fractions, self.seed)
+        half = self.validation_fraction / 2
+        self.train_items, self.val_items, self.test_items = split(
+            items, (1 - 2 * half, half, half), self.seed
+        )
         if not self.train_items or (self.validation_fraction > 0 and not self.val_items):
             raise ValueError(
                 f"{self.folder}: {len(items)} items split into {len(self.train_items)} for "

@@ -1,6 +1,5 @@
 """Read a recording: its header, its items, their tensors, and whether they are still intact."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,9 +146,10 @@ class Recording:
 
 
 def split(items: Iterable[int], fractions: Sequence[float], seed: int = 0) -> list[list[int]]:
-    """Deal items to parts by hashing item and seed, so that new items never move old ones.
+    """Deal items to parts of round(N * fraction), and at least one, by hashing item and seed.
 
-    Whole trajectories are dealt, never single steps; the sizes match the fractions on average.
+    Whole trajectories are dealt, never single steps. The first part takes what the others leave;
+    items that are added later move only those whose hash lies next to a part's end.
 
     Args:
         items: item numbers.
@@ -157,18 +157,20 @@ def split(items: Iterable[int], fractions: Sequence[float], seed: int = 0) -> li
         seed: another seed deals differently.
 
     Returns:
-        One sorted list of items per fraction.
+        One sorted list of items per fraction; empty where its fraction is 0.
 
     Raises:
         ValueError: a negative fraction, or a sum other than 1.
     """
     if not fractions or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
         raise ValueError(f"fractions must be >= 0 and sum to 1, got {list(fractions)}.")
-    bounds = list(itertools.accumulate(fractions))
-    last = max(part for part, fraction in enumerate(fractions) if fraction > 0)
-    parts: list[list[int]] = [[] for _ in fractions]
-    for item in sorted(items):
-        place = xxhash.xxh3_64_intdigest(f"foreseer split {seed} {item}".encode()) / 2**64
-        part = next((part for part, bound in enumerate(bounds) if place < bound), last)
-        parts[part].append(item)
-    return parts
+    rest = sorted(
+        items, key=lambda item: xxhash.xxh3_64_intdigest(f"foreseer split {seed} {item}".encode())
+    )
+    total, parts = len(rest), []
+    for fraction in reversed(fractions[1:]):
+        count = max(1, round(total * fraction)) if fraction > 0 else 0
+        place = max(0, len(rest) - count)
+        rest, part = rest[:place], rest[place:]
+        parts.append(sorted(part))
+    return [sorted(rest), *reversed(parts)]
