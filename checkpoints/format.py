@@ -36,6 +36,11 @@ from .card import model_card
 from .config import CONFIG_FILE as CONFIG_FILE
 from .config import CheckpointError as CheckpointError
 from .config import Config, decode_config, encode_config, read_config
+from .folder import CARD_FILE as CARD_FILE
+from .folder import GRAMS_FILE as GRAMS_FILE
+from .folder import MODEL_FILE as MODEL_FILE
+from .folder import SEGMENTS_FILE as SEGMENTS_FILE
+from .folder import check_free
 from .golden import check_golden, golden_pair
 from .hub import locate, upload
 from .spec import PredictorSpec
@@ -56,10 +61,6 @@ CLASSES: dict[str, type[Predictor]] = {
 }
 """The predictors a checkpoint may hold."""
 
-MODEL_FILE = "model.safetensors"
-CARD_FILE = "README.md"
-GRAMS_FILE = "grams.safetensors"
-SEGMENTS_FILE = "segments.safetensors"  # the normal equations of a readout
 MAX_MODEL_BYTES = 2**30
 STATE_PREFIX = "predictor."
 GOLDEN_NAMES = ("golden.features", "golden.forecasts")
@@ -82,9 +83,11 @@ def save_predictor(
         The folder.
 
     Raises:
-        CheckpointError: the class is not in `CLASSES`, the state or spec could not be loaded again.
+        CheckpointError: the class is not in `CLASSES`, the state or spec could not be loaded again,
+            or the folder holds something else.
     """
     folder = Path(folder)
+    check_free(folder)
     name = type(predictor).__name__
     if CLASSES.get(name) is not type(predictor):
         raise CheckpointError(f"cannot save a {name}; expected one of {sorted(CLASSES)}.")

@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+from ..errors import meant
+
 ZOO = Path(__file__).resolve().parent / "zoo"
 """Folder of the bundled pipelines and predictors."""
 
@@ -39,5 +41,14 @@ def resolve(name: str) -> Path:
             f"{name} is in the package foreseer-zoo, which is not installed: "
             'pip install "foreseer[students]", or work in a checkout.'
         )
-    names = ", ".join(f"zoo:{each}" for each in known)
-    raise FileNotFoundError(f"no folder {name}; bundled are {names or 'none'}.")
+    names = [f"zoo:{each}" for each in known]
+    near = meant(name, [*names, *beside(folder)])
+    raise FileNotFoundError(f"no folder {name}; bundled are {', '.join(names) or 'none'}{near}")
+
+
+def beside(folder: Path) -> list[str]:
+    """The folders that lie where a folder was looked for."""
+    place = folder.parent
+    return (
+        [str(each) for each in sorted(place.iterdir()) if each.is_dir()] if place.is_dir() else []
+    )

@@ -120,6 +120,21 @@ def _rows(path: Path, takes: set[str], name: str) -> list[dict[str, Any]]:
     ]
 
 
+def drawn(output: Any) -> Float[Tensor, "B *frames C H W"]:
+    """What a pipeline drew with `output_type="pt"`, in [0, 1], float32, on the CPU.
+
+    Args:
+        output: the pipeline's output: images, or videos with an axis of frames after the samples'.
+    """
+    samples: Tensor = output[0]
+    return samples.float().cpu().clamp(0, 1)
+
+
+def middle(samples: Float[Tensor, "B *frames C H W"]) -> Float[Tensor, "B C H W"]:
+    """The images themselves, of videos the middle frames."""
+    return samples[:, samples.shape[1] // 2] if samples.ndim == 5 else samples
+
+
 def pictures(output: Any) -> Float[Tensor, "B C H W"]:
     """What a pipeline drew with `output_type="pt"`, of a video its middle frame.
 
@@ -129,9 +144,7 @@ def pictures(output: Any) -> Float[Tensor, "B C H W"]:
     Returns:
         Images in [0, 1], float32, on the CPU.
     """
-    drawn: Tensor = output[0]
-    images = drawn[:, drawn.shape[1] // 2] if drawn.ndim == 5 else drawn  # (B, frames, C, H, W)
-    return images.float().cpu().clamp(0, 1)
+    return middle(drawn(output))
 
 
 def guidance_of_call(pipe: Any, settings: Mapping[str, Any]) -> float:

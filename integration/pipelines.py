@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
 
 from ..checkpoints.strict import parse_json, read_plain
-from ..checkpoints.zoo import resolve
+from ..checkpoints.zoo import beside, resolve
+from ..errors import meant
 from .pixel_flux_pipeline import PixelFluxPipeline
 from .pixel_pipeline import PixelDiTPipeline
 from .student_pipeline import StudentPipeline
@@ -42,13 +43,12 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: str | N
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
     if factory := FACTORY.fullmatch(name):
         return _made(factory[1], factory[2], {"dtype": dtype, "device": device})
     try:
         if HUB_NAME.fullmatch(name) and not Path(name).exists():
-            pipe = DiffusionPipeline.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
+            pipe = _from_hub(name, dtype)
         else:
             pipe = _from_folder(resolve(name), dtype)
     except OSError as error:
@@ -112,6 +112,41 @@ def _made(module: str, function: str, wanted: dict[str, Any]) -> Any:
             "transformer and a scheduler."
         )
     return pipe
+
+
+def check_device(device: str) -> None:
+    """Raise unless torch can use a device here.
+
+    Raises:
+        ValueError: it is no device, or a GPU that torch does not find.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(
+            f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:<number>'."
+        ) from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {device!r}, and torch {torch.__version__} finds no GPU here; leave device "
+            "out to run on the CPU, or install torch for your driver."
+        )
+
+
+def _from_hub(name: str, dtype: torch.dtype) -> Any:
+    try:
+        return DiffusionPipeline.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except OSError as error:
+        if "safetensors" in str(error):
+            raise
+        told = str(error).strip().splitlines()
+        raise FileNotFoundError(
+            f"no folder {name} here{meant(name, beside(Path(name))).rstrip('.')}, and the hub's "
+            f"{name} could not be had ({told[0] if told else type(error).__name__}); check the "
+            "name, the network and HF_HUB_OFFLINE, or give a folder."
+        ) from error
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:

@@ -81,7 +81,7 @@ def test_a_recording_that_does_not_fit_on_the_disk_is_not_begun(pipeline, tmp_pa
         free = 100
 
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage)
-    with pytest.raises(OSError, match="0.00 MB free, the recording needs about 0.0"):
+    with pytest.raises(SystemExit, match="0.00 MB free, the recording needs about 0.0"):
         main(words(pipeline, tmp_path / "r"))
     assert not (tmp_path / "r").exists()
 

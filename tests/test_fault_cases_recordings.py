@@ -170,7 +170,7 @@ def test_case_16_recipe_changed_between_runs(tmp_path: Path) -> None:
     main(words)
     before = Recording(tmp_path / "run").entries
     for change in ("--guidance_scale", "5"), ("--num_inference_steps", "5"), ("--taps", "[hidden]"):
-        with pytest.raises(RecordingError, match="another recipe: .*another folder"):
+        with pytest.raises(SystemExit, match="another recipe: .*another folder"):
             main([*words, *change])
     main([*words, "--num_trajectories", "3"])  # more of the same is no other recipe
     entries = Recording(tmp_path / "run").entries

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from PIL import Image
 from tiny_pipelines import tiny_pipeline
 
-from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
+from foreseer.integration import generate as module
 from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.generate import draw, save_panels
+from foreseer.integration.generate import draw, save_panels, save_samples
 from foreseer.integration.sheet import MARGIN, Row, cell_size, sheet
 from foreseer.predictors.linear import L2P
 from foreseer.training.benchmark import rows_predictor
@@ -29,7 +30,7 @@ def generate(tmp_path, monkeypatch, capsys):
     pipe.scheduler.set_timesteps(STEPS)
     sigmas = flow_sigmas(pipe.scheduler)
 
-    def call(*words, anchors=(0, 2, 4)):
+    def call(*words, anchors=(0, 2, 4), steps=("--num_inference_steps", str(STEPS))):
         def load_predictor(name):
             assert name == "reuse"
             weight = L2P(STEPS, anchors, 2).weight
@@ -39,7 +40,7 @@ def generate(tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "foreseer.checkpoints.format", loader)
         out = str(tmp_path / "new" / "samples.png")
         given = ["--pipeline", str(tmp_path / "pipe"), "--class_labels", "[0,2]", "--out", out]
-        main(["generate", *given, "--num_inference_steps", str(STEPS), *words])
+        main(["generate", *given, *steps, *words])
         return capsys.readouterr().out
 
     return call
@@ -52,6 +53,49 @@ def test_each_sample_has_its_own_seed_whatever_is_drawn_beside_it():
     alone = draw(tiny_pipeline(), [second], 6, **settings)
     torch.testing.assert_close(pair[1:], alone)
     assert not torch.allclose(pair[0], pair[1])
+
+
+def test_the_samples_themselves_are_written_at_their_own_size(generate, tmp_path):
+    printed = generate("--predictor", "reuse", "--compare")
+    folder = tmp_path / "new" / "samples"
+    names = ["forecast_0", "forecast_1", "full_0", "full_1"]
+    assert sorted(each.name for each in folder.iterdir()) == [f"{name}.png" for name in names]
+    drawn = draw(
+        tiny_pipeline(), [{"class_labels": 0}], 0, guidance_scale=3.0, num_inference_steps=STEPS
+    )
+    with Image.open(folder / "full_0.png") as full:
+        assert full.size == tuple(drawn.shape[2:])
+        off = np.abs(np.asarray(full) / 255 - drawn[0, 0].numpy())
+    assert off.max() <= 0.5 / 255 + 1e-6
+    told = r"forecast \d+\.\d s, full run \d+\.\d s: \d+\.\d x faster"
+    assert re.search(told, printed)
+
+
+def test_a_large_image_stays_large(tmp_path):
+    (path,) = save_samples(torch.rand(1, 3, 1024, 1024), tmp_path / "new", "full")
+    with Image.open(path) as image:
+        assert (image.size, image.mode) == ((1024, 1024), "RGB")
+
+
+def test_a_video_is_an_mp4_or_its_frames(tmp_path, monkeypatch, capsys):
+    videos, exported = torch.rand(2, 5, 3, 8, 6), []
+    paths = save_samples(videos, tmp_path, "full")  # without imageio
+    assert [path.name for path in paths] == ["full_0", "full_1"]
+    assert len(list(paths[1].glob("*.png"))) == 5 and "pip install" in capsys.readouterr().out
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    monkeypatch.setattr(module, "export_to_video", lambda *told, **more: exported.append(told))
+    assert [path.name for path in save_samples(videos, tmp_path, "full")] == [
+        "full_0.mp4",
+        "full_1.mp4",
+    ]
+    assert [len(frames) for frames, _ in exported] == [5, 5]
+    assert exported[0][0][0].size == (6, 8)
+
+
+def test_the_steps_are_the_predictors_own_unless_given(generate):
+    assert "3 of 6 steps forecast" in generate("--predictor", "reuse", steps=())
+    with pytest.raises(SystemExit, match="fitted on 6 steps, this run has 4"):
+        generate("--predictor", "reuse", steps=("--num_inference_steps", "4"))
 
 
 def test_without_a_predictor_the_full_run_is_drawn(generate, tmp_path):
@@ -74,12 +118,12 @@ def test_a_forecast_with_every_step_an_anchor_is_exact(generate):
 
 
 def test_a_comparison_without_a_predictor_is_refused(generate):
-    with pytest.raises(ValueError, match="compare needs a predictor"):
+    with pytest.raises(SystemExit, match="compare needs a predictor"):
         generate("--compare", "true")
 
 
 def test_another_guidance_than_the_predictors_is_refused(generate):
-    with pytest.raises(PredictorMismatch, match="guidance_scale 3"):
+    with pytest.raises(SystemExit, match="guidance_scale 3"):
         generate("--predictor", "reuse", "--guidance_scale", "2.0")
 
 

@@ -246,7 +246,7 @@ def recorded(folder, num: int, taps: tuple[str, ...] = ("output", "hidden"), **c
 
 def test_inspect_prints_tables_anchors_and_verdict_and_writes_them(tmp_path, capsys):
     folder = recorded(tmp_path / "r", 6)
-    main(["inspect", str(folder), "--budgets", "[5, 3, 20]"])
+    main(["inspect", str(folder), "--budgets", "5,3"])
     printed = capsys.readouterr().out
     assert "tap output" in printed and "tap hidden" in printed
     assert re.search(r"3 evaluations: uniform +0 3 5", printed)
@@ -283,18 +283,18 @@ def test_a_recording_without_a_finished_trajectory_says_so(tmp_path, capsys):
 
 def test_a_recording_no_rule_can_forecast_from_says_what_is_missing(tmp_path, capsys):
     main(["inspect", str(recorded(tmp_path / "blocks", 2, ("blocks.0",)))])
-    assert "found the taps blocks.0" in capsys.readouterr().out
-    main(["inspect", str(recorded(tmp_path / "short", 2)), "--budgets", "[8]"])
-    assert "expected one of the taps output hidden residual and a budget below" in (
-        capsys.readouterr().out
-    )
+    told = capsys.readouterr().out
+    assert "found the taps blocks.0" in told
+    assert "expected one of the taps output hidden residual and a budget below" in told
 
 
-def test_a_budget_below_1_is_refused(tmp_path):
-    from foreseer.training.inspect_command import inspect_command
-
-    with pytest.raises(ValueError, match=r"budgets are \[8, 0\]"):
-        inspect_command(str(recorded(tmp_path / "r", 1)), budgets=[8, 0])
+@pytest.mark.parametrize("budgets", ["3,0", "[3, 30]", "8"])
+def test_a_budget_out_of_range_is_refused_before_anything_is_printed(budgets, tmp_path, capsys):
+    folder = recorded(tmp_path / "r", 1)
+    with pytest.raises(SystemExit, match=r"do not suit .*expected numbers .* from 1 to \d") as stop:
+        main(["inspect", str(folder), "--budgets", budgets])
+    assert isinstance(stop.value.code, str) and not (folder / "plots").exists()
+    assert capsys.readouterr().out == ""
 
 
 def test_help_says_that_it_is_an_estimate(capsys):

@@ -142,5 +142,5 @@ def test_neural_predictors_are_trained_and_deployed_on_prompts(folder, features,
 
 def test_a_bench_without_prompts_says_what_it_needs(folder):
     words = ["--pipeline", str(folder / "pipe"), "--out", str(folder / "none")]
-    with pytest.raises(ValueError, match="give --prompts"):
+    with pytest.raises(SystemExit, match="give --prompts"):
         main(["bench", *words, *SETTINGS])

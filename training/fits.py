@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from ..checkpoints.folder import check_free
 from ..checkpoints.spec import check_host
 from ..integration.denoisers import transformers_of
 from ..integration.fingerprint import host_fingerprint
@@ -46,6 +47,8 @@ def fit_predictor(
         ValueError: an argument is wrong, or the recording lacks what the method needs.
         PredictorMismatch: the pipeline is not the recorded one.
     """
+    if out is not None:
+        check_free(out)  # before the fit, not after it
     recording = Recording(recordings[0])
     why = "as asked for"
     if method is None:

@@ -29,6 +29,7 @@ from .offline import (
     verdict,
 )
 
+BUDGETS = (11, 8, 6)
 UNITS = {
     "open_loop_error": "||F_hat_t - F_t|| / ||F_t||, mean over forecast steps, trajectories and "
     "branches",
@@ -40,7 +41,7 @@ UNITS = {
 
 
 def inspect_command(
-    recording: str, out: str | None = None, budgets: Sequence[int] = (11, 8, 6)
+    recording: str, out: str | None = None, budgets: Sequence[int] | None = None
 ) -> list[Path]:
     """Print what a recording holds and what its Grams say about every rule; draw both on a page.
 
@@ -49,20 +50,20 @@ def inspect_command(
         out: folder for `inspect.html`, `inspect.md`, the plots and `offline.json`; None takes
             `plots` beside the shards.
         budgets: network evaluations to compare at, from one per transformer to below the steps;
-            others are left out.
+            None takes those of 11, 8 and 6 that are.
 
     Returns:
         The plots, the Markdown and the page; nothing of an empty recording.
 
     Raises:
         RecordingError: the folder is no recording.
-        ValueError: a budget is below 1, or a URL comes without `out`.
+        ValueError: a budget is out of range, or a URL comes without `out`.
     """
-    if not budgets or min(budgets) < 1:
-        raise ValueError(f"budgets are {list(budgets)}, expected numbers of evaluations >= 1.")
     if out is None and is_url(recording):
         raise ValueError(f"{recording} is a URL; name a folder of this machine for the plots: out.")
     opened = Recording(recording)
+    num_steps = opened.header.num_steps
+    budgets = BUDGETS if budgets is None else suitable(budgets, opened)
     print(facts(opened))
     if not len(opened):
         print("no trajectory is finished, so there is nothing to measure yet")
@@ -79,7 +80,6 @@ def inspect_command(
     shown = {tap: alike[tap] for tap in taps if not tap.startswith("blocks.")} or alike
     plots.append(plot_cosines(shown, folder / "cosines.png"))
     sigmas, starts = opened.header.sigmas, opened.header.expert_steps
-    num_steps = len(sigmas)
     usable = sorted({n for n in budgets if len(starts) <= n < num_steps}, reverse=True)
     found = [TapGrams(t, grams[t], sigmas, starts) for t in FORECAST_TAPS if t in grams]
     answered: Answer | str
@@ -95,6 +95,21 @@ def inspect_command(
     for path in (*plots, text, page):
         print(f"wrote {path}")
     return [*plots, text, page]
+
+
+def suitable(budgets: Sequence[int], recording: Recording) -> Sequence[int]:
+    """The budgets themselves.
+
+    Raises:
+        ValueError: there are none, or one is out of range.
+    """
+    num_steps, least = recording.header.num_steps, len(recording.header.expert_steps)
+    if not budgets or not all(least <= n < num_steps for n in budgets):
+        raise ValueError(
+            f"the budgets {list(budgets)} do not suit {recording.folder}, whose runs have "
+            f"{num_steps} steps; expected numbers of evaluations from {least} to {num_steps - 1}."
+        )
+    return budgets
 
 
 def answer(taps: Sequence[TapGrams], budgets: Sequence[int], folder: Path) -> Answer:

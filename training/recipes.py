@@ -1,15 +1,16 @@
 """The shipped configurations of the fits, as what a call of `foreseer.fit` starts from."""
 
-import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import yaml
+
+from ..errors import meant
 
 METHODS = {
     "readout": "readout",
@@ -122,12 +123,6 @@ def class_of(path: str) -> Any:
     """The class at a dotted path of a shipped configuration."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
-
-
-def meant(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that refuses a name: a full stop, or what was probably meant."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _made(value: Any) -> Any:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import commands, fit_commands, pipeline_commands
+from .errors import meant
 from .extras import require
+from .refusing import RESUMING, refusing
 
 TRAINER_WORDS = {
     "validate": "Run a trained predictor over the validation split (LightningCLI).",
@@ -40,8 +42,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")  # of a shipped configuration
 DEFAULT_FIT = "readout"
 OF_TRAINER = re.compile(r"--(config|print_config|model|data|trainer|ckpt_path|seed_everything)\b")
 """Options of a `fit` that is LightningCLI's: one by a YAML file or by a class's own arguments."""
-FLAGS = ("--repair", "--compare")
-"""Options that are switched on by being named."""
+DEBUG = "--debug"  # among the words of any command: errors as they are, with their traceback
 
 OF_PIPELINES: dict[str, Callable[..., Any]] = {
     "inspect": pipeline_commands.inspect,
@@ -57,9 +58,20 @@ def main(argv: list[str] | None = None) -> None:
         argv: command-line words after the program name; `sys.argv[1:]` when None.
 
     Raises:
-        SystemExit: after help or the version (code 0), or a usage error (code 2).
+        SystemExit: after help or the version (code 0), a usage error (2), Ctrl-C (130), or one of
+            the package's own errors, which it holds in words (1); `--debug` raises the error.
     """
-    words = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+    words = [word for word in given if word != DEBUG]
+    command = words[0] if words else ""
+    by_trainer = any(map(OF_TRAINER.match, words))
+    resumes = command in RESUMING or (command == "fit" and by_trainer)
+    with refusing(command, resumes, debug=len(words) < len(given)):
+        run(words)
+
+
+def run(words: list[str]) -> None:
+    """Run one sub-command, whose errors are raised."""
     word, rest = (words[0], packaged(words[0], words[1:])) if words else ("", [])
     if word == "fit":
         require("train", "foreseer fit")
@@ -75,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     elif word == "fit" and any(map(OF_TRAINER.match, rest)):
         run_trainer([word, *rest], "foreseer")
     elif word in FUNCTIONS:
-        run_function(FUNCTIONS[word], with_values(rest))
+        run_function(FUNCTIONS[word], rest)
     elif word == "teacher":
         run_trainer(rest, "foreseer teacher")
     elif word == "distill":
@@ -110,6 +122,7 @@ def usage() -> str:
             "",
             "  foreseer COMMAND --help lists the options; --print_config prints them as YAML.",
             "  foreseer --version prints the version, and what a bug report must say.",
+            f"  {DEBUG} among the words shows where an error comes from.",
         ]
     )
 
@@ -123,11 +136,13 @@ def run_function(function: Callable[..., Any], words: list[str]) -> Any:
     """
     from jsonargparse import auto_cli
 
+    from .parsing import Parser
+
     lone = function in (commands.inspect, commands.verify)
+    words = with_values(function, words)
+    called = function if lone else spelled_out(function)
     prog = f"foreseer {function.__name__}"
-    return auto_cli(
-        function if lone else spelled_out(function), words, as_positional=lone, prog=prog
-    )
+    return auto_cli(called, words, as_positional=lone, prog=prog, parser_class=Parser)
 
 
 def spelled_out(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,13 +172,38 @@ def spelled_out(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def with_values(words: list[str]) -> list[str]:
-    """A flag alone stands for `--flag true`: jsonargparse wants a value of every option."""
-    following = [*words, ""][1:]
-    return [
-        f"{word}=true" if word in FLAGS and after not in ("true", "false") else word
-        for word, after in zip(words, following, strict=True)
-    ]
+def with_values(function: Callable[..., Any], words: list[str]) -> list[str]:
+    """Words in which flags have their value and lists their brackets.
+
+    jsonargparse wants a value of every option, so a flag alone stands for `--flag true`; and of
+    every list that it is one, so `--taps output,hidden` stands for `--taps [output,hidden]`.
+    """
+    kinds = {
+        name: str(each.annotation) for name, each in inspect.signature(function).parameters.items()
+    }
+    found: list[str] = []
+    for place, word in enumerate(words):
+        name, equals, value = word.removeprefix("--").partition("=")
+        kind = kinds.get(name, "") if word.startswith("--") else ""
+        before = words[place - 1].removeprefix("--") if place else ""
+        if kind == str(bool) and not equals and [*words, ""][place + 1] not in ("true", "false"):
+            word = f"--{name}=true"
+        elif equals and is_list(kind):
+            word = f"--{name}={bracketed(value)}"
+        elif is_list(kinds.get(before, "")) and words[place - 1].startswith("--"):
+            word = bracketed(word)
+        found.append(word)
+    return found
+
+
+def is_list(kind: str) -> bool:
+    """Whether an option of this annotation holds a list, and not a string as well."""
+    return "Sequence[" in kind and not kind.startswith("str")
+
+
+def bracketed(value: str) -> str:
+    """A list as YAML has it."""
+    return value if value.startswith("[") or value == "null" else f"[{value}]"
 
 
 def packaged(word: str, words: list[str]) -> list[str]:
@@ -192,10 +232,19 @@ def packaged(word: str, words: list[str]) -> list[str]:
 def run_trainer(words: list[str], prog: str) -> None:
     """Hand `words`, the first one a Trainer method, to LightningCLI."""
     require("train", f"{prog} {words[0]}" if words else prog)
-    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from .parsing import Parser
+
+    class TrainerParser(Parser, LightningArgumentParser):
+        """Lightning's options and our errors."""
 
     with command_line(words):
-        LightningCLI(save_config_kwargs={"overwrite": True}, parser_kwargs={"prog": prog})
+        LightningCLI(
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": prog},
+            parser_class=TrainerParser,
+        )
 
 
 @contextmanager
@@ -216,5 +265,7 @@ def command_line(words: list[str]) -> Iterator[None]:
 def refuse(word: str) -> NoReturn:
     """Exit with code 2: no command, or one that does not exist."""
     found = f"unknown command {word!r}" if word else "no command"
-    print(f"{usage()}\n\nforeseer: {found}; name one of the commands above.", file=sys.stderr)
+    hint = meant(word, [*FUNCTIONS, *TRAINER_WORDS]).removesuffix(".")
+    told = f"foreseer: {found}{hint}; name one of the commands above."
+    print(f"{usage()}\n\n{told.replace('?;', '? Else')}", file=sys.stderr)
     raise SystemExit(2)

@@ -77,14 +77,14 @@ def generate(
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
     guidance_scale: float | None = None,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = None,
     out: str = "samples.png",
     compare: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
     **settings: Any,
 ) -> None:
-    """Draw samples, with or without a predictor, into one image.
+    """Draw samples, with or without a predictor, and say how long each took.
 
     Args:
         pipeline: folder or hub name of the diffusers pipeline.
@@ -95,10 +95,12 @@ def generate(
         seed: seed of the initial noise.
         guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
             one that draws classes.
-        num_inference_steps: sampler steps S.
-        out: PNG file; of a video its middle frame.
-        compare: draw the full run's samples, the forecast ones and their difference side by side,
-            and print the error.
+        num_inference_steps: sampler steps S; None takes the predictor's own, 50 without one.
+        out: PNG file with all of them side by side, small, of videos the middle frames; they
+            themselves, at full size, go into the folder of that name: `samples/forecast_0.png`, and
+            MP4 for videos.
+        compare: also draw the full run, show both and their difference, and print the error and
+            how many times faster the forecast was.
         dtype: dtype a pipeline given by name is loaded in.
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
@@ -156,7 +158,7 @@ def bench(
     bench_command(**given)
 
 
-def inspect(recording: str, out: str | None = None, budgets: Sequence[int] = (11, 8, 6)) -> None:
+def inspect(recording: str, out: str | None = None, budgets: Sequence[int] | None = None) -> None:
     """Show a recording's motion and the rule that suits it; what a pipeline is made of: --pipeline.
 
     For pipelines see `foreseer inspect --pipeline --help`.
@@ -169,8 +171,9 @@ def inspect(recording: str, out: str | None = None, budgets: Sequence[int] = (11
         recording: folder of the recording.
         out: folder for the page `inspect.html`, `inspect.md`, the plots and `offline.json`; None
             takes `plots` in the recording's folder.
-        budgets: list of network evaluations per trajectory to compare the rules at; from Grams
-            alone, so an estimate: `foreseer bench` measures.
+        budgets: list of network evaluations per trajectory to compare the rules at, below the
+            steps; None takes those of 11, 8 and 6 that are. From Grams alone, so an estimate:
+            `foreseer bench` measures.
     """
     from .training.inspect_command import inspect_command
 

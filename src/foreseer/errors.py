@@ -4,6 +4,9 @@ Arguments out of range are plain `ValueError`s, and missing files `FileNotFoundE
 sentences say the same.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class ForeseerError(Exception):
     """Anything of this package's own that was refused or could not be read."""
@@ -23,3 +26,9 @@ class RecordingError(ForeseerError, ValueError):
 
 class CheckpointError(ForeseerError, ValueError):
     """A predictor checkpoint that cannot be trusted."""
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses a name: a full stop, or what was probably meant."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else "."
