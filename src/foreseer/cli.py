@@ -186,7 +186,11 @@ def with_values(function: Callable[..., Any], words: list[str]) -> list[str]:
         name, equals, value = word.removeprefix("--").partition("=")
         kind = kinds.get(name, "") if word.startswith("--") else ""
         before = words[place - 1].removeprefix("--") if place else ""
-        if kind == str(bool) and not equals and [*words, ""][place + 1] not in ("true", "false"):
+        if (
+            kind == str(bool)
+            and not equals
+            and [*words, ""][place + 1].lower() not in ("true", "false")
+        ):
             word = f"--{name}=true"
         elif equals and is_list(kind):
             word = f"--{name}={bracketed(value)}"
