@@ -19,7 +19,7 @@ from ..predictors.base import Grid
 from ..predictors.readout import STORED, neighbourhood
 from .readout_sums import SegmentSums, Solved, Total, solve
 
-ROWS_RIDGE = 1e-2  # of the rows toward their formula, relative to the diagonal
+ROWS_RIDGE = 1e-3  # of the rows toward their formula, relative to the diagonal
 DIRECTIONS_RIDGE = 3e-2  # of the regression that chooses what is read
 FLOOR = 1e-3  # of what is wanted, squared: an error near 0 must not rule a fit
 
