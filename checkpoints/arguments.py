@@ -24,6 +24,7 @@ MAX_CHANNELS = 65_536
 MAX_TOKENS = 2**20
 MAX_GRIDS = 64
 MAX_TAPS = 64
+MAX_ANCHORS_READ = 8
 MAX_LAYERS = 8
 MAX_HIDDEN = 1024
 MAX_INTERVALS = 32
@@ -112,6 +113,7 @@ ARGUMENT_RULES: dict[str, Rule] = {
     "num_heads": _whole(1, 1024),
     "num_steps": _whole(1, MAX_STEPS),
     "order": _whole(0, 3),
+    "past": _whole(0, MAX_ANCHORS_READ),
     "patch": _whole(1, MAX_CHANNELS),
     "rank": _whole(1, MAX_CHANNELS),
     "residual": BOOLEAN,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..predictors.base import History, Predictor, Step
+from ..predictors.base import History, Predictor, Reading, Step
 from .arguments import REFUSALS
 from .config import CheckpointError
 from .spec import PredictorSpec
@@ -57,19 +57,20 @@ def replay(
             step = _asked(predictor, step, features[index % len(features)].to(device))
         if index in anchors:
             feature = anchors[index].to(device)
-            reading = _read(predictor, step, len(feature), device) if predictor.reads else None
-            history.push(step, feature, None if reading is None else reading.to(feature))
+            read = _read(predictor, step, feature, history) if predictor.reads else None
+            history.push(step, feature, read)
         else:
             forecasts.append(predictor(history, step).detach().cpu()[None])
     return torch.cat(forecasts)
 
 
-def _read(predictor: Predictor, step: Step, rows: int, device: torch.device) -> Tensor | None:
+def _read(predictor: Predictor, step: Step, feature: Tensor, history: History) -> Reading | None:
     """What the predictor reads off a made-up hidden state."""
-    width = int(getattr(predictor, "width", 1))
-    angles = torch.arange(rows * NUM_TOKENS * width, dtype=torch.float32, device=device)
+    width, rows = int(getattr(predictor, "width", 1)), len(feature)
+    angles = torch.arange(rows * NUM_TOKENS * width, dtype=torch.float32, device=feature.device)
     hidden = (angles + step.index).sin().reshape(rows, NUM_TOKENS, width)
-    return predictor.read(hidden, step, (1, 1, NUM_TOKENS))
+    read = predictor.read(hidden, step, (1, 1, NUM_TOKENS), history.carried)
+    return None if read is None else Reading(read.values.to(feature), read.carried)
 
 
 def _asked(predictor: Predictor, step: Step, tokens: Float[Tensor, "B N D"]) -> Step:

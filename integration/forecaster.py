@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.spec import PredictorSpec, check_host, check_run
-from ..predictors.base import History, Predictor, Step
+from ..predictors.base import History, Predictor, Reading, Step
 from .call_rows import Narrowed
 from .controller import Controller
 from .denoisers import transformers_of
@@ -89,13 +89,18 @@ class Forecaster(Controller):
         self.check_feature(feature, step)
         history = self.histories.setdefault(key, History(self.predictor.window))
         check_shape(history, feature, self.tap, step)
-        history.push(step, feature, self._read(key, step, taps) if self.predictor.reads else None)
+        read = self._read(key, step, taps, history.carried) if self.predictor.reads else None
+        history.push(step, feature, read)
 
-    def _read(self, key: str, step: Step, taps: dict[str, Tensor]) -> Tensor | None:
+    def _read(
+        self, key: str, step: Step, taps: dict[str, Tensor], carried: Tensor | None
+    ) -> Reading | None:
         """What the predictor reads off an anchor's hidden state, laid out like the output."""
         layout = self.layouts[key]
-        values = self.predictor.read(layout.hidden(taps["hidden"]), step, layout.grid)
-        return None if values is None else layout.place(values.to(taps[self.tap]))
+        read = self.predictor.read(layout.hidden(taps["hidden"]), step, layout.grid, carried)
+        if read is None:
+            return None
+        return Reading(layout.place(read.values.to(taps[self.tap])), read.carried)
 
     def check_feature(self, feature: Tensor, step: Step) -> None:
         """Raise unless an anchor's feature is finite and what the predictor was fitted on.

@@ -28,7 +28,9 @@ def most_bytes(history: History, to_come: int) -> int:
     if history.window is not None:
         count = min(count, history.window)
     newest = history.features[-1]
-    return (count + (history.reading is not None)) * newest.numel() * newest.element_size()
+    count += history.reading is not None
+    carried = 0 if history.carried is None else history.carried.nbytes
+    return count * newest.numel() * newest.element_size() + carried
 
 
 def check_memory(controller: Controller, report: Report, index: int, device: torch.device) -> None:

@@ -44,6 +44,20 @@ class Step:
     modulation: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a predictor read off the hidden state of an anchor.
+
+    Args:
+        values: what it tells of the forecasts up to the next anchor: elements of every token's
+            patch of the output, `(B, M, P)`; in a history they are laid out like the features.
+        carried: what it adds to what later anchors read, `(B, *rest)`; None for nothing.
+    """
+
+    values: Tensor
+    carried: Tensor | None = None
+
+
 @dataclass
 class History:
     """The features at the newest anchors, oldest first, with their steps.
@@ -52,6 +66,7 @@ class History:
         window: features kept; None keeps all.
         reading: what the predictor read off the hidden state of the newest anchor, in the features'
             shape; None where it reads nothing.
+        carried: what was read so far adds to what later anchors read; None for nothing.
     """
 
     window: int | None = None
@@ -59,8 +74,9 @@ class History:
     sigmas: list[float] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     reading: Tensor | None = None
+    carried: Tensor | None = None
 
-    def push(self, step: Step, feature: Tensor, reading: Tensor | None = None) -> None:
+    def push(self, step: Step, feature: Tensor, reading: Reading | None = None) -> None:
         """Add the feature computed at an anchor and forget what falls out of the window.
 
         Args:
@@ -79,7 +95,9 @@ class History:
         self.steps.append(step.index)
         self.sigmas.append(step.sigma)
         self.features.append(feature)
-        self.reading = reading
+        self.reading = None
+        if reading is not None:
+            self.reading, self.carried = reading.values, reading.carried
         if self.window is not None:
             keep = slice(max(0, len(self.steps) - self.window), None)
             self.steps, self.sigmas = self.steps[keep], self.sigmas[keep]
@@ -88,7 +106,7 @@ class History:
     def reset(self) -> None:
         """Forget everything."""
         self.steps, self.sigmas, self.features = [], [], []
-        self.reading = None
+        self.reading = self.carried = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "History":
         """A history of the same steps with every tensor changed.
@@ -97,12 +115,12 @@ class History:
             change: from a tensor to what takes its place.
         """
         features = [change(feature) for feature in self.features]
-        reading = None if self.reading is None else change(self.reading)
-        return History(self.window, list(self.steps), list(self.sigmas), features, reading)
+        read = [t if t is None else change(t) for t in (self.reading, self.carried)]
+        return History(self.window, list(self.steps), list(self.sigmas), features, *read)
 
     def state_bytes(self) -> int:
         """Bytes of the features held, and of what was read."""
-        held = self.features if self.reading is None else [*self.features, self.reading]
+        held = [*self.features, *(t for t in (self.reading, self.carried) if t is not None)]
         return sum(f.numel() * f.element_size() for f in held)
 
     def __len__(self) -> int:
@@ -152,17 +170,22 @@ class Predictor(nn.Module):
         """
 
     def read(
-        self, hidden: Float[Tensor, "B M D"], step: Step, grid: Grid | None = None
-    ) -> Float[Tensor, "B M P"] | None:
+        self,
+        hidden: Float[Tensor, "B M D"],
+        step: Step,
+        grid: Grid | None = None,
+        carried: Tensor | None = None,
+    ) -> Reading | None:
         """What the hidden state at an anchor tells of the forecasts to come; asked if `reads`.
 
         Args:
             hidden: what entered the head, at the tokens that enter the output.
             step: the anchor.
             grid: of these tokens; None where it is not known.
+            carried: of the history so far.
 
         Returns:
-            The elements of every token's patch of the output; None for nothing.
+            What was read; None for nothing.
         """
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
 """Readout: rows over the anchors' outputs, and a velocity read off the last anchor's hidden state.
 
 Shapes: S sampling steps, A anchors, B batch, M tokens of the picture, D channels of a hidden state,
-P elements of a token in the output, r channels read, k side of the neighbourhood.
+P elements of a token in the output, r channels read, k side of the neighbourhood, Q anchors before.
 Ours: rows see nothing outside the span of the anchors' outputs. The hidden state, which the anchor
 computed anyway, knows more of what comes next; a second head reads it off (docs/readout.md).
 """
@@ -12,21 +12,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import Grid, History, Step, combine
-from .experts import L2PExperts
+from .base import Grid, History, Reading, Step, combine
+from .experts import L2PExperts, expert_start
 
 STORED = torch.bfloat16  # half of a file's bytes; a rounding of 2^-9 of a correction
 
 
 class Readout(L2PExperts):
-    """F_hat[b,t] = sum_a W[b,t,a] F[b,a] + U[k] * (V[k] norm(H[b,a_k])) + c[k] up to anchor k + 1.
+    """F_hat[b,t] = sum_a W[b,t,a] F[b,a] + U[k] * h[b,k] + c[k] up to anchor k + 1.
 
-    On the `output` tap; a_k is the last anchor before t. `norm` is LayerNorm over channels without
-    parameters, in float32; V[k] maps a token's D channels to r, and * with U[k] is a convolution
-    over the picture's grid of tokens, 3 x 3 with `neighbours` and 1 x 1 without. Both are shared by
-    all tokens, samples, prompts, branches and the forecast steps of a segment; guidance combines
-    what is read like the outputs. U = 0, c = 0 is L2P bit for bit. It is computed at the anchor, so
-    a run keeps one more tensor of the output's size and nothing of H.
+    h[b,k] = sum_{q <= Q} V[k,q] norm(H[b,a_{k-q}]) on the `output` tap; a_k is the last anchor
+    before t, and anchors of another transformer are left out. `norm` is LayerNorm over channels
+    without parameters, in float32; V[k,q] maps a token's D channels to r, and * with U[k] is a
+    convolution over the picture's grid of tokens, 3 x 3 with `neighbours` and 1 x 1 without. All
+    are shared by all tokens, samples, prompts, branches and the forecast steps of a segment;
+    guidance combines what is read like the outputs. U = 0, c = 0 is L2P bit for bit. It is computed
+    at the anchor, so a run keeps one more tensor of the output's size, nothing of H, and Q tensors
+    of r numbers a token for the anchors to come.
 
     A schedule may compute further steps: after one, until the next of the rows' anchors, forecasts
     are moved by what they were wrong there (see `L2P`), which cancels what was read.
@@ -40,6 +42,7 @@ class Readout(L2PExperts):
         patch: P.
         rank: r.
         neighbours: whether tokens next to a token, diagonals included, are read for it too.
+        past: Q.
 
     Raises:
         ValueError: the anchors are not a schedule of such a run, or a size is below 1.
@@ -57,26 +60,28 @@ class Readout(L2PExperts):
         patch: int = 1,
         rank: int = 1,
         neighbours: bool = True,
+        past: int = 0,
     ) -> None:
         super().__init__(num_steps, anchors, num_branches, expert_steps)
-        if width < 1 or patch < 1 or not 1 <= rank <= width:
+        if width < 1 or patch < 1 or not 1 <= rank <= width or past < 0:
             raise ValueError(
-                f"found width {width}, patch {patch} and rank {rank}, expected at least 1 and a "
-                "rank up to the width."
+                f"found width {width}, patch {patch}, rank {rank} and past {past}, expected at "
+                "least 1, a rank up to the width, and 0 earlier anchors or more."
             )
         self.width, self.patch, self.rank, self.neighbours = width, patch, rank, neighbours
+        self.past = past
         count, side = len(self.anchors), 3 if neighbours else 1
-        self.inner: Float[Tensor, "A r D"]
+        self.inner: Float[Tensor, "A r E"]  # E = (1 + Q) D: V of the anchor, of the one before, ...
         self.outer: Float[Tensor, "A P r k k"]
         self.constant: Float[Tensor, "A P"]
-        self.register_buffer("inner", torch.zeros(count, rank, width, dtype=STORED))
+        self.register_buffer("inner", torch.zeros(count, rank, (1 + past) * width, dtype=STORED))
         self.register_buffer("outer", torch.zeros(count, patch, rank, side, side, dtype=STORED))
         self.register_buffer("constant", torch.zeros(count, patch))
 
     def set_readout(
         self,
         anchor: int,
-        inner: Float[Tensor, "few D"],
+        inner: Float[Tensor, "few E"],
         outer: Float[Tensor, "P few k k"],
         constant: Float[Tensor, " P"],
     ) -> None:
@@ -84,22 +89,36 @@ class Readout(L2PExperts):
 
         Args:
             anchor: one of `anchors`.
-            inner: V, of r directions at most.
+            inner: V of the anchor, then of those before it, of r directions at most.
             outer: U.
             constant: c.
         """
         number, few = self.anchors.index(anchor), len(inner)
-        self.inner[number, :few] = inner.to(self.inner)
+        self.inner[number, :few, : inner.shape[1]] = inner.to(self.inner)
         self.outer[number, :, :few] = outer.to(self.outer)
         self.constant[number] = constant.to(self.constant)
 
+    def reach(self, number: int) -> int:
+        """How many earlier anchors are read at an anchor: Q, or those its transformer has had.
+
+        Args:
+            number: of the anchor, counted from 0.
+        """
+        first = expert_start(self.expert_steps, self.anchors[number])
+        return min(self.past, sum(first <= a for a in self.anchors[:number]))
+
     def read(
-        self, hidden: Float[Tensor, "B M D"], step: Step, grid: Grid | None = None
-    ) -> Float[Tensor, "B M P"] | None:
-        """U * (V norm(H)) + c at an anchor, float32 or wider; None at a step that is none.
+        self,
+        hidden: Float[Tensor, "B M D"],
+        step: Step,
+        grid: Grid | None = None,
+        carried: Float[Tensor, "B M Q r"] | None = None,
+    ) -> Reading | None:
+        """U * h + c at an anchor, float32 or wider; None at a step that is none.
 
         Raises:
-            ValueError: the hidden state has another width, or the grid it needs is not known.
+            ValueError: the hidden state has another width, the grid it needs is not known, or
+                nothing is carried from the anchors before.
         """
         if step.index not in self.anchors:
             return None
@@ -110,10 +129,52 @@ class Readout(L2PExperts):
             )
         number = self.anchors.index(step.index)
         values = normalised(hidden)
-        read = nn.functional.linear(values, self.inner[number].to(values))
+        read = self._share(values, number, 0)
+        if self.reach(number):
+            if carried is None:
+                raise ValueError(
+                    f"nothing was carried from the anchors before step {step.index}, which are "
+                    "read there too; pass `History.carried` on."
+                )
+            read = read + carried[:, :, 0]
         near = neighbourhood(read, grid) if self.neighbours else read
         outer = self.outer[number].to(values).permute(0, 2, 3, 1).flatten(1)  # (P, k * k * r)
-        return nn.functional.linear(near, outer, self.constant[number].to(values))
+        read = nn.functional.linear(near, outer, self.constant[number].to(values))
+        return Reading(read, self.carry(values, number, carried))
+
+    def carry(
+        self,
+        values: Float[Tensor, "B M D"],
+        number: int,
+        carried: Float[Tensor, "B M Q r"] | None = None,
+    ) -> Float[Tensor, "B M Q r"] | None:
+        """What the anchors up to one add to h of the Q after it; None where Q is 0.
+
+        Args:
+            values: norm(H) at the anchor.
+            number: of the anchor, counted from 0.
+            carried: the same of the anchor before.
+        """
+        if not self.past:
+            return None
+        shares = []
+        for ahead in range(1, self.past + 1):
+            later = number + ahead
+            reached = later < len(self.anchors) and ahead <= self.reach(later)
+            share = self._share(values, later, ahead) if reached else None
+            if share is None:
+                share = values.new_zeros(*values.shape[:2], self.rank)
+            elif carried is not None and ahead < self.past:
+                share = share + carried[:, :, ahead]
+            shares.append(share)
+        return torch.stack(shares, 2)
+
+    def _share(
+        self, values: Float[Tensor, "B M D"], number: int, ahead: int
+    ) -> Float[Tensor, "B M r"]:
+        """V[number, ahead] of the hidden state of the anchor that many before."""
+        columns = slice(ahead * self.width, (ahead + 1) * self.width)
+        return nn.functional.linear(values, self.inner[number, :, columns].to(values))
 
     def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
         """The sum of both, see the class.

@@ -48,6 +48,7 @@ class ReadoutFit(ClosedForm):
         anchors: steps at which the network runs.
         rank: directions of the hidden state that are read.
         neighbours: read the tokens around a token too, where the host tells their grid.
+        past: read the hidden states of so many earlier anchors too.
         batch_size: trajectories per pipeline call.
         keep_sums: export the normal equations too, so that `foreseer refit` can add recordings
             without these trajectories: 4 MB an anchor for 64 directions and their neighbours.
@@ -68,6 +69,7 @@ class ReadoutFit(ClosedForm):
         anchors: Sequence[int],
         rank: int = 64,
         neighbours: bool = True,
+        past: int = 2,
         batch_size: int = 16,
         keep_sums: bool = False,
         device: str | None = None,
@@ -86,7 +88,8 @@ class ReadoutFit(ClosedForm):
         self.predictor: Readout | None = None
         self.pipe: Any = None
         self.pipeline, self.place = pipeline, (dtype, device)
-        self.rank, self.neighbours, self.batch_size = rank, neighbours, batch_size
+        self.rank, self.neighbours, self.past = rank, neighbours, past
+        self.batch_size = batch_size
         self.session: Session | None = None
         self.keep_sums = keep_sums
         self.sums: dict[str, Tensor] = {}  # what is kept of the segments
@@ -144,7 +147,7 @@ class ReadoutFit(ClosedForm):
                 f"process {rank} of {world} has no batch of {self.batch_size} trajectories; use "
                 "fewer processes or a smaller batch_size."
             )
-        self.walk = Walk(self.rows, self.pipe.scheduler)
+        self.walk = Walk(self.rows, self.pipe.scheduler, self.past)
         self.walk.predictor = self.predictor
         folds = folds_of(item for batch in self.calibration.batches for item in batch)
         self.parts = SegmentParts(self.recording, self.walk, folds)
@@ -217,7 +220,8 @@ class ReadoutFit(ClosedForm):
             self.walk.visited = visited
             self.walk.visit(self.pipe, items, anchor, self.calibration.settings)
             if self.predictor is None:
-                self._make_predictor(sizes_of(self.rows, visited, self.rank, self.neighbours))
+                sizes = self.rank, self.neighbours, self.past
+                self._make_predictor(sizes_of(self.rows, visited, *sizes))
             visited.save(path)
             self.batches[place] = (items, visited)
 

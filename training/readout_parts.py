@@ -57,6 +57,10 @@ class SegmentParts:
         first = expert_start(self.walk.rows.expert_steps, anchor)
         return [a for a in self.walk.rows.anchors if first <= a <= anchor]
 
+    def recent(self, anchor: int) -> list[int]:
+        """The anchors whose hidden states are read at one, newest first."""
+        return self.known(anchor)[: -2 - self.walk.past : -1]
+
     def guidance(self, step: int) -> Float[Tensor, " branches"]:
         """Weights of the branches at a step."""
         return self.walk.guidance[expert_start(self.walk.rows.expert_steps, step)]
@@ -101,9 +105,8 @@ class SegmentParts:
         response = float(sampler.response[end, anchor + 1 : end].sum())
         layout = next(iter(visited.layouts.values()))
         known = torch.stack([outputs[a] for a in self.known(anchor)])  # (anchors, branches, B, ...)
-        hidden = self._guided(normalised(visited.by_branch(visited.hidden)), anchor)
         return Part(
-            hidden.sum(0),
+            torch.cat([self._hidden(visited, a) for a in self.recent(anchor)], -1),
             layout.pick(known.flatten(0, 2)).unflatten(0, (-1, len(items))),
             layout.pick(wanted / response),
             layout.pick(known[-1].sum(0)),
@@ -130,6 +133,11 @@ class SegmentParts:
                 total += share * self._guided(visited.read_at(a), a).sum(0)
         return total
 
+    def _hidden(self, visited: Visited, anchor: int) -> Float[Tensor, "B M D"]:
+        """sum_b g_b norm(H_b) at an anchor."""
+        hidden = {key: kept[anchor] for key, kept in visited.hidden.items() if anchor in kept}
+        return self._guided(normalised(visited.by_branch(hidden)), anchor).sum(0)
+
     def _guided(
         self, tensor: Float[Tensor, "branches B *shape"], step: int
     ) -> Float[Tensor, "branches B *shape"]:
@@ -138,7 +146,9 @@ class SegmentParts:
         return torch.einsum("b,b...->b...", self.guidance(step).to(wide), wide)
 
 
-def sizes_of(rows: L2PExperts, visited: Visited, rank: int, neighbours: bool) -> dict[str, Any]:
+def sizes_of(
+    rows: L2PExperts, visited: Visited, rank: int, neighbours: bool, past: int
+) -> dict[str, Any]:
     """Arguments of a `Readout` for the host that computed a batch.
 
     Args:
@@ -146,8 +156,10 @@ def sizes_of(rows: L2PExperts, visited: Visited, rank: int, neighbours: bool) ->
         visited: the batch.
         rank: directions to read at most.
         neighbours: whether neighbours are read where the host tells the tokens' grid.
+        past: earlier anchors to read too.
     """
-    layout, hidden = next(iter(visited.layouts.values())), next(iter(visited.hidden.values()))
+    layout, kept = next(iter(visited.layouts.values())), next(iter(visited.hidden.values()))
+    hidden = kept[max(kept)]
     if neighbours and layout.grid is None:
         print(
             "Nothing tells on which grid the tokens of this host lie, so each token is read alone, "
@@ -162,6 +174,7 @@ def sizes_of(rows: L2PExperts, visited: Visited, rank: int, neighbours: bool) ->
         "patch": layout.elements.shape[1],
         "rank": min(rank, hidden.shape[-1]),
         "neighbours": neighbours and layout.grid is not None,
+        "past": past,
     }
 
 

@@ -45,7 +45,7 @@ class ReadoutRefit(ReadoutFit):
     def __init__(
         self, recording: str, old: Readout, fitted: dict[int, Segment], batch_size: int = 16
     ) -> None:
-        sizes: dict[str, Any] = {"rank": old.rank, "neighbours": old.neighbours}
+        sizes: dict[str, Any] = {"rank": old.rank, "neighbours": old.neighbours, "past": old.past}
         super().__init__(recording, "", old.anchors, batch_size=batch_size, keep_sums=True, **sizes)
         self.fitted = fitted
         self.gains: list[float] = []

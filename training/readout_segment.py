@@ -29,7 +29,8 @@ class Part:
     """Some trajectories at one segment.
 
     Args:
-        hidden: sum_b g_b norm(H_b) at the segment's anchor, g the guidance weights.
+        hidden: sum_b g_b norm(H_b) at the segment's anchor and those before it that are read too,
+            side by side; g the guidance weights.
         outputs: g_b F_{b,a} of all anchors so far, anchor by anchor.
         wanted: the guided forecast that lands the next state on the recorded one.
         newest: g_b F_{b,a} of the segment's anchor, summed over branches: the Euler forecast.

@@ -52,11 +52,12 @@ def segments_of(tensors: Mapping[str, Tensor], predictor: Readout) -> dict[int, 
         if kind != "start":
             continue
         number = predictor.anchors.index(int(anchor))
+        columns = slice((1 + predictor.reach(number)) * predictor.width)
         sums = Total(*(tensors[f"{anchor}/{part}"] for part in ("normal", "cross", "inner")))
         found[int(anchor)] = Segment(
             tensors[name],
             tensors[f"{anchor}/delta"],
-            predictor.inner[number],
+            predictor.inner[number, :, columns],
             predictor.outer[number].double(),
             predictor.constant[number].double(),
             sums,

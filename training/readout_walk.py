@@ -22,7 +22,7 @@ from ..integration.layout import Layout
 from ..integration.sampler import SamplerMap, pristine, probe
 from ..predictors.base import History, Step
 from ..predictors.experts import L2PExperts, expert_start
-from ..predictors.readout import Readout
+from ..predictors.readout import Readout, normalised
 from ..trajectories.prompts import Item, generate_batch
 from .tracking import check_guidance, guidance_weights
 
@@ -38,7 +38,7 @@ class Visited:
     Args:
         outputs: by call key, then anchor.
         readings: what was read at an anchor, laid out like the output, likewise.
-        hidden: hidden state of the picture's tokens at the newest anchor, by call key.
+        hidden: hidden state of the picture's tokens at the newest anchors, like the outputs.
         branches: branch numbers of a call's equal parts.
         layouts: of every call.
         state: latents at the newest anchor.
@@ -46,7 +46,7 @@ class Visited:
 
     outputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     readings: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    hidden: dict[str, Tensor] = field(default_factory=dict)
+    hidden: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     branches: dict[str, tuple[int, ...]] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
     state: Tensor | None = None
@@ -72,7 +72,8 @@ class Visited:
         named = {f"outputs/{k}/{a}": t for k, each in self.outputs.items() for a, t in each.items()}
         for key, each in self.readings.items():
             named |= {f"readings/{key}/{anchor}": tensor for anchor, tensor in each.items()}
-        named |= {f"hidden/{key}": tensor for key, tensor in self.hidden.items()}
+        for key, each in self.hidden.items():
+            named |= {f"hidden/{key}/{anchor}": tensor for anchor, tensor in each.items()}
         if self.state is not None:
             named["state"] = self.state
         save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
@@ -85,8 +86,6 @@ class Visited:
             kind, _, rest = name.partition("/")
             if kind == "state":
                 found.state = tensor
-            elif kind == "hidden":
-                found.hidden[rest] = tensor
             else:
                 key, _, anchor = rest.rpartition("/")
                 getattr(found, kind).setdefault(key, {})[int(anchor)] = tensor
@@ -99,6 +98,7 @@ class Walk(Controller):
     Args:
         rows: of the steps and anchors of the fit.
         scheduler: the pipeline's.
+        past: anchors before the newest whose hidden states are read with its own.
 
     Attributes:
         predictor: being fitted; its segments before the new anchor are. None until the sizes of
@@ -110,8 +110,9 @@ class Walk(Controller):
     taps = frozenset({"output", "hidden"})
     wants_layout = True
 
-    def __init__(self, rows: L2PExperts, scheduler: Any) -> None:
+    def __init__(self, rows: L2PExperts, scheduler: Any, past: int = 0) -> None:
         self.rows = rows
+        self.past = past
         self.predictor: Readout | None = None
         self.scheduler = scheduler
         self.visited = Visited()
@@ -142,22 +143,26 @@ class Walk(Controller):
         visited = self.visited
         visited.branches[key], visited.layouts[key] = step.branches, self.layouts[key]
         visited.outputs.setdefault(key, {})[step.index] = taps["output"]
-        hidden = visited.layouts[key].hidden(taps["hidden"])
-        if step.index == self.goal:
-            visited.hidden[key] = hidden
-        elif self.predictor is not None:
-            self.read(self.predictor, key, step.index, hidden)
+        kept = visited.hidden.setdefault(key, {})
+        kept[step.index] = visited.layouts[key].hidden(taps["hidden"])
+        for anchor in sorted(kept)[: -1 - self.past]:
+            del kept[anchor]
+        if step.index != self.goal and self.predictor is not None:
+            self.read(self.predictor, key)
 
-    def read(
-        self, predictor: Readout, key: str, anchor: int, hidden: Float[Tensor, "B M D"]
-    ) -> None:
-        """Read the hidden state of a call at an anchor whose segment is fitted."""
-        visited = self.visited
-        layout, output = visited.layouts[key], visited.outputs[key][anchor]
+    def read(self, predictor: Readout, key: str) -> None:
+        """Read the newest hidden state of a call, whose segment is fitted."""
+        visited, carried = self.visited, None
+        kept, layout = visited.hidden[key], visited.layouts[key]
+        *before, anchor = sorted(kept)
+        for earlier in before:  # what is read there has been fitted since
+            number = predictor.anchors.index(earlier)
+            carried = predictor.carry(normalised(kept[earlier]), number, carried)
         step = Step(anchor, 0.0, predictor.num_steps)
-        values = predictor.read(hidden, step, layout.grid)
-        assert values is not None  # the step is an anchor
-        visited.readings.setdefault(key, {})[anchor] = layout.place(values.to(output))
+        read = predictor.read(kept[anchor], step, layout.grid, carried)
+        assert read is not None  # the step is an anchor
+        output = visited.outputs[key][anchor]
+        visited.readings.setdefault(key, {})[anchor] = layout.place(read.values.to(output))
 
     def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
         """An output of an earlier visit, or the predictor's forecast."""
@@ -206,10 +211,9 @@ class Walk(Controller):
             ValueError: the run ends before.
         """
         self.goal = anchor
-        for key, hidden in self.visited.hidden.items():  # the newest segment was fitted since
+        for key in self.visited.hidden:  # the newest segment was fitted since
             assert self.predictor is not None
-            self.read(self.predictor, key, max(self.visited.outputs[key]), hidden)
-        self.visited.hidden = {}
+            self.read(self.predictor, key)
         try:
             generate_batch(pipe, batch, output_type="latent", **settings)
         except Arrived:
