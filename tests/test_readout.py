@@ -143,29 +143,29 @@ def test_without_neighbours_tokens_are_read_alone_whatever_their_order():
     predictor = awake(readout(neighbours=False))
     hidden = torch.randn(2, 12, 16, generator=seeded())
     order = torch.randperm(12, generator=seeded(1))
-    read = predictor.read(hidden, clock(2))
-    assert torch.equal(predictor.read(hidden[:, order], clock(2)), read[:, order])
+    read = predictor.read(hidden, clock(2)).values
+    assert torch.equal(predictor.read(hidden[:, order], clock(2)).values, read[:, order])
 
 
 def test_with_neighbours_a_shifted_picture_is_read_shifted_away_from_the_border():
     predictor = awake(readout())
     picture = torch.randn(2, 3, 8, 7, 16, generator=seeded())  # frames, height, width
-    read = predictor.read(picture.flatten(1, 3), clock(2), (3, 8, 7)).unflatten(1, (3, 8, 7))
-    shifted = predictor.read(
-        picture.roll((1, 2), (2, 3)).flatten(1, 3), clock(2), (3, 8, 7)
-    ).unflatten(1, (3, 8, 7))
-    inside = shifted[:, :, 2:-1, 3:-1]
-    torch.testing.assert_close(inside, read[:, :, 1:-2, 1:-3])
-    across = predictor.read(picture.flatten(1, 3), clock(2), (1, 24, 7))
-    assert not torch.allclose(across.unflatten(1, (3, 8, 7)), read)  # frames are not neighbours
-    turned = predictor.read(picture.flatten(1, 3), clock(2), (3, 7, 8))
-    assert not torch.allclose(turned.unflatten(1, (3, 8, 7)), read)
+
+    def read(planes, grid):
+        values = predictor.read(planes.flatten(1, 3), clock(2), grid).values
+        return values.unflatten(1, (3, 8, 7))
+
+    plain = read(picture, (3, 8, 7))
+    shifted = read(picture.roll((1, 2), (2, 3)), (3, 8, 7))
+    torch.testing.assert_close(shifted[:, :, 2:-1, 3:-1], plain[:, :, 1:-2, 1:-3])
+    assert not torch.allclose(read(picture, (1, 24, 7)), plain)  # frames are not neighbours
+    assert not torch.allclose(read(picture, (3, 7, 8)), plain)
 
 
 def test_the_readout_is_a_convolution_over_the_grid():
     predictor = awake(readout())
     hidden = torch.randn(2, 30, 16, generator=seeded())
-    read = predictor.read(hidden, clock(5), (1, 5, 6))
+    read = predictor.read(hidden, clock(5), (1, 5, 6)).values
     values = torch.nn.functional.layer_norm(hidden, (16,)) @ predictor.inner[2].float().T
     planes = values.mT.unflatten(2, (5, 6))
     kernel, bias = predictor.outer[2].float(), predictor.constant[2]
@@ -198,8 +198,8 @@ def test_what_cannot_be_read_is_refused_in_words():
     history.push(clock(0), torch.zeros(1, 4, 4))
     with pytest.raises(ValueError, match="nothing was read off the hidden state at step 0"):
         predictor(history, clock(1))
-    for sizes in ({"rank": 17}, {"rank": 0}, {"patch": 0}, {"width": 0, "rank": 0}):
-        with pytest.raises(ValueError, match="expected at least 1 and a rank up to the width"):
+    for sizes in ({"rank": 17}, {"rank": 0}, {"patch": 0}, {"width": 0, "rank": 0}, {"past": -1}):
+        with pytest.raises(ValueError, match="at least 1, a rank up to the width, and 0 earlier"):
             readout(**sizes)
 
 
@@ -215,7 +215,57 @@ def test_the_sum_is_the_rows_and_what_was_read_at_the_last_anchor():
     rows = predictor.weight[:, 4, [0, 2]].float()
     expected = torch.cat([rows[b, 0] * x + rows[b, 1] * y for b, x, y in _halves(features)])
     found = predictor(history, clock(4, (0, 1)))
-    torch.testing.assert_close(found, expected + read[1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, expected + read[1].values, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("past", [1, 2, 3])
+def test_what_earlier_anchors_tell_is_added_before_the_neighbours_are_read(past):
+    anchors, hidden, carried = (0, 2, 4, 5), {}, None
+    predictor = awake(Readout(STEPS, anchors, 1, (0,), 16, 4, 3, past=past))
+    history = History()
+    for number, anchor in enumerate(anchors):
+        hidden[number] = torch.randn(2, 30, 16, generator=seeded(anchor))
+        read = predictor.read(hidden[number], clock(anchor), (1, 5, 6), carried)
+        carried = read.carried
+        assert carried.shape == (2, 30, past, 3)
+        inner = predictor.inner[number].float().unflatten(1, (1 + past, 16))
+        h = sum(
+            torch.nn.functional.layer_norm(hidden[number - q], (16,)) @ inner[:, q].T
+            for q in range(min(past, number) + 1)
+        )
+        kernel, bias = predictor.outer[number].float(), predictor.constant[number]
+        expected = torch.nn.functional.conv2d(h.mT.unflatten(2, (5, 6)), kernel, bias, padding=1)
+        torch.testing.assert_close(read.values, expected.flatten(2).mT, atol=1e-5, rtol=1e-5)
+        history.push(clock(anchor), torch.zeros(2, 30, 4), read)
+    assert history.state_bytes() == 4 * (5 * 2 * 30 * 4 + 2 * 30 * past * 3)
+    assert torch.equal(history.map(torch.clone).carried, carried)
+    history.reset()
+    assert history.carried is None and history.state_bytes() == 0
+
+
+def test_an_added_anchor_leaves_what_is_carried_alone():
+    predictor = awake(readout(past=2))
+    history = History()
+    for index in (0, 2):
+        hidden = torch.randn(1, 4, 16, generator=seeded(index))
+        read = predictor.read(hidden, clock(index), (1, 2, 2), history.carried)
+        history.push(clock(index), torch.zeros(1, 4, 4), read)
+    carried = history.carried
+    assert predictor.read(hidden, clock(3), (1, 2, 2), carried) is None
+    history.push(clock(3), torch.zeros(1, 4, 4))
+    assert history.carried is carried and history.reading is None
+
+
+def test_another_transformer_reads_its_own_anchors_alone():
+    predictor = awake(Readout(STEPS, (0, 1, 3, 4), 1, (0, 3), 16, 4, 3, past=2))
+    assert [predictor.reach(number) for number in range(4)] == [0, 1, 0, 1]
+    hidden = torch.randn(1, 4, 16, generator=seeded())
+    carried = predictor.read(hidden, clock(0), (1, 2, 2)).carried
+    carried = predictor.read(hidden, clock(1), (1, 2, 2), carried).carried
+    assert not carried.any()  # nothing for the anchors of the next one
+    predictor.read(hidden, clock(3), (1, 2, 2))
+    with pytest.raises(ValueError, match="nothing was carried from the anchors before step 4"):
+        predictor.read(hidden, clock(4), (1, 2, 2))
 
 
 def _halves(features):
@@ -548,10 +598,13 @@ def test_a_tensor_that_was_changed_does_not_replay_the_golden_pair(name, tmp_pat
         load_predictor(tmp_path)
 
 
-@pytest.mark.parametrize(("rank", "limit"), [(64, 5_200_000), (56, 5_000_000)])
-def test_a_readout_of_the_size_of_flux_dev_takes_few_megabytes(rank, limit, tmp_path):
+@pytest.mark.parametrize(
+    ("rank", "past", "limit"),
+    [(64, 0, 5_200_000), (56, 0, 5_000_000), (22, 2, 5_000_000), (64, 2, 14_000_000)],
+)
+def test_a_readout_of_the_size_of_flux_dev_takes_few_megabytes(rank, past, limit, tmp_path):
     anchors = (0, 3, 7, 11, 15, 20, 25, 30, 36, 41, 46)
-    predictor = Readout(50, anchors, 1, (0,), 3072, 64, rank)
+    predictor = Readout(50, anchors, 1, (0,), 3072, 64, rank, past=past)
     spec = dataclasses.replace(
         spec_for(pipeline("dit_guided"), anchors=anchors, num_branches=1),
         sigmas=tuple(1 - step / 50 for step in range(50)),
@@ -559,7 +612,7 @@ def test_a_readout_of_the_size_of_flux_dev_takes_few_megabytes(rank, limit, tmp_
     save_predictor(predictor, spec, tmp_path)
     bytes_on_disk = (tmp_path / "model.safetensors").stat().st_size
     print(f"rank {rank}: {bytes_on_disk} bytes")
-    state = 2 * 11 * rank * (3072 + 64 * 9) + 4 * 11 * 64 + 8 * 50 * 50
+    state = 2 * 11 * rank * (3072 * (1 + past) + 64 * 9) + 4 * 11 * 64 + 8 * 50 * 50
     assert state < bytes_on_disk < limit
 
 
