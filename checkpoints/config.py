@@ -14,7 +14,7 @@ from .spec import PredictorSpec
 from .strict import MalformedFile, parse_json, read_plain
 from .upgrade import PREDICTOR, NewerVersion, upgraded
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_STEPS = 4096

@@ -65,7 +65,15 @@ def _settings_from_2(values: Values) -> Values:
     return values  # arguments that are not told of are not compared
 
 
-PREDICTOR: dict[int, Upgrade] = {1: _predictor_from_1, 2: _settings_from_2}
+def _past_from_3(values: Values) -> Values:
+    """2026-11-29: readouts of several anchors' hidden states."""
+    arguments = values.get("arguments")
+    if values.get("predictor_class") != "Readout" or not isinstance(arguments, dict):
+        return values
+    return values | {"arguments": {"past": 0} | arguments}
+
+
+PREDICTOR: dict[int, Upgrade] = {1: _predictor_from_1, 2: _settings_from_2, 3: _past_from_3}
 """Of the `config.json` of a predictor checkpoint."""
 
 RECORDING: dict[int, Upgrade] = {1: _recording_from_1, 2: _settings_from_2}

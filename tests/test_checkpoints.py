@@ -221,7 +221,7 @@ def test_pushing_makes_the_repository_and_uploads_the_folder(tmp_path, monkeypat
             "upload",
             "owner/l2p",
             tmp_path,
-            ["README.md", "config.json", "grams.safetensors", FILES[2]],
+            ["README.md", "config.json", "grams.safetensors", FILES[2], "segments.safetensors"],
         ),
     ]
 

@@ -17,6 +17,7 @@ from tiny_hosts import items, pipeline, settings
 from foreseer.checkpoints import config, upgrade
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.checkpoints.zoo import bundled
+from foreseer.predictors.readout import Readout
 from foreseer.training.rows import least_squares_rows
 from foreseer.training.shipped import read_sums
 from foreseer.trajectories import header
@@ -62,6 +63,20 @@ def test_a_predictor_of_an_earlier_release_has_the_rows_of_its_recording(folder)
     assert predictor.spec.guidance == written(folder / "predictor" / "config.json")["spec"].get(
         "guidance", {}
     )
+
+
+def test_a_readout_of_version_3_reads_its_last_anchor_alone(tmp_path):
+    old = load_predictor(NEWEST / "predictor")
+    sizes = {"width": 16, "patch": 4, "rank": 3}
+    predictor = Readout(8, old.spec.anchors, 2, (0,), **sizes, past=0)
+    predictor.outer.normal_()
+    predictor.inner.normal_()
+    folder = save_predictor(predictor, old.spec, tmp_path / "p")
+    arguments = written(folder / "config.json")["arguments"]
+    assert arguments.pop("past") == 0
+    changed(folder / "config.json", schema_version=3, arguments=arguments)
+    again = load_predictor(folder)
+    assert again.past == 0 and torch.equal(again.inner, predictor.inner)
 
 
 @each
