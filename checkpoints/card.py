@@ -1,6 +1,5 @@
 """The model card of a predictor: what it is, what it was fitted on, its errors, its limits."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,13 +28,8 @@ ROW_COLUMNS = ("method", "kind", "tap", "num_anchors", "psnr_db", "ssim", "num_s
 NOT_MEASURED = "not measured"
 
 CARD = """---
-license: apache-2.0
-library_name: foreseer
-tags:
-- feature-caching
-- diffusion
-- {tag}
-{base_model}---
+{head}
+---
 
 # {title} for {host_class}
 
@@ -49,12 +43,10 @@ model itself stays as it is.
 ## Use
 
 ```python
-from foreseer.checkpoints.format import load_predictor
-from foreseer.integration.forecasting import forecasting
-from foreseer.integration.pipelines import load_pipeline
+import foreseer as fs
 
-pipe = load_pipeline("...")  # the model described below
-with forecasting(pipe, load_predictor("...")):  # this folder or repository
+pipe = fs.load_pipeline("...")  # the model described below, or yours loaded by diffusers
+with fs.forecasting(pipe, "..."):  # this folder or repository
     pipe(..., num_inference_steps={num_steps}, guidance_scale={guidance_scale:g})
 ```
 
@@ -97,11 +89,9 @@ def model_card(
     Returns:
         Markdown with a YAML head.
     """
-    base_model = spec.host.get("base_model")
     return CARD.format(
-        base_model="" if base_model is None else f"base_model: {json.dumps(base_model)}\n",
+        head=_head(predictor, spec),
         title=type(predictor).__name__,
-        tag=_tag(predictor),
         form=_form(predictor),
         host_class=spec.host.get("class", "an unnamed model"),
         num_steps=len(spec.sigmas),
@@ -121,6 +111,45 @@ def model_card(
         other_grid=OTHER_GRID_ANY if predictor.any_grid else OTHER_GRID,
         any_anchors=ANY_ANCHORS if predictor.any_anchors else "",
     )
+
+
+def with_pictures(card: str, names: Sequence[str]) -> str:
+    """A card that shows pictures beside it, each once.
+
+    Args:
+        card: its text.
+        names: of the pictures.
+    """
+    missing = [name for name in names if f"]({name})" not in card]
+    shown = "\n\n".join(f"![{name}]({name})" for name in missing)
+    return f"{card.rstrip()}\n\n## Pictures\n\n{shown}\n" if missing else card
+
+
+def _head(predictor: Predictor, spec: PredictorSpec) -> str:
+    """The YAML that the hub reads: base model, tags, and the measurements as results."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="image-generation",
+            dataset_type="recording",
+            dataset_name=f"recording {spec.recording_digest or 'without digest'}",
+            metric_type=name,
+            metric_value=spec.metrics[name],
+            metric_name=text,
+        )
+        for name, (text, _) in MEASURES.items()
+        if name in spec.metrics
+    ]
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="foreseer",
+        tags=["feature-caching", "diffusion", _tag(predictor)],
+        base_model=spec.host.get("base_model"),
+        model_name=type(predictor).__name__ if results else None,
+        eval_results=results or None,
+    )
+    return str(data.to_yaml())
 
 
 def verdict(metrics: Mapping[str, float]) -> str:

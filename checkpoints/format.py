@@ -32,15 +32,15 @@ from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import L2PBands, L2PGroups
 from ..predictors.readout import Readout
 from .arguments import REFUSALS, check_arguments
-from .card import model_card
+from .card import model_card, with_pictures
 from .config import CONFIG_FILE as CONFIG_FILE
 from .config import CheckpointError as CheckpointError
 from .config import Config, decode_config, encode_config, read_config
 from .folder import CARD_FILE as CARD_FILE
 from .folder import GRAMS_FILE as GRAMS_FILE
 from .folder import MODEL_FILE as MODEL_FILE
+from .folder import OWN, PICTURES, check_free
 from .folder import SEGMENTS_FILE as SEGMENTS_FILE
-from .folder import check_free
 from .golden import check_golden, golden_pair
 from .hub import locate, upload
 from .spec import PredictorSpec
@@ -147,7 +147,9 @@ def load_predictor(name: str | Path, revision: str | None = None) -> Predictor:
 
 
 def push_predictor(folder: str | Path, repo_id: str, private: bool = False) -> str:
-    """Upload a checkpoint, and the Grams beside it, to a hub repository made when missing.
+    """Upload a checkpoint, its sums and pictures to a hub repository made when missing.
+
+    The card shows the pictures.
 
     Args:
         folder: a folder that `save_predictor` wrote; it is loaded first, so that only a sound
@@ -161,10 +163,14 @@ def push_predictor(folder: str | Path, repo_id: str, private: bool = False) -> s
     Raises:
         CheckpointError: the folder holds no sound checkpoint, or the hub refused.
     """
-    load_predictor(Path(folder))
-    names = (MODEL_FILE, CONFIG_FILE, CARD_FILE, GRAMS_FILE, SEGMENTS_FILE)
-    check_plain(Path(folder), names)
-    return upload(Path(folder), repo_id, private, names)
+    folder = Path(folder)
+    load_predictor(folder)
+    pictures = sorted(each.name for each in folder.iterdir() if each.suffix in PICTURES)
+    names = [*OWN, *pictures]
+    check_plain(folder, names)
+    card = folder / CARD_FILE
+    _replace(card, with_pictures(card.read_text() if card.exists() else "", pictures).encode())
+    return upload(folder, repo_id, private, names)
 
 
 def check_plain(folder: Path, names: Sequence[str]) -> None:

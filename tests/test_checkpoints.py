@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from checkpoint_cases import random_predictor, spec_for, tiny_pipe
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from foreseer.checkpoints import hub, zoo
-from foreseer.checkpoints.card import model_card, verdict
+from foreseer.checkpoints.card import model_card, verdict, with_pictures
 from foreseer.checkpoints.config import SCHEMA_VERSION
 from foreseer.checkpoints.format import (
     CheckpointError,
@@ -231,6 +232,7 @@ def test_a_card_tells_what_a_predictor_is_bound_to():
     spec = spec_for(predictor, host={"class": "TinyTransformer", "base_model": "a: b"})
     card = model_card(predictor, spec)
     head = yaml.safe_load(card.split("---\n")[1])
+    assert head.pop("model-index")[0]["name"] == "L2P"
     assert head == {
         "license": "apache-2.0",
         "library_name": "foreseer",
@@ -252,6 +254,20 @@ def test_a_card_tells_what_a_predictor_is_bound_to():
     ):
         assert text in card
     assert "base_model" not in model_card(predictor, spec_for(predictor)).split("---\n")[1]
+
+
+def test_the_head_of_a_card_is_the_hubs_with_the_measurements_as_results():
+    predictor = random_predictor()
+    card = ModelCard(model_card(predictor, spec_for(predictor, metrics={"psnr_db": 31.5})))
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("psnr_db", 31.5)
+    assert (card.data.model_name, card.data.library_name) == ("L2P", "foreseer")
+
+
+def test_a_card_shows_each_picture_once():
+    card = with_pictures("# L2P\n", ["a.png"])
+    assert card.count("![a.png](a.png)") == 1 and with_pictures(card, ["a.png"]) == card
+    assert with_pictures("# L2P\n", []) == "# L2P\n"
 
 
 def test_a_card_without_measurements_says_so():

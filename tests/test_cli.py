@@ -195,6 +195,20 @@ def test_a_shipped_configuration_is_found_by_its_name_and_a_file_comes_first(tmp
     assert cli.packaged("fit", ["--config", "readout"]) == ["--config", "readout"]
 
 
+def test_recording_and_tap_of_a_fit_are_given_once(tmp_path):
+    shipped = Path(cli.__file__).parent / "configs/fit"
+    words = ["fit", "--config", str(shipped / "l2p_bands.yaml"), "--model.init_args.tap=output"]
+    words += ["--model.init_args.recording", "runs/mine"]
+    more = ["--data.init_args.folder", "runs/mine", "--data.init_args.tap", "output/bands"]
+    assert cli.linked(words) == words + more
+    assert cli.linked([*words, *more]) == [*words, *more]
+    readout = ["fit", "--config", str(shipped / "readout.yaml")]
+    assert cli.linked([*readout, "--model.init_args.anchors", "[0]"])[3:] == [
+        "--model.init_args.anchors",
+        "[0]",
+    ]
+
+
 def test_a_fit_without_a_configuration_is_that_of_a_readout(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     more = ["--data.seed", "1"]

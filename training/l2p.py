@@ -5,6 +5,7 @@ Shapes: n trajectories, S sampling steps.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.call_settings import as_settings
 from ..checkpoints.spec import PredictorSpec
+from ..integration.pipelines import HUB_NAME
 from ..predictors.experts import L2PExperts
 from ..predictors.linear import L2P, fold
 from ..trajectories.header import Header
@@ -136,7 +138,7 @@ def spec_of(
         tap=tap,
         anchors=tuple(anchors),
         sigmas=tuple(header.sigmas),
-        host=header.host,
+        host=header.host | base_model(header.pipeline),
         scheduler=header.scheduler["class"],
         num_branches=header.num_branches,
         guidance_scale=header.scheduler["guidance_scale"],
@@ -148,6 +150,12 @@ def spec_of(
         branch_steps=tuple(header.branch_steps),
         expert_steps=tuple(header.expert_steps),
     )
+
+
+def base_model(pipeline: str) -> dict[str, str]:
+    """What a card says a predictor is for: the hub's name of its pipeline, where it has one."""
+    named = HUB_NAME.fullmatch(pipeline) and not Path(pipeline).exists()
+    return {"base_model": pipeline} if named else {}
 
 
 def open_loop_errors(

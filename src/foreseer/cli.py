@@ -3,17 +3,16 @@
 import functools
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 from . import commands, fit_commands, pipeline_commands
 from .errors import meant
 from .extras import require
 from .refusing import RESUMING, refusing
+from .words import OF_TRAINER, linked, packaged, with_values
 
 TRAINER_WORDS = {
     "validate": "Run a trained predictor over the validation split (LightningCLI).",
@@ -38,12 +37,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     )
 }
 
-NAME = re.compile(r"[a-z][a-z0-9_]*")  # of a shipped configuration
-DEFAULT_FIT = "readout"
-OF_TRAINER = re.compile(r"--(config|print_config|model|data|trainer|ckpt_path|seed_everything)\b")
-"""Options of a `fit` that is LightningCLI's: one by a YAML file or by a class's own arguments."""
 DEBUG = "--debug"  # among the words of any command: errors as they are, with their traceback
-
 OF_PIPELINES: dict[str, Callable[..., Any]] = {
     "inspect": pipeline_commands.inspect,
     "verify": pipeline_commands.verify,
@@ -172,70 +166,10 @@ def spelled_out(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def with_values(function: Callable[..., Any], words: list[str]) -> list[str]:
-    """Words in which flags have their value and lists their brackets.
-
-    jsonargparse wants a value of every option, so a flag alone stands for `--flag true`; and of
-    every list that it is one, so `--taps output,hidden` stands for `--taps [output,hidden]`.
-    """
-    kinds = {
-        name: str(each.annotation) for name, each in inspect.signature(function).parameters.items()
-    }
-    found: list[str] = []
-    for place, word in enumerate(words):
-        name, equals, value = word.removeprefix("--").partition("=")
-        kind = kinds.get(name, "") if word.startswith("--") else ""
-        before = words[place - 1].removeprefix("--") if place else ""
-        if (
-            kind == str(bool)
-            and not equals
-            and [*words, ""][place + 1].lower() not in ("true", "false")
-        ):
-            word = f"--{name}=true"
-        elif equals and is_list(kind):
-            word = f"--{name}={bracketed(value)}"
-        elif is_list(kinds.get(before, "")) and words[place - 1].startswith("--"):
-            word = bracketed(word)
-        found.append(word)
-    return found
-
-
-def is_list(kind: str) -> bool:
-    """Whether an option of this annotation holds a list, and not a string as well."""
-    return "Sequence[" in kind and not kind.startswith("str")
-
-
-def bracketed(value: str) -> str:
-    """A list as YAML has it."""
-    return value if value.startswith("[") or value == "null" else f"[{value}]"
-
-
-def packaged(word: str, words: list[str]) -> list[str]:
-    """Words in which a shipped configuration's name stands for its file.
-
-    `--config readout` takes `configs/fit/readout.yaml` of the installation where no file `readout`
-    lies in the working directory. A `fit` of LightningCLI that names neither a configuration nor a
-    model is that of a readout.
-    """
-    ours = word != "fit" or not any(map(OF_TRAINER.match, words)) or {"-h", "--help"} & set(words)
-    if not ours and not any(re.match(r"--(config|model|print_config)(=|$)", w) for w in words):
-        print(f"No --config and no --model: fitting a readout, --config {DEFAULT_FIT}.")
-        words = ["--config", DEFAULT_FIT, *words]
-    found, before = [], ""
-    for each in words:
-        name = each.removeprefix("--config=")
-        if (before == "--config" or name != each) and NAME.fullmatch(name):
-            path = Path(__file__).parent / "configs" / word / f"{name}.yaml"
-            if path.exists() and not Path(name).exists():
-                each = f"{each.removesuffix(name)}{path}"
-        found.append(each)
-        before = each
-    return found
-
-
 def run_trainer(words: list[str], prog: str) -> None:
     """Hand `words`, the first one a Trainer method, to LightningCLI."""
     require("train", f"{prog} {words[0]}" if words else prog)
+    words = linked(words)
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from .parsing import Parser

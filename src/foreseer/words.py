@@ -1,0 +1,100 @@
+"""The words of a command as they are typed, and as its parser wants them."""
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")  # of a shipped configuration
+DEFAULT_FIT = "readout"
+OF_TRAINER = re.compile(r"--(config|print_config|model|data|trainer|ckpt_path|seed_everything)\b")
+"""Options of a `fit` that is LightningCLI's: one by a YAML file or by a class's own arguments."""
+
+
+def with_values(function: Callable[..., Any], words: list[str]) -> list[str]:
+    """Words in which flags have their value and lists their brackets.
+
+    jsonargparse wants a value of every option, so a flag alone stands for `--flag true`; and of
+    every list that it is one, so `--taps output,hidden` stands for `--taps [output,hidden]`.
+    """
+    kinds = {
+        name: str(each.annotation) for name, each in inspect.signature(function).parameters.items()
+    }
+    found: list[str] = []
+    for place, word in enumerate(words):
+        name, equals, value = word.removeprefix("--").partition("=")
+        kind = kinds.get(name, "") if word.startswith("--") else ""
+        before = words[place - 1].removeprefix("--") if place else ""
+        if (
+            kind == str(bool)
+            and not equals
+            and [*words, ""][place + 1].lower() not in ("true", "false")
+        ):
+            word = f"--{name}=true"
+        elif equals and is_list(kind):
+            word = f"--{name}={bracketed(value)}"
+        elif is_list(kinds.get(before, "")) and words[place - 1].startswith("--"):
+            word = bracketed(word)
+        found.append(word)
+    return found
+
+
+def is_list(kind: str) -> bool:
+    """Whether an option of this annotation holds a list, and not a string as well."""
+    return "Sequence[" in kind and not kind.startswith("str")
+
+
+def bracketed(value: str) -> str:
+    """A list as YAML has it."""
+    return value if value.startswith("[") or value == "null" else f"[{value}]"
+
+
+def packaged(word: str, words: list[str]) -> list[str]:
+    """Words in which a shipped configuration's name stands for its file.
+
+    `--config readout` takes `configs/fit/readout.yaml` of the installation where no file `readout`
+    lies in the working directory. A `fit` of LightningCLI that names neither a configuration nor a
+    model is that of a readout.
+    """
+    ours = word != "fit" or not any(map(OF_TRAINER.match, words)) or {"-h", "--help"} & set(words)
+    if not ours and not any(re.match(r"--(config|model|print_config)(=|$)", w) for w in words):
+        print(f"No --config and no --model: fitting a readout, --config {DEFAULT_FIT}.")
+        words = ["--config", DEFAULT_FIT, *words]
+    found, before = [], ""
+    for each in words:
+        name = each.removeprefix("--config=")
+        if (before == "--config" or name != each) and NAME.fullmatch(name):
+            path = Path(__file__).parent / "configs" / word / f"{name}.yaml"
+            if path.exists() and not Path(name).exists():
+                each = f"{each.removesuffix(name)}{path}"
+        found.append(each)
+        before = each
+    return found
+
+
+def linked(words: list[str]) -> list[str]:
+    """Words in which the data module has the recording and tap of the model, unless told its own.
+
+    Of a configuration whose data module takes them.
+    """
+    import yaml
+
+    given = dict(zip(words, [*words[1:], ""], strict=True))
+    given |= dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    path = Path(given.get("--config", ""))
+    if not path.is_file():
+        return words
+    content = yaml.safe_load(path.read_text()) or {}
+    data = (content.get("data") or {}).get("init_args") or {}
+    own = ((content.get("model") or {}).get("init_args") or {}).get("tap", "")
+    found = list(words)
+    for source, target in (("recording", "folder"), ("tap", "tap")):
+        value = given.get(f"--model.init_args.{source}")
+        option = f"--data.init_args.{target}"
+        if value is None or option in given or target not in data:
+            continue
+        if target == "tap":
+            value = str(data["tap"]).replace(own, value)  # that of parts is `<tap>/<parts>`
+        found += [option, value]
+    return found
