@@ -177,6 +177,12 @@ def _shapes(shapes: Sequence[Sequence[int]]) -> str:
 def check_host(spec: PredictorSpec, found: dict[str, Any], scheduler: Any) -> None:
     """Raise unless a host and scheduler are those of the fit.
 
+    Args:
+        spec: what the predictor was fitted on.
+        found: `host_fingerprint` of the host, or what of it can be told where it is built by
+            another library; what it does not tell is not compared.
+        scheduler: the scheduler; None in a loop without one, known by its sigmas alone.
+
     Raises:
         PredictorMismatch: another class, size, configuration, weights, or scheduler class.
     """
@@ -187,12 +193,12 @@ def check_host(spec: PredictorSpec, found: dict[str, Any], scheduler: Any) -> No
         "weights_sha256": "weights (fine-tuned, or with a LoRA?)",
     }
     for key, name in names.items():
-        if spec.host.get(key) != found.get(key):
+        if key in found and spec.host.get(key) != found[key]:
             raise PredictorMismatch(
-                f"the predictor was fitted on another host: {name} is {found.get(key)}, expected "
+                f"the predictor was fitted on another host: {name} is {found[key]}, expected "
                 f"{spec.host.get(key)}. Record and fit for this model: foreseer record --help"
             )
-    if type(scheduler).__name__ != spec.scheduler:
+    if scheduler is not None and type(scheduler).__name__ != spec.scheduler:
         raise PredictorMismatch(
             f"the predictor was fitted under {spec.scheduler}, found {type(scheduler).__name__}; "
             "use that scheduler or record and fit under this one."
@@ -214,11 +220,15 @@ def check_grid(spec: PredictorSpec, sigmas: list[float]) -> None:
         (abs(a - b), i) for i, (a, b) in enumerate(zip(sigmas, spec.sigmas, strict=True))
     )
     if gap > SIGMA_TOLERANCE:
-        raise PredictorMismatch(
-            f"the sigma grid differs from the fit's: step {index} has sigma {sigmas[index]:.6f}, "
-            f"expected {spec.sigmas[index]:.6f} (another shift or schedule?); record and fit "
-            "on this grid."
-        )
+        raise PredictorMismatch(off_grid(index, sigmas[index], spec.sigmas[index]))
+
+
+def off_grid(index: int, found: float, expected: float) -> str:
+    """What to tell whoever evaluates a step at another sigma than the fit's."""
+    return (
+        f"the sigma grid differs from the fit's: step {index} has sigma {found:.6f}, expected "
+        f"{expected:.6f} (another shift or schedule?); record and fit on this grid."
+    )
 
 
 def check_run(spec: PredictorSpec, predictor: Predictor, sigmas: list[float]) -> None:

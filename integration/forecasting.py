@@ -117,7 +117,7 @@ def checked_forecaster(
     """What `attach` attaches, once everything it is given has been checked against the pipeline.
 
     Args:
-        pipe: see `attach`.
+        pipe: see `attach`; None where whoever runs the steps has checked the model.
         predictor: see `attach`.
         anchors: see `attach`.
         tap: see `attach`.
@@ -129,7 +129,7 @@ def checked_forecaster(
     """
     spec: PredictorSpec | None = predictor.spec
     if spec is not None:
-        check_host(spec, host_fingerprint(*transformers_of(pipe).values()), pipe.scheduler)
+        _check_pipeline(spec, pipe)
         if tap is not None and tap != spec.tap:
             raise PredictorMismatch(
                 f"the predictor was fitted on the tap {spec.tap!r}, not {tap!r}; leave `tap` out."
@@ -167,6 +167,11 @@ def checked_forecaster(
             )
         return VerifiedForecaster(schedule, predictor, anchors, spec, pipe)
     return Forecaster(predictor, tap, anchors, spec, pipe)
+
+
+def _check_pipeline(spec: PredictorSpec, pipe: Any) -> None:
+    if pipe is not None:
+        check_host(spec, host_fingerprint(*transformers_of(pipe).values()), pipe.scheduler)
 
 
 @contextlib.contextmanager

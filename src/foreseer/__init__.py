@@ -18,6 +18,7 @@
 | `save(predictor, folder)`, `load(name)`, `push(folder, repo_id)` | its file, and the hub |
 | `forecasting(pipe, predictor, ...)` | a `with` block in which the pipeline forecasts; a `Run` |
 | `attach(pipe, predictor, ...)`, `detach(pipe)` | the same across the cells of a notebook |
+| `forecast_model(f, predictor, ...)` | the same for a sampler without a pipeline, `f(x, sigma)` |
 | `verify(pipeline, ...)`, `bench(pipeline, out, ...)` | is it exact here, and is it worth it |
 | `predictors`, `schedules` | formulas and learned forecasters; lists of anchors and TeaCache, ... |
 | `ForeseerError` | `PredictorMismatch`, `UnsupportedHost`, `RecordingError`, `CheckpointError` |
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         UnsupportedHost,
     )
     from .fit_commands import fit, push, save, search
+    from .integration.forecast_model import forecast_model
     from .integration.forecasting import attach, detach, forecasting
     from .integration.pipelines import load_pipeline
     from .pipeline_commands import verify
@@ -59,6 +61,7 @@ _HOMES = {
     "bench": "commands",
     "detach": "integration.forecasting",
     "fit": "fit_commands",
+    "forecast_model": "integration.forecast_model",
     "forecasting": "integration.forecasting",
     "load": "checkpoints.format:load_predictor",
     "load_pipeline": "integration.pipelines",
@@ -83,6 +86,7 @@ __all__ = [
     "bench",
     "detach",
     "fit",
+    "forecast_model",
     "forecasting",
     "load",
     "load_pipeline",

@@ -1,0 +1,215 @@
+"""Forecasting without a pipeline: any function `f(x, sigma, **kw)`, as samplers call it.
+
+Of a flow model x = (1 - sigma) x_0 + sigma eps and the network's output is F = v = eps - x_0; of
+k-diffusion's x = x_0 + sigma eps it is F = eps. In both F = (x - x_0) / sigma, so what a function
+returns as denoised is turned into F and back by the same line.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checkpoints.format import load_predictor
+from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host
+from ..predictors.base import Predictor
+from .fingerprint import host_fingerprint
+from .forecaster import Forecaster
+from .forecasting import checked_forecaster
+from .head_reader import Reader
+from .memory import check_budget
+from .report import Report
+from .sigma_run import SigmaRun
+from .told_sigmas import flow_time, grid_of, kind_of, one_sigma
+
+
+def forecast_model(
+    model_fn: Callable[..., Tensor],
+    predictor: Predictor | str | os.PathLike[str],
+    model: nn.Module | None = None,
+    returns: str = "v",
+    fitted_on: str | None = None,
+    sigmas: Sequence[float] | Tensor | None = None,
+    anchors: Sequence[int] | None = None,
+    guidance_scale: float | None = None,
+    memory_budget: int | None = None,
+) -> "ForecastModel":
+    """A model function that runs its network at the anchors only: `f(x, sigma, branches, **kw)`.
+
+    For samplers of k-diffusion and loops written by hand. Steps are found by sigma; a sigma that
+    rises again begins a new run. `branches` are the guidance branches that the rows of a call
+    belong to, numbered as in the pipeline of the fit: `(0,)` if left out, `(0, 1)` of a call with
+    both, `(1,)` of the second of two calls.
+
+    Args:
+        model_fn: `f(x, sigma, **kw)`; sigma has a value per sample.
+        predictor: one on the tap `output`, or the folder, `zoo:<name>` or hub name of one.
+        model: the network that `model_fn` calls, whose weights are compared with the fit's; a
+            learned predictor needs it. Those of a class other than diffusers' are compared by
+            their number. None takes `model_fn`, where it is a module.
+        returns: what `model_fn` returns: `v`, `eps` or `denoised` (x_0).
+        fitted_on: what the network of the fit returned, `v` or `eps`; None reads it off the fit's
+            scheduler where that is a flow scheduler, else off `returns`. Sigma is flow time (1 to
+            0) for `v`, and k-diffusion's noise over signal for `eps`.
+        sigmas: those of the steps, with or without the 0 at the end; None takes the fit's.
+        anchors: steps at which the network runs; None takes the predictor's own.
+        guidance_scale: what the loop guides with; None where it does not say, and is not compared.
+        memory_budget: bytes that cached features may take; None for what the device has.
+
+    Returns:
+        The function; its `report()` tells what the latest run did.
+
+    Raises:
+        PredictorMismatch: the predictor was fitted on another model, grid or tap.
+        UnsupportedHost: it reads hidden states and `model` is no module that shows them.
+        ValueError: no anchors, sigmas or kind of output are known.
+    """
+    check_budget(memory_budget)
+    if isinstance(predictor, str | os.PathLike):
+        predictor = load_predictor(os.fspath(predictor))
+    if model is None and isinstance(model_fn, nn.Module):
+        model = model_fn
+    kind = kind_of(predictor.spec, returns, fitted_on)
+    forecaster = output_forecaster(predictor, anchors)
+    forecaster.memory_budget = memory_budget
+    forecaster.settings = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    reader = Reader(model, forecaster) if predictor.reads else None
+    run = SigmaRun(
+        forecaster,
+        grid_of(predictor, sigmas, kind),
+        functools.partial(check_model, predictor, model),
+    )
+    run.check()
+    return ForecastModel(model_fn, run, returns, kind, reader)
+
+
+class ForecastModel:
+    """See `forecast_model`, which makes it.
+
+    Args:
+        model_fn: the function.
+        run: what decides and keeps the state.
+        returns: what the function returns: `v`, `eps` or `denoised`.
+        kind: what is forecast: `v` or `eps`.
+        reader: what takes the hidden state out of a call; None where nothing reads it.
+    """
+
+    def __init__(
+        self,
+        model_fn: Callable[..., Tensor],
+        run: SigmaRun,
+        returns: str,
+        kind: str,
+        reader: Reader | None,
+    ) -> None:
+        self.model_fn = model_fn
+        self.run = run
+        self.returns = returns
+        self.kind = kind
+        self.reader = reader
+
+    def __call__(
+        self, x: Tensor, sigma: Tensor | float, branches: Sequence[int] = (0,), **kwargs: Any
+    ) -> Tensor:
+        """What the function returns, computed at an anchor and forecast elsewhere.
+
+        Args:
+            x: the network's input, batch first.
+            sigma: per sample, or one for all.
+            branches: guidance branch of each equal part of the rows.
+            kwargs: for the function.
+
+        Raises:
+            PredictorMismatch: the loop leaves the fit's grid, guidance, dtype or latents.
+            ValueError: an output is not finite.
+        """
+        try:
+            return self._call(x, sigma, tuple(branches), kwargs)
+        except BaseException:
+            self.run.reset()
+            raise
+
+    def _call(
+        self, x: Tensor, sigma: Tensor | float, branches: tuple[int, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        started = time.perf_counter()
+        value, key = one_sigma(sigma), ".".join(map(str, branches))
+        step = self.run.enter(flow_time(value, self.kind), [key], branches, x)
+        ran = self.run.computes([key], step)
+        if ran:
+            out, hidden = self._compute(x, sigma, key, kwargs)
+            self.run.observe(key, step, self._feature(out, x, value), hidden)
+        else:
+            feature = self.run.forecast(key, step)
+            out = x - value * feature if self.returns == "denoised" else feature
+        self.run.leave(step, x, ran, time.perf_counter() - started)
+        return out
+
+    def _compute(
+        self, x: Tensor, sigma: Tensor | float, key: str, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        compute = functools.partial(self.model_fn, x, sigma, **kwargs)
+        return (compute(), None) if self.reader is None else self.reader(compute, key)
+
+    def _feature(self, out: Tensor, x: Tensor, sigma: float) -> Tensor:
+        return (x - out) / sigma if self.returns == "denoised" else out
+
+    def report(self) -> Report:
+        """Which steps of the latest run ran and which were forecast, state bytes, time of each."""
+        return self.run.report
+
+    def __repr__(self) -> str:
+        """What it wraps, and what the latest run did."""
+        name = getattr(self.model_fn, "__name__", type(self.model_fn).__name__)
+        return f"<ForecastModel of {name}: {str(self.run.report).splitlines()[0]}>"
+
+
+def output_forecaster(predictor: Predictor, anchors: Sequence[int] | None) -> Forecaster:
+    """A forecaster of a network's output, for a loop that shows nothing else.
+
+    Args:
+        predictor: see `forecast_model`.
+        anchors: see `forecast_model`.
+
+    Raises:
+        PredictorMismatch: the predictor forecasts what lies inside the network, or has other
+            anchors.
+        ValueError: no anchors are known.
+    """
+    spec: PredictorSpec | None = predictor.spec
+    if spec is not None and spec.tap != "output":
+        raise PredictorMismatch(
+            f"the predictor was fitted on the tap {spec.tap!r}, which lies inside the network; a "
+            "model function shows its output only. Fit one with tap='output', or use forecasting "
+            "on a pipeline."
+        )
+    return checked_forecaster(None, predictor, anchors, "output")
+
+
+def check_model(predictor: Predictor, model: nn.Module | None) -> None:
+    """Raise unless a network is the one a learned predictor was fitted on, as far as can be told.
+
+    Args:
+        predictor: the predictor; formulas go with any network.
+        model: the network.
+
+    Raises:
+        PredictorMismatch: it is another.
+        ValueError: a learned predictor, and no network to compare.
+    """
+    if predictor.spec is None:
+        return
+    if model is None:
+        raise ValueError(
+            "a learned predictor is fitted on one model; pass model=, the network that the "
+            "function calls, so that its weights can be compared with the fit's."
+        )
+    model = getattr(model, "_orig_mod", model)  # a compiled one
+    if hasattr(model, "config") and not isinstance(model.config, type(None)):
+        check_host(predictor.spec, host_fingerprint(model), None)
+    else:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        check_host(predictor.spec, {"parameters": count}, None)

@@ -1,0 +1,81 @@
+"""The hidden state that enters the head of a network, taken while a function calls it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .call import Call
+from .expert import Expert
+from .forecaster import Forecaster
+from .hook import own, refuse_other_caches
+from .host import UnsupportedHost
+from .prediction import prediction
+from .watched import unwatch, watch
+
+
+class Reader:
+    """What enters the head of a network when a function calls it.
+
+    Args:
+        model: the network.
+        forecaster: told where the tokens of the head lie in the output.
+
+    Raises:
+        UnsupportedHost: there is no network to take it from.
+        ValueError: it has a cache.
+    """
+
+    def __init__(self, model: nn.Module | None, forecaster: Forecaster) -> None:
+        if model is None or not hasattr(model, "config"):
+            raise UnsupportedHost(
+                f"{type(forecaster.predictor).__name__} reads the hidden state that enters the "
+                "head, which a function does not show; pass model=, the diffusers transformer that "
+                "it calls, or use a predictor without a readout, such as L2P."
+            )
+        refuse_other_caches(model)
+        self.model = model
+        self.forecaster = forecaster
+        self.expert = Expert(0, "transformer", model, forecaster)
+
+    def __call__(self, compute: Callable[[], Tensor], key: str) -> tuple[Tensor, Tensor]:
+        """What a function returns and what entered the head of the network meanwhile.
+
+        Raises:
+            UnsupportedHost: it did not call the network once, or returned another shape.
+        """
+        calls: list[tuple[Tensor, tuple[int, ...]]] = []
+        watched = watch(self.model, "forward", functools.partial(self._call, calls, key))
+        try:
+            out = compute()
+        finally:
+            unwatch(self.model, "forward", watched)
+        if len(calls) != 1 or calls[0][1] != tuple(out.shape):
+            found = [shape for _, shape in calls]
+            raise UnsupportedHost(
+                f"the function returned {tuple(out.shape)} and its network was called for {found}, "
+                "expected one call with that output: what is read off the hidden state is laid out "
+                "like it. Guide and unpack outside of the function."
+            )
+        return out, calls[0][0]
+
+    def _call(
+        self,
+        calls: list[tuple[Tensor, tuple[int, ...]]],
+        key: str,
+        forward: Callable,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        call = Call(self.model, forward, args, kwargs)
+        if not self.expert.proven:
+            self.expert.prove(call, self.forecaster)
+        with self.expert.capturing(self.forecaster.taps) as found:
+            output = call.run()
+        sample, hidden = prediction(output), own(found["hidden"])
+        if key not in self.forecaster.layouts:
+            layout = self.expert.layout(call, hidden, sample)
+            self.forecaster.layouts = {**self.forecaster.layouts, key: layout}
+        calls.append((hidden, tuple(sample.shape)))
+        return output

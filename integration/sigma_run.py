@@ -1,0 +1,149 @@
+"""A run without a scheduler: a forecaster at work on a loop that is known by its sigmas.
+
+What evaluates a network through a plain function (k-diffusion, ComfyUI, loops of original
+repositories) tells it sigma and nothing else. A sigma below the last one is the next step, the same
+one another call of that step, and one above it begins a new run.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..checkpoints.spec import SIGMA_TOLERANCE, PredictorMismatch, off_grid
+from ..predictors.base import Step
+from .forecaster import Forecaster
+from .hook import own
+from .memory import check_memory
+from .report import Report
+
+
+class SigmaRun:
+    """A forecaster and the run it is in, step by step.
+
+    Args:
+        forecaster: decides and keeps the state.
+        sigmas: flow time of every step, 1 to 0, without the end.
+        check: called at the start of every run; what it raises keeps the run from starting.
+
+    Attributes:
+        report: what the latest run did.
+    """
+
+    def __init__(
+        self, forecaster: Forecaster, sigmas: Sequence[float], check: Callable[[], None]
+    ) -> None:
+        self.forecaster = forecaster
+        self.sigmas = tuple(sigmas)
+        self.check = check
+        self.report = Report()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run; the next call begins one."""
+        self.forecaster.forget()
+        self._place: int | None = None  # of the step in progress on the grid
+        self._first = 0  # step of the grid that the run began with
+        self._keys: list[str] = []  # calls of the step in progress
+        self._before = 0  # calls of the step before it
+
+    def enter(
+        self, sigma: float, keys: Sequence[str], branches: Sequence[int], x_t: Tensor
+    ) -> Step:
+        """The step a call belongs to, once everything before it is closed.
+
+        Args:
+            sigma: flow time the network is told, 1 to 0.
+            keys: what the call's histories are known by; a step has each of them once.
+            branches: branch number of each equal part of its rows.
+            x_t: the network's input, shaped like the latents of a pipeline.
+
+        Raises:
+            PredictorMismatch: the sigma, the branches or the latents are not the fit's.
+            ValueError: the run does not go down the grid step by step.
+        """
+        place = min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigma))
+        if abs(self.sigmas[place] - sigma) > SIGMA_TOLERANCE:
+            raise PredictorMismatch(off_grid(place, sigma, self.sigmas[place]))
+        again = place == self._place and not set(keys).isdisjoint(self._keys)
+        if self._place is None or place < self._place or (again and place == self._first):
+            self._begin(place)
+        elif again or place > self._place:
+            self._next(place, sigma, x_t)
+        self._keys += keys
+        index, num_steps = place - self._first, len(self.sigmas) - self._first
+        return Step(index, sigma, num_steps, tuple(branches), x_t=x_t)
+
+    def _begin(self, place: int) -> None:
+        self.reset()
+        self.check()
+        self.report.open()
+        self.forecaster.layouts = {}
+        self.forecaster.open(list(self.sigmas[place:]))
+        self.report.num_steps = len(self.sigmas) - place
+        self._place = self._first = place
+        self._began = time.perf_counter()
+
+    def _next(self, place: int, sigma: float, x_t: Tensor) -> None:
+        assert self._place is not None  # a run is under way
+        self._close(x_t)
+        expected = self._place + 1
+        if place != expected:
+            if expected == len(self.sigmas):
+                raise ValueError(
+                    f"the run goes on after its {len(self.sigmas)} steps, at sigma {sigma:.6f}; "
+                    "use a sampler with one evaluation per step, such as Euler."
+                )
+            raise PredictorMismatch(off_grid(expected, sigma, self.sigmas[expected]))
+        self._place, self._before, self._keys = place, len(self._keys), []
+
+    def _close(self, x_t: Tensor) -> None:
+        assert self._place is not None  # a run is under way
+        index = self._place - self._first
+        self.forecaster.close(index, x_t, x_t, x_t)
+        self.report.state_bytes = max(self.report.state_bytes, self.forecaster.state_bytes())
+        check_memory(self.forecaster, self.report, index, x_t.device)
+        now = time.perf_counter()
+        self.report.steps.append(now - self._began)
+        self._began = now
+
+    def computes(self, keys: Sequence[str], step: Step) -> bool:
+        """Whether the network runs: at anchors, and where a call has none yet."""
+        known = all(self.forecaster.knows(key) for key in keys)
+        return not known or self.forecaster.action(step) == "anchor"
+
+    def observe(self, key: str, step: Step, feature: Tensor, hidden: Tensor | None = None) -> None:
+        """Keep what the network computed.
+
+        Args:
+            key: of the history.
+            step: the step, with the branches of this feature.
+            feature: the network's output.
+            hidden: what entered its head, where the predictor reads it.
+
+        Raises:
+            PredictorMismatch: the feature is not of the fit's dtype.
+            ValueError: it is not finite, or has another shape than before.
+        """
+        taps = {"output": own(feature)}
+        if hidden is not None:
+            taps["hidden"] = hidden
+        self.forecaster.observe(key, 0, step, taps)
+
+    def forecast(self, key: str, step: Step) -> Tensor:
+        """The network's output at a step that is none of the anchors."""
+        return self.forecaster.forecast(key, step)[1]
+
+    def leave(self, step: Step, x_t: Tensor, ran: bool, seconds: float) -> None:
+        """A call is over; the run is too, once the last step has had the calls of the one before.
+
+        Args:
+            step: the call's.
+            x_t: see `enter`.
+            ran: whether the network ran.
+            seconds: that the call took.
+        """
+        self.report.count(step.index, "anchor" if ran else "forecast", seconds)
+        if step.index == step.num_steps - 1 and len(self._keys) >= max(1, self._before):
+            self._close(x_t)
+            self.reset()
