@@ -40,7 +40,8 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
-from overhead_systems import Ran, System, flux_70m, pipeline, run, systems
+from overhead_host import flux_70m, pipeline, run
+from overhead_systems import Ran, System, systems
 from torch import nn
 from tqdm.auto import tqdm
 

@@ -1,6 +1,5 @@
 """The systems of `overhead.py`: the host, each cache attached to a copy of it, what a skip runs."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +10,11 @@ import torch
 from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.hooks.hooks import StateManager
+from overhead_host import GUIDANCE
 from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorSpec
@@ -34,8 +32,6 @@ ANCHORS = diffusers_interval(NUM_STEPS)  # 0 1 2 4: what TaylorSeerCache compute
 L2P_STEPS = 13
 L2P_ANCHORS = (0, 1, 2, 3, 4, 5, 6, 8)
 EVERY_STEP = (0, 1, 2, 3)
-TEXT_TOKENS, TEXT_CHANNELS, POOLED_CHANNELS = 64, 512, 512
-GUIDANCE = 3.5  # the pipeline's default; the host has no guidance embedding, so it does nothing
 ALWAYS_SKIP = 0.99  # from 1.0 on cache-dit leaves out the comparison that users pay for
 
 Ran = tuple[int, int]  # blocks and attentions that ran in one call of the transformer
@@ -75,51 +71,6 @@ class System:
     def expected(self, step: int) -> Ran:
         """What has to run at a step."""
         return FULL if step in self.anchors else self.skipped
-
-
-def flux_70m() -> FluxTransformer2DModel:
-    """FLUX with 4 double-stream and 8 single-stream blocks of width 512, 71.1 M parameters."""
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=4,
-        num_single_layers=8,
-        attention_head_dim=64,
-        num_attention_heads=8,
-        joint_attention_dim=TEXT_CHANNELS,
-        pooled_projection_dim=POOLED_CHANNELS,
-        guidance_embeds=False,
-        axes_dims_rope=(16, 24, 24),
-    ).eval()
-
-
-def pipeline(transformer: FluxTransformer2DModel) -> FluxPipeline:
-    """A pipeline of its own class, on a copy of the transformer that shares its weights.
-
-    The class is its own because cache-dit patches the pipeline's class.
-    """
-    weights = [*transformer.parameters(), *transformer.buffers()]
-    copied = copy.deepcopy(transformer, {id(weight): weight for weight in weights})
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = FluxPipeline(scheduler, None, None, None, None, None, copied)
-    pipe.__class__ = type("FluxPipeline", (FluxPipeline,), {})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def run(pipe: Any, num_steps: int) -> Tensor:
-    """The final latents of one seeded call: 256 image tokens, 64 text tokens, no guidance."""
-    prompt = torch.Generator().manual_seed(1)
-    return pipe(
-        prompt_embeds=torch.randn(1, TEXT_TOKENS, TEXT_CHANNELS, generator=prompt),
-        pooled_prompt_embeds=torch.randn(1, POOLED_CHANNELS, generator=prompt),
-        height=256,
-        width=256,
-        num_inference_steps=num_steps,
-        guidance_scale=GUIDANCE,
-        generator=torch.Generator().manual_seed(0),
-        output_type="latent",
-    ).images
 
 
 def systems() -> list[System]:

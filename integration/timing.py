@@ -136,6 +136,36 @@ def forecast_step_ratio(
     return StepCost(whole, forecast, rounds)
 
 
+def anchor_step_ratios(
+    pipe: Any, predictor: Predictor, tap: str, num_steps: int, run: Run, rounds: int = 15
+) -> list[float]:
+    """What an anchor step costs over a step of the pipeline alone, one ratio per pair of runs.
+
+    Plain and hooked runs take turns in one process, on one torch thread and the same weights; a
+    ratio is that of the medians over the steps of neighbouring runs.
+
+    Args:
+        pipe: the pipeline, with nothing attached.
+        predictor: the forecaster, whose history is kept but never used.
+        tap: `output`, `hidden` or `residual`.
+        num_steps: steps of a run, all of them anchors.
+        run: calls the pipeline once; the first call of each kind is not counted.
+        rounds: pairs of runs.
+    """
+    full = StepTimes(device_of(pipe))
+    controller = TimedForecaster(predictor, tap, tuple(range(num_steps)), None, pipe)
+    ratios = []
+    with one_thread():
+        for _ in range(rounds + 1):
+            full.seconds, controller.times.seconds = [], []
+            _timed_runs(pipe, full, controller, run)
+            plain, hooked = (t.median(lambda step: True) for t in (full, controller.times))
+            if plain is None or hooked is None:
+                raise ValueError("the run never reached a second step; nothing to time.")
+            ratios.append(hooked / plain)
+    return ratios[1:]
+
+
 def _timed_runs(pipe: Any, full: StepTimes, controller: TimedForecaster, run: Run) -> None:
     """One run of the pipeline alone, one with forecasts."""
     clock = Clock(pipe.scheduler, full.open, lambda index, v, before, after: full.close(index))
