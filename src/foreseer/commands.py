@@ -212,14 +212,15 @@ def merge(out: str, recordings: Sequence[str]) -> None:
     merge_command(out=out, recordings=recordings)
 
 
-def demo(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit") -> None:
-    """Record, fit, export, generate and compare on the bundled model, on a CPU.
+def demo(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit", all: bool = False) -> None:
+    """Pictures by the bundled predictors, then record, fit, draw and compare your own, on a CPU.
 
     Args:
         out: folder of the demonstration's files and report; finished stages in it are not redone.
-        pipeline: folder of a class-to-image pipeline, or a bundled one.
+        pipeline: folder of a class-to-image pipeline, or a bundled one, to fit your own on.
+        all: also the long stages: layer by layer, and the fit in closed loop.
     """
-    print("loading PyTorch, diffusers and Lightning", flush=True)
+    print("loading PyTorch and diffusers (about 10 s)", flush=True)
     from .demo import demo_command
 
-    demo_command(out=out, pipeline=pipeline)
+    demo_command(out, pipeline, everything=all)

@@ -1,233 +1,228 @@
-"""`foreseer demo`: the whole road on the bundled model, by the functions behind the commands.
+"""`foreseer demo`: pictures first, then the road to a predictor of one's own, on bundled models.
 
-Processor seconds of one thread. A 50-step guided image of the bundled model takes about 1 s in
-batches of 16 and one at 6 evaluations 6/50 of that, 0.12 s.
-
-    start     imports and loading                                                          15 s
-    record    64 images in full                                                            65 s
-    layers    8 images in full, plots                                                      10 s
-    fit       two from Grams: 10 s. In closed loop: 8 formulas on 16 images (15 s), one
-              Gauss-Newton step on 2 x 16 images at 70 evaluations each (32 x 70/50 = 45 s),
-              5 times the 11 held-out ones (7 s)                                           77 s
-    export                                                                                  1 s
-    generate  10 images in full, 10 at 6 evaluations                                       12 s
-    prompts   8 prompts in full and at 8 evaluations on the text-to-image model              15 s
-    bench     16 images in full; 4 solvers and 3 formulas on 2 taps on 4 anchor lists, and
-              3 predictors: 43 x 16 x 0.12 s                                              100 s
-                                                                                    sum   295 s
+The expected seconds are those of one thread on an idle core, measured by `make demo`.
 """
 
 import json
-import logging
 import time
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
-
-from .integration.generate import generate_command
+from .commands import inspect
+from .commands import record as record_trajectories
+from .fit_commands import fit as fit_predictor
+from .integration.pipeline_call import samples
+from .integration.pipelines import load_pipeline
 from .integration.report_rows import load_rows
 from .integration.report_table import verdict
-from .training.benchmark import bench_command
-from .training.closed_loop import L2PClosedLoop
-from .training.export import export_command
-from .training.fit_report import FitReport
-from .training.inspect_command import inspect_command
-from .training.l2p import L2PAdam, L2PLeastSquares, L2PModule
-from .trajectories.datamodule import GramDataModule, RecordingDataModule
-from .trajectories.record_command import record_command
-from .trajectories.recording import Recording
+from .integration.side_by_side import picture, side_by_side, told
+from .training.benchmark import FIRST_ITEM, load_learned
+from .training.benchmark import bench as compare_methods
+from .trajectories.record_command import asked_items
 
-ANCHORS = (0, 5, 12, 20, 30, 40)  # found by `foreseer search` for taylor_1 on the hidden tap
-HELD_OUT = 0.2  # share of the recorded trajectories that no fit sees
-LAYER_ITEMS = 20000  # first item of the layer recording; the others start at 0
-EPOCHS = {"lstsq": 1, "adam": 201, "closed_loop": 1}
-BATCHES = 2  # calibration batches of 16 per epoch: the Gram fits have one batch, of everything
-RIVALS = ("euler", "ab2", "dpmpp_2m", "unipc", "reuse", "taylor_1", "taylor_2")
 GUIDANCE_SCALE, NUM_STEPS = 3.0, 50
-TEXT_PIPELINE, TEXT_PREDICTOR = "zoo:emoji_flux", "zoo:emoji_flux_l2p_8"
-PROMPTS = (  # stored with the model
+BUDGETS = (11, 8, 6)
+BUNDLED = {
+    "words": ("zoo:emoji_flux", "words into pictures", (11, 8)),
+    "clothes": ("zoo:fashion_dit", "classes into pictures", (8, 6)),
+}
+"""For each picture of the first stage: the bundled model, what it does, budgets of its readouts."""
+
+PROMPTS = (  # stored with the model, and among those it draws best
     "grinning face",
     "crying face",
-    "panda face",
-    "octopus",
+    "cat face",
+    "tiger face",
     "sunflower",
     "red apple",
-    "slice of pizza",
-    "soccer ball",
+    "octopus",
+    "full moon symbol",
 )
+LABELS = (0, 2, 3, 5, 7, 8, 9, 1)
+NUM_RECORDED, NUM_COMPARED = 64, 16
+NUM_LAYERS, LAYER_ITEMS = 8, 20_000  # trajectories with every block's features, and their first
+RIVALS = ("ab2", "dpmpp_2m", "taylor_2")  # the best solvers and formula of docs/readout.md here
+CLOSED_LOOP, CLOSED_LOOP_ANCHORS = 8, (0, 3, 8, 14, 20, 27, 34, 43)  # by `foreseer search`
 
-Stage = Callable[[Path, str], None]
+Run = Callable[[Path, str], None]
 
 
-def demo_command(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit") -> None:
-    """Run every stage that is not done yet in `out`, and say where the report is.
+@dataclass(frozen=True)
+class Stage:
+    """A part of the demonstration.
+
+    Attributes:
+        purpose: what it is for, in a line.
+        seconds: how long it takes on an idle core.
+        run: what runs it, given the folder and the pipeline of one's own road.
+    """
+
+    purpose: str
+    seconds: int
+    run: Run
+
+
+def demo_command(
+    out: str = "runs/demo", pipeline: str = "zoo:fashion_dit", everything: bool = False
+) -> None:
+    """Run every stage that is not done yet in `out`, and say where its pictures are.
 
     Args:
         out: folder of everything the demonstration makes.
-        pipeline: folder of a class-to-image pipeline, or a bundled one.
+        pipeline: folder of a class-to-image pipeline, or a bundled one, for one's own road.
+        everything: also the stages of `MORE`.
 
     Raises:
         ValueError: `out` holds a demonstration on another pipeline.
     """
     folder = Path(out)
-    seconds = seconds_spent(folder, pipeline)
-    quiet()
-    for number, (name, (purpose, run)) in enumerate(STAGES.items(), start=1):
-        print(f"\n=== {number} of {len(STAGES)}  {name}: {purpose}", flush=True)
-        if name in seconds:
-            print(f"    done before, in {seconds[name]:.0f} s")
+    done = seconds_spent(folder, pipeline)
+    stages = STAGES | MORE if everything else STAGES
+    for number, (name, stage) in enumerate(stages.items(), start=1):
+        print(f"\n=== {number} of {len(stages)}: {stage.purpose}", flush=True)
+        if name in done:
+            print(f"    done before, in {done[name]:.0f} s")
             continue
+        print(f"    takes about {length(stage.seconds)} on an idle processor", flush=True)
         started = time.perf_counter()
-        run(folder, pipeline)
-        seconds[name] = time.perf_counter() - started
-        note_seconds(folder, pipeline, seconds)
-        total = sum(seconds.values())
-        print(f"--- {name} took {seconds[name]:.0f} s, {total:.0f} s in all", flush=True)
-    bench = folder / "bench"
-    print(f"\n{verdict(load_rows(bench / 'results.json'))}")
-    print(f"report: {bench / 'report.html'}, picture: {folder / 'samples.png'} and prompts.png")
+        stage.run(folder, pipeline)
+        done[name] = time.perf_counter() - started
+        note_seconds(folder, pipeline, done)
+        print(f"    ({done[name]:.0f} s)", flush=True)
+    print(f"\n{verdict(load_rows(folder / 'bench' / 'results.json'))}")
+    print(f"Look at {folder / 'bench' / 'report.html'} and the pictures in {folder}.")
+    if not everything:
+        left = length(sum(stage.seconds for stage in MORE.values()))
+        print(f"More (layer by layer, the closed-loop fit; {left}): foreseer demo --all")
+
+
+def length(seconds: float) -> str:
+    """A time in words, rounded."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def pictures(folder: Path, pipeline: str) -> None:
+    """The bundled predictors' pictures, whatever pipeline was asked for."""
+    for name, (model, purpose, budgets) in BUNDLED.items():
+        show(folder / f"{name}.png", model, purpose, [f"{model}_readout_{n}" for n in budgets])
+
+
+def show(path: Path, model: str, purpose: str, predictors: list[str]) -> None:
+    """Draw with a model in full and with predictors, say what it took, and write the picture."""
+    pipe = load_pipeline(model)
+    words = "zoo:emoji_flux" == model
+    asked = samples(pipe, PROMPTS if words else None, () if words else LABELS)
+    print(f"    {purpose} with {model}, {len(asked)} at once:", flush=True)
+    runs = side_by_side(
+        pipe, asked, predictors, num_inference_steps=NUM_STEPS, guidance_scale=GUIDANCE_SCALE
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(runs, asked).save(path)
+    print(f"{told(runs)}\n    picture: {path}", flush=True)
 
 
 def record(folder: Path, pipeline: str) -> None:
-    """64 trajectories for the fits."""
-    record_command(
+    """Trajectories for the fits."""
+    record_trajectories(
         pipeline,
+        None,
         str(folder / "recording"),
         guidance_scale=GUIDANCE_SCALE,
         num_inference_steps=NUM_STEPS,
-        num_trajectories=64,
-        first_item=0,
+        num_trajectories=NUM_RECORDED,
         batch_size=16,
         taps=("output", "hidden"),
-        features="none",
-        num_tokens=0,
-        states=True,
     )
-
-
-def layers(folder: Path, pipeline: str) -> None:
-    """Eight trajectories with the features of every block, and the plots of how they move."""
-    record_command(
-        pipeline,
-        str(folder / "layers"),
-        guidance_scale=GUIDANCE_SCALE,
-        num_inference_steps=NUM_STEPS,
-        num_trajectories=8,
-        first_item=LAYER_ITEMS,
-        batch_size=8,
-        taps=("blocks.*", "hidden"),
-        features="full",
-        num_tokens=0,
-        states=False,
-    )
-    inspect_command(str(folder / "layers"), str(folder / "plots"))
 
 
 def fit(folder: Path, pipeline: str) -> None:
-    """The three fits of L2P on the same trajectories and anchors."""
-    recording = str(folder / "recording")
-    grams = GramDataModule(recording, "output", HELD_OUT, seed=0)
-    fit_one(folder, L2PLeastSquares(recording, ANCHORS), grams)
-    fit_one(folder, L2PAdam(recording, ANCHORS), grams)
-    module = L2PClosedLoop(recording, pipeline, ANCHORS, tap="hidden")
-    fit_one(folder, module, RecordingDataModule(recording, ["final"], 16, HELD_OUT, seed=0))
+    """A readout per number of evaluations, each a folder that loads without Lightning."""
+    pipe = load_pipeline(pipeline)
+    for budget in BUDGETS:
+        fit_predictor(
+            str(folder / "recording"),
+            budget,
+            pipeline=pipe,
+            out=predictor_folder(folder, budget),
+        )
 
 
-def fit_one(folder: Path, module: L2PModule, data: lightning.LightningDataModule) -> None:
-    """Fit one module, going on from its last checkpoint if there is one."""
-    name = module.fit_name
-    out = folder / "fit" / name
-    lightning.seed_everything(0, verbose=False)
-    checkpoint = ModelCheckpoint(out, "epoch", save_last=True, enable_version_counter=False)
-    last = out / "last.ckpt"
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=EPOCHS[name],
-        logger=TensorBoardLogger(folder, "logs", name),
-        callbacks=[FitReport(str(out)), checkpoint],
-        limit_train_batches=BATCHES,
-        log_every_n_steps=1,
-        enable_model_summary=False,
-        enable_progress_bar=name == "closed_loop",
-    )
-    print(f"    {name}: {EPOCHS[name]} epoch(s)", flush=True)
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
-    print(f"    errors per step: {out / 'fit_report.png'}")
+def draw(folder: Path, pipeline: str) -> None:
+    """Pictures by the predictors that were just fitted."""
+    predictors = [predictor_folder(folder, budget) for budget in BUDGETS]
+    show(folder / "own.png", pipeline, "your own predictors", predictors)
 
 
-def export(folder: Path, pipeline: str) -> None:
-    """Predictor checkpoints, which load without Lightning."""
-    for name in EPOCHS:
-        export_command(str(folder / "fit" / name / "last.ckpt"), predictor_folder(folder, name))
-
-
-def generate(folder: Path, pipeline: str) -> None:
-    """Ten images of the first classes, by the full run and by the exported predictor."""
-    recording = Recording(folder / "recording")
-    generate_command(
-        pipeline=pipeline,
-        predictor=predictor_folder(folder, "closed_loop"),
-        class_labels=[int(recording.meta(item)["class_labels"]) for item in range(10)],
-        seed=0,
-        guidance_scale=GUIDANCE_SCALE,
-        num_inference_steps=NUM_STEPS,
-        out=str(folder / "samples.png"),
-        compare=True,
-    )
-
-
-def prompts(folder: Path, pipeline: str) -> None:
-    """Words into pictures on the bundled text-to-image model, whatever pipeline was asked for."""
-    generate_command(
-        pipeline=TEXT_PIPELINE,
-        predictor=TEXT_PREDICTOR,
-        class_labels=(),
-        prompts=PROMPTS,
-        seed=0,
-        guidance_scale=GUIDANCE_SCALE,
-        num_inference_steps=NUM_STEPS,
-        out=str(folder / "prompts.png"),
-        compare=True,
-    )
-
-
-def bench(folder: Path, pipeline: str) -> None:
-    """The three predictors, every formula and the few-step solvers at six evaluations."""
-    bench_command(
-        pipeline=pipeline,
-        out=str(folder / "bench"),
-        budgets=(len(ANCHORS),),
-        num_samples=16,
-        guidance_scale=GUIDANCE_SCALE,
-        num_inference_steps=NUM_STEPS,
-        searched=None,
-        predictors=[f"l2p_{name}={predictor_folder(folder, name)}" for name in EPOCHS],
+def compare(folder: Path, pipeline: str) -> None:
+    """The predictors, and the formula and solvers one would use instead, on the same steps."""
+    pipe = load_pipeline(pipeline)
+    page = compare_methods(
+        pipe,
+        asked_items(pipe, None, NUM_COMPARED, FIRST_ITEM),
+        folder / "bench",
+        BUDGETS,
+        load_learned([f"readout@{n}={predictor_folder(folder, n)}" for n in BUDGETS]),
         methods=RIVALS,
-        batch_size=16,
-        num_threads=1,
+        command="foreseer demo",
+        common=(),
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
     )
+    print(f"    page: {page}")
 
 
-def predictor_folder(folder: Path, name: str) -> str:
-    """Where the exported predictor of a fit lies."""
-    return str(folder / "predictors" / name)
+def layers(folder: Path, pipeline: str) -> None:
+    """How every block's features move, and what formulas would do, on a page."""
+    record_trajectories(
+        pipeline,
+        None,
+        str(folder / "layers"),
+        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=NUM_STEPS,
+        num_trajectories=NUM_LAYERS,
+        first_item=LAYER_ITEMS,
+        batch_size=NUM_LAYERS,
+        taps=("blocks.*", "hidden"),
+        features="full",
+        states=False,
+    )
+    inspect(str(folder / "layers"), str(folder / "plots"))
 
 
-STAGES: dict[str, tuple[str, Stage]] = {
-    "record": ("64 trajectories at 50 steps, Grams and states", record),
-    "layers": ("8 trajectories with every block's features", layers),
-    "fit": (f"L2P three ways, for {len(ANCHORS)} network evaluations in place of 50", fit),
-    "export": ("predictor checkpoints", export),
-    "generate": ("the predictor in an unmodified diffusers pipeline", generate),
-    "prompts": ("words into pictures, full and forecast, on the text-to-image model", prompts),
-    "bench": ("against the formulas and solvers one would use instead", bench),
+def closed_loop(folder: Path, pipeline: str) -> None:
+    """L2P in closed loop, which takes far longer than a readout for about the same error."""
+    fit_predictor(
+        str(folder / "recording"),
+        method="closed_loop",
+        anchors=CLOSED_LOOP_ANCHORS,
+        tap="hidden",
+        pipeline=pipeline,
+        out=predictor_folder(folder, "closed_loop"),
+    )
+    predictors = [predictor_folder(folder, name) for name in (CLOSED_LOOP, "closed_loop")]
+    show(folder / "closed_loop.png", pipeline, "readout, then closed loop", predictors)
+
+
+def predictor_folder(folder: Path, name: object) -> str:
+    """Where a fitted predictor lies."""
+    return str(folder / "predictors" / str(name))
+
+
+STAGES = {
+    "pictures": Stage("what the bundled predictors do", 45, pictures),
+    "record": Stage(f"your own: record {NUM_RECORDED} runs of {NUM_STEPS} steps", 65, record),
+    "fit": Stage("your own: fit predictors for 11, 8 and 6 evaluations", 45, fit),
+    "draw": Stage("your own: pictures by them", 12, draw),
+    "compare": Stage("your own: beside the formula and solvers one would use instead", 80, compare),
 }
-"""What each stage is for, and what runs it."""
+"""What `make demo` runs."""
+
+MORE = {
+    "layers": Stage("how every layer's features move", 90, layers),
+    "closed_loop": Stage("the fit in closed loop, minutes for what took seconds", 480, closed_loop),
+}
+"""What `foreseer demo --all` runs besides."""
 
 
 def seconds_spent(folder: Path, pipeline: str) -> dict[str, float]:
@@ -252,9 +247,3 @@ def note_seconds(folder: Path, pipeline: str, seconds: dict[str, float]) -> None
     """Write down which stages are done."""
     content = {"pipeline": pipeline, "seconds": seconds}
     (folder / "demo.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-def quiet() -> None:
-    """Leave out what Lightning says about devices, loggers and its own deprecations."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
