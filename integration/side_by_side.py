@@ -42,46 +42,53 @@ class Drawn:
 
 
 def side_by_side(
-    pipe: Any, asked: Sequence[Mapping[str, Any]], predictors: Sequence[str], **call: Any
+    pipe: Any,
+    asked: Sequence[Mapping[str, Any]],
+    predictors: Sequence[str],
+    repeats: int = 1,
+    **call: Any,
 ) -> list[Drawn]:
     """Draw the same samples in full and with every predictor; the full run comes first.
+
+    One sample is drawn before anything is timed: the first call after attaching also proves that
+    the hooks are exact, which takes some evaluations once.
 
     Args:
         pipe: a pipeline.
         asked: per-sample arguments of the pipeline.
         predictors: folders or names.
+        repeats: how often each is run, of which the least seconds are told.
         call: `seed`, and `num_inference_steps` and `guidance_scale` as in `call_settings`.
     """
     seed = call.pop("seed", 0)
     settings = call_settings(pipe, **call)
     steps = int(settings["num_inference_steps"])
-    label(pipe, f"all {steps} steps")
-    started = time.perf_counter()
-    found = [
-        Drawn(draw(pipe, asked, seed, **settings), time.perf_counter() - started, steps, steps)
-    ]
+
+    def timed(words: str) -> tuple[Tensor, float]:
+        pipe.set_progress_bar_config(disable=True)
+        draw(pipe, asked[:1], seed, **settings)
+        pipe.set_progress_bar_config(desc=words, delay=2, leave=False)
+        seconds = []
+        for _ in range(repeats):
+            started = clock()
+            images = draw(pipe, asked, seed, **settings)  # which brings them to the CPU
+            seconds.append(clock() - started)
+        return images, min(seconds)
+
+    clock = time.process_time if pipe.device.type == "cpu" else time.perf_counter
+    found = [Drawn(*timed(f"all {steps} steps"), steps, steps)]
     for name in predictors:
         predictor = load_predictor(name)
-        label(pipe, f"{len(predictor.spec.anchors)} of {steps} steps")
         with forecasting(pipe, predictor) as run:
-            started = clock()
-            images = draw(pipe, asked, seed, **settings)
-            seconds = clock() - started
-        found.append(Drawn(images, seconds, len(run.report().anchors), steps))
+            drawn = timed(f"{len(predictor.spec.anchors)} of {steps} steps")
+        found.append(Drawn(*drawn, len(run.report().anchors), steps))
     pipe.set_progress_bar_config(disable=True)
     return found
 
 
-def label(pipe: Any, words: str) -> None:
-    """Let the pipeline's own bar show, under these words, where a run takes over two seconds."""
-    pipe.set_progress_bar_config(desc=words, delay=2, leave=False)
-
-
 def told(runs: Sequence[Drawn]) -> str:
     """A line per run: evaluations, seconds, how many times faster, how near to the full run."""
-    return "\n".join(
-        "    " + ", ".join(facts) for facts in map(lambda run: facts_of(run, runs[0]), runs)
-    )
+    return "\n".join("    " + ", ".join(facts_of(run, runs[0])) for run in runs)
 
 
 def facts_of(run: Drawn, full: Drawn) -> list[str]:

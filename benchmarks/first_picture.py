@@ -1,0 +1,50 @@
+"""The README's first picture, and the seconds beside it: benchmarks/results/first_picture.json.
+
+    OMP_NUM_THREADS=1 python benchmarks/first_picture.py
+
+The prompts are among those the model draws best in full; forecasts chose nothing.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from foreseer.demo import GUIDANCE_SCALE, NUM_STEPS, PROMPTS
+from foreseer.integration.bench_meta import collect_meta
+from foreseer.integration.metrics import psnr
+from foreseer.integration.pipeline_call import samples
+from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.side_by_side import picture, side_by_side, told
+
+MODEL, BUDGETS = "zoo:emoji_flux", (11, 8, 6)
+PICTURE = Path("docs/images/first.png")
+RESULT = Path("benchmarks/results/first_picture.json")
+
+
+def main() -> None:
+    """Draw and measure."""
+    pipe = load_pipeline(MODEL)
+    asked = samples(pipe, PROMPTS, ())
+    predictors = [f"{MODEL}_readout_{budget}" for budget in BUDGETS]
+    call: dict[str, Any] = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE}
+    runs = side_by_side(pipe, asked, predictors, repeats=3, **call)
+    picture(runs, asked).save(PICTURE)
+    lines = [
+        {
+            "evaluations": run.evaluations,
+            "seconds": run.seconds,
+            "psnr_db": float(psnr(run.images, runs[0].images).mean()) if number else None,
+        }
+        for number, run in enumerate(runs)
+    ]
+    seeds = list(range(len(asked)))
+    meta = collect_meta("python benchmarks/first_picture.py", seeds)
+    RESULT.write_text(
+        json.dumps({"model": MODEL, "runs": lines, "meta": asdict(meta)}, indent=1) + "\n"
+    )
+    print(told(runs))
+
+
+if __name__ == "__main__":
+    main()
