@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from readout_page import README, put
+
 from foreseer.demo import GUIDANCE_SCALE, NUM_STEPS, PROMPTS
 from foreseer.integration.bench_meta import collect_meta
 from foreseer.integration.metrics import psnr
@@ -40,10 +42,26 @@ def main() -> None:
     ]
     seeds = list(range(len(asked)))
     meta = collect_meta("python benchmarks/first_picture.py", seeds)
-    RESULT.write_text(
-        json.dumps({"model": MODEL, "runs": lines, "meta": asdict(meta)}, indent=1) + "\n"
-    )
+    found = {"model": MODEL, "runs": lines, "meta": asdict(meta)}
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    put(README, "first", sentence())
     print(told(runs))
+
+
+def sentence() -> str:
+    """What the README says under the picture."""
+    found = json.loads(RESULT.read_text())
+    full, *others = found["runs"]
+    times = [full["seconds"] / run["seconds"] for run in others]
+    each = [
+        f"{run['seconds']:.1f} s with {run['evaluations']} (**{faster:.1f} times faster**, "
+        f"{run['psnr_db']:.1f} dB)"
+        for run, faster in zip(others, times, strict=True)
+    ]
+    return (
+        f"The same eight prompts and seeds, on one core: {full['seconds']:.1f} s with all "
+        f"{full['evaluations']} steps; {', '.join(each)}."
+    )
 
 
 if __name__ == "__main__":

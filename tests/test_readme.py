@@ -118,3 +118,26 @@ def test_the_flux_example_records_fits_and_forecasts_also_for_somebody_else(tmp_
     plain = {"name": "a/b", "settings": names["settings"]}
     exec(compile(PLAIN, "plain", "exec"), plain)
     assert not np.array_equal(plain["image"], names["image"])
+
+
+def test_its_first_numbers_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(README.parent / "benchmarks"))
+    monkeypatch.chdir(README.parent)
+    import first_picture
+    import readout_page
+
+    text = README.read_text()
+    rows = readout_page.json.loads(readout_page.RESULT.read_text())
+    assert f"<!-- table -->\n{readout_page.readme_table(rows)}\n<!-- /table -->" in text
+    assert f"<!-- first -->\n{first_picture.sentence()}\n<!-- /first -->" in text
+    shown = re.search(r"then ([\d.]+), ([\d.]+) and ([\d.]+) times faster\]\(", text)
+    assert re.findall(r"\*\*([\d.]+) times faster", first_picture.sentence()) == list(
+        shown.groups()
+    )
+
+
+def test_there_are_two_commands_to_set_it_up():
+    assert re.findall(r"^    (make \w+)", README.read_text(), flags=re.M) == [
+        "make demo",
+        "make test",
+    ]
