@@ -5,12 +5,14 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import is_accelerate_available
+from diffusers.utils import is_accelerate_available, logging
 
 from ..checkpoints.strict import parse_json, read_plain
 from ..checkpoints.zoo import beside, resolve
@@ -50,7 +52,8 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: str | N
         if HUB_NAME.fullmatch(name) and not Path(name).exists():
             pipe = _from_hub(name, dtype)
         else:
-            pipe = _from_folder(resolve(name), dtype)
+            with no_bar() if name.startswith("zoo:") else nullcontext():
+                pipe = _from_folder(resolve(name), dtype)
     except OSError as error:
         if "safetensors" not in str(error):
             raise
@@ -60,9 +63,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: str | N
             "pipe.save_pretrained(FOLDER)."
         ) from error
     pipe.set_progress_bar_config(disable=True)
-    pipe.register_to_config(
-        _name_or_path=name
-    )  # as given: a bundled one by its name, not its place
+    pipe.register_to_config(_name_or_path=name)  # as given: a bundled one's name, not its place
     return pipe.to(device)
 
 
@@ -147,6 +148,18 @@ def _from_hub(name: str, dtype: torch.dtype) -> Any:
             f"{name} could not be had ({told[0] if told else type(error).__name__}); check the "
             "name, the network and HF_HUB_OFFLINE, or give a folder."
         ) from error
+
+
+@contextmanager
+def no_bar() -> Iterator[None]:
+    """Let diffusers load without its bar: a bundled pipeline takes a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:

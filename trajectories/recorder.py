@@ -117,7 +117,8 @@ def _record_batches(
         stack.callback(Session(pipe, recorder).detach)
         writer: RecordingWriter | None = None
         name = str(out).rstrip("/").rsplit("/", 1)[-1]
-        for batch in tqdm(pending, desc=f"record {name}, rank {rank}", unit="batch"):
+        writer_name = f"{name}, rank {rank}" if rank else name
+        for batch in tqdm(pending, desc=f"into {writer_name}", unit="batch"):
             generate_batch(pipe, batch, output_type="latent", **settings)
             if writer is None:
                 header = describe(pipe, recorder, recipe, settings)

@@ -173,11 +173,12 @@ def run_trainer(words: list[str], prog: str) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from .parsing import Parser
+    from .training.progress import quiet
 
     class TrainerParser(Parser, LightningArgumentParser):
         """Lightning's options and our errors."""
 
-    with command_line(words):
+    with command_line(words), quiet():
         LightningCLI(
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": prog},

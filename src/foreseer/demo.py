@@ -97,9 +97,9 @@ def demo_command(
         print(f"More (layer by layer, the closed-loop fit; {left}): foreseer demo --all")
 
 
-def length(seconds: float) -> str:
+def length(seconds: int) -> str:
     """A time in words, rounded."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    return f"{seconds} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def pictures(folder: Path, pipeline: str) -> None:
