@@ -23,7 +23,7 @@ WORLDS = {
         "docs/scale.md",
         "docs/schedule_lists.md",
     ),
-    "flux": ("docs/own_model.md", "docs/pipelines.md"),
+    "flux": ("docs/pipelines.md",),
 }
 """Pages whose commands run, in this order, by what they run on.
 
