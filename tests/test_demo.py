@@ -99,5 +99,5 @@ def test_every_stage_runs_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert re.findall(shown, printed) == ["6", "4", "8", "6", "8", "2"]
     three_rows = Image.open(out / "clothes.png")
     assert three_rows.height > 3 * 128 and three_rows.width > 2 * 128
-    for advertised in ("litlogger", "GPU available", "Loading pipeline components", "Warning"):
-        assert advertised not in noise.split("layers")[0], advertised
+    for advertised in ("litlogger", "GPU available", "TPU", "configure_optimizers"):
+        assert advertised not in noise, advertised
