@@ -87,8 +87,7 @@ MORE = {
     "flux": {
         "foreseer inspect runs": "--budgets [3]",
         "foreseer record": "--num_trajectories 16 --num_inference_steps 10",
-        "foreseer fit": "--model.init_args.anchors [0,2,5]",
-        "foreseer generate": "--num_inference_steps 10",
+        "foreseer fit": "--evaluations 3",
     },
 }
 """Words added to every command of a world that begins so: smaller sizes, tiny models."""
