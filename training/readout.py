@@ -249,7 +249,9 @@ class ReadoutFit(ClosedForm):
         """The segment from what was visited."""
         parts, guided = partial(self._parts, anchor, end), float(self.parts.guidance(anchor).sum())
         formulas = self.parts.formulas(anchor, end)
-        return fit_segment(parts, formulas, self.rank, self._grid(), add_up, guided)
+        assert self.predictor is not None  # a batch was visited
+        rank = self.predictor.rank  # no more than the host's width, whatever was asked for
+        return fit_segment(parts, formulas, rank, self._grid(), add_up, guided)
 
     def _started(self, found: SegmentFit, anchor: int, end: int) -> Tensor:
         """The rows of a segment's steps before they moved, `(branches, steps, S)`."""
