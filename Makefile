@@ -69,7 +69,8 @@ clean:
 
 # With pip's bars: this is what a newcomer waits for.
 .venv/.installed: pyproject.toml
-	@echo "Installing into .venv: $(TORCH) first, then the rest; 1.9 GB in all, or 6 GB with CUDA."
+	@echo "Installing into .venv: $(TORCH) first, then the rest."
+	@echo "0.4 GB to download and 1.9 GB on disk where torch comes for CPUs, more with CUDA."
 	@$(PYTHON) -m venv --clear .venv
 	@$(DEV) -m pip install --disable-pip-version-check "$(TORCH)"
 	@$(DEV) -m pip install --disable-pip-version-check --editable ".[train]"
