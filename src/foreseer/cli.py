@@ -12,7 +12,7 @@ from . import commands, fit_commands, pipeline_commands
 from .errors import meant
 from .extras import require
 from .refusing import RESUMING, refusing
-from .words import OF_TRAINER, linked, packaged, with_values
+from .words import by_trainer, linked, packaged, with_values
 
 TRAINER_WORDS = {
     "validate": "Run a trained predictor over the validation split (LightningCLI).",
@@ -58,8 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     words = [word for word in given if word != DEBUG]
     command = words[0] if words else ""
-    by_trainer = any(map(OF_TRAINER.match, words))
-    resumes = command in RESUMING or (command == "fit" and by_trainer)
+    resumes = command in RESUMING or (command == "fit" and by_trainer(words))
     with refusing(command, resumes, debug=len(words) < len(given)):
         run(words)
 
@@ -78,7 +77,7 @@ def run(words: list[str]) -> None:
     elif word in OF_PIPELINES and any(w.partition("=")[0] == "--pipeline" for w in rest):
         asked = {"-h", "--help"} & set(rest)  # also without the pipeline's name
         run_function(OF_PIPELINES[word], ["--help"] if asked else rest)
-    elif word == "fit" and any(map(OF_TRAINER.match, rest)):
+    elif word == "fit" and by_trainer(rest):
         run_trainer([word, *rest], "foreseer")
     elif word in FUNCTIONS:
         run_function(FUNCTIONS[word], rest)

@@ -8,7 +8,7 @@ from typing import Any
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # of a shipped configuration
 DEFAULT_FIT = "readout"
-OF_TRAINER = re.compile(r"--(config|print_config|model|data|trainer|ckpt_path|seed_everything)\b")
+OF_TRAINER = re.compile(r"--(config|model|data|trainer|ckpt_path|seed_everything)\b")
 """Options of a `fit` that is LightningCLI's: one by a YAML file or by a class's own arguments."""
 
 
@@ -50,6 +50,14 @@ def bracketed(value: str) -> str:
     return value if value.startswith("[") or value == "null" else f"[{value}]"
 
 
+def by_trainer(words: list[str]) -> bool:
+    """Whether a fit is LightningCLI's; `--print_config` is our fit's where a recording is named."""
+    if any(map(OF_TRAINER.match, words)):
+        return True
+    named = any(word.startswith("--recording") for word in words)
+    return not named and any(word.startswith("--print_config") for word in words)
+
+
 def packaged(word: str, words: list[str]) -> list[str]:
     """Words in which a shipped configuration's name stands for its file.
 
@@ -57,7 +65,7 @@ def packaged(word: str, words: list[str]) -> list[str]:
     lies in the working directory. A `fit` of LightningCLI that names neither a configuration nor a
     model is that of a readout.
     """
-    ours = word != "fit" or not any(map(OF_TRAINER.match, words)) or {"-h", "--help"} & set(words)
+    ours = word != "fit" or not by_trainer(words) or {"-h", "--help"} & set(words)
     if not ours and not any(re.match(r"--(config|model|print_config)(=|$)", w) for w in words):
         print(f"No --config and no --model: fitting a readout, --config {DEFAULT_FIT}.")
         words = ["--config", DEFAULT_FIT, *words]
