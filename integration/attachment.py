@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from .clock import Clock, Pace
@@ -15,7 +14,7 @@ from .controller import Controller
 from .denoisers import TURNS, others_of, transformers_of
 from .expert import Expert
 from .hook import Attached, refuse_other_caches
-from .running import pipeline_call, variable
+from .running import PIPELINES, pipeline_call, variable
 from .watched import unwatch, watch
 
 
@@ -81,7 +80,7 @@ class Attachment:
     def is_of(self, call: FrameType) -> bool:
         """Whether a pipeline call is this pipeline's: others may share its transformer."""
         pipe = variable(call, "self")
-        if isinstance(self.pipe, DiffusionPipeline):
+        if isinstance(self.pipe, PIPELINES):
             return pipe is self.pipe
         experts = self.experts.values()
         return all(getattr(pipe, expert.name, None) is expert.transformer for expert in experts)

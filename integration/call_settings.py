@@ -10,6 +10,7 @@ from statistics import mean
 from types import FrameType
 from typing import Any
 
+from diffusers import ClassifierFreeGuidance, ModularPipeline
 from torch import nn
 
 from ..checkpoints.call_settings import LORA, Value
@@ -20,6 +21,8 @@ WORDS = ("guidance", "cfg", "scale", "attention_kwargs", "control_mode")
 """What the names of arguments that change the function have in them."""
 
 AFTERWARDS = "decode_"  # what begins so is of what follows the last step
+TRUE_GUIDANCE = "qwenimage"
+"""Modular pipelines whose ordinary ones call the strength of their guidance `true_cfg_scale`."""
 UNIT = "scale"  # entry of attention arguments: strength of LoRAs, 1 where it is not given
 
 
@@ -48,8 +51,9 @@ class CallSettings:
 def settings_of(call: FrameType) -> dict[str, Value]:
     """The settings that a pipeline call was given, as its loop reads them now.
 
-    Pipelines keep what their loop reads as `_<argument>`, which callbacks change. Those of a guider
-    count as `guider.<name>`.
+    Pipelines keep what their loop reads as `_<argument>`, which callbacks change; modular ones keep
+    arguments in a state. Those of a guider count as `guider.<name>`, and its strength of
+    classifier-free guidance as the argument that the ordinary pipeline around the network takes.
 
     Args:
         call: the call.
@@ -58,6 +62,8 @@ def settings_of(call: FrameType) -> dict[str, Value]:
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     values = variables(call, names)
     pipe = values.pop("self", None)
+    if isinstance(pipe, ModularPipeline):
+        values = dict(values["state"].values)
     kept = getattr(pipe, "__dict__", {})
     found: dict[str, Value] = {}
     for name, value in values.items():
@@ -66,9 +72,13 @@ def settings_of(call: FrameType) -> dict[str, Value]:
             if "attention_kwargs" in name:
                 value = {UNIT: 1.0} | (value or {})
             found |= numbers(name, value)
-    config = getattr(getattr(pipe, "guider", None), "config", {})
-    for name, value in dict(config).items():
+    guider = getattr(pipe, "guider", None)
+    for name, value in dict(getattr(guider, "config", {})).items():
         found |= numbers(f"guider.{name}", value)
+    if isinstance(pipe, ModularPipeline) and isinstance(guider, ClassifierFreeGuidance):
+        is_true = str(pipe.blocks.model_name).startswith(TRUE_GUIDANCE)
+        strength = "true_cfg_scale" if is_true else "guidance_scale"
+        found |= numbers(strength, guider.guidance_scale)
     return found
 
 

@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
 CALLER = "_foreseer_caller"
 """Name under which a pipeline call's variables hold its `Caller`."""
+
+PIPELINES = (DiffusionPipeline, ModularPipeline)
 
 
 class Caller:
@@ -58,7 +60,7 @@ def pipeline_call() -> FrameType | None:
 
 def _is_pipeline_call(frame: FrameType) -> bool:
     named = frame.f_code.co_name == "__call__"
-    return named and isinstance(variable(frame, "self"), DiffusionPipeline)
+    return named and isinstance(variable(frame, "self"), PIPELINES)
 
 
 def variable(frame: FrameType, name: str) -> Any:
