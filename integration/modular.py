@@ -16,7 +16,8 @@ class ForecastDenoise(ModularPipelineBlocks):
 
     Stands in the place of the block that sets the timesteps and loops over them, which most
     modular pipelines name `denoise`: `blocks.sub_blocks["denoise"] = ForecastDenoise(...)` before
-    `blocks.init_pipeline()`, which copies it. The calls of the guider's loop are told apart as a pipeline's are.
+    `blocks.init_pipeline()`, which copies it. The calls of the guider's loop are told apart as a
+    pipeline's are.
 
     Args:
         denoise: the block.

@@ -23,26 +23,27 @@ import foreseer as fs
 from foreseer.integration.modular import ForecastDenoise
 from foreseer.predictors import Newton
 
-
-def qwenimage_blocks() -> QwenImageCoreDenoiseStep:
-    """Without the last one, which unpacks the latents: the ordinary pipeline leaves them packed."""
-    blocks = QwenImageCoreDenoiseStep()
-    del blocks.sub_blocks["after_denoise"]
-    return blocks
-
-
 BLOCKS: dict[str, Any] = {
     "flux": FluxCoreDenoiseStep,
-    "qwenimage": qwenimage_blocks,
+    "qwenimage": QwenImageCoreDenoiseStep,
     "wan": lambda: WanBlocks().sub_blocks["denoise"],
 }
 GUIDANCE = {"qwenimage": 4.0, "wan": 5.0}
 ANCHORS = (0, 1, 2, 5)
 
 
+def denoising(host: str) -> Any:
+    """The blocks up to the last step; the ordinary pipeline leaves latents packed after it."""
+    blocks = BLOCKS[host]()
+    names = list(blocks.sub_blocks)
+    for name in names[names.index("denoise") + 1 :]:
+        del blocks.sub_blocks[name]
+    return blocks
+
+
 def modular(host: str, pipe: Any, denoise: Any = None) -> Any:
     """A modular pipeline on the networks of an ordinary one, with the block `denoise`."""
-    blocks = {"denoise": denoise or BLOCKS[host]()}
+    blocks = {"denoise": denoise or denoising(host)}
     made = SequentialPipelineBlocks.from_blocks_dict(blocks).init_pipeline()
     made.update_components(transformer=pipe.transformer, scheduler=pipe.scheduler)
     if host in GUIDANCE:
@@ -101,7 +102,7 @@ def test_a_modular_pipeline_forecasts_what_the_ordinary_one_does_bit_for_bit(fit
         expected = call(family, pipe, seeds=(0,), latents=noise)
         ran = run.report().anchors
     assert not torch.equal(plain, expected)
-    block = ForecastDenoise(BLOCKS[family.host](), predictor)
+    block = ForecastDenoise(denoising(family.host), predictor)
     made = modular(family.host, pipe, block)
     assert torch.equal(drawn(family, made, noise), expected)
     block = made.blocks.sub_blocks["denoise"]  # a pipeline has its blocks copied
@@ -113,7 +114,7 @@ def test_a_modular_pipeline_forecasts_what_the_ordinary_one_does_bit_for_bit(fit
 
 def test_a_modular_pipeline_refuses_what_the_ordinary_one_refuses_in_the_same_words(fit):
     family, pipe, predictor, noise = fit
-    made = modular(family.host, pipe, ForecastDenoise(BLOCKS[family.host](), predictor))
+    made = modular(family.host, pipe, ForecastDenoise(denoising(family.host), predictor))
     weight = next(pipe.transformer.parameters())
     kept, euler = weight.detach().clone(), pipe.scheduler
 

@@ -1,0 +1,98 @@
+"""A plugin of SGLang Diffusion that forecasts with a predictor of foreseer.
+
+Written against sglang 0.5.23: the entry-point group `sglang.multimodal_gen.plugins`, whose
+functions register hooks at start-up, `HookRegistry.register(target, hook, HookType.AROUND)`, and
+the forward context, which holds the step and the request of a call.
+
+    FORESEER_PREDICTOR=runs/qwen_8 sglang generate --model-path Qwen/Qwen-Image ...
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
+from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
+from torch import Tensor, nn
+
+import foreseer as fs
+from foreseer.checkpoints.spec import check_host, check_run
+
+PREDICTOR = "FORESEER_PREDICTOR"
+STATE = "_foreseer"  # the engine transfers no entry of a request that begins with "_"
+DITS = "sglang.multimodal_gen.runtime.models.dits"
+TARGETS = (
+    f"{DITS}.flux.FluxTransformer2DModel.forward",
+    f"{DITS}.qwen_image.QwenImageTransformer2DModel.forward",
+    f"{DITS}.wanvideo.WanTransformer3DModel.forward",
+)
+"""Networks that are forecast."""
+
+
+class Forecasts:
+    """The hook around a network's forward: computed at anchors, forecast elsewhere.
+
+    A request keeps its own history. Branches are the engine's: 0 conditional, 1 unconditional.
+    Weights are compared by their number: this engine lays them out in its own way.
+
+    Args:
+        predictor: one on the tap `output`, with its spec.
+    """
+
+    def __init__(self, predictor: Any) -> None:
+        self.predictor = predictor
+
+    def __call__(
+        self, forward: Callable[..., Any], network: nn.Module, *args: Any, **kw: Any
+    ) -> Any:
+        """One call of the network.
+
+        Raises:
+            PredictorMismatch: another model, sampler, grid or guidance than the fit's.
+        """
+        context = get_forward_context_or_none()
+        request = getattr(context, "forward_batch", None)
+        call = functools.partial(forward, network, *args, **kw)
+        if context is None or request is None or request.is_warmup:
+            return call()
+        if STATE not in request.extra:
+            request.extra[STATE] = self._begin(network, request.scheduler)
+        forecast, sigmas = request.extra[STATE]
+        x_t = kw["hidden_states"] if "hidden_states" in kw else args[0]
+        branch = (int(request.is_cfg_negative),)
+        sigma = sigmas[context.current_timestep]
+        out = forecast(x_t, sigma, branches=branch, call=call)
+        return (out,) if kw.get("return_dict") is False else out
+
+    def _begin(self, network: nn.Module, scheduler: Any) -> tuple[Any, list[float]]:
+        sigmas = scheduler.sigmas.tolist()
+        check_host(self.predictor.spec, {}, scheduler)
+        check_run(self.predictor.spec, self.predictor, sigmas[:-1])
+        return fs.forecast_model(_compute, self.predictor, model=network), sigmas
+
+
+def _compute(x_t: Tensor, sigma: float, call: Callable[[], Any]) -> Tensor:
+    """The velocity of a call of the network, however the call returns it."""
+    out = call()
+    if isinstance(out, Tensor):
+        return out
+    velocity: Tensor = out[0] if isinstance(out, tuple) else out.sample
+    return velocity
+
+
+def register() -> None:
+    """Register the hook on every network in `TARGETS`.
+
+    Raises:
+        ValueError: FORESEER_PREDICTOR names no predictor.
+    """
+    name = os.environ.get(PREDICTOR)
+    if not name:
+        raise ValueError(
+            f"the plugin foreseer is installed and {PREDICTOR} is not set; set it to the folder, "
+            "zoo:name or owner/name of a predictor, or leave the plugin out with SGLANG_PLUGINS."
+        )
+    hook = functools.partial(Forecasts(fs.load(name)).__call__)
+    for target in TARGETS:
+        HookRegistry.register(target, hook, HookType.AROUND)
