@@ -4,7 +4,7 @@ As in commands.py, their signatures are the command lines and their docstrings t
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 
 def fit(
@@ -104,16 +104,33 @@ def search(
     )
 
 
-def export(checkpoint: str, out: str) -> None:
-    """Turn a training checkpoint into a predictor checkpoint that loads without Lightning.
+def export(
+    checkpoint: str,
+    out: str,
+    format: Literal["predictor", "sglang-dpcache"] = "predictor",
+    capture: str | None = None,
+) -> None:
+    """Turn a training checkpoint into a predictor, or a predictor's anchors into a schedule.
 
     Args:
-        checkpoint: the `.ckpt` file that `foreseer fit` wrote.
-        out: folder of the predictor: weights, configuration and model card.
+        checkpoint: the `.ckpt` file that `foreseer fit` wrote; for `sglang-dpcache` the folder,
+            `zoo:<name>` or hub name of a predictor.
+        out: folder of the predictor: weights, configuration and model card; for `sglang-dpcache`
+            the JSON file.
+        format: `predictor`, which loads without Lightning, or `sglang-dpcache`, the schedule of
+            SGLang Diffusion's DPCache.
+        capture: calibration capture of the request that the schedule is for, which SGLang writes.
     """
-    from .training.export import export_command
+    if format == "predictor":
+        from .training.export import export_command
 
-    export_command(checkpoint=checkpoint, out=out)
+        export_command(checkpoint=checkpoint, out=out)
+        return
+    from .checkpoints.dpcache import export_dpcache
+
+    if capture is None:
+        raise ValueError("a DPCache schedule is for one request; give its --capture FILE.pt.")
+    export_dpcache(checkpoint, capture, out)
 
 
 def refit(
