@@ -198,10 +198,24 @@ def check_host(spec: PredictorSpec, found: dict[str, Any], scheduler: Any) -> No
                 f"the predictor was fitted on another host: {name} is {found[key]}, expected "
                 f"{spec.host.get(key)}. Record and fit for this model: foreseer record --help"
             )
-    if scheduler is not None and type(scheduler).__name__ != spec.scheduler:
+    if scheduler is not None:
+        check_scheduler(spec, type(scheduler).__name__)
+
+
+def check_scheduler(spec: PredictorSpec, found: str) -> None:
+    """Raise unless steps are made as in the fit.
+
+    Args:
+        spec: what the predictor was fitted on.
+        found: class name of the scheduler, or of what makes the steps instead.
+
+    Raises:
+        PredictorMismatch: something else makes them.
+    """
+    if found != spec.scheduler:
         raise PredictorMismatch(
-            f"the predictor was fitted under {spec.scheduler}, found {type(scheduler).__name__}; "
-            "use that scheduler or record and fit under this one."
+            f"the predictor was fitted under {spec.scheduler}, found {found}; use that scheduler "
+            "or record and fit under this one."
         )
 
 
