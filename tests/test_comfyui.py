@@ -21,7 +21,7 @@ import foreseer as fs
 from foreseer.integration.pixel_flux_pipeline import pack, unpack
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "packages" / "comfyui-foreseer"
+FOLDER = ROOT / "integrations" / "comfyui"
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
 PIPELINE, ROWS = "zoo:emoji_flux", "zoo:emoji_flux_l2p_8"
 PROMPT, GUIDANCE = "panda face", 3.0

@@ -13,7 +13,7 @@ import torch
 
 import foreseer as fs
 
-FILE = Path(__file__).parents[1] / "packages" / "comfyui-foreseer" / "sampling.py"
+FILE = Path(__file__).parents[1] / "integrations" / "comfyui" / "sampling.py"
 if not FILE.exists():
     pytest.skip("the nodes are not beside the tests of a wheel", allow_module_level=True)
 
