@@ -8,8 +8,6 @@ anywhere.
 import hashlib
 import inspect
 import io
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +30,20 @@ from ..predictors.neural import DiscaPredictor
 from ..predictors.parted import L2PBands, L2PGroups
 from ..predictors.readout import Readout
 from .arguments import REFUSALS, check_arguments
-from .card import model_card, with_pictures
+from .budgets import BUDGETS_FILE, budget_folder
+from .card import model_card
 from .config import CONFIG_FILE as CONFIG_FILE
 from .config import CheckpointError as CheckpointError
 from .config import Config, decode_config, encode_config, read_config
 from .folder import CARD_FILE as CARD_FILE
 from .folder import GRAMS_FILE as GRAMS_FILE
 from .folder import MODEL_FILE as MODEL_FILE
-from .folder import OWN, PICTURES, check_free
 from .folder import SEGMENTS_FILE as SEGMENTS_FILE
+from .folder import check_free, replace_file
 from .golden import check_golden, golden_pair
-from .hub import locate, upload
+from .hub import locate
 from .spec import PredictorSpec
-from .strict import DTYPE_CODES, MalformedFile, parse_header, read_header, read_plain
+from .strict import DTYPE_CODES, MalformedFile, parse_header, read_plain
 
 CLASSES: dict[str, type[Predictor]] = {
     "L2P": L2P,
@@ -110,23 +109,27 @@ def save_predictor(
             f"{folder}: JSON changes the spec; expected plain numbers and strings, found {spec}."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / MODEL_FILE, content)
-    _replace(folder / CONFIG_FILE, config.encode())
-    _replace(folder / CARD_FILE, (card or model_card(predictor, spec)).encode())
+    replace_file(folder / MODEL_FILE, content)
+    replace_file(folder / CONFIG_FILE, config.encode())
+    replace_file(folder / CARD_FILE, (card or model_card(predictor, spec)).encode())
     return folder
 
 
-def load_predictor(name: str | Path, revision: str | None = None) -> Predictor:
+def load_predictor(
+    name: str | Path, revision: str | None = None, evaluations: int | None = None
+) -> Predictor:
     """Load a predictor checkpoint, with `.spec` set; bit for bit what was saved, or an error.
 
     Args:
         name: a folder, `zoo:<name>` for a bundled one, or a hub repository `owner/name`.
         revision: branch, tag or commit of a hub repository; None takes its main branch.
+        evaluations: network evaluations, where there are predictors for several numbers of them.
 
     Raises:
         CheckpointError: the message says what was found, what was expected and what to do.
     """
-    folder = locate(name, revision, (MODEL_FILE, CONFIG_FILE, CARD_FILE))
+    files = MODEL_FILE, CONFIG_FILE, CARD_FILE, BUDGETS_FILE
+    folder = budget_folder(locate(name, revision, files), name, revision, evaluations)
     _refuse_pickles(folder)
     config = read_config(folder)
     where = str(folder / MODEL_FILE)
@@ -143,54 +146,23 @@ def load_predictor(name: str | Path, revision: str | None = None) -> Predictor:
     predictor.load_state_dict(state, strict=True)
     check_golden(predictor, config.spec, golden[0], golden[1], where)
     predictor.spec = config.spec
+    check_evaluations(predictor, evaluations)
     return predictor
 
 
-def push_predictor(folder: str | Path, repo_id: str, private: bool = False) -> str:
-    """Upload a checkpoint, its sums and pictures to a hub repository made when missing.
-
-    The card shows the pictures.
-
-    Args:
-        folder: a folder that `save_predictor` wrote; it is loaded first, so that only a sound
-            checkpoint leaves this machine.
-        repo_id: `owner/name`.
-        private: make a new repository private.
-
-    Returns:
-        Address of the upload.
+def check_evaluations(predictor: Predictor, evaluations: int | None) -> None:
+    """Raise unless a predictor is for a number of evaluations, where one is named.
 
     Raises:
-        CheckpointError: the folder holds no sound checkpoint, or the hub refused.
+        CheckpointError: it is for another.
     """
-    folder = Path(folder)
-    load_predictor(folder)
-    pictures = sorted(each.name for each in folder.iterdir() if each.suffix in PICTURES)
-    names = [*OWN, *pictures]
-    check_plain(folder, names)
-    card = folder / CARD_FILE
-    _replace(card, with_pictures(card.read_text() if card.exists() else "", pictures).encode())
-    return upload(folder, repo_id, private, names)
-
-
-def check_plain(folder: Path, names: Sequence[str]) -> None:
-    """Raise unless the files to publish are files of the folder itself, and the sums are tensors.
-
-    Raises:
-        CheckpointError: a link, which could publish any file of this machine, or no sums.
-    """
-    for path in (folder / name for name in names):
-        if path.is_symlink():
-            raise CheckpointError(
-                f"{path} is a link, expected a plain file: publishing it would publish the file it "
-                "leads to. Copy that file here if that is what you want."
-            )
-    for sums in (folder / GRAMS_FILE, folder / SEGMENTS_FILE):
-        try:
-            if sums.exists():
-                read_header(sums)
-        except MalformedFile as error:
-            raise CheckpointError(f"{sums}: {error}; {AGAIN}") from error
+    anchors = None if predictor.spec is None else predictor.spec.anchors
+    if evaluations is not None and (anchors is None or len(anchors) != evaluations):
+        own = "no number" if anchors is None else str(len(anchors))
+        raise CheckpointError(
+            f"the predictor is for {own} of evaluations, asked for {evaluations}; leave "
+            "evaluations out, or name a predictor for several."
+        )
 
 
 def argument_names(name: str) -> list[str]:
@@ -288,11 +260,3 @@ def _refuse_pickles(folder: Path) -> None:
             f"{folder} holds {pickles}, expected {MODEL_FILE}: a pickle can run code and is never "
             "opened. Turn your own training checkpoint into a predictor with `foreseer export`."
         )
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with open(partial, "xb") as file:  # never through a link that lies there
-        file.write(content)
-    os.replace(partial, path)

@@ -29,8 +29,7 @@ def locate(name: str | Path, revision: str | None, files: Sequence[str]) -> Path
             f"{name} is a file, expected the folder of a predictor checkpoint; turn a training "
             "checkpoint into one with `foreseer export`."
         )
-    remote = isinstance(name, str) and REPO_ID.fullmatch(name) and not Path(name).is_dir()
-    if remote:
+    if is_remote(name):
         return download(str(name), revision, files)
     if revision is not None:
         raise CheckpointError(
@@ -42,6 +41,12 @@ def locate(name: str | Path, revision: str | None, files: Sequence[str]) -> Path
         raise CheckpointError(
             f"{error} Expected a folder, zoo:<name>, or owner/name on the hub."
         ) from error
+
+
+def is_remote(name: str | Path) -> bool:
+    """Whether a name is that of a hub repository; a folder of that name wins."""
+    named = isinstance(name, str) and REPO_ID.fullmatch(name) is not None
+    return named and not Path(name).is_dir()
 
 
 def download(

@@ -2,10 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..checkpoints.format import load_predictor
+from ..checkpoints.format import check_evaluations, load_predictor
 from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, choose_anchors
 from ..predictors.base import Predictor
 from .adaptive import ProbeSchedule, Schedule, SpeCa
@@ -73,17 +73,19 @@ def detach(pipe: Any) -> bool:
 
 def attach(
     pipe: Any,
-    predictor: Predictor | str | os.PathLike[str],
+    predictor: Predictor | Mapping[int, Predictor] | str | os.PathLike[str],
     anchors: Sequence[int] | None = None,
     tap: str | None = None,
     schedule: Schedule | None = None,
     memory_budget: int | None = None,
+    evaluations: int | None = None,
 ) -> Run:
     """Make a pipeline forecast with `predictor` until `detach`.
 
     Args:
         pipe: a diffusers pipeline with a `transformer` and a `scheduler`.
-        predictor: a forecaster, or the folder, `zoo:<name>` or hub name of one.
+        predictor: a forecaster, several by their evaluations, or the folder, `zoo:<name>` or hub
+            name of either.
         anchors: steps at which the network runs; None takes the predictor's own.
         tap: `output`, `hidden` or `residual`; None takes the predictor's own, else `output`, or
             `hidden` under `SpeCa`.
@@ -91,6 +93,7 @@ def attach(
             and a predictor without any starts with step 0.
         memory_budget: bytes that cached features may take; None for what is available on the
             device. A run that needs more ends after its first step, before it stores more.
+        evaluations: which of several predictors; one of its own must be for that number.
 
     Returns:
         The run, for its report and for detaching.
@@ -100,11 +103,36 @@ def attach(
         ValueError: no anchors are known, or the host has a cache enabled.
     """
     check_budget(memory_budget)
-    if isinstance(predictor, str | os.PathLike):
-        predictor = load_predictor(os.fspath(predictor))
+    predictor = one_of(predictor, evaluations)
     controller = checked_forecaster(pipe, predictor, anchors, tap, schedule)
     controller.memory_budget = memory_budget
     return Run(Session(pipe, controller))
+
+
+def one_of(
+    predictor: Predictor | Mapping[int, Predictor] | str | os.PathLike[str],
+    evaluations: int | None = None,
+) -> Predictor:
+    """The predictor for a number of evaluations, loaded where it is named.
+
+    Args:
+        predictor: see `attach`.
+        evaluations: see `attach`.
+
+    Raises:
+        ValueError: there is none for that number, or several and none is asked for.
+    """
+    if isinstance(predictor, str | os.PathLike):
+        return load_predictor(os.fspath(predictor), evaluations=evaluations)
+    if not isinstance(predictor, Mapping):
+        check_evaluations(predictor, evaluations)
+        return predictor
+    if evaluations is None or evaluations not in predictor:
+        raise ValueError(
+            f"these predictors are for {sorted(predictor)} evaluations, asked for {evaluations}; "
+            "say evaluations=, one of them."
+        )
+    return predictor[evaluations]
 
 
 def checked_forecaster(
@@ -177,14 +205,15 @@ def _check_pipeline(spec: PredictorSpec, pipe: Any) -> None:
 @contextlib.contextmanager
 def forecasting(
     pipe: Any,
-    predictor: Predictor | str | os.PathLike[str],
+    predictor: Predictor | Mapping[int, Predictor] | str | os.PathLike[str],
     anchors: Sequence[int] | None = None,
     tap: str | None = None,
     schedule: Schedule | None = None,
     memory_budget: int | None = None,
+    evaluations: int | None = None,
 ) -> Iterator[Run]:
     """`attach` for the length of a `with` block; the pipeline is its old self afterwards."""
-    run = attach(pipe, predictor, anchors, tap, schedule, memory_budget)
+    run = attach(pipe, predictor, anchors, tap, schedule, memory_budget, evaluations)
     try:
         yield run
     finally:

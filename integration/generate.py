@@ -33,6 +33,7 @@ TITLE_WIDTH, TITLE_LINES = 16, 4  # what fits above a sample
 def generate_command(
     pipeline: Any,
     predictor: str | None,
+    evaluations: int | None,
     class_labels: Sequence[int],
     seed: int,
     guidance_scale: float | None,
@@ -57,7 +58,7 @@ def generate_command(
         raise ValueError(
             "compare needs a predictor to compare with the full run: --predictor FOLDER"
         )
-    loaded = None if predictor is None else _load(predictor)
+    loaded = None if predictor is None else _load(predictor, evaluations)
     pipe = opened(pipeline, dtype, device)
     asked = samples(pipe, prompts, class_labels)
     steps = num_inference_steps or steps_of(loaded)
@@ -81,10 +82,10 @@ def generate_command(
     print(f"wrote {save_panels(panels, path, captions, titles(asked))}")
 
 
-def _load(predictor: str) -> Predictor:
+def _load(predictor: str, evaluations: int | None) -> Predictor:
     from ..checkpoints.format import load_predictor
 
-    return load_predictor(predictor)
+    return load_predictor(predictor, evaluations=evaluations)
 
 
 def steps_of(predictor: Predictor | None) -> int:

@@ -22,9 +22,9 @@ from foreseer.checkpoints.config import SCHEMA_VERSION
 from foreseer.checkpoints.format import (
     CheckpointError,
     load_predictor,
-    push_predictor,
     save_predictor,
 )
+from foreseer.checkpoints.push import push_predictor
 from foreseer.integration.clock import flow_sigmas
 from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import forecasting

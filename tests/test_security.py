@@ -24,10 +24,10 @@ from foreseer.checkpoints.format import (
     CheckpointError,
     argument_names,
     load_predictor,
-    push_predictor,
     save_predictor,
 )
 from foreseer.checkpoints.hub import MAX_DOWNLOAD_BYTES
+from foreseer.checkpoints.push import push_predictor
 from foreseer.checkpoints.strict import MalformedFile, parse_json, read_header
 from foreseer.checkpoints.zoo import resolve
 from foreseer.integration.pipelines import load_pipeline

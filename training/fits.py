@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from ..checkpoints.budgets import check_free_of_others, write_budgets
 from ..checkpoints.folder import check_free
 from ..checkpoints.spec import check_host
 from ..integration.denoisers import transformers_of
@@ -27,6 +28,43 @@ from .verdict_callbacks import CHECKPOINT_KEY
 
 ANY_TAP = ("lstsq", "gram")  # methods that take the tap of least error
 ERROR = "val/error_db"  # by which the kept epoch of a training is chosen
+
+
+def fit_budgets(
+    recordings: Sequence[str],
+    evaluations: int | Sequence[int] | None,
+    method: str | None,
+    anchors: Sequence[int] | None,
+    tap: str | None,
+    pipeline: Any,
+    out: str | None,
+    *options: Any,
+) -> Predictor | dict[int, Predictor]:
+    """A fit, or one for each of several evaluations; see `fit_predictor`.
+
+    Raises:
+        ValueError: several evaluations are asked for and one list of anchors is given, or see
+            `fit_predictor`.
+    """
+    if evaluations is None or isinstance(evaluations, int):
+        given = recordings, evaluations, method, anchors, tap, pipeline, out
+        return fit_predictor(*given, *options)
+    budgets = sorted(set(evaluations))
+    if anchors is not None or len(budgets) != len(evaluations) or not budgets:
+        raise ValueError(
+            f"evaluations are {list(evaluations)} and anchors {anchors}; expected different "
+            "numbers and no anchors, which are searched for each."
+        )
+    if out is not None:
+        check_free_of_others(out, budgets)
+    found: dict[int, Predictor] = {}
+    for budget in budgets:
+        folder = None if out is None else f"{out}/{budget}"
+        given = recordings, budget, method, None, tap, pipeline, folder
+        found[budget] = fit_predictor(*given, *options)
+    if out is not None:
+        write_budgets(out, {budget: each.spec for budget, each in found.items()})
+    return found
 
 
 def fit_predictor(

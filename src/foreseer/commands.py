@@ -73,6 +73,7 @@ def record(
 def generate(
     pipeline: Any,
     predictor: str | None = None,
+    evaluations: int | None = None,
     class_labels: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
     prompts: str | Sequence[str] | None = None,
     seed: int = 0,
@@ -89,6 +90,7 @@ def generate(
     Args:
         pipeline: folder or hub name of the diffusers pipeline.
         predictor: folder of a predictor checkpoint; None runs the network at every step.
+        evaluations: network evaluations, where that is a predictor for several numbers of them.
         class_labels: list of class labels, one sample each, where the pipeline draws classes.
         prompts: a prompt or a list of prompts, one sample each, where it draws those; or a .txt
             file with one per line, or a .safetensors file of prompt embeddings.

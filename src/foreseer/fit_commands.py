@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 def fit(
     recording: Any,
-    evaluations: int | None = None,
+    evaluations: int | Sequence[int] | None = None,
     *,
     method: str | None = None,
     anchors: Sequence[int] | None = None,
@@ -28,7 +28,9 @@ def fit(
 
     Args:
         recording: the recording or its folder; for `continuous` also a list of them.
-        evaluations: network evaluations per trajectory; not needed where `anchors` are given.
+        evaluations: network evaluations per trajectory, as in 8, or a list, as in [6, 8, 11]: a
+            predictor for each in one folder, of which `forecasting(..., evaluations=8)` takes one;
+            not needed where `anchors` are given.
         method: `readout`, `lstsq`, `closed_loop`, `adam`, `gram`, `continuous`, `bands`, `groups`,
             `lesa` or `disca`; None takes a readout where the recorded pipeline is given or can be
             loaded by the name in the recording, else `lstsq`, and says which.
@@ -43,12 +45,13 @@ def fit(
         options: further arguments of the method, as in {"rank": 32} or {"ridge": 0.001}.
 
     Returns:
-        The predictor, with its `spec`, ready for `forecasting`.
+        The predictor, with its `spec`, ready for `forecasting`; of a list of evaluations a
+        dictionary of them.
     """
-    from .training.fits import fit_predictor
+    from .training.fits import fit_budgets
 
     several = recording if isinstance(recording, list | tuple) else [recording]
-    return fit_predictor(
+    return fit_budgets(
         [str(getattr(each, "folder", each)) for each in several],
         evaluations,
         method,
@@ -164,15 +167,24 @@ def save(predictor: Any, folder: str) -> Any:
     """Write a predictor that was fitted or loaded, with its card; `fit(out=...)` adds its Grams.
 
     Args:
-        predictor: the predictor, with its `spec`.
+        predictor: the predictor, with its `spec`, or several in a dictionary by their evaluations.
         folder: where to; made when missing.
 
     Returns:
         The folder.
     """
-    from .checkpoints.format import save_predictor
+    from .checkpoints.budgets import check_free_of_others, write_budgets
+    from .checkpoints.format import check_evaluations, save_predictor
     from .errors import CheckpointError
 
+    if isinstance(predictor, dict):
+        for evaluations, each in predictor.items():
+            check_evaluations(each, evaluations)
+        check_free_of_others(folder, list(predictor))
+        for evaluations, each in predictor.items():
+            save_predictor(each, each.spec, f"{folder}/{evaluations}")
+        write_budgets(folder, {n: each.spec for n, each in predictor.items()})
+        return folder
     if predictor.spec is None:
         raise CheckpointError(
             f"this {type(predictor).__name__} has no spec, which says what it may be used on; "
@@ -192,7 +204,7 @@ def push(folder: str, repo_id: str, private: bool = False) -> str:
     Returns:
         Address of the upload.
     """
-    from .checkpoints.format import push_predictor
+    from .checkpoints.push import push_predictor
 
     address = push_predictor(folder, repo_id, private)
     print(address)
