@@ -151,9 +151,7 @@ def test_several_without_a_number_are_refused_in_words(fitted):
 )
 def test_a_malformed_list_is_refused(told, tmp_path):
     (tmp_path / BUDGETS_FILE).write_text(told)
-    with pytest.raises(
-        CheckpointError, match="budgets.json (is no|holds|has schema_version 9)"
-    ):
+    with pytest.raises(CheckpointError, match="budgets.json (is no|holds|has schema_version 9)"):
         load_predictor(tmp_path, evaluations=2)
 
 

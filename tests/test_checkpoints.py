@@ -178,7 +178,7 @@ def test_a_missing_zoo_lists_nothing():
         zoo.resolve("zoo:tiny")
 
 
-def test_a_hub_name_downloads_the_three_files_and_nothing_else(tmp_path, monkeypatch):
+def test_a_hub_name_downloads_its_files_and_nothing_else(tmp_path, monkeypatch):
     predictor = random_predictor()
     save_predictor(predictor, spec_for(predictor), tmp_path)
     calls = []
@@ -189,7 +189,8 @@ def test_a_hub_name_downloads_the_three_files_and_nothing_else(tmp_path, monkeyp
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     loaded = load_predictor("owner/l2p-tiny", revision="v1")
-    assert calls == 2 * [("owner/l2p-tiny", "v1", FILES)]  # first the sizes
+    files = ["README.md", "budgets.json", *FILES[1:]]  # the second, where there are several
+    assert calls == 2 * [("owner/l2p-tiny", "v1", files)]  # first the sizes
     assert torch.equal(loaded.weight, predictor.weight)
 
 

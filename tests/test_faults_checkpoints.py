@@ -373,7 +373,7 @@ def test_the_hub_s_own_offline_switch_gives_the_same_error(tmp_path, monkeypatch
 
 
 def test_only_a_sound_checkpoint_is_uploaded(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint_format, "upload", None)
+    monkeypatch.setattr("foreseer.checkpoints.push.upload", None)
     (folder / MODEL).write_bytes(b"")
     with pytest.raises(CheckpointError, match="truncated"):
         push_predictor(folder, "owner/name")

@@ -278,7 +278,7 @@ def test_saving_into_a_strangers_folder_writes_through_no_link(predictor, tmp_pa
 
 
 def test_publishing_follows_no_link_and_takes_no_pickle(predictor, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("foreseer.checkpoints.format.upload", None)
+    monkeypatch.setattr("foreseer.checkpoints.push.upload", None)
     torch.save(Bomb(tmp_path / "ran"), predictor / "grams.safetensors")
     with pytest.raises(CheckpointError, match=r"grams\.safetensors: header claims"):
         push_predictor(predictor, "owner/name")
