@@ -20,7 +20,7 @@ SHAPES = {  # hidden channels, elements of a token in the output, guidance branc
     "Qwen-Image": (3072, 64, 2),
     "Wan 2.2 A14B": (5120, 64, 2),
 }
-RANKS = (16, 32)
+RANKS = (22, 64)
 
 
 def size(predictor: torch.nn.Module, branches: int) -> int:
@@ -50,7 +50,7 @@ def main() -> None:
     for name, (width, patch, branches) in SHAPES.items():
         found = [size(L2P(STEPS, ANCHORS, branches), branches)]
         for rank in RANKS:
-            readout = Readout(STEPS, ANCHORS, branches, width=width, patch=patch, rank=rank)
+            readout = Readout(STEPS, ANCHORS, branches, width=width, patch=patch, rank=rank, past=2)
             found.append(size(readout, branches))
         print(f"| {name} | " + " | ".join(f"{each:,}" for each in found) + " |")
 

@@ -1,7 +1,7 @@
 """The plugins for vLLM-Omni and SGLang forecast and refuse on stubs of what they plug into.
 
-The stubs have the names and signatures of vllm-omni 0.30.0 and sglang 0.5.23, whose own packages
-need a GPU; the networks, the scheduler and the loop are real, at tiny size.
+The stubs have the names and signatures of vllm-omni 0.30.0 and sglang 0.5.23, which were read and
+not run; the networks, the scheduler and the loop are real, at tiny size.
 """
 
 import importlib.util
