@@ -110,7 +110,7 @@ def train(name: str, recording: str, out: Path, start: Path | None = None) -> No
 def main(lesa: str, disca_recording: str, out: Path, other: Path | None) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    disca.load_pipeline = lambda _: pipeline("dit_guided")  # type: ignore[assignment]
+    disca.opened_for = lambda *_, **__: pipeline("dit_guided")  # type: ignore[assignment]
     for name in PHASES:
         recording = disca_recording if name == "disca" else lesa
         train(name, recording, out)
