@@ -39,8 +39,13 @@ def test_the_report_starts_with_the_version_and_names_what_is_installed():
     assert environment.version_report().splitlines()[0] == f"foreseer {foreseer.__version__}"
     found = facts()
     assert found["python"].startswith(platform.python_version())
-    for name in ("diffusers", "lightning", "transformers", "safetensors"):
-        assert f"{name} {importlib.metadata.version(name)}" in found["packages"].split(", ")
+    for name, group in {
+        "diffusers": "packages",
+        "transformers": "packages",
+        "safetensors": "packages",
+        "lightning": "[train]",
+    }.items():
+        assert f"{name} {importlib.metadata.version(name)}" in found[group].split(", ")
     assert f"torch {torch.__version__}" in found["packages"]  # +cpu and +cu126 are told apart
     assert f"pytest {importlib.metadata.version('pytest')}" in found["[dev]"]
 
