@@ -94,6 +94,8 @@ MORE = {
 
 SWAPS = {
     "README.md": {
+        "last.ckpt --out DIR": "last.ckpt --out runs/readme_predictor",
+        "8 --out DIR": "3 --method lstsq --out runs/readme_fit",
         "--out DIR": "--out runs/readme_out",
         "--pipeline DIR": "--pipeline tiny",
         "--predictor DIR": "--predictor runs/tiny_l2p",

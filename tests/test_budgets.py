@@ -66,7 +66,10 @@ def test_the_command_line_fits_several_and_draws_with_one(recording, tmp_path, m
     words = ["fit", "--recording", recording, "--method", "lstsq", "--out", str(out)]
     main([*words, "--evaluations", "[2, 3]"])
     assert read_budgets(out) == [2, 3]
-    main([*words, "--evaluations", "[2, 3]"])  # replaced, as one predictor is
+    main([*words, "--evaluations", "2,3"])  # replaced, as one predictor is
+    main([*words[:-1], str(tmp_path / "one"), "--evaluations", "2"])
+    assert read_budgets(tmp_path / "one") is None
+    assert len(load_predictor(tmp_path / "one").spec.anchors) == 2
     pipe = tiny_pipe()
     monkeypatch.setattr("foreseer.integration.generate.opened", lambda *arguments: pipe)
     words = ["generate", "--pipeline", "anything", "--predictor", str(out), "--class_labels", "[1]"]

@@ -32,16 +32,20 @@ def with_values(function: Callable[..., Any], words: list[str]) -> list[str]:
             and [*words, ""][place + 1].lower() not in ("true", "false")
         ):
             word = f"--{name}=true"
-        elif equals and is_list(kind):
+        elif equals and is_list(kind, value):
             word = f"--{name}={bracketed(value)}"
-        elif is_list(kinds.get(before, "")) and words[place - 1].startswith("--"):
+        elif is_list(kinds.get(before, ""), word) and words[place - 1].startswith("--"):
             word = bracketed(word)
         found.append(word)
     return found
 
 
-def is_list(kind: str) -> bool:
-    """Whether an option of this annotation holds a list, and not a string as well."""
+def is_list(kind: str, value: str) -> bool:
+    """Whether a value of an option of this annotation is a list: of one that takes a number too,
+    where there is a comma; not where a string may stand for itself.
+    """
+    if kind.startswith("int"):
+        return "Sequence[" in kind and "," in value
     return "Sequence[" in kind and not kind.startswith("str")
 
 
