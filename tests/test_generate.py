@@ -31,7 +31,7 @@ def generate(tmp_path, monkeypatch, capsys):
     sigmas = flow_sigmas(pipe.scheduler)
 
     def call(*words, anchors=(0, 2, 4), steps=("--num_inference_steps", str(STEPS))):
-        def load_predictor(name):
+        def load_predictor(name, evaluations=None):
             assert name == "reuse"
             weight = L2P(STEPS, anchors, 2).weight
             return rows_predictor(pipe, weight, anchors, "output", sigmas, 3.0)

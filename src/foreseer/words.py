@@ -41,8 +41,9 @@ def with_values(function: Callable[..., Any], words: list[str]) -> list[str]:
 
 
 def is_list(kind: str, value: str) -> bool:
-    """Whether a value of an option of this annotation is a list: of one that takes a number too,
-    where there is a comma; not where a string may stand for itself.
+    """Whether a value is a list, for an option of this annotation.
+
+    One that takes a number too holds a list where there is a comma; one that takes a string, never.
     """
     if kind.startswith("int"):
         return "Sequence[" in kind and "," in value
@@ -97,9 +98,12 @@ def linked(words: list[str]) -> list[str]:
     path = Path(given.get("--config", ""))
     if not path.is_file():
         return words
-    content = yaml.safe_load(path.read_text()) or {}
-    data = (content.get("data") or {}).get("init_args") or {}
-    own = ((content.get("model") or {}).get("init_args") or {}).get("tap", "")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return words  # the parser that reads it next says what is wrong with it
+    data = inside(content, "data", "init_args")
+    own = str(inside(content, "model", "init_args").get("tap", ""))
     found = list(words)
     for source, target in (("recording", "folder"), ("tap", "tap")):
         value = given.get(f"--model.init_args.{source}")
@@ -110,3 +114,10 @@ def linked(words: list[str]) -> list[str]:
             value = str(data["tap"]).replace(own, value)  # that of parts is `<tap>/<parts>`
         found += [option, value]
     return found
+
+
+def inside(content: Any, *names: str) -> dict[str, Any]:
+    """The mapping under some keys of a configuration; empty where there is none."""
+    for name in names:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
