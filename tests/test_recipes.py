@@ -112,10 +112,10 @@ def code_of(words: list[str]) -> int:
     try:
         main(words)
     except SystemExit as stop:
+        if isinstance(stop.code, str):  # as Python does when it ends
+            print(stop.code)
+            return 1
         return int(stop.code or 0)
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}")
-        return 1
     return 0
 
 
