@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from source_files import PACKAGE
 from test_teacher import tiny_teacher
 from training_crash_cases import CASES
@@ -113,9 +114,11 @@ def test_a_checkpoint_after_an_epochs_last_batch_is_one_between_epochs() -> None
         assert json.dumps(others) == before
 
 
-def module_of(world: int) -> TeacherModule:
+def module_of(world: int, fn: TrainerFn = TrainerFn.FITTING) -> TeacherModule:
+    """A training of so many processes, which is being fitted."""
     module = tiny_teacher()
-    module._trainer = SimpleNamespace(world_size=world)  # type: ignore[assignment]
+    told = {"world_size": world, "state": SimpleNamespace(fn=fn), "ckpt_path": "last.ckpt"}
+    module._trainer = SimpleNamespace(**told)  # type: ignore[assignment]
     return module
 
 
@@ -130,7 +133,7 @@ def test_random_numbers_go_on_where_a_checkpoint_left_them() -> None:
 
 
 def test_a_checkpoint_without_random_numbers_is_refused() -> None:
-    module = module_of(1)
+    module = module_of(1, TrainerFn.VALIDATING)  # one that is fitted wants its arguments first
     module.on_load_checkpoint({})
     with pytest.raises(ValueError, match=f"has no {RANDOM_STATE}.*train anew"):
         module.on_train_start()
