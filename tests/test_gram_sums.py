@@ -9,11 +9,13 @@ import textwrap
 import weakref
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from recording_cases import small_header
 
 from foreseer.training.closed_loop import L2PClosedLoop
@@ -222,9 +224,10 @@ def test_processes_that_see_different_items_are_refused(tmp_path):
 
 
 class TwoProcesses:
-    """A trainer of which only the number of processes is asked."""
+    """A trainer that fits, of which the number of processes and the checkpoint are asked."""
 
-    world_size = 2
+    world_size, datamodule, ckpt_path = 2, None, "last.ckpt"
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
 
 
 def test_a_fit_by_the_network_refuses_several_processes(recording):
