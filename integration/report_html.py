@@ -232,7 +232,7 @@ def _cells(row: BenchRow) -> dict[str, Cell]:
         "forecast / full step": _number(row.forecast_step_ratio, ".3f"),
         "state (KiB)": _number(kib, ".0f"),
         "fit (s)": _number(row.fit_seconds, ".1f"),
-        "trajectories": _number(row.num_trajectories, "d"),
+        "fitted on": _number(row.num_trajectories, "d"),
         "FLOPs / full run": _number(row.flops_ratio, ".3f"),
         "s per image": _number(row.seconds_per_image, ".3f"),
     }

@@ -19,7 +19,7 @@ html { scroll-behavior: smooth; scroll-padding-top: 3.2rem; -webkit-text-size-ad
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.55 system-ui,
   -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-header, main, footer { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
+header, main, footer { max-width: 84rem; margin: 0 auto; padding: 0 1rem; }
 header { padding-top: 1.75rem; }
 footer { padding: 1.5rem 1rem 3rem; }
 h1 { font-size: 1.05rem; font-weight: 600; margin: 0 0 .15rem; letter-spacing: .01em; }
@@ -36,8 +36,8 @@ code { font-size: .92em; }
 figcaption { max-width: 46rem; margin-bottom: .6rem; }
 nav { position: sticky; top: 0; z-index: 5; background: var(--page);
   border-bottom: 1px solid var(--line); }
-nav ul { max-width: 76rem; margin: 0 auto; padding: .5rem 1rem; display: flex; gap: 1.25rem;
-  list-style: none; overflow-x: auto; scrollbar-width: none; white-space: nowrap; }
+nav ul { max-width: 84rem; margin: 0 auto; padding: .5rem 1rem; display: flex; gap: 1.25rem;
+  list-style: none; flex-wrap: wrap; row-gap: .2rem; white-space: nowrap; }
 nav a { color: var(--soft); text-decoration: none; font-size: .9rem; }
 nav a:hover { color: var(--accent); text-decoration: underline; }
 .tiles { display: grid; gap: .75rem; padding: 0; margin: 0 0 1.25rem; list-style: none;
@@ -63,13 +63,16 @@ details.values summary { cursor: pointer; color: var(--soft); }
 .values .scroll { max-height: 22rem; overflow: auto; margin-top: .4rem; }
 table { border-collapse: collapse; width: 100%; font-size: .84rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .65rem; border-top: 1px solid var(--line); text-align: right;
+th, td { padding: .32rem .45rem; border-top: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 th { vertical-align: bottom; font-weight: 600; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
 tbody tr:hover td { background: var(--tint); }
 .text { text-align: left; }
-td.steps { min-width: 19rem; white-space: normal; color: var(--soft); }
+td.steps { min-width: 9rem; white-space: normal; color: var(--soft); font-size: .75rem;
+  line-height: 1.25; }
+@media (max-width: 64rem) { th, td { padding: .3rem .22rem; } table { font-size: .72rem; }
+  td.steps { min-width: 5.5rem; font-size: .66rem; } }
 th button { all: unset; cursor: pointer; white-space: normal; }
 th button:hover { color: var(--accent); }
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
