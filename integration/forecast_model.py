@@ -8,17 +8,16 @@ returns as denoised is turned into F and back by the same line.
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoints.format import load_predictor
 from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host
 from ..predictors.base import Predictor
 from .fingerprint import host_fingerprint
 from .forecaster import Forecaster
-from .forecasting import checked_forecaster
+from .forecasting import checked_forecaster, one_of
 from .head_reader import Reader
 from .memory import check_budget
 from .report import Report
@@ -28,7 +27,7 @@ from .told_sigmas import flow_time, grid_of, kind_of, one_sigma
 
 def forecast_model(
     model_fn: Callable[..., Tensor],
-    predictor: Predictor | str | os.PathLike[str],
+    predictor: Predictor | Mapping[int, Predictor] | str | os.PathLike[str],
     model: nn.Module | None = None,
     returns: str = "v",
     fitted_on: str | None = None,
@@ -36,6 +35,7 @@ def forecast_model(
     anchors: Sequence[int] | None = None,
     guidance_scale: float | None = None,
     memory_budget: int | None = None,
+    evaluations: int | None = None,
 ) -> "ForecastModel":
     """A model function that runs its network at the anchors only: `f(x, sigma, branches, **kw)`.
 
@@ -58,6 +58,7 @@ def forecast_model(
         anchors: steps at which the network runs; None takes the predictor's own.
         guidance_scale: what the loop guides with; None where it does not say, and is not compared.
         memory_budget: bytes that cached features may take; None for what the device has.
+        evaluations: which of several predictors.
 
     Returns:
         The function; its `report()` tells what the latest run did.
@@ -68,8 +69,7 @@ def forecast_model(
         ValueError: no anchors, sigmas or kind of output are known.
     """
     check_budget(memory_budget)
-    if isinstance(predictor, str | os.PathLike):
-        predictor = load_predictor(os.fspath(predictor))
+    predictor = one_of(predictor, evaluations)
     if model is None and isinstance(model_fn, nn.Module):
         model = model_fn
     kind = kind_of(predictor.spec, returns, fitted_on)

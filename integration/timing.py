@@ -73,7 +73,7 @@ class TimedForecaster(Forecaster):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.times = StepTimes(device_of(self.pipe))
+        self.times = StepTimes(transformer_device(self.pipe))
         self.final: Tensor | None = None
 
     def open(self, sigmas: list[float]) -> None:
@@ -115,7 +115,7 @@ def forecast_step_ratio(
     Raises:
         ValueError: the run has no forecast step after step 0.
     """
-    device = device_of(pipe)
+    device = transformer_device(pipe)
     full = StepTimes(device)
     controller = TimedForecaster(predictor, tap, tuple(anchors), None, pipe)
     with one_thread():
@@ -152,7 +152,7 @@ def anchor_step_ratios(
         run: calls the pipeline once; the first call of each kind is not counted.
         rounds: pairs of runs.
     """
-    full = StepTimes(device_of(pipe))
+    full = StepTimes(transformer_device(pipe))
     controller = TimedForecaster(predictor, tap, tuple(range(num_steps)), None, pipe)
     ratios = []
     with one_thread():
@@ -196,7 +196,7 @@ def attach_overhead(
         run: calls the pipeline once; the first call of each kind is not counted.
         rounds: pairs of runs.
     """
-    device = device_of(pipe)
+    device = transformer_device(pipe)
 
     def attached() -> float:
         controller = Forecaster(predictor, tap, tuple(range(num_steps)))
@@ -224,7 +224,7 @@ def _seconds(run: Run, device: torch.device) -> float:
     return now(device) - started
 
 
-def device_of(pipe: Any) -> torch.device:
+def transformer_device(pipe: Any) -> torch.device:
     """Where a pipeline's transformer is."""
     return next(next(iter(transformers_of(pipe).values())).parameters()).device
 

@@ -262,7 +262,8 @@ def test_the_head_of_a_card_is_the_hubs_with_the_measurements_as_results():
     card = ModelCard(model_card(predictor, spec_for(predictor, metrics={"psnr_db": 31.5})))
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("psnr_db", 31.5)
-    assert (card.data.model_name, card.data.library_name) == ("L2P", "foreseer")
+    head = card.data.to_dict()
+    assert (head["model-index"][0]["name"], head["library_name"]) == ("L2P", "foreseer")
 
 
 def test_a_card_shows_each_picture_once():

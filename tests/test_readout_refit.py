@@ -13,6 +13,7 @@ from tiny_hosts import items, pipeline, settings
 
 from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.format import SEGMENTS_FILE, load_predictor
+from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
 from foreseer.training import readout_segment
 from foreseer.training.export import export_command, export_predictor
@@ -133,7 +134,7 @@ def test_recordings_are_added_together_as_one_after_the_other(place, tmp_path):
 
 def test_the_command_adds_and_says_so(place, tmp_path, capsys, monkeypatch):
     pipe = pipeline("dit_guided")
-    monkeypatch.setattr("foreseer.training.refit_command.load_pipeline", lambda *arguments: pipe)
+    monkeypatch.setattr("foreseer.training.refit_command.opened_for", lambda *arguments: pipe)
     words = ["refit", "--predictor", str(place / "predictor"), "--out", str(tmp_path / "new")]
     main([*words, "--recordings", f'["{place / "b"}"]', "--pipeline", "anything"])
     printed = capsys.readouterr().out
@@ -155,6 +156,26 @@ def test_a_killed_fit_keeps_its_sums(place, tmp_path):
     trainer_of().fit(resumed, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
     assert resumed.sums.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.sums.items())
+
+
+@pytest.mark.fault
+def test_another_pipeline_than_the_recorded_one_is_refused(place, monkeypatch):
+    other = pipeline("dit_guided")
+    next(other.transformer.parameters()).data.add_(1e-3)
+    old = load_predictor(place / "predictor")
+    with pytest.raises(PredictorMismatch, match="fitted on another host: weights"):
+        refit_readout(old, place / "predictor", [place / "b"], other, 2)
+    monkeypatch.setattr("foreseer.training.readout.opened_for", lambda *arguments: other)
+    module = module_of(str(place / "a"), None)
+    with pytest.raises(PredictorMismatch, match="fitted on another host: weights"):
+        trainer_of().fit(module, datamodule=ItemsDataModule(place / "a", 0.0, batch_size=2))
+
+
+@pytest.mark.fault
+def test_a_foreign_folder_is_refused_before_the_walk(place):
+    told, b = str(place / "predictor"), str(place / "b")
+    with pytest.raises(CheckpointError, match="expected an empty folder"):
+        refit_command(told, [b], b, None, "zoo:no_such")
 
 
 @pytest.mark.fault

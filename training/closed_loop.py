@@ -17,7 +17,7 @@ from .closed_form import refuse_several_processes
 from .fit_figures import HELD_OUT, SampleLog, draws_now, log_figures
 from .gauss_newton import Direction, Quadratics, directions, feature_bases, linearise
 from .l2p import L2PModule, open_loop_errors
-from .measure import References, closed_loop_errors, opened_for
+from .measure import References, check_pipeline, closed_loop_errors, opened_for
 from .rows import analytic_rows
 from .tracking import check_branches, track
 from .verdict_callbacks import StartVerdict, Verdict
@@ -98,6 +98,7 @@ class L2PClosedLoop(L2PModule):
         super().on_fit_start()
         if self.pipe is None:
             self.pipe = opened_for(self.recording, self.pipeline, *self.place)
+            check_pipeline(self, self.pipe)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.validation = self._references(data.val_items)
         self.calibration = self._references(data.train_items)

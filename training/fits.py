@@ -13,14 +13,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from ..checkpoints.budgets import check_free_of_others, write_budgets
 from ..checkpoints.folder import check_free
-from ..checkpoints.spec import check_host
-from ..integration.denoisers import transformers_of
-from ..integration.fingerprint import host_fingerprint
 from ..integration.pipelines import opened
 from ..predictors.base import Predictor
 from ..trajectories.recording import Recording, split
 from .choosing import Choice, choose, choose_method, recorded_pipeline
 from .export import export_predictor, validation_errors
+from .measure import check_pipeline
 from .offline import FORECAST_TAPS
 from .progress import Progress, quiet
 from .recipes import SEVERAL, Recipe
@@ -140,16 +138,6 @@ def chosen(
     elif tap is None and recipe.method == "closed_loop":
         taps = [own, "output"] if own in recorded else ["output"]
     return choose(recording, evaluations, anchors, taps, items)
-
-
-def check_pipeline(module: Any, pipe: Any) -> None:
-    """Raise unless a pipeline is the one whose recording a module is fitted on.
-
-    Raises:
-        PredictorMismatch: another model, other weights or another scheduler.
-    """
-    found = host_fingerprint(*transformers_of(pipe).values())
-    check_host(module.spec(), found, pipe.scheduler)
 
 
 def train(

@@ -40,7 +40,7 @@ from .lesa_samples import (
     stage_errors,
 )
 from .lesa_start import LesaFactory, description, untrained
-from .measure import References, item_of, log_error, opened_for
+from .measure import References, check_pipeline, item_of, log_error, opened_for
 
 
 class LesaModule(Descent):
@@ -170,6 +170,7 @@ class LesaModule(Descent):
         self.num_trajectories.fill_(len(data.train_items))
         if self.pipe is None:
             self.pipe = opened_for(self.recording, self.pipeline, *self.place)
+            check_pipeline(self, self.pipe)
             self.pipe.set_progress_bar_config(disable=True)
         self.follow(self.pipe)
         if not math.isfinite(float(self.start_error)) and data.val_items:

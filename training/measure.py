@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checkpoints.spec import check_host
+from ..integration.denoisers import transformers_of
+from ..integration.fingerprint import host_fingerprint
 from ..integration.forecaster import Forecaster
 from ..integration.pipelines import opened
 from ..integration.session import Session
@@ -36,6 +39,16 @@ def opened_for(
     """
     place = device or own_device(os.environ)
     return opened(pipeline, dtype or recording.header.dtype, place)
+
+
+def check_pipeline(module: Any, pipe: Any) -> None:
+    """Raise unless a pipeline is the one whose recording a module is fitted on.
+
+    Raises:
+        PredictorMismatch: another model, other weights or another scheduler.
+    """
+    found = host_fingerprint(*transformers_of(pipe).values())
+    check_host(module.spec(), found, pipe.scheduler)
 
 
 @dataclass(frozen=True)

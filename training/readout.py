@@ -19,7 +19,7 @@ from ..predictors.readout import Readout
 from .closed_form import ClosedForm
 from .fit_figures import SampleLog
 from .l2p import open_recording, spec_of
-from .measure import References, opened_for, predictor_errors
+from .measure import References, check_pipeline, opened_for, predictor_errors
 from .readout_callbacks import Detaching, LastVerdict
 from .readout_parts import SegmentParts, check_header, folds_of, sizes_of
 from .readout_segment import Part, Segment, SegmentFit, fit_segment
@@ -136,6 +136,7 @@ class ReadoutFit(ClosedForm):
         """
         if self.pipe is None:
             self.pipe = opened_for(self.recording, self.pipeline, *self.place)
+            check_pipeline(self, self.pipe)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.num_trajectories.fill_(len(data.train_items))
         self.calibration = References(self.recording, data.train_items, self.batch_size)

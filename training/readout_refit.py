@@ -21,6 +21,7 @@ from ..predictors.readout import Readout
 from ..trajectories.datamodule import ItemsDataModule
 from ..trajectories.recording import Recording
 from .extends import check_extends, check_one_host, extended_spec
+from .measure import check_pipeline
 from .readout import TAP, ReadoutFit
 from .readout_callbacks import Detaching
 from .readout_runs import run_fit
@@ -123,6 +124,7 @@ def refit_readout(
         CheckpointError: the readout has no sums, or they are not its own.
         ValueError: a recording is of other circumstances, or some of its trajectories are in the
             sums already.
+        PredictorMismatch: the pipeline is not the recorded one.
     """
     if not recordings:
         raise ValueError("no recordings were given; name the folders to add.")
@@ -135,6 +137,7 @@ def refit_readout(
     predictor = old
     for recording in opened:
         module = ReadoutRefit(str(recording.folder), predictor, fitted, batch_size)
+        check_pipeline(module, pipe)
         run_fit(module, pipe, ItemsDataModule(str(recording.folder), 0.0))
         predictor = module.deployed()
         fitted = segments_of(module.sums, predictor)

@@ -1,4 +1,4 @@
-"""Readout fits without a configuration: on a pipeline at hand, and many of them in a search."""
+"""Readout fits on a pipeline at hand, for refits, benchmarks and many of them in a search."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,44 +6,10 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from ..predictors.readout import Readout
 from ..trajectories.datamodule import ItemsDataModule
-from .export import export_predictor
+from .progress import quiet
 from .readout import ReadoutFit
 from .readout_callbacks import Detaching
-
-
-def fit_readout(
-    pipe: Any,
-    recording: str,
-    anchors: Sequence[int],
-    out: str | None = None,
-    data: ItemsDataModule | None = None,
-    **options: Any,
-) -> Readout:
-    """Fit a readout to a recording of a pipeline that is at hand.
-
-    Args:
-        pipe: the recorded pipeline, on the device and in the dtype to run it in.
-        recording: folder of the recording, with states.
-        anchors: steps at which the network runs.
-        out: folder to save the predictor to; None does not save it.
-        data: which trajectories are fitted on and which only measured; None is 4 in 5 of all.
-        options: `rank`, `neighbours` and `batch_size` of `ReadoutFit`.
-
-    Returns:
-        The predictor, with its `spec`.
-
-    Raises:
-        ValueError: see `ReadoutFit`.
-    """
-    module = ReadoutFit(recording, "", anchors, **options)
-    run_fit(module, pipe, data or ItemsDataModule(recording))
-    if out is not None:
-        export_predictor(module, out, module.metrics())
-    predictor = module.deployed()
-    predictor.spec = module.spec()
-    return predictor
 
 
 def run_fit(module: ReadoutFit, pipe: Any, data: ItemsDataModule) -> None:
@@ -57,7 +23,8 @@ def run_fit(module: ReadoutFit, pipe: Any, data: ItemsDataModule) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=data)
+    with quiet():
+        trainer.fit(module, datamodule=data)
 
 
 def held_out_error(

@@ -6,7 +6,6 @@ replaced by those, which would lose what that fit gained.
 Shapes: n trajectories, P parts (1 of the whole feature), S sampling steps.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..checkpoints.card import model_card
 from ..checkpoints.config import CONFIG_FILE
+from ..checkpoints.folder import check_free
 from ..checkpoints.format import (
     CARD_FILE,
     GRAMS_FILE,
@@ -28,7 +28,6 @@ from ..checkpoints.format import (
 )
 from ..checkpoints.hub import locate
 from ..checkpoints.spec import PredictorSpec
-from ..integration.pipelines import load_pipeline
 from ..predictors.any_anchors import L2PGram
 from ..predictors.base import Predictor
 from ..predictors.experts import L2PExperts
@@ -36,12 +35,12 @@ from ..predictors.linear import L2P
 from ..predictors.parted import L2PBands, L2PGroups, PartedL2P
 from ..predictors.readout import Readout
 from ..trajectories.gram_sums import GramBatches
-from ..trajectories.record_command import own_device
 from ..trajectories.recording import Recording
 from .choosing import recorded_pipeline
 from .cross_validation import RIDGES, CrossValidation, cross_validate
 from .extends import check_extends, check_one_host, extended_spec
 from .left_out import leave_one_out, solved
+from .measure import opened_for
 from .parts import part_errors
 from .readout_refit import refit_readout
 from .rows import RULES, formula_rows
@@ -137,11 +136,10 @@ def _refit_readout(
         raise ValueError("no recordings were given; name the folders to add.")
     folder = locate(name, None, (MODEL_FILE, CONFIG_FILE, CARD_FILE, GRAMS_FILE, SEGMENTS_FILE))
     first = Recording(recordings[0])
-    dtype = getattr(torch, first.header.dtype)
-    pipe = load_pipeline(
-        pipeline or recorded_pipeline(first, "readout"), dtype, own_device(os.environ)
-    )
-    found = refit_readout(old, folder, recordings, pipe)
+    check_free(out)  # before the walk, not after it
+    pipe = opened_for(first, pipeline or recorded_pipeline(first, "readout"))
+    batch_size = int(first.header.recipe.get("batch_size", 1))
+    found = refit_readout(old, folder, recordings, pipe, batch_size)
     found.save(out)
     gains = ", ".join(f"{gain:+.2f}" for gain in found.gains)
     print(
