@@ -72,44 +72,9 @@ def pipe():
 @pytest.fixture(scope="module")
 def patcher(comfy, pipe):
     """The bundled transformer as a ComfyUI model."""
+    from comfyui_host import comfy_model
 
-    class Pixels(comfy.latent_formats.LatentFormat):
-        latent_channels, spacial_downscale_ratio = 3, 1
-
-    class Config(comfy.supported_models.FluxSchnell):
-        latent_format = Pixels
-
-    host = pipe.transformer.config
-    hidden = host.num_attention_heads * host.attention_head_dim
-    sizes = {
-        "image_model": "flux",
-        "in_channels": 3,
-        "out_channels": 3,
-        "patch_size": 4,
-        "vec_in_dim": host.pooled_projection_dim,
-        "context_in_dim": host.joint_attention_dim,
-        "hidden_size": hidden,
-        "mlp_ratio": 4.0,
-        "num_heads": host.num_attention_heads,
-        "depth": host.num_layers,
-        "depth_single_blocks": host.num_single_layers,
-        "axes_dim": list(host.axes_dims_rope),
-        "theta": 10000,
-        "qkv_bias": True,
-        "guidance_embed": False,
-        "txt_ids_dims": [],
-        "dtype": torch.float32,
-    }
-    model = Config(sizes).get_model({})
-    state = model.diffusion_model.state_dict()
-    places = comfy.utils.flux_to_diffusers(sizes)
-    for name, value in pipe.transformer.state_dict().items():
-        place = places[name]
-        target, cut, *change = (place, None) if isinstance(place, str) else place
-        value = change[0](value) if change else value
-        (state[target] if cut is None else state[target].narrow(*cut)).copy_(value)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    return comfy_model(pipe.transformer)
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +94,9 @@ def expected(pipe, noise):
 @pytest.fixture(scope="module")
 def prompts(pipe):
     """Positive and negative conditioning."""
+    from comfyui_host import conditioning
 
-    def cond(text):
-        embeds, pooled = pipe.text_encoder([text])
-        return [[embeds, {"pooled_output": pooled}]]
-
-    return cond(PROMPT), cond("")
+    return conditioning(pipe, PROMPT), conditioning(pipe, "")
 
 
 def sample(comfy, model, noise, prompts, sampler, sigmas, cfg=GUIDANCE):
