@@ -23,15 +23,15 @@ from jaxtyping import Float
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.evaluation.benchmark import FIRST_ITEM
+from foreseer.evaluation.measure import References, closed_loop_errors
+from foreseer.evaluation.rows import analytic_rows, least_squares_rows
+from foreseer.evaluation.weight_rows import rows_of
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.predictors.any_anchors import L2PGram, regrid
 from foreseer.predictors.continuous import L2PContinuous
-from foreseer.training.benchmark import FIRST_ITEM
 from foreseer.training.continuous import fit_continuous
-from foreseer.training.measure import References, closed_loop_errors
-from foreseer.training.rows import analytic_rows, least_squares_rows
-from foreseer.training.weight_rows import rows_of
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record as record_trajectories
 from foreseer.trajectories.recording import Recording

@@ -28,22 +28,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm.auto import tqdm
 
 from foreseer.checkpoints.format import load_predictor
-from foreseer.integration.bench_meta import collect_meta
-from foreseer.integration.denoisers import transformer_of
-from foreseer.integration.flops import first_call, step_flops
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.report_rows import to_record
+from foreseer.evaluation.benchmark import FIRST_ITEM
+from foreseer.evaluation.flops import first_call, step_flops
+from foreseer.evaluation.machine import collect_meta
+from foreseer.evaluation.plan import Entry
+from foreseer.evaluation.results import to_record
+from foreseer.evaluation.runs import Samples, run_entry, score
+from foreseer.integration.host.denoisers import transformer_of
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.polynomial import Reuse, Taylor
-from foreseer.training.bench_plan import Entry
-from foreseer.training.bench_runs import Samples, run_entry, score
-from foreseer.training.benchmark import FIRST_ITEM
 from foreseer.training.closed_loop import L2PClosedLoop
-from foreseer.training.disca import DiscaModule
+from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.export import export_predictor
 from foreseer.training.judge import load_classifier
 from foreseer.training.l2p import L2PLeastSquares
-from foreseer.training.lesa import LesaModule
+from foreseer.training.lesa.lesa_fit import LesaModule
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.prompts import Item, class_items, generate_batch
 from foreseer.trajectories.recorder import record as record_trajectories

@@ -17,15 +17,15 @@ import lightning
 import torch
 from jsonargparse import auto_cli
 
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.evaluation.benchmark import bench_command
+from foreseer.evaluation.rows import RULES
+from foreseer.evaluation.solvers import SOLVERS
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import PUBLISHED_L2P, uniform, warped
-from foreseer.integration.solvers import SOLVERS
-from foreseer.training.benchmark import bench_command
+from foreseer.training.anchor_search import search_command
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares, L2PModule
-from foreseer.training.rows import RULES
-from foreseer.training.search_command import search_command
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record as record_trajectories

@@ -13,11 +13,11 @@ from typing import Any
 from readout_page import README, put
 
 from foreseer.demo import GUIDANCE_SCALE, NUM_STEPS, PROMPTS
-from foreseer.integration.bench_meta import collect_meta
-from foreseer.integration.metrics import psnr
-from foreseer.integration.pipeline_call import samples
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.side_by_side import picture, side_by_side, told
+from foreseer.evaluation.machine import collect_meta
+from foreseer.evaluation.metrics import psnr
+from foreseer.evaluation.page.side_by_side import picture, side_by_side, told
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.pipeline_call import samples
 
 MODEL, BUDGETS = "zoo:emoji_flux", (11, 8, 6)
 PICTURE = Path("docs/images/first.png")

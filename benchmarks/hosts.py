@@ -30,10 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from families import FAMILIES, MORE, Family, call
 
 from foreseer.checkpoints.format import load_predictor
-from foreseer.integration.denoisers import transformers_of
-from foreseer.integration.forecasting import forecasting
-from foreseer.integration.session import Session
-from foreseer.integration.verify import (
+from foreseer.evaluation.verify import (
     Replay,
     check_abort,
     check_detached,
@@ -43,6 +40,9 @@ from foreseer.integration.verify import (
     relative_error,
     same,
 )
+from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host.denoisers import transformers_of
+from foreseer.integration.session import Session
 from foreseer.predictors.polynomial import Reuse
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PLeastSquares

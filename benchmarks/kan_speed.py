@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.evaluation.timing import forecast_step_ratio
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
-from foreseer.integration.timing import forecast_step_ratio
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.kan import PykanNet, splines_of, with_pykan
 from foreseer.predictors.lesa import LesaPredictor

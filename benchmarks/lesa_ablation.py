@@ -27,15 +27,15 @@ from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from foreseer.checkpoints.format import save_predictor
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.evaluation.benchmark import FIRST_ITEM, load_learned
+from foreseer.evaluation.benchmark import bench as run_bench
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
-from foreseer.training.benchmark import FIRST_ITEM, load_learned
-from foreseer.training.benchmark import bench as run_bench
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import spec_of
-from foreseer.training.lesa import LesaModule
-from foreseer.training.linear_refit import refit
+from foreseer.training.lesa.lesa_fit import LesaModule
+from foreseer.training.lesa.linear_refit import refit
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record as record_trajectories

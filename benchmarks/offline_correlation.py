@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from foreseer.training.offline import LEARNED, OfflineRow, TapGrams
-from foreseer.training.rows import RULES
+from foreseer.evaluation.offline import LEARNED, OfflineRow, TapGrams
+from foreseer.evaluation.rows import RULES
 from foreseer.trajectories.recording import Recording
 
 ERRORS = ("open_loop_error", "integrated_error", "accumulated_error")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from foreseer.evaluation.rows import RULES, least_squares_rows
 from foreseer.predictors.linear import tabulate
-from foreseer.training.rows import RULES, least_squares_rows
 from foreseer.trajectories.gram import accumulated_error, spread
 from foreseer.trajectories.recording import Recording
 

@@ -45,7 +45,7 @@ from overhead_systems import Ran, System, systems
 from torch import nn
 from tqdm.auto import tqdm
 
-from foreseer.integration.timing import one_thread
+from foreseer.evaluation.timing import one_thread
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
 HOST = "flux_70m"

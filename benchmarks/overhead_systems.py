@@ -18,9 +18,9 @@ from overhead_host import GUIDANCE
 from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import attach
+from foreseer.integration.host.clock import flow_sigmas
+from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.schedule import diffusers_interval
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.linear import L2P

@@ -12,7 +12,7 @@ from diffusers import (
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
 
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 
 NUM_STEPS = 20
 

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from foreseer.integration.metrics import psnr, summarise
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.evaluation.benchmark import FIRST_ITEM
+from foreseer.evaluation.metrics import psnr, summarise
+from foreseer.evaluation.plan import Entry
+from foreseer.evaluation.runs import run_forecast
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.hermite import HiCache
@@ -26,9 +29,6 @@ from foreseer.predictors.parted import parted_l2p
 from foreseer.predictors.partition import ChannelGroups, Partition, tabulate_parts
 from foreseer.predictors.polynomial import Reuse, Taylor
 from foreseer.predictors.spectrum import Bands, equal_bands
-from foreseer.training.bench_plan import Entry
-from foreseer.training.bench_runs import run_forecast
-from foreseer.training.benchmark import FIRST_ITEM
 from foreseer.training.clusters import cluster_channels, fit_hyca, random_groups
 from foreseer.training.l2p import spec_of
 from foreseer.training.parts import least_squares_parts, part_errors, stack_part_grams

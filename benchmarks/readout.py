@@ -32,21 +32,21 @@ from torch import Tensor
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.cli import main
+from foreseer.evaluation.benchmark import FIRST_ITEM
+from foreseer.evaluation.metrics import paired, psnr, ssim, summarise
+from foreseer.evaluation.plan import Entry
+from foreseer.evaluation.rows import RULES
+from foreseer.evaluation.runs import run_entry
+from foreseer.evaluation.solvers import SOLVERS
+from foreseer.evaluation.timing import attach_overhead, forecast_step_ratio
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.metrics import paired, psnr, ssim, summarise
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.session import Session
-from foreseer.integration.solvers import SOLVERS
-from foreseer.integration.timing import attach_overhead, forecast_step_ratio
 from foreseer.predictors.linear import L2P
-from foreseer.training import readout_sums
-from foreseer.training.bench_plan import Entry
-from foreseer.training.bench_runs import run_entry
-from foreseer.training.benchmark import FIRST_ITEM
 from foreseer.training.export import export_predictor
-from foreseer.training.readout import ReadoutFit
-from foreseer.training.readout_runs import run_fit
-from foreseer.training.rows import RULES
+from foreseer.training.readout import sums as readout_sums
+from foreseer.training.readout.readout_fit import ReadoutFit
+from foreseer.training.readout.readout_runs import run_fit
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item, generate_batch
 from foreseer.trajectories.record_command import asked_items

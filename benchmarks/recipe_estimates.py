@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from foreseer.integration.flops import StepFlops, run_flops, step_flops
+from foreseer.evaluation.flops import StepFlops, run_flops, step_flops
 from foreseer.integration.schedule import uniform
 from foreseer.trajectories.estimate import GRAM_BYTES, STATE_BYTES
 

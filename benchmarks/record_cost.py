@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from jsonargparse import auto_cli
 
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.trajectories.prompts import class_items, generate_batch
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

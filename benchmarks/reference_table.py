@@ -26,7 +26,9 @@ from jsonargparse import auto_cli
 from parts import GRID
 
 from foreseer.checkpoints.format import save_predictor
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.evaluation.benchmark import FIRST_ITEM, bench, load_learned
+from foreseer.evaluation.rows import RULES
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import PUBLISHED_L2P, uniform
 from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import Predictor
@@ -34,12 +36,10 @@ from foreseer.predictors.continuous import L2PContinuous
 from foreseer.predictors.parted import parted_l2p
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.spectrum import equal_bands
-from foreseer.training.benchmark import FIRST_ITEM, bench, load_learned
 from foreseer.training.clusters import cluster_channels, fit_hyca
 from foreseer.training.continuous import fit_continuous
 from foreseer.training.l2p import spec_of
 from foreseer.training.parts import least_squares_parts, stack_part_grams
-from foreseer.training.rows import RULES
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

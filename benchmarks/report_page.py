@@ -13,14 +13,14 @@ import torch
 from jsonargparse import auto_cli
 
 from foreseer.checkpoints.format import load_predictor
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.report_html import write_report
-from foreseer.integration.report_rows import BenchRow, load_meta, load_rows
-from foreseer.integration.report_table import best_rows
-from foreseer.training.bench_curves import sheet
-from foreseer.training.bench_plan import Entry, spec_of
-from foreseer.training.benchmark import FIRST_ITEM
-from foreseer.training.rows import RULES
+from foreseer.evaluation.benchmark import FIRST_ITEM
+from foreseer.evaluation.page.curves import sheet
+from foreseer.evaluation.page.html import write_report
+from foreseer.evaluation.page.table import best_rows
+from foreseer.evaluation.plan import Entry, spec_of
+from foreseer.evaluation.results import BenchRow, load_meta, load_rows
+from foreseer.evaluation.rows import RULES
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.trajectories.prompts import class_items
 
 ROWS = Path(__file__).parent / "results" / "reference_table.json"

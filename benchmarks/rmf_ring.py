@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from foreseer.distill.few_steps import few_steps
 from foreseer.distill.fields import Mixture, ring
 from foreseer.distill.meanflow import AlphaFlowTarget, MeanFlowTarget
 from foreseer.distill.ring import Recipe, interval_error, train_on
-from foreseer.distill.sampling import few_steps
 from foreseer.distill.times import MeanFlowTimes, RestrictedTimes
 
 OUT = Path(__file__).parent / "results" / "rmf_ring.json"

@@ -28,10 +28,10 @@ import torch
 from scale_estimates import estimates
 
 from foreseer.trajectories.dataset import TrajectoryDataset
+from foreseer.trajectories.files.header import Header
+from foreseer.trajectories.files.uploads import open_writer
 from foreseer.trajectories.gram import gram
-from foreseer.trajectories.header import Header
 from foreseer.trajectories.recording import Recording
-from foreseer.trajectories.uploads import open_writer
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 STEPS, TOKENS, CHANNELS = 50, 256, 1152

@@ -28,8 +28,8 @@ from tiny_pipelines import tiny_pipeline
 from foreseer.training.l2p import L2PLeastSquares
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.dataset import TrajectoryDataset
-from foreseer.trajectories.header import Header
-from foreseer.trajectories.merge import merge
+from foreseer.trajectories.files.header import Header
+from foreseer.trajectories.files.merge import merge
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording, RecordingWriter

@@ -18,11 +18,11 @@ from statistics import median
 import overhead_host
 import torch
 
-from foreseer.integration.denoisers import transformer_of
-from foreseer.integration.flops import first_call, run_flops, step_flops
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.evaluation.flops import first_call, run_flops, step_flops
+from foreseer.evaluation.timing import anchor_step_ratios, attach_overhead, forecast_step_ratio
+from foreseer.integration.host.denoisers import transformer_of
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
-from foreseer.integration.timing import anchor_step_ratios, attach_overhead, forecast_step_ratio
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Taylor
 from foreseer.trajectories.prompts import class_items, generate_batch

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from foreseer.distill.meanflow import MeanFlowTarget, difference, exact_derivative
 from foreseer.distill.module import DistillModule
-from foreseer.distill.runs import RunDataset, TeacherRuns
+from foreseer.distill.teacher_runs import RunDataset, TeacherRuns
 from foreseer.distill.times import RestrictedTimes
 
 FOLDER = "runs/distill/teacher_runs"

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from foreseer.checkpoints.format import load_predictor
-from foreseer.integration.denoisers import transformer_of
+from foreseer.evaluation.metrics import psnr
 from foreseer.integration.forecasting import Run, forecasting
-from foreseer.integration.hook import TrunkSkipper, capturing
-from foreseer.integration.host import TrunkTracer
-from foreseer.integration.metrics import psnr
+from foreseer.integration.host.denoisers import transformer_of
+from foreseer.integration.host.hook import TrunkSkipper, capturing
+from foreseer.integration.host.trunk import TrunkTracer
 from foreseer.integration.partial import PartialTrunk, Pick
 from foreseer.integration.partial_forecasting import PartialReport, partially
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
 from foreseer.predictors.polynomial import Reuse, Taylor

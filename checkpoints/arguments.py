@@ -6,7 +6,7 @@ The limits keep what is built, and what replaying a golden pair takes, in propor
 import math
 from typing import Any
 
-from .config import (
+from foreseer.checkpoints.config import (
     MAX_BRANCHES,
     MAX_STEPS,
     Rule,

@@ -9,11 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import CONFIG_FILE, CheckpointError, is_int, is_list
-from .folder import CARD_FILE, MODEL_FILE, OWN, PICTURES, check_free, check_holds, replace_file
-from .hub import download, is_remote
-from .spec import PredictorSpec
-from .strict import parse_json
+from foreseer.checkpoints.config import CONFIG_FILE, CheckpointError, is_int, is_list
+from foreseer.checkpoints.folder import (
+    CARD_FILE,
+    MODEL_FILE,
+    OWN,
+    PICTURES,
+    check_free,
+    check_holds,
+    replace_file,
+)
+from foreseer.checkpoints.hub import download, is_remote
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.checkpoints.strict import parse_json
 
 BUDGETS_FILE = "budgets.json"
 MAX_BYTES = 4096

@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..predictors.base import Predictor
-from ..predictors.hybrid import HyCa
-from ..predictors.lesa import LesaPredictor
-from ..predictors.lesa_values import LesaValues
-from ..predictors.neural import DiscaPredictor
-from ..predictors.parted import L2PBands, PartedL2P
-from ..predictors.readout import Readout
-from .spec import PredictorSpec
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.predictors.base import Predictor
+from foreseer.predictors.hybrid import HyCa
+from foreseer.predictors.lesa import LesaPredictor
+from foreseer.predictors.lesa_values import LesaValues
+from foreseer.predictors.neural import DiscaPredictor
+from foreseer.predictors.parted import L2PBands, PartedL2P
+from foreseer.predictors.readout import Readout
 
 MEASURES = {
     "psnr_db": ("PSNR of the samples against the full run, dB (higher is better)", 1),

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError as CheckpointError
-from .call_settings import as_settings
-from .spec import PredictorSpec
-from .strict import MalformedFile, parse_json, read_plain
-from .upgrade import PREDICTOR, NewerVersion, upgraded
+from foreseer.checkpoints.call_settings import as_settings
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.checkpoints.strict import MalformedFile, parse_json, read_plain
+from foreseer.checkpoints.upgrade import PREDICTOR, NewerVersion, upgraded
+from foreseer.errors import CheckpointError as CheckpointError
 
 SCHEMA_VERSION = 4
 CONFIG_FILE = "config.json"

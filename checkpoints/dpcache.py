@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import __version__
-from ..errors import PredictorMismatch
-from .format import load_predictor
-from .spec import PredictorSpec, check_grid
+from foreseer import __version__
+from foreseer.checkpoints.format import load_predictor
+from foreseer.checkpoints.spec import PredictorSpec, check_grid
+from foreseer.errors import PredictorMismatch
 
 CAPTURE = "sglang-dpcache-calibration-capture-v1"
 SCHEDULE = "sglang-dpcache-schedule-v2"

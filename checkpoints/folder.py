@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import CONFIG_FILE, CheckpointError
+from foreseer.checkpoints.config import CONFIG_FILE, CheckpointError
 
 MODEL_FILE = "model.safetensors"
 CARD_FILE = "README.md"

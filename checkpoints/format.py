@@ -17,33 +17,33 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as lay_out_tensors
 from torch import Tensor
 
-from .. import __version__
-from ..predictors.any_anchors import L2PGram
-from ..predictors.base import Predictor
-from ..predictors.continuous import L2PContinuous
-from ..predictors.experts import L2PExperts
-from ..predictors.hybrid import HyCa
-from ..predictors.lesa import LesaPredictor
-from ..predictors.lesa_values import LesaValues
-from ..predictors.linear import L2P
-from ..predictors.neural import DiscaPredictor
-from ..predictors.parted import L2PBands, L2PGroups
-from ..predictors.readout import Readout
-from .arguments import REFUSALS, check_arguments
-from .budgets import BUDGETS_FILE, budget_folder
-from .card import model_card
-from .config import CONFIG_FILE as CONFIG_FILE
-from .config import CheckpointError as CheckpointError
-from .config import Config, decode_config, encode_config, read_config
-from .folder import CARD_FILE as CARD_FILE
-from .folder import GRAMS_FILE as GRAMS_FILE
-from .folder import MODEL_FILE as MODEL_FILE
-from .folder import SEGMENTS_FILE as SEGMENTS_FILE
-from .folder import check_free, replace_file
-from .golden import check_golden, golden_pair
-from .hub import locate
-from .spec import PredictorSpec
-from .strict import DTYPE_CODES, MalformedFile, parse_header, read_plain
+from foreseer import __version__
+from foreseer.checkpoints.arguments import REFUSALS, check_arguments
+from foreseer.checkpoints.budgets import BUDGETS_FILE, budget_folder
+from foreseer.checkpoints.card import model_card
+from foreseer.checkpoints.config import CONFIG_FILE as CONFIG_FILE
+from foreseer.checkpoints.config import CheckpointError as CheckpointError
+from foreseer.checkpoints.config import Config, decode_config, encode_config, read_config
+from foreseer.checkpoints.folder import CARD_FILE as CARD_FILE
+from foreseer.checkpoints.folder import GRAMS_FILE as GRAMS_FILE
+from foreseer.checkpoints.folder import MODEL_FILE as MODEL_FILE
+from foreseer.checkpoints.folder import SEGMENTS_FILE as SEGMENTS_FILE
+from foreseer.checkpoints.folder import check_free, replace_file
+from foreseer.checkpoints.golden import check_golden, golden_pair
+from foreseer.checkpoints.hub import locate
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.checkpoints.strict import DTYPE_CODES, MalformedFile, parse_header, read_plain
+from foreseer.predictors.any_anchors import L2PGram
+from foreseer.predictors.base import Predictor
+from foreseer.predictors.continuous import L2PContinuous
+from foreseer.predictors.experts import L2PExperts
+from foreseer.predictors.hybrid import HyCa
+from foreseer.predictors.lesa import LesaPredictor
+from foreseer.predictors.lesa_values import LesaValues
+from foreseer.predictors.linear import L2P
+from foreseer.predictors.neural import DiscaPredictor
+from foreseer.predictors.parted import L2PBands, L2PGroups
+from foreseer.predictors.readout import Readout
 
 CLASSES: dict[str, type[Predictor]] = {
     "L2P": L2P,

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..predictors.base import History, Predictor, Reading, Step
-from .arguments import REFUSALS
-from .config import CheckpointError
-from .spec import PredictorSpec
+from foreseer.checkpoints.arguments import REFUSALS
+from foreseer.checkpoints.config import CheckpointError
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.predictors.base import History, Predictor, Reading, Step
 
 GOLDEN_SEED = 20260
 NUM_TOKENS, NUM_CHANNELS = 2, 4

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import CheckpointError
-from .zoo import resolve
+from foreseer.checkpoints.config import CheckpointError
+from foreseer.checkpoints.zoo import resolve
 
 MAX_DOWNLOAD_BYTES = 2**30 + 2**21
 """A model file, a configuration and a card at their limits."""

@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .budgets import budget_files, read_budgets
-from .card import with_pictures
-from .config import CheckpointError
-from .folder import CARD_FILE, GRAMS_FILE, OWN, PICTURES, SEGMENTS_FILE, replace_file
-from .format import AGAIN, load_predictor
-from .hub import upload
-from .strict import MalformedFile, read_header
+from foreseer.checkpoints.budgets import budget_files, read_budgets
+from foreseer.checkpoints.card import with_pictures
+from foreseer.checkpoints.config import CheckpointError
+from foreseer.checkpoints.folder import (
+    CARD_FILE,
+    GRAMS_FILE,
+    OWN,
+    PICTURES,
+    SEGMENTS_FILE,
+    replace_file,
+)
+from foreseer.checkpoints.format import AGAIN, load_predictor
+from foreseer.checkpoints.hub import upload
+from foreseer.checkpoints.strict import MalformedFile, read_header
 
 
 def push_predictor(folder: str | Path, repo_id: str, private: bool = False) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import PredictorMismatch as PredictorMismatch
-from ..predictors.base import Predictor
-from .call_settings import Setting, at_step, first_difference, readable_setting
+from foreseer.checkpoints.call_settings import Setting, at_step, first_difference, readable_setting
+from foreseer.errors import PredictorMismatch as PredictorMismatch
+from foreseer.predictors.base import Predictor
 
 SIGMA_TOLERANCE = 1e-5  # float32 grids of one recipe agree to about 1e-7
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ForeseerError
+from foreseer.errors import ForeseerError
 
 MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 4096

@@ -8,7 +8,7 @@ becomes what it stood for.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import ForeseerError
+from foreseer.errors import ForeseerError
 
 Values = dict[str, Any]
 Upgrade = Callable[[Values], Values]

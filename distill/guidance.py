@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..integration.prediction import prediction
-from ..integration.time_facts import time_facts
+from foreseer.integration.host.prediction import prediction
+from foreseer.integration.host.time_facts import time_facts
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..integration.average_velocity import Conditioning, IntervalConditioner, conditioner_for
-from ..integration.pipelines import load_pipeline
-from ..training.resuming import Drawing
-from .guidance import Conditions, class_conditions, guidance_range, guided, guided_velocity
-from .meanflow import AverageVelocity, Target, expand
-from .points import Points, Runs
-from .runs import starting
-from .sampling import few_steps, psnr_db
-from .start import load_student_state
-from .times import Times
+from foreseer.distill.few_steps import few_steps, psnr_db
+from foreseer.distill.guidance import (
+    Conditions,
+    class_conditions,
+    guidance_range,
+    guided,
+    guided_velocity,
+)
+from foreseer.distill.meanflow import AverageVelocity, Target, expand
+from foreseer.distill.points import Points, Runs
+from foreseer.distill.start import load_student_state
+from foreseer.distill.teacher_runs import starting
+from foreseer.distill.times import Times
+from foreseer.integration.pipelines.average_velocity import (
+    Conditioning,
+    IntervalConditioner,
+    conditioner_for,
+)
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.training.plumbing.resuming import Drawing
 
 WEIGHT_FLOOR = 1e-3  # c of the adaptive weight 1 / (error + c)^p
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .guidance import Conditions
+from foreseer.distill.guidance import Conditions
 
 
 @dataclass(frozen=True)

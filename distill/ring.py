@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .fields import Mixture
-from .guidance import Conditions
-from .meanflow import MeanFlowTarget, Target, expand
-from .points import Points
-from .times import RestrictedTimes, Times
+from foreseer.distill.fields import Mixture
+from foreseer.distill.guidance import Conditions
+from foreseer.distill.meanflow import MeanFlowTarget, Target, expand
+from foreseer.distill.points import Points
+from foreseer.distill.times import RestrictedTimes, Times
 
 NUM_WAVES = 4
 WEIGHT_FLOOR = 1e-3  # c of the adaptive weight

@@ -9,7 +9,7 @@ import torch
 
 from foreseer.integration.adaptive import TeaCache
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.polynomial import Reuse, Taylor
 
 pipe = load_pipeline("zoo:fashion_dit")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from foreseer.commands import bench
-from foreseer.integration.report_rows import load_rows
+from foreseer.evaluation.results import load_rows
 
 out = Path(sys.argv[1])
 bench(

@@ -7,7 +7,7 @@ import torch
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.pipelines.load import load_pipeline
 
 pipe = load_pipeline("zoo:fashion_dit")
 labels = [0, 5, 9]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.base import History, LinearPredictor, Step
 from foreseer.predictors.polynomial import Reuse, Taylor
 

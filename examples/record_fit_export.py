@@ -13,7 +13,7 @@ from lightning import Trainer
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PLeastSquares
 from foreseer.trajectories.datamodule import GramDataModule

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.spec import PredictorSpec
-from ..predictors.base import History, Predictor, Step
-from .adaptive import ProbeSchedule, SpeCa, relative_errors
-from .call_rows import Narrowed
-from .forecaster import Forecaster, check_shape, is_finite
-from .hook import LAST_BLOCK, own
-from .memory import most_bytes
-from .report import Report
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.integration.adaptive import ProbeSchedule, SpeCa, relative_errors
+from foreseer.integration.forecaster import Forecaster, check_shape, is_finite
+from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.host.hook import LAST_BLOCK, own
+from foreseer.integration.memory import most_bytes
+from foreseer.integration.report import Report
+from foreseer.predictors.base import History, Predictor, Step
 
 
 class ProbedForecaster(Forecaster):

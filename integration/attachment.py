@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .clock import Clock, Pace
-from .controller import Controller
-from .denoisers import TURNS, others_of, transformers_of
-from .expert import Expert
-from .hook import Attached, refuse_other_caches
-from .running import PIPELINES, pipeline_call, variable
-from .watched import unwatch, watch
+from foreseer.integration.controller import Controller
+from foreseer.integration.host.clock import Clock, Pace
+from foreseer.integration.host.denoisers import TURNS, others_of, transformers_of
+from foreseer.integration.host.expert import Expert
+from foreseer.integration.host.hook import Attached, refuse_other_caches
+from foreseer.integration.host.running import PIPELINES, pipeline_call, variable
+from foreseer.integration.host.watched import unwatch, watch
 
 
 class Attachment:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..predictors.base import Step
-from .call_rows import Narrowed
-from .layout import Layout
-from .report import Report
+from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.host.layout import Layout
+from foreseer.integration.report import Report
+from foreseer.predictors.base import Step
 
 
 class Controller:

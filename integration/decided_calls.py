@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..predictors.base import Step
-from .call import Call
-from .controller import Controller
-from .expert import Expert
-from .prediction import prediction
+from foreseer.integration.controller import Controller
+from foreseer.integration.host.call import Call
+from foreseer.integration.host.expert import Expert
+from foreseer.integration.host.prediction import prediction
+from foreseer.predictors.base import Step
 
 Enter = Callable[[Tensor], Tensor]  # what enters the head, given what would have
 

@@ -13,16 +13,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host
-from ..predictors.base import Predictor
-from .fingerprint import host_fingerprint
-from .forecaster import Forecaster
-from .forecasting import checked_forecaster, one_of
-from .head_reader import Reader
-from .memory import check_budget
-from .report import Report
-from .sigma_run import SigmaRun
-from .told_sigmas import flow_time, grid_of, kind_of, one_sigma
+from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec, check_host
+from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.forecasting import checked_forecaster, one_of
+from foreseer.integration.head_reader import Reader
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.memory import check_budget
+from foreseer.integration.report import Report
+from foreseer.integration.sigma_run import SigmaRun
+from foreseer.integration.told_sigmas import flow_time, grid_of, kind_of, one_sigma
+from foreseer.predictors.base import Predictor
 
 
 def forecast_model(

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.spec import PredictorSpec, check_host, check_run
-from ..predictors.base import History, Predictor, Reading, Step
-from .call_rows import Narrowed
-from .controller import Controller
-from .denoisers import transformers_of
-from .fingerprint import host_fingerprint
-from .memory import most_bytes
-from .schedule import check_anchors
+from foreseer.checkpoints.spec import PredictorSpec, check_host, check_run
+from foreseer.integration.controller import Controller
+from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.host.denoisers import transformers_of
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.memory import most_bytes
+from foreseer.integration.schedule import check_anchors
+from foreseer.predictors.base import History, Predictor, Reading, Step
 
 
 class Forecaster(Controller):

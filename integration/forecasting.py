@@ -5,17 +5,17 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..checkpoints.format import check_evaluations, load_predictor
-from ..checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, choose_anchors
-from ..predictors.base import Predictor
-from .adaptive import ProbeSchedule, Schedule, SpeCa
-from .adaptive_forecasting import ProbedForecaster, VerifiedForecaster
-from .denoisers import transformers_of
-from .fingerprint import host_fingerprint
-from .forecaster import Forecaster
-from .memory import check_budget
-from .report import Report
-from .session import SESSIONS, Session
+from foreseer.checkpoints.format import check_evaluations, load_predictor
+from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, choose_anchors
+from foreseer.integration.adaptive import ProbeSchedule, Schedule, SpeCa
+from foreseer.integration.adaptive_forecasting import ProbedForecaster, VerifiedForecaster
+from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.host.denoisers import transformers_of
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.memory import check_budget
+from foreseer.integration.report import Report
+from foreseer.integration.session import SESSIONS, Session
+from foreseer.predictors.base import Predictor
 
 
 class Run:

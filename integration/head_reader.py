@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .call import Call
-from .expert import Expert
-from .forecaster import Forecaster
-from .hook import own, refuse_other_caches
-from .host import UnsupportedHost
-from .prediction import prediction
-from .watched import unwatch, watch
+from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.host.call import Call
+from foreseer.integration.host.expert import Expert
+from foreseer.integration.host.hook import own, refuse_other_caches
+from foreseer.integration.host.prediction import prediction
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.host.watched import unwatch, watch
 
 
 class Reader:

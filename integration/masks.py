@@ -6,7 +6,7 @@ A one is an anchor, a zero a forecast; the list has one entry per step.
 from collections.abc import Sequence
 from itertools import accumulate, zip_longest
 
-from .schedule import check_anchors
+from foreseer.integration.schedule import check_anchors
 
 SCM_RUNS = {
     "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..predictors.base import History
-from .controller import Controller
-from .report import Report
+from foreseer.integration.controller import Controller
+from foreseer.integration.report import Report
+from foreseer.predictors.base import History
 
 MEMINFO = Path("/proc/meminfo")  # of Linux
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")

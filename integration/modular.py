@@ -6,9 +6,9 @@ from typing import Any
 
 from diffusers import LoopSequentialPipelineBlocks, ModularPipelineBlocks
 
-from ..predictors.base import Predictor
-from .forecasting import forecasting
-from .report import Report
+from foreseer.integration.forecasting import forecasting
+from foreseer.integration.report import Report
+from foreseer.predictors.base import Predictor
 
 
 class ForecastDenoise(ModularPipelineBlocks):

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..predictors.token_clusters import take
-from .hook import block_list, capturing, own, replacing
-from .host import UnsupportedHost
-from .trunk_facts import Trunk
+from foreseer.integration.host.hook import block_list, capturing, own, replacing
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.host.trunk_facts import Trunk
+from foreseer.predictors.token_clusters import take
 
 SELF_ATTENTION = {
     "BasicTransformerBlock": ("attn1", "stream"),  # DiT, PixArt

@@ -13,21 +13,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checkpoints.spec import PredictorMismatch, PredictorSpec
-from ..predictors.base import History, LinearPredictor, Predictor, Step
-from ..predictors.polynomial import Reuse
-from ..predictors.tokens import TokenPolicy
-from .call import Call
-from .call_rows import Narrowed
-from .controller import Controller
-from .denoisers import transformer_of
-from .expert import Expert
-from .forecaster import Forecaster
-from .forecasting import Run, checked_forecaster
-from .memory import check_budget, most_bytes
-from .partial import PartialTrunk, Pick
-from .report import Report
-from .session import Session
+from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
+from foreseer.integration.controller import Controller
+from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.forecasting import Run, checked_forecaster
+from foreseer.integration.host.call import Call
+from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.host.denoisers import transformer_of
+from foreseer.integration.host.expert import Expert
+from foreseer.integration.memory import check_budget, most_bytes
+from foreseer.integration.partial import PartialTrunk, Pick
+from foreseer.integration.report import Report
+from foreseer.integration.session import Session
+from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
+from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.tokens import TokenPolicy
 
 
 class PartialForecaster(Controller):

@@ -18,23 +18,23 @@ from typing import Any
 
 from torch import Tensor
 
-from ..predictors.base import Step
-from .attachment import Attachment
-from .branches import Branches, rows_per_branch
-from .call import Call, Seen
-from .call_rows import Narrowed
-from .call_settings import CallSettings
-from .clock import Pace
-from .controller import Controller
-from .decided_calls import Decided, check, entering_head, look
-from .expert import Expert
-from .hook import LAST_BLOCK, own
-from .host import UnsupportedHost
-from .memory import check_memory
-from .prediction import form_of, prediction
-from .report import Report
-from .running import Caller, pipeline_call, steps_made_elsewhere
-from .time_facts import modulations
+from foreseer.integration.attachment import Attachment
+from foreseer.integration.controller import Controller
+from foreseer.integration.decided_calls import Decided, check, entering_head, look
+from foreseer.integration.host.branches import Branches, rows_per_branch
+from foreseer.integration.host.call import Call, Seen
+from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.host.clock import Pace
+from foreseer.integration.host.expert import Expert
+from foreseer.integration.host.hook import LAST_BLOCK, own
+from foreseer.integration.host.prediction import form_of, prediction
+from foreseer.integration.host.read_settings import CallSettings
+from foreseer.integration.host.running import Caller, pipeline_call, steps_made_elsewhere
+from foreseer.integration.host.time_facts import modulations
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.memory import check_memory
+from foreseer.integration.report import Report
+from foreseer.predictors.base import Step
 
 SESSIONS: "weakref.WeakSet[Session]" = weakref.WeakSet()
 """Those that are attached; each is kept alive by what it has put on its pipeline."""

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ..checkpoints.spec import SIGMA_TOLERANCE, PredictorMismatch, off_grid
-from ..predictors.base import Step
-from .forecaster import Forecaster
-from .hook import own
-from .memory import check_memory
-from .report import Report
+from foreseer.checkpoints.spec import SIGMA_TOLERANCE, PredictorMismatch, off_grid
+from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.host.hook import own
+from foreseer.integration.memory import check_memory
+from foreseer.integration.report import Report
+from foreseer.predictors.base import Step
 
 
 class SigmaRun:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checkpoints.spec import PredictorSpec
-from ..predictors.base import Predictor
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.predictors.base import Predictor
 
 RETURNS = ("v", "eps", "denoised")
 FLOW = "FlowMatch"  # how the names of diffusers' flow schedulers begin

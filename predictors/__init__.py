@@ -1,25 +1,26 @@
 """The forecasters: `F_hat = predictor(history, step)`. They need torch only."""
 
+from foreseer.predictors.any_anchors import L2PGram
+from foreseer.predictors.bands import FreqCa
+from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
+from foreseer.predictors.bounded import GapBounded
+from foreseer.predictors.continuous import L2PContinuous
+from foreseer.predictors.damped import Damped
+from foreseer.predictors.experts import L2PExperts
+from foreseer.predictors.foca import Foca2Point, FocaRecursive
+from foreseer.predictors.hermite import HiCache, ScaledTaylor
+from foreseer.predictors.hybrid import HyCa
+from foreseer.predictors.lesa import LesaPredictor
+from foreseer.predictors.lesa_values import LesaValues
+from foreseer.predictors.linear import L2P
+from foreseer.predictors.multistep import BDF2, AdamsBashforth2, AdamsMoulton, RungeKutta2
+from foreseer.predictors.neural import DiscaPredictor
+from foreseer.predictors.parted import L2PBands, L2PGroups
+from foreseer.predictors.polynomial import Newton, Reuse, Taylor
+from foreseer.predictors.readout import Readout
+from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
+
 from .. import __version__ as __version__
-from .any_anchors import L2PGram
-from .bands import FreqCa
-from .base import History, LinearPredictor, Predictor, Step
-from .bounded import GapBounded
-from .continuous import L2PContinuous
-from .damped import Damped
-from .experts import L2PExperts
-from .foca import Foca2Point, FocaRecursive
-from .hermite import HiCache, ScaledTaylor
-from .hybrid import HyCa
-from .lesa import LesaPredictor
-from .lesa_values import LesaValues
-from .linear import L2P
-from .multistep import BDF2, AdamsBashforth2, AdamsMoulton, RungeKutta2
-from .neural import DiscaPredictor
-from .parted import L2PBands, L2PGroups
-from .polynomial import Newton, Reuse, Taylor
-from .readout import Readout
-from .tokens import ClusterPolicy, RandomPolicy
 
 __all__ = [
     "BDF2",

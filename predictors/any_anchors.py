@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, LinearPredictor, Step
-from .polynomial import lagrange_weights
+from foreseer.predictors.base import History, LinearPredictor, Step
+from foreseer.predictors.polynomial import lagrange_weights
 
 FLOOR = 1e-12  # keeps the system solvable without a ridge, relative to each feature's norm
 MAX_SOLVED = 10_000  # weights kept; an adaptive schedule meets ever new lists of anchors

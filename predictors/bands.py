@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, Step
-from .hermite import HiCache
-from .partition import PartedPredictor
-from .spectrum import Bands
+from foreseer.predictors.base import History, Step
+from foreseer.predictors.hermite import HiCache
+from foreseer.predictors.partition import PartedPredictor
+from foreseer.predictors.spectrum import Bands
 
 
 class FreqCa(PartedPredictor):

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, LinearPredictor, Step
-from .polynomial import lagrange_weights
+from foreseer.predictors.base import History, LinearPredictor, Step
+from foreseer.predictors.polynomial import lagrange_weights
 
 
 class L2PContinuous(LinearPredictor):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, Step
-from .linear import L2P, rows_at
+from foreseer.predictors.base import History, Step
+from foreseer.predictors.linear import L2P, rows_at
 
 
 class L2PExperts(L2P):

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, LinearPredictor, Step
-from .damped import slope_weights
+from foreseer.predictors.base import History, LinearPredictor, Step
+from foreseer.predictors.damped import slope_weights
 
 
 class Foca2Point(LinearPredictor):

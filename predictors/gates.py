@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .splines import SplineNet
+from foreseer.predictors.splines import SplineNet
 
 GATES = ("kan", "mlp", "table")
 PER_EDGE = 5  # pykan trains grid_size + 3 coefficients and two scales per edge

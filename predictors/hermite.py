@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, LinearPredictor, Step
-from .polynomial import check_clock, check_order, clock_positions, ladder_weights
+from foreseer.predictors.base import History, LinearPredictor, Step
+from foreseer.predictors.polynomial import check_clock, check_order, clock_positions, ladder_weights
 
 
 class HiCache(LinearPredictor):

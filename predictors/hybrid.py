@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, LinearPredictor, Step
-from .multistep import BDF2, AdamsBashforth2, AdamsMoulton, RungeKutta2
-from .partition import ChannelGroups, PartedPredictor
-from .polynomial import Reuse, Taylor
+from foreseer.predictors.base import History, LinearPredictor, Step
+from foreseer.predictors.multistep import BDF2, AdamsBashforth2, AdamsMoulton, RungeKutta2
+from foreseer.predictors.partition import ChannelGroups, PartedPredictor
+from foreseer.predictors.polynomial import Reuse, Taylor
 
 POOL: dict[str, LinearPredictor] = {
     "reuse": Reuse(),

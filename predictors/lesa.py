@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import History, Predictor, Step, combine
-from .gates import GATES, build_gate, time_differences
-from .kept_values import same_values, values_of
+from foreseer.predictors.base import History, Predictor, Step, combine
+from foreseer.predictors.gates import GATES, build_gate, time_differences
+from foreseer.predictors.kept_values import same_values, values_of
 
 MAX_FOLDED = 1000  # lists of anchors whose rows are kept; an adaptive schedule meets ever new ones
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .base import History, Step
-from .lesa import LesaPredictor
-from .linear import L2P
+from foreseer.predictors.base import History, Step
+from foreseer.predictors.lesa import LesaPredictor
+from foreseer.predictors.linear import L2P
 
 
 def as_l2p(predictor: LesaPredictor, anchors: Sequence[int]) -> L2P:

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import History, Step
-from .kept_values import same_values, values_of
-from .lesa import LesaPredictor
-from .partition import wide_dtype
-from .splines import SplineNet
+from foreseer.predictors.base import History, Step
+from foreseer.predictors.kept_values import same_values, values_of
+from foreseer.predictors.lesa import LesaPredictor
+from foreseer.predictors.partition import wide_dtype
+from foreseer.predictors.splines import SplineNet
 
 
 class LesaValues(LesaPredictor):

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, LinearPredictor, Step
-from .damped import Damped, slope_weights
+from foreseer.predictors.base import History, LinearPredictor, Step
+from foreseer.predictors.damped import Damped, slope_weights
 
 
 class RungeKutta2(LinearPredictor):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import History, Predictor, Step
+from foreseer.predictors.base import History, Predictor, Step
 
 NUM_FREQUENCIES = 16
 HIGHEST_FREQUENCY = 30.0  # radians per unit of flow time

@@ -10,10 +10,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, Step
-from .linear import L2P, rows_at
-from .partition import ChannelGroups, PartedPredictor, Partition
-from .spectrum import Bands
+from foreseer.predictors.base import History, Step
+from foreseer.predictors.linear import L2P, rows_at
+from foreseer.predictors.partition import ChannelGroups, PartedPredictor, Partition
+from foreseer.predictors.spectrum import Bands
 
 
 class PartedL2P(PartedPredictor):

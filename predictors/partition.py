@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, Predictor, Step, combine
+from foreseer.predictors.base import History, Predictor, Step, combine
 
 
 class Partition:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import History, LinearPredictor, Step
+from foreseer.predictors.base import History, LinearPredictor, Step
 
 
 class Reuse(LinearPredictor):

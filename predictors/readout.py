@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import Grid, History, Reading, Step, combine
-from .experts import L2PExperts, expert_start
+from foreseer.predictors.base import Grid, History, Reading, Step, combine
+from foreseer.predictors.experts import L2PExperts, expert_start
 
 STORED = torch.bfloat16  # half of a file's bytes; a rounding of 2^-9 of a correction
 

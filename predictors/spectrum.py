@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .partition import Partition, wide_dtype
+from foreseer.predictors.partition import Partition, wide_dtype
 
 
 class Bands(Partition):

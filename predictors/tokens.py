@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .token_clusters import ITERATIONS, flat_index, kmeans, take
+from foreseer.predictors.token_clusters import ITERATIONS, flat_index, kmeans, take
 
 
 def innovate(

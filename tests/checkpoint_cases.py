@@ -4,7 +4,7 @@ import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 from foreseer.predictors.linear import L2P
 
 

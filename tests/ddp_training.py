@@ -21,9 +21,9 @@ from test_disca import ANCHORS, NAMES, STEPS
 from test_disca import module_for as disca_module
 from tiny_hosts import pipeline
 
-from foreseer.training import disca
-from foreseer.training.lesa import LesaModule
-from foreseer.training.processes import UNUSED
+from foreseer.training.disca import disca_fit as disca
+from foreseer.training.lesa.lesa_fit import LesaModule
+from foreseer.training.plumbing.processes import UNUSED
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.recording import Recording
 

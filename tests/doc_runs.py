@@ -41,7 +41,7 @@ PARSED = {
     r"^make ": "the environment of its own that it makes takes minutes; its target exists",
     r"^pip install": "changes the environment the tests run in; the extra it names exists",
     r"^python benchmarks/": "minutes to hours; the script exists and compiles",
-    r"^python -m foreseer.distill.export": "needs a student trained for half an hour",
+    r"^python -m foreseer.distill.student_export": "needs a student trained for half an hour",
     r"^foreseer distill": "half an hour; tests/training_crash_cases.py trains them at tiny size",
     r"^foreseer teacher": "hours; tests/training_crash_cases.py trains it at tiny size",
     r"^foreseer demo": "five minutes; tests/test_demo.py runs it at tiny size",

@@ -9,7 +9,7 @@ import torch
 from tiny_hosts import items, pipeline, settings
 
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.training.lesa import LesaModule
+from foreseer.training.lesa.lesa_fit import LesaModule
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

@@ -7,13 +7,13 @@ import lightning
 import torch
 from torch import Tensor
 
+from foreseer.evaluation import measure
+from foreseer.evaluation.measure import References
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.session import Session
 from foreseer.predictors.readout import Readout
-from foreseer.training import measure
-from foreseer.training.measure import References
-from foreseer.training.readout import ReadoutFit
-from foreseer.training.readout_walk import Walk
+from foreseer.training.readout.readout_fit import ReadoutFit
+from foreseer.training.readout.walk import Walk
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item, generate_batch
 from foreseer.trajectories.recorder import record

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from recording_cases import small_header, trajectory
 
-from foreseer.trajectories import manifest, shards, writer
+from foreseer.trajectories.files import manifest, shards, writer
 
 ITEMS = 12
 TOKENS = 8000

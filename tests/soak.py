@@ -42,10 +42,10 @@ from soak_cases import (
 )
 from torch import Tensor, nn
 
-from foreseer.integration.expert import Expert
+from foreseer.evaluation.verify import footprint
+from foreseer.integration.host.expert import Expert
+from foreseer.integration.host.watched import Watched
 from foreseer.integration.session import Session
-from foreseer.integration.verify import footprint
-from foreseer.integration.watched import Watched
 from foreseer.predictors.base import History
 from foreseer.predictors.partition import Partition
 

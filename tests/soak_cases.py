@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
 from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
-from foreseer.integration.clock import Clock
-from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import attach
+from foreseer.integration.host.clock import Clock
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.time_facts import modulation_width
 from foreseer.integration.masks import mask_anchors
 from foreseer.integration.partial_forecasting import attach_partially
 from foreseer.integration.schedule import interval, warped
 from foreseer.integration.session import Session
-from foreseer.integration.time_facts import modulation_width
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import Predictor

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_hosts import seeded, tiny_dit
 
-from foreseer.distill.runs import TeacherRuns
-from foreseer.integration.average_velocity import IntervalConditioner, conditioner_for
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
-from foreseer.integration.student_pipeline import StudentPipeline
+from foreseer.distill.teacher_runs import TeacherRuns
+from foreseer.integration.pipelines.average_velocity import IntervalConditioner, conditioner_for
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.student_pipeline import StudentPipeline
 
 STEPS = 10
 RANGE = {"max_interval": 0.25, "min_guidance": 1.0, "max_guidance": 4.0}

@@ -19,9 +19,9 @@ from tiny_hosts import (
 )
 
 from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache, relative_errors
-from foreseer.integration.call_rows import take_rows
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host import UnsupportedHost
+from foreseer.integration.host.call_rows import take_rows
+from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Reuse, Taylor

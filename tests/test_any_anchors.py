@@ -11,14 +11,14 @@ from tiny_hosts import settings as call_settings
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
+from foreseer.evaluation.rows import least_squares_rows
+from foreseer.evaluation.weight_rows import rows_of
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.any_anchors import L2PGram, interpolation, regrid
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.export import export_command, export_predictor
-from foreseer.training.rows import least_squares_rows
-from foreseer.training.weight_rows import rows_of
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.gram import gram
 from foreseer.trajectories.recorder import record

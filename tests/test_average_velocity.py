@@ -11,18 +11,18 @@ from torch import nn
 
 from foreseer.distill.guidance import velocity
 from foreseer.distill.meanflow import difference, exact_derivative
+from foreseer.evaluation.solvers import sampling_with, solver_scheduler
 from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
-from foreseer.integration.average_velocity import (
+from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.time_facts import modulation_places, modulation_width, modulations
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.pipelines.average_velocity import (
     Conditioning,
     IntervalConditioner,
     conditioner_for,
 )
-from foreseer.integration.fingerprint import host_fingerprint
-from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host import UnsupportedHost
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.solvers import sampling_with, solver_scheduler
-from foreseer.integration.time_facts import modulation_places, modulation_width, modulations
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.polynomial import Reuse, Taylor
 
 BATCH = 3

@@ -12,17 +12,17 @@ from torch import nn
 
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
-from foreseer.integration.flops import StepFlops, first_call, run_flops, step_flops
-from foreseer.integration.report_rows import load_meta, load_rows, save_rows
-from foreseer.integration.timing import attach_overhead, forecast_step_ratio
+from foreseer.evaluation import benchmark
+from foreseer.evaluation.benchmark import bench, rows_predictor
+from foreseer.evaluation.flops import StepFlops, first_call, run_flops, step_flops
+from foreseer.evaluation.page.curves import traced
+from foreseer.evaluation.plan import Entry, plan
+from foreseer.evaluation.results import load_meta, load_rows, save_rows
+from foreseer.evaluation.rows import RULES
+from foreseer.evaluation.store import ROWS_FILE, RowLog
+from foreseer.evaluation.timing import attach_overhead, forecast_step_ratio
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Taylor
-from foreseer.training import benchmark
-from foreseer.training.bench_curves import traced
-from foreseer.training.bench_plan import Entry, plan
-from foreseer.training.bench_store import ROWS_FILE, RowLog
-from foreseer.training.benchmark import bench, rows_predictor
-from foreseer.training.rows import RULES
 from foreseer.trajectories.prompts import class_items, generate_batch
 
 STEPS = 6

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from foreseer.checkpoints.format import load_predictor
+from foreseer.evaluation.metrics import psnr
+from foreseer.evaluation.solvers import sampling_with, solver_scheduler
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.metrics import psnr
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.solvers import sampling_with, solver_scheduler
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.polynomial import Reuse
 
 pytestmark = pytest.mark.slow

@@ -19,15 +19,11 @@ from safetensors.torch import load_file
 from foreseer.checkpoints import hub, zoo
 from foreseer.checkpoints.card import model_card, verdict, with_pictures
 from foreseer.checkpoints.config import SCHEMA_VERSION
-from foreseer.checkpoints.format import (
-    CheckpointError,
-    load_predictor,
-    save_predictor,
-)
+from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.checkpoints.push import push_predictor
-from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host.clock import flow_sigmas
+from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Taylor
 

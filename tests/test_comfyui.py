@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import foreseer as fs
-from foreseer.integration.pixel_flux_pipeline import pack, unpack
+from foreseer.integration.pipelines.pixel_flux_pipeline import pack, unpack
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "integrations" / "comfyui"

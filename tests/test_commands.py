@@ -7,8 +7,8 @@ import torch
 from tiny_pipelines import tiny_pipeline
 
 from foreseer.cli import main
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 from foreseer.trajectories.estimate import estimate
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.record_command import check_room, number_of_classes, place
@@ -182,7 +182,7 @@ def test_inspect_prints_the_facts_and_draws_the_layers(pipeline, tmp_path, capsy
 
 
 def test_inspect_measures_a_feature_that_grows_by_a_tenth_each_step(tmp_path):
-    from foreseer.trajectories.motion import motion
+    from foreseer.evaluation.motion import motion
 
     feature = torch.randn(6, dtype=torch.float64)
     steps = torch.stack([1.1**t * feature for t in range(5)])

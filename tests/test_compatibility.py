@@ -17,12 +17,12 @@ from tiny_hosts import items, pipeline, settings
 from foreseer.checkpoints import config, upgrade
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.checkpoints.zoo import bundled
+from foreseer.evaluation.rows import least_squares_rows
 from foreseer.predictors.readout import Readout
-from foreseer.training.rows import least_squares_rows
 from foreseer.training.shipped import read_sums
-from foreseer.trajectories import header
-from foreseer.trajectories.header import RecordingError
-from foreseer.trajectories.merge import merge
+from foreseer.trajectories.files import header
+from foreseer.trajectories.files.header import RecordingError
+from foreseer.trajectories.files.merge import merge
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 

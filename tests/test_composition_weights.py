@@ -16,11 +16,11 @@ from test_composition import ANCHORS, EVERY, ODD, Replay, check_replay, facts, r
 from torch import Tensor
 
 from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
-from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.denoisers import transformers_of
-from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import attach, forecasting
-from foreseer.integration.host import UnsupportedHost
+from foreseer.integration.host.clock import flow_sigmas
+from foreseer.integration.host.denoisers import transformers_of
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Reuse, Taylor

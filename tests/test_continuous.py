@@ -13,6 +13,7 @@ from tiny_hosts import settings as call_settings
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
+from foreseer.evaluation.weight_rows import rows_of
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.continuous import L2PContinuous, basis, exponents, sigma_at
@@ -26,10 +27,9 @@ from foreseer.training.continuous import (
     fit_continuous,
 )
 from foreseer.training.export import export_command, export_predictor
-from foreseer.training.weight_rows import rows_of
+from foreseer.trajectories.files.shards import read_shard
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
-from foreseer.trajectories.shards import read_shard
 
 
 def grid(num_steps: int, shift: float = 1.0) -> list[float]:

@@ -5,16 +5,16 @@ import torch
 from lightning import Trainer
 from recording_cases import small_header
 
+from foreseer.evaluation.rows import expert_rows, formula_rows, least_squares_rows, segments
+from foreseer.evaluation.weight_rows import rows_of
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.polynomial import Taylor
 from foreseer.training.cross_validation import RIDGES, cross_validate, left_out_errors
 from foreseer.training.l2p import L2PLeastSquares, open_loop_errors
 from foreseer.training.parts import least_squares_parts, part_errors
-from foreseer.training.rows import expert_rows, formula_rows, least_squares_rows, segments
-from foreseer.training.weight_rows import rows_of
 from foreseer.trajectories.datamodule import GramDataModule
+from foreseer.trajectories.files.writer import RecordingWriter
 from foreseer.trajectories.gram import gram
-from foreseer.trajectories.writer import RecordingWriter
 
 STEPS, ANCHORS, NUM = 12, [0, 1, 4, 8], 7
 SIGMAS = [1 - i / STEPS for i in range(STEPS)]

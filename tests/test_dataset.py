@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.dataset import TrajectoryDataset, trajectory_index, trajectory_stream
+from foreseer.trajectories.epoch_sampler import EpochSampler, ResumableLoader
 from foreseer.trajectories.recording import RecordingWriter
-from foreseer.trajectories.sampler import EpochSampler, ResumableLoader
 
 NAMES = ["gram/output", "feature/output"]
 ITEMS = 11

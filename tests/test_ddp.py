@@ -18,12 +18,12 @@ from recording_cases import record as write_recording
 from test_disca import SETTINGS
 from tiny_hosts import pipeline
 
-from foreseer.training.processes import check_strategy
-from foreseer.trajectories import sampler
+from foreseer.training.plumbing.processes import check_strategy
+from foreseer.trajectories import epoch_sampler as sampler
 from foreseer.trajectories.dataset import TrajectoryDataset
+from foreseer.trajectories.epoch_sampler import EpochSampler, ResumableLoader, everything
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record
-from foreseer.trajectories.sampler import EpochSampler, ResumableLoader, everything
 
 HERE = Path(__file__).parent
 NAMES = ("lesa_feature", "lesa_sample", "disca")

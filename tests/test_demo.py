@@ -10,8 +10,8 @@ from tiny_pipelines import tiny_pipeline
 from foreseer import demo
 from foreseer.cli import main
 from foreseer.demo import Stage
-from foreseer.training import offline
-from foreseer.training.rows import RULES
+from foreseer.evaluation import offline
+from foreseer.evaluation.rows import RULES
 
 TWO = ("reuse", "taylor_1")  # formulas that are searched for, in place of all
 FILES = (

@@ -14,11 +14,11 @@ from foreseer.checkpoints.format import load_predictor
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.polynomial import Reuse
-from foreseer.training import disca
-from foreseer.training.disca import DiscaModule
-from foreseer.training.disca_gan import Adversary, Seen
+from foreseer.training.disca import disca_fit as disca
+from foreseer.training.disca.disca_fit import DiscaModule
+from foreseer.training.disca.gan import Adversary, Seen
+from foreseer.training.disca.replayed_runs import draw_anchors, replayed, velocity_error
 from foreseer.training.export import export_command
-from foreseer.training.replayed_runs import draw_anchors, replayed, velocity_error
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record
@@ -96,7 +96,7 @@ def test_a_replayed_run_with_true_features_has_no_error(host):
 
 
 def module_item(recording: Path, item: Any) -> Any:
-    from foreseer.training.measure import item_of
+    from foreseer.evaluation.measure import item_of
 
     return item_of(Recording(recording), int(item))
 

@@ -10,7 +10,7 @@ from student_cases import RANGE, STEPS, runs_for, save_flux_conditions, save_tea
 from tiny_hosts import pipeline, seeded
 from torch.utils.data import DataLoader
 
-from foreseer.distill.export import export_student
+from foreseer.distill.few_steps import few_steps, psnr_db
 from foreseer.distill.guidance import (
     Conditions,
     class_conditions,
@@ -20,9 +20,9 @@ from foreseer.distill.guidance import (
 )
 from foreseer.distill.meanflow import ChordTarget, MeanFlowTarget, VelocityTarget
 from foreseer.distill.module import DistillModule, runs_of
-from foreseer.distill.sampling import few_steps, psnr_db
+from foreseer.distill.student_export import export_student
 from foreseer.distill.times import EqualTimes, RestrictedTimes
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.pipelines.load import load_pipeline
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

@@ -207,7 +207,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = {"black-forest-labs/FLUX.1-dev": tiny_flux}
     stand_in = SimpleNamespace(from_pretrained=lambda name, **_: found[name]())
-    monkeypatch.setattr("foreseer.integration.pipelines.DiffusionPipeline", stand_in)
+    monkeypatch.setattr("foreseer.integration.pipelines.load.DiffusionPipeline", stand_in)
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def given_names(page: str) -> Names:
     if page not in NAMES:
         return {}
     from foreseer.checkpoints.format import load_predictor
-    from foreseer.integration.pipelines import load_pipeline
+    from foreseer.integration.pipelines.load import load_pipeline
 
     pipe = load_pipeline("zoo:fashion_dit")
     names: Names = {"pipe": pipe, "predictor": load_predictor("zoo:fashion_dit_l2p_any")}

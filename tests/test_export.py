@@ -16,10 +16,10 @@ from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.export import export_command, export_predictor, read_checkpoint
 from foreseer.training.l2p import L2PLeastSquares
 from foreseer.trajectories.datamodule import GramDataModule
+from foreseer.trajectories.files.shards import read_shard
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
-from foreseer.trajectories.shards import read_shard
 
 ANCHORS = [0, 1, 3]
 SETTINGS = {"guidance_scale": 3.0, "num_inference_steps": 6}

@@ -11,10 +11,10 @@ from checkpoint_cases import tiny_pipe
 import foreseer as fs
 from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.integration.host import UnsupportedHost
+from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.report import Report
-from foreseer.trajectories.header import RecordingError
-from foreseer.trajectories.shards import CorruptShard
+from foreseer.trajectories.files.header import RecordingError
+from foreseer.trajectories.files.shards import CorruptShard
 
 SETTINGS = {"guidance_scale": 3.0, "num_inference_steps": 8}
 LIGHT = """

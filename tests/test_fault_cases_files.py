@@ -24,12 +24,12 @@ from tiny_hosts import spec_for as host_spec
 
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
+from foreseer.evaluation.rows import least_squares_rows
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.training.export import read_checkpoint
-from foreseer.training.rows import least_squares_rows
 from foreseer.trajectories.gram import gram, projection_fidelity
 from foreseer.trajectories.recording import CorruptShard, Recording
 

@@ -16,10 +16,10 @@ from recording_cases import STEPS, record, small_header, trajectory
 from tiny_pipelines import tiny_pipeline
 
 from foreseer.cli import main
+from foreseer.trajectories.files.repair import repair
+from foreseer.trajectories.files.writer import RecordingWriter
 from foreseer.trajectories.gram_sums import sum_grams
 from foreseer.trajectories.recording import CorruptShard, Recording, RecordingError
-from foreseer.trajectories.repair import repair
-from foreseer.trajectories.writer import RecordingWriter
 
 pytestmark = pytest.mark.fault
 HERE = Path(__file__).parent

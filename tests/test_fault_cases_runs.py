@@ -15,8 +15,8 @@ from test_composition_weights import swap as swap_weights
 from tiny_hosts import bare_pipeline, pipeline, run, seeded, spec_for
 
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.integration.clock import flow_sigmas
 from foreseer.integration.forecasting import attach, forecasting
+from foreseer.integration.host.clock import flow_sigmas
 from foreseer.integration.memory import most_bytes
 from foreseer.integration.partial import PartialTrunk
 from foreseer.predictors.base import History, Step

@@ -14,11 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from foreseer.checkpoints import format as checkpoint_format
-from foreseer.checkpoints.format import (
-    CheckpointError,
-    load_predictor,
-    save_predictor,
-)
+from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.checkpoints.push import push_predictor
 from foreseer.checkpoints.spec import PredictorMismatch, check_grid, check_host
 from foreseer.checkpoints.strict import MAX_HEADER_BYTES

@@ -13,13 +13,8 @@ import pytest
 import torch
 from recording_cases import STEPS, record, small_header, trajectory
 
-from foreseer.trajectories import shards
-from foreseer.trajectories.recording import (
-    CorruptShard,
-    Recording,
-    RecordingError,
-    RecordingWriter,
-)
+from foreseer.trajectories.files import shards
+from foreseer.trajectories.recording import CorruptShard, Recording, RecordingError, RecordingWriter
 
 pytestmark = pytest.mark.fault
 
@@ -299,7 +294,7 @@ def test_a_disk_that_fills_at_a_later_stage_leaves_nothing_either(
             if stage == "rename":
                 patch.setattr(shards.os, "replace", full)
             else:
-                patch.setattr("foreseer.trajectories.writer.append_entry", full)
+                patch.setattr("foreseer.trajectories.files.writer.append_entry", full)
             with pytest.raises(OSError, match="4 finished items are safe"):
                 writer.write(4, trajectory(4), {})
         assert contents(folder) == before

@@ -13,18 +13,18 @@ from tiny_hosts import run, tiny_flux
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.integration.denoisers import others_of, transformers_of
-from foreseer.integration.forecasting import forecasting
-from foreseer.integration.verify import (
+from foreseer.evaluation.rows import expert_rows
+from foreseer.evaluation.verify import (
     check_abort,
     check_detached,
     check_tap,
     final_latents,
     footprint,
 )
+from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host.denoisers import others_of, transformers_of
 from foreseer.predictors.polynomial import Reuse, Taylor
 from foreseer.training.l2p import rows_predictor, spec_of
-from foreseer.training.rows import expert_rows
 from foreseer.trajectories.inspect_pipeline import inspected
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record

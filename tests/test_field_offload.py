@@ -13,9 +13,9 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host.clock import flow_sigmas
+from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.predictors.linear import L2P
 
 pytestmark = pytest.mark.fault

@@ -14,10 +14,10 @@ from PIL import Image
 from tiny_hosts import items, pipeline, settings
 from tiny_pipelines import tiny_pipeline
 
-from foreseer.integration.generate import draw
-from foreseer.training.measure import item_of
+from foreseer.evaluation.generate import draw
+from foreseer.evaluation.measure import item_of
 from foreseer.trajectories import recipe
-from foreseer.trajectories.header import RecordingError
+from foreseer.trajectories.files.header import RecordingError
 from foreseer.trajectories.inspect_pipeline import inspected
 from foreseer.trajectories.prompts import CONTENT, Item, digest
 from foreseer.trajectories.recorder import record

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import save_file
 
-from foreseer.integration.pipeline_call import first_samples, samples
+from foreseer.integration.pipelines.pipeline_call import first_samples, samples
 from foreseer.trajectories.record_command import asked_items
 
 pytestmark = pytest.mark.fault

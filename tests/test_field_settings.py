@@ -16,7 +16,7 @@ from foreseer.checkpoints.call_settings import first_difference
 from foreseer.checkpoints.format import CheckpointError, load_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import forecasting
-from foreseer.trajectories.header import RecordingError
+from foreseer.trajectories.files.header import RecordingError
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

@@ -22,11 +22,11 @@ from tiny_hosts import (
 )
 
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import attach, forecasting
-from foreseer.integration.host import UnsupportedHost
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.host.clock import flow_sigmas
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Reuse, Taylor
 from foreseer.trajectories.recorder import record

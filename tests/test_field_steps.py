@@ -10,7 +10,7 @@ from field_pipelines import FORCING
 from tiny_hosts import STEPS, bare_pipeline, pipeline, run
 
 from foreseer.integration.forecasting import attach, forecasting
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 from foreseer.predictors.polynomial import Reuse, Taylor
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record

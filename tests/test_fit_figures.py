@@ -8,22 +8,23 @@ from lesa_training_cases import ANCHORS, STEPS, factory, trainer_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_hosts import items, pipeline, settings
 
-from foreseer.integration.sheet import SMALLEST
+from foreseer.evaluation.page.sheet import SMALLEST
+from foreseer.evaluation.weight_rows import weight_rows
 from foreseer.predictors.base import Step
 from foreseer.predictors.linear import L2P, tabulate
 from foreseer.predictors.neural import DiscaPredictor
 from foreseer.predictors.polynomial import Taylor
-from foreseer.training import disca, fit_figures
+from foreseer.training import fit_figures
 from foreseer.training.any_anchors import L2PGramModule
-from foreseer.training.board import Board
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.continuous import L2PContinuousModule, SeveralGrams
-from foreseer.training.disca import DiscaModule
+from foreseer.training.disca import disca_fit as disca
+from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.fit_figures import NUM_SAMPLES, SAMPLES, StepMeans
 from foreseer.training.fit_report import FitReport
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares, open_loop_errors
-from foreseer.training.lesa import LesaModule
-from foreseer.training.weight_rows import weight_rows
+from foreseer.training.lesa.lesa_fit import LesaModule
+from foreseer.training.plumbing.board import Board
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny_hosts import items, pipeline, settings
 
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.evaluation.measure import log_error
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
+from foreseer.training.anchor_search import search_command
 from foreseer.training.closed_loop import L2PClosedLoop
-from foreseer.training.disca import DiscaModule
-from foreseer.training.lesa import LesaModule
-from foreseer.training.measure import log_error
-from foreseer.training.readout import ReadoutFit
-from foreseer.training.search_command import search_command
+from foreseer.training.disca.disca_fit import DiscaModule
+from foreseer.training.lesa.lesa_fit import LesaModule
+from foreseer.training.readout.readout_fit import ReadoutFit
 from foreseer.trajectories.datamodule import ItemsDataModule, RecordingDataModule
 from foreseer.trajectories.recorder import record
 

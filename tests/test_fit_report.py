@@ -10,11 +10,11 @@ from source_files import PACKAGE
 from tiny_pipelines import tiny_pipeline
 
 from foreseer.cli import main
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.evaluation.rows import least_squares_rows
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.linear import L2P
 from foreseer.training.fit_report import FitReport, closed_loop_state_errors, fit_report
 from foreseer.training.l2p import L2PLeastSquares
-from foreseer.training.rows import least_squares_rows
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record

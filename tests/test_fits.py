@@ -16,16 +16,8 @@ from diffusers import (
 from lightning.pytorch.loggers import CSVLogger
 from tiny_hosts import LinearInTime, items, pipeline, seeded, tiny_dit
 
-from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.sampler import NonAffineScheduler
-from foreseer.predictors.base import History, Step
-from foreseer.predictors.linear import L2P, fold, tabulate
-from foreseer.predictors.polynomial import Newton, Reuse
-from foreseer.training.closed_loop import L2PClosedLoop
-from foreseer.training.gauss_newton import UNIT, Quadratics, directions, feature_bases, linearise
-from foreseer.training.l2p import L2PAdam, L2PLeastSquares, open_loop_errors
-from foreseer.training.measure import References, closed_loop_errors, generate, log_error
-from foreseer.training.rows import (
+from foreseer.evaluation.measure import References, closed_loop_errors, generate, log_error
+from foreseer.evaluation.rows import (
     RULES,
     adams_bashforth_rows,
     analytic_rows,
@@ -33,6 +25,14 @@ from foreseer.training.rows import (
     published_loss,
     reuse_weight,
 )
+from foreseer.integration.host.clock import flow_sigmas
+from foreseer.integration.linear_sampler import NonAffineScheduler
+from foreseer.predictors.base import History, Step
+from foreseer.predictors.linear import L2P, fold, tabulate
+from foreseer.predictors.polynomial import Newton, Reuse
+from foreseer.training.closed_loop import L2PClosedLoop
+from foreseer.training.gauss_newton import UNIT, Quadratics, directions, feature_bases, linearise
+from foreseer.training.l2p import L2PAdam, L2PLeastSquares, open_loop_errors
 from foreseer.training.tracking import guidance_weights, track
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.gram import gram, open_loop_error, projection_fidelity

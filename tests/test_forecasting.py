@@ -23,7 +23,7 @@ from tiny_hosts import (
 
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import attach, forecasting
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 from foreseer.predictors.hermite import HiCache
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.polynomial import Newton, Reuse, Taylor

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny_hosts import items, pipeline, settings
 
+from foreseer.evaluation.measure import log_error
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.polynomial import Taylor
-from foreseer.training.frozen_runs import final_latents
-from foreseer.training.lesa_samples import collect
-from foreseer.training.measure import log_error
+from foreseer.training.disca.frozen_runs import final_latents
+from foreseer.training.lesa.lesa_samples import collect
 
 STEPS = 8
 SIGMAS = [1 - step / STEPS for step in range(STEPS)]

@@ -31,10 +31,10 @@ from foreseer.predictors.lesa_values import LesaValues
 from foreseer.predictors.neural import DiscaPredictor
 from foreseer.predictors.parted import L2PBands, L2PGroups
 from foreseer.predictors.readout import Readout
-from foreseer.trajectories.header import Header
-from foreseer.trajectories.manifest import Entry, append_entry, parse_line
+from foreseer.trajectories.files.header import Header
+from foreseer.trajectories.files.manifest import Entry, append_entry, parse_line
+from foreseer.trajectories.files.shards import read_shard
 from foreseer.trajectories.recording import CorruptShard, Recording, RecordingError
-from foreseer.trajectories.shards import read_shard
 
 pytestmark = pytest.mark.fault
 MODEL, CONFIG = "model.safetensors", "config.json"

@@ -12,12 +12,12 @@ from PIL import Image
 from tiny_pipelines import tiny_pipeline
 
 from foreseer.cli import main
-from foreseer.integration import generate as module
-from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.generate import draw, save_panels, save_samples
-from foreseer.integration.sheet import MARGIN, Row, cell_size, sheet
+from foreseer.evaluation import generate as module
+from foreseer.evaluation.benchmark import rows_predictor
+from foreseer.evaluation.generate import draw, save_panels, save_samples
+from foreseer.evaluation.page.sheet import MARGIN, Row, cell_size, sheet
+from foreseer.integration.host.clock import flow_sigmas
 from foreseer.predictors.linear import L2P
-from foreseer.training.benchmark import rows_predictor
 
 STEPS = 6
 

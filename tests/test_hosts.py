@@ -10,13 +10,8 @@ from families.family import noise, tiny
 from torch import nn
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
-from foreseer.integration.call import Call
-from foreseer.integration.forecasting import attach, forecasting
-from foreseer.integration.host import UnsupportedHost
-from foreseer.integration.proof import prove
-from foreseer.integration.session import Session
-from foreseer.integration.trunk_facts import TRUNK_FACTS, Trunk
-from foreseer.integration.verify import (
+from foreseer.evaluation.rows import expert_rows
+from foreseer.evaluation.verify import (
     Replay,
     check_abort,
     check_detached,
@@ -24,9 +19,14 @@ from foreseer.integration.verify import (
     final_latents,
     footprint,
 )
+from foreseer.integration.forecasting import attach, forecasting
+from foreseer.integration.host.call import Call
+from foreseer.integration.host.proof import prove
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.host.trunk_facts import TRUNK_FACTS, Trunk
+from foreseer.integration.session import Session
 from foreseer.predictors.polynomial import Reuse
 from foreseer.training.l2p import rows_predictor, spec_of
-from foreseer.training.rows import expert_rows
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

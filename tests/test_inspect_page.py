@@ -9,12 +9,12 @@ import torch
 from html_pages import check_page, read_page
 from test_offline import RUN_STEPS, recorded
 
-from foreseer.training.inspect_command import inspect_command
-from foreseer.training.inspect_markdown import inspect_markdown
-from foreseer.training.inspect_page import inspect_page
-from foreseer.training.rows import RULES
+from foreseer.evaluation.inspect_command import inspect_command
+from foreseer.evaluation.motion import motion
+from foreseer.evaluation.page.inspect_markdown import inspect_markdown
+from foreseer.evaluation.page.inspect_page import inspect_page
+from foreseer.evaluation.rows import RULES
 from foreseer.trajectories.gram import cosines, gram
-from foreseer.trajectories.motion import motion
 
 EVIL = "<b>|`&\"'"
 TOLD = {"trajectories": "1, 2 MB", "host": EVIL, "scheduler": "Euler"}

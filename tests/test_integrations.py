@@ -19,8 +19,8 @@ from torch import Tensor
 
 import foreseer as fs
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.fingerprint import host_fingerprint
+from foreseer.integration.host.clock import flow_sigmas
+from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.predictors import L2P
 
 ROOT = Path(__file__).parent.parent / "integrations"

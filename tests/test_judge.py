@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 from foreseer.training.judge import ClassifierModule, class_agreement, judge_teacher
 
 

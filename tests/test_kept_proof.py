@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny_hosts import items, pipeline, run, settings
 
+from foreseer.evaluation.measure import generate
 from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host import UnsupportedHost
-from foreseer.integration.host_facts import facts_of
+from foreseer.integration.host.host_facts import facts_of
+from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.partial_forecasting import partially
 from foreseer.predictors.polynomial import Reuse, Taylor
 from foreseer.predictors.tokens import RandomPolicy
-from foreseer.training.measure import generate
 
 HOST = "dit_guided"
 ANCHORS = [0, 3]

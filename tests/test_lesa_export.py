@@ -17,9 +17,7 @@ from lesa_training_cases import (
 from foreseer.checkpoints.format import load_predictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.training.export import export_command, export_predictor
-from foreseer.training.lesa_samples import (
-    recorded_samples,
-)
+from foreseer.training.lesa.lesa_samples import recorded_samples
 from foreseer.trajectories.recording import Recording
 
 

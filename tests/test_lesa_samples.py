@@ -15,15 +15,12 @@ from lesa_training_cases import (
 )
 from tiny_hosts import items, pipeline, settings
 
+from foreseer.evaluation.measure import References, item_of, log_error
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.session import Session
-from foreseer.training.lesa_samples import (
-    collect,
-    recorded_samples,
-)
-from foreseer.training.linear_refit import add_samples, refit
-from foreseer.training.measure import References, item_of, log_error
-from foreseer.training.windows import from_grams
+from foreseer.training.lesa.lesa_samples import collect, recorded_samples
+from foreseer.training.lesa.linear_refit import add_samples, refit
+from foreseer.training.lesa.windows import from_grams
 from foreseer.trajectories.prompts import generate_batch
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

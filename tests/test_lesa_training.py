@@ -23,16 +23,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_hosts import items, pipeline, settings
 
-from foreseer.training.lesa import LesaModule
-from foreseer.training.lesa_rates import rate_factor
-from foreseer.training.lesa_samples import (
+from foreseer.evaluation.measure import References, log_error
+from foreseer.training.lesa.lesa_fit import LesaModule
+from foreseer.training.lesa.lesa_rates import rate_factor
+from foreseer.training.lesa.lesa_samples import (
     collect,
     mean_absolute_error,
     recorded_samples,
     sample_errors,
     stage_errors,
 )
-from foreseer.training.measure import References, log_error
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 

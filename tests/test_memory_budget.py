@@ -12,14 +12,14 @@ from test_predictors import PREDICTORS, STATIC
 from tiny_hosts import HOSTS, STEPS, pipeline, run, spec_for
 from torch import Tensor
 
+from foreseer.evaluation.verify import check_tap, final_latents
 from foreseer.integration import memory
 from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.adaptive_forecasting import VerifiedForecaster
 from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host.time_facts import modulation_width
 from foreseer.integration.memory import available_bytes, readable
 from foreseer.integration.partial_forecasting import partially
-from foreseer.integration.time_facts import modulation_width
-from foreseer.integration.verify import check_tap, final_latents
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import Step

@@ -6,10 +6,10 @@ import pytest
 from recording_cases import record, small_header, trajectory
 
 from foreseer.cli import main
-from foreseer.trajectories.header import RecordingError
-from foreseer.trajectories.merge import merge
+from foreseer.trajectories.files.header import RecordingError
+from foreseer.trajectories.files.merge import merge
+from foreseer.trajectories.files.writer import RecordingWriter
 from foreseer.trajectories.recording import CorruptShard, Recording
-from foreseer.trajectories.writer import RecordingWriter
 
 
 @pytest.fixture

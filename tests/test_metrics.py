@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from foreseer.integration.metrics import latent_rel_l2, paired, psnr, ssim, summarise
+from foreseer.evaluation.metrics import latent_rel_l2, paired, psnr, ssim, summarise
 
 
 def noisy_pair(count=3, channels=1):
@@ -114,7 +114,7 @@ def test_summaries_repeat_and_survive_infinite_values():
 
 def test_measuring_never_loads_lightning():
     code = (
-        "import sys, torch; from foreseer.integration.metrics import ssim; "
+        "import sys, torch; from foreseer.evaluation.metrics import ssim; "
         "assert 'torchmetrics' not in sys.modules; "
         "ssim(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)); "
         "assert not {'lightning', 'pytorch_lightning', 'diffusers'} & set(sys.modules)"

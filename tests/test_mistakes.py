@@ -251,7 +251,7 @@ def test_an_interruption_is_one_line_that_says_how_to_go_on(command, said, told,
         raise KeyboardInterrupt
 
     monkeypatch.setattr("foreseer.trajectories.recorder.generate_batch", interrupt)
-    monkeypatch.setattr("foreseer.integration.generate.draw_whole", interrupt)
+    monkeypatch.setattr("foreseer.evaluation.generate.draw_whole", interrupt)
     monkeypatch.setattr("foreseer.training.l2p.L2PLeastSquares.training_step", interrupt)
     code, text = told(command)
     assert code == 130

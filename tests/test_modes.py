@@ -17,13 +17,13 @@ from test_hosts import fitted, recorded
 from tiny_hosts import STEPS, pipeline, run
 
 from foreseer.checkpoints.spec import PredictorMismatch
+from foreseer.evaluation.verify import Replay, check_tap, final_latents
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.session import Session
-from foreseer.integration.verify import Replay, check_tap, final_latents
 from foreseer.predictors.polynomial import Newton, Reuse, Taylor
 from foreseer.training.continuous import L2PContinuousModule
 from foreseer.trajectories.collector import Recorder
-from foreseer.trajectories.header import RecordingError
+from foreseer.trajectories.files.header import RecordingError
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

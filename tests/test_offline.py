@@ -14,9 +14,7 @@ from recording_cases import small_header
 from torch import Tensor
 
 from foreseer.cli import main
-from foreseer.predictors.base import History, Step
-from foreseer.predictors.linear import tabulate
-from foreseer.training.offline import (
+from foreseer.evaluation.offline import (
     LEARNED,
     OfflineRow,
     Remembered,
@@ -24,8 +22,10 @@ from foreseer.training.offline import (
     offline_rows,
     verdict,
 )
-from foreseer.training.rows import RULES
-from foreseer.training.search import beam_search
+from foreseer.evaluation.rows import RULES
+from foreseer.evaluation.search import beam_search
+from foreseer.predictors.base import History, Step
+from foreseer.predictors.linear import tabulate
 from foreseer.trajectories.gram import accumulated_error, gram, open_loop_error, spread, step_errors
 from foreseer.trajectories.recording import RecordingWriter
 

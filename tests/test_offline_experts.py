@@ -9,12 +9,12 @@ import torch
 from test_offline import RUN_STEPS, SIGMAS, recorded, smooth
 
 from foreseer.cli import main
+from foreseer.evaluation.offline import LEARNED, Remembered, TapGrams, offline_rows
+from foreseer.evaluation.rows import RULES, expert_rows, formula_rows
+from foreseer.evaluation.search import beam_search, common_lists
+from foreseer.evaluation.verdict import estimate
 from foreseer.integration.schedule import uniform, warped
-from foreseer.training.offline import LEARNED, Remembered, TapGrams, offline_rows
-from foreseer.training.rows import RULES, expert_rows, formula_rows
-from foreseer.training.search import beam_search, common_lists
-from foreseer.training.search_command import search_command
-from foreseer.training.verdict import estimate
+from foreseer.training.anchor_search import search_command
 from foreseer.trajectories.gram import accumulated_error, gram
 
 STARTS = [0, 4]  # of two transformers over ten steps

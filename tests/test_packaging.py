@@ -44,7 +44,7 @@ def test_the_installed_version_is_the_packages_own():
 
 
 def test_a_wrong_shape_is_reported_in_the_linked_folders():
-    from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+    from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 
     with pytest.raises(jaxtyping.TypeCheckError, match="latents"):
         PixelDiTPipeline.__call__(None, [0], latents=torch.zeros(3))

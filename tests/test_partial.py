@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.hook import capturing
-from foreseer.integration.host import Trunk, TrunkTracer, UnsupportedHost
+from foreseer.integration.host.hook import capturing
+from foreseer.integration.host.trunk import Trunk, TrunkTracer, UnsupportedHost
 from foreseer.integration.partial import PartialTrunk
 from foreseer.integration.partial_forecasting import attach_partially, partially
 from foreseer.predictors.base import History

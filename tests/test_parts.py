@@ -10,8 +10,8 @@ from tiny_hosts import seeded
 
 from foreseer.checkpoints.card import model_card
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
-from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import History, Predictor, Step
 from foreseer.predictors.hermite import HiCache

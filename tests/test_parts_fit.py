@@ -16,6 +16,7 @@ from tiny_hosts import CALLS_PER_STEP, items, pipeline, settings
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.cli import main
+from foreseer.evaluation.rows import least_squares_rows
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.hybrid import POOL
 from foreseer.predictors.linear import L2P, tabulate
@@ -37,12 +38,11 @@ from foreseer.training.parts import (
     part_squares,
     stack_part_grams,
 )
-from foreseer.training.rows import least_squares_rows
 from foreseer.trajectories.datamodule import GramDataModule
+from foreseer.trajectories.files.shards import read_shard
 from foreseer.trajectories.partitions import token_grid
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording, RecordingError, RecordingWriter
-from foreseer.trajectories.shards import read_shard
 
 STEPS, ANCHORS, WIDTH = 6, [0, 1, 3], 16
 BANDS, GROUPS = equal_bands(2, (2, 2)), ChannelGroups([c % 3 for c in range(WIDTH)])

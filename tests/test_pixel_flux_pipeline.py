@@ -7,9 +7,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_text import PROMPTS, tiny_text_pipeline
 
-from foreseer.integration.pipeline_call import first_samples
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.pixel_flux_pipeline import PixelFluxPipeline, image_ids, pack, unpack
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.pipeline_call import first_samples
+from foreseer.integration.pipelines.pixel_flux_pipeline import (
+    PixelFluxPipeline,
+    image_ids,
+    pack,
+    unpack,
+)
 
 STEPS = 4
 

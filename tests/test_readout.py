@@ -15,11 +15,11 @@ from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
 from foreseer.integration.adaptive import TeaCache
 from foreseer.integration.adaptive_forecasting import ProbedForecaster
 from foreseer.integration.controller import Controller
-from foreseer.integration.fingerprint import host_fingerprint
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host import UnsupportedHost
-from foreseer.integration.layout import Layout, find_grid, find_layout
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.layout import Layout, find_grid, find_layout
+from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.session import Session
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.experts import L2PExperts

@@ -26,15 +26,16 @@ from tiny_hosts import STEPS, items, pipeline, seeded, settings
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
+from foreseer.evaluation.measure import References, predictor_errors
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.readout import STORED, neighbourhood, normalised
-from foreseer.training import readout_segment, readout_sums
 from foreseer.training.closed_form import ONE_PARAMETER
 from foreseer.training.export import export_command, export_predictor
-from foreseer.training.measure import References, predictor_errors
-from foreseer.training.readout_parts import folds_of
-from foreseer.training.readout_segment import Part, fit_segment
-from foreseer.training.readout_sums import NUM_FOLDS, SegmentSums, Total
+from foreseer.training.readout import segment as readout_segment
+from foreseer.training.readout import sums as readout_sums
+from foreseer.training.readout.segment import Part, fit_segment
+from foreseer.training.readout.segment_parts import folds_of
+from foreseer.training.readout.sums import NUM_FOLDS, SegmentSums, Total
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record

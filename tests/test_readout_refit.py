@@ -15,17 +15,18 @@ from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.format import SEGMENTS_FILE, load_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
-from foreseer.training import readout_segment
+from foreseer.evaluation.measure import References
 from foreseer.training.export import export_command, export_predictor
-from foreseer.training.measure import References
-from foreseer.training.readout_refit import refit_readout
-from foreseer.training.readout_segment import Part, extend_segment
-from foreseer.training.readout_shipped import read_segments
-from foreseer.training.readout_sums import Total
+from foreseer.training.readout import readout_fit
+from foreseer.training.readout import segment as readout_segment
+from foreseer.training.readout.readout_refit import refit_readout
+from foreseer.training.readout.segment import Part, extend_segment
+from foreseer.training.readout.shipped_sums import read_segments
+from foreseer.training.readout.sums import Total
 from foreseer.training.refit_command import refit_command
 from foreseer.trajectories.datamodule import ItemsDataModule
+from foreseer.trajectories.files.shards import read_shard, write_shard
 from foreseer.trajectories.recording import Recording
-from foreseer.trajectories.shards import read_shard, write_shard
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -165,7 +166,7 @@ def test_another_pipeline_than_the_recorded_one_is_refused(place, monkeypatch):
     old = load_predictor(place / "predictor")
     with pytest.raises(PredictorMismatch, match="fitted on another host: weights"):
         refit_readout(old, place / "predictor", [place / "b"], other, 2)
-    monkeypatch.setattr("foreseer.training.readout.opened_for", lambda *arguments: other)
+    monkeypatch.setattr(readout_fit, "opened_for", lambda *arguments: other)
     module = module_of(str(place / "a"), None)
     with pytest.raises(PredictorMismatch, match="fitted on another host: weights"):
         trainer_of().fit(module, datamodule=ItemsDataModule(place / "a", 0.0, batch_size=2))

@@ -25,10 +25,10 @@ from source_files import PACKAGE
 from foreseer.checkpoints.format import load_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
+from foreseer.evaluation.results import load_meta, load_rows
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.pipeline_call import call_settings, samples
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.report_rows import load_meta, load_rows
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.pipeline_call import call_settings, samples
 from foreseer.trajectories.recording import Recording
 
 RECIPES = PACKAGE / "configs" / "recipes"

@@ -15,6 +15,8 @@ from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.zoo import ZOO
 from foreseer.cli import main
+from foreseer.evaluation.rows import analytic_rows, expert_rows, least_squares_rows
+from foreseer.evaluation.weight_rows import rows_of
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.experts import L2PExperts
 from foreseer.predictors.spectrum import equal_bands
@@ -23,15 +25,13 @@ from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PLeastSquares, open_loop_errors
 from foreseer.training.parts import L2PPartsLeastSquares, least_squares_parts
 from foreseer.training.refit_command import refit, refit_command
-from foreseer.training.rows import analytic_rows, expert_rows, least_squares_rows
 from foreseer.training.shipped import read_sums, trajectory_digests, write_sums
-from foreseer.training.weight_rows import rows_of
-from foreseer.trajectories.merge import merge
+from foreseer.trajectories.files.merge import merge
+from foreseer.trajectories.files.shards import read_shard, write_shard
+from foreseer.trajectories.files.writer import RecordingWriter
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
-from foreseer.trajectories.shards import read_shard, write_shard
-from foreseer.trajectories.writer import RecordingWriter
 
 ANCHORS = [0, 1, 3]
 SETTINGS: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 6}

@@ -8,10 +8,10 @@ from recording_cases import record, small_header
 from test_faults_recording import contents
 
 from foreseer.cli import main
-from foreseer.trajectories.header import RecordingError
+from foreseer.trajectories.files.header import RecordingError
+from foreseer.trajectories.files.repair import leftovers, repair
+from foreseer.trajectories.files.writer import RecordingWriter
 from foreseer.trajectories.recording import Recording
-from foreseer.trajectories.repair import leftovers, repair
-from foreseer.trajectories.writer import RecordingWriter
 
 pytestmark = pytest.mark.fault
 

@@ -9,24 +9,24 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from foreseer.integration.report_analysis import plot_layer_motion, plot_weights
-from foreseer.integration.report_html import anchor_lists, write_report
-from foreseer.integration.report_plots import contact_sheet
-from foreseer.integration.report_rows import (
-    BenchMeta,
-    BenchRow,
-    load_meta,
-    load_rows,
-    save_meta,
-    save_rows,
-)
-from foreseer.integration.report_table import (
+from foreseer.evaluation.page.analysis import plot_layer_motion, plot_weights
+from foreseer.evaluation.page.html import anchor_lists, write_report
+from foreseer.evaluation.page.plots import contact_sheet
+from foreseer.evaluation.page.table import (
     best_rows,
     gaps,
     markdown_table,
     save_csv,
     short_table,
     verdict,
+)
+from foreseer.evaluation.results import (
+    BenchMeta,
+    BenchRow,
+    load_meta,
+    load_rows,
+    save_meta,
+    save_rows,
 )
 from foreseer.predictors.linear import L2P
 

@@ -11,11 +11,11 @@ from html_pages import check_page, read_page
 from PIL import Image
 from test_report import META, row
 
-from foreseer.integration.report_charts import Axes, Curve, Scale, line_chart, looks
-from foreseer.integration.report_compare import LARGEST, comparison, encoded
-from foreseer.integration.report_heat import HeatAxes, heat_map, timeline, weight_map
-from foreseer.integration.report_html import write_report
-from foreseer.integration.report_template import Section, page, sortable, tile
+from foreseer.evaluation.page.charts import Axes, Curve, Scale, line_chart, looks
+from foreseer.evaluation.page.compare import LARGEST, comparison, encoded
+from foreseer.evaluation.page.heat import HeatAxes, heat_map, timeline, weight_map
+from foreseer.evaluation.page.html import write_report
+from foreseer.evaluation.page.template import Section, page, sortable, tile
 from foreseer.predictors.linear import L2P, tabulate
 from foreseer.predictors.polynomial import Taylor
 

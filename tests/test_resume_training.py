@@ -15,7 +15,7 @@ from source_files import PACKAGE
 from test_teacher import tiny_teacher
 from training_crash_cases import CASES
 
-from foreseer.training.resuming import RANDOM_STATE, close_epoch
+from foreseer.training.plumbing.resuming import RANDOM_STATE, close_epoch
 from foreseer.training.teacher import TeacherModule
 
 HERE = Path(__file__).parent

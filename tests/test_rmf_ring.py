@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from foreseer.distill.few_steps import few_steps
 from foreseer.distill.fields import ring
 from foreseer.distill.meanflow import MeanFlowTarget
 from foreseer.distill.ring import Recipe, interval_error, train_on
-from foreseer.distill.sampling import few_steps
 from foreseer.distill.times import RestrictedTimes
 
 pytestmark = pytest.mark.slow

@@ -8,6 +8,7 @@ from diffusers.hooks.taylorseer_cache import TaylorSeerState
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foreseer.evaluation.rows import RULES
 from foreseer.integration.schedule import PUBLISHED_L2P, uniform
 from foreseer.predictors.base import History, LinearPredictor, Step
 from foreseer.predictors.bounded import GapBounded
@@ -17,7 +18,6 @@ from foreseer.predictors.hermite import HiCache, ScaledTaylor
 from foreseer.predictors.linear import L2P, tabulate
 from foreseer.predictors.multistep import BDF2, AdamsBashforth2, AdamsMoulton, RungeKutta2
 from foreseer.predictors.polynomial import Newton, Reuse, Taylor
-from foreseer.training.rows import RULES
 
 SIGMAS = [(1 - s / 50) ** 1.5 for s in range(50)]
 FULL_SLOPE = math.sqrt(0.5)

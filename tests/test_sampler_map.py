@@ -15,8 +15,8 @@ from diffusers import (
 )
 from tiny_hosts import seeded
 
-from foreseer.integration.clock import Clock, flow_sigmas
-from foreseer.integration.sampler import NonAffineScheduler, pristine, probe
+from foreseer.integration.host.clock import Clock, flow_sigmas
+from foreseer.integration.linear_sampler import NonAffineScheduler, pristine, probe
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 LINEAR = {

@@ -30,7 +30,7 @@ from foreseer.checkpoints.hub import MAX_DOWNLOAD_BYTES
 from foreseer.checkpoints.push import push_predictor
 from foreseer.checkpoints.strict import MalformedFile, parse_json, read_header
 from foreseer.checkpoints.zoo import resolve
-from foreseer.integration.pipelines import load_pipeline
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.neural import DiscaPredictor
 
 pytestmark = pytest.mark.fault
@@ -79,7 +79,7 @@ def test_every_test_that_the_page_names_exists() -> None:
 
 def test_the_page_states_the_limits_that_the_code_has() -> None:
     from foreseer.checkpoints import arguments, config, format, strict
-    from foreseer.trajectories import header, manifest
+    from foreseer.trajectories.files import header, manifest
 
     text = PAGE.read_text()
     for module, names in {
@@ -358,7 +358,7 @@ def test_a_yaml_file_imports_the_modules_it_names(tmp_path) -> None:
 TRUNCATE = """
 import os, sys
 from pathlib import Path
-from foreseer.trajectories.shards import read_shard
+from foreseer.trajectories.files.shards import read_shard
 tensors = read_shard(Path(sys.argv[1]))
 os.truncate(sys.argv[1], 0)
 print(sum(float(tensor.double().sum()) for tensor in tensors.values()))

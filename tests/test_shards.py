@@ -10,7 +10,7 @@ from recording_cases import trajectory
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from foreseer.trajectories.shards import (
+from foreseer.trajectories.files.shards import (
     DTYPE_CODES,
     MAX_HEADER_BYTES,
     MAX_TENSORS,

@@ -7,10 +7,10 @@ import torch
 from diffusers import DDIMScheduler
 from tiny_pipelines import tiny_pipeline
 
-from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.solvers import SOLVERS, sampling_with, solver_scheduler
-from foreseer.training.measure import closed_loop_errors
-from foreseer.training.rows import adams_bashforth_rows
+from foreseer.evaluation.measure import closed_loop_errors
+from foreseer.evaluation.rows import adams_bashforth_rows
+from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
+from foreseer.integration.host.clock import flow_sigmas
 from foreseer.trajectories.prompts import class_items, generate_batch
 
 SETTINGS = {"guidance_scale": 3.0, "output_type": "latent"}

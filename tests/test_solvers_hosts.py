@@ -4,8 +4,8 @@ import pytest
 import torch
 from families import FAMILIES, MORE, call
 
-from foreseer.integration.clock import Clock
-from foreseer.integration.solvers import SOLVERS, sampling_with, solver_scheduler
+from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
+from foreseer.integration.host.clock import Clock
 from foreseer.trajectories.prompts import Item, digest
 
 EVERY = FAMILIES | MORE

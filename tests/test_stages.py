@@ -8,9 +8,9 @@ import torch
 from foreseer.integration.schedule import uniform
 from foreseer.predictors.linear import fold
 from foreseer.training.l2p import open_loop_errors
-from foreseer.training.linear_equivalent import fit_linear_equivalent, stage_of
-from foreseer.training.stages import best_stages, find_stages, stage_costs, stage_starts
-from foreseer.training.windows import Quadratic, add_sample, from_grams, solve, window_steps
+from foreseer.training.lesa.linear_equivalent import fit_linear_equivalent, stage_of
+from foreseer.training.lesa.stages import best_stages, find_stages, stage_costs, stage_starts
+from foreseer.training.lesa.windows import Quadratic, add_sample, from_grams, solve, window_steps
 from foreseer.trajectories.gram import gram
 
 STEPS = 10

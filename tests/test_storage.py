@@ -16,12 +16,12 @@ from recording_cases import record, small_header, trajectory
 from torch.utils.data import DataLoader
 
 from foreseer.trajectories.dataset import TrajectoryDataset, trajectory_index, trajectory_stream
-from foreseer.trajectories.header import RecordingError
+from foreseer.trajectories.files.header import RecordingError
+from foreseer.trajectories.files.remote import STALE_S, Remote
+from foreseer.trajectories.files.storage import is_url, storage
+from foreseer.trajectories.files.uploads import UploadingWriter, open_writer
+from foreseer.trajectories.files.writer import RecordingWriter
 from foreseer.trajectories.recording import CorruptShard, Recording
-from foreseer.trajectories.remote import STALE_S, Remote
-from foreseer.trajectories.storage import is_url, storage
-from foreseer.trajectories.uploads import UploadingWriter, open_writer
-from foreseer.trajectories.writer import RecordingWriter
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import foreseer
 from foreseer.cli import main
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
-from foreseer.training import callbacks, teacher
-from foreseer.training.callbacks import ClockCosine, SampleGrid
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
+from foreseer.training import teacher
 from foreseer.training.fashion_mnist import FashionMNIST, load_split
+from foreseer.training.plumbing import callbacks
+from foreseer.training.plumbing.callbacks import ClockCosine, SampleGrid
 from foreseer.training.teacher import TeacherModule, class_grid
 from foreseer.training.teacher_export import export_teacher, save_weights
 

@@ -13,15 +13,15 @@ from tiny_text import PROMPTS, tiny_text_pipeline
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.cli import main
+from foreseer.evaluation.generate import draw, titles
+from foreseer.evaluation.results import load_rows
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.generate import draw, titles
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.report_rows import load_rows
+from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.training.closed_loop import L2PClosedLoop
-from foreseer.training.disca import DiscaModule
+from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.export import export_predictor
-from foreseer.training.lesa import LesaModule
+from foreseer.training.lesa.lesa_fit import LesaModule
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from foreseer.cli import main
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.sentence_encoder import SentenceEncoder, encode, plain
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.sentence_encoder import SentenceEncoder, encode, plain
 from foreseer.training.emoji import CaptionedEmoji, Picture, has_two_sides, read_pictures, split
 from foreseer.training.teacher_export import export_teacher
 from foreseer.training.text_judge import content_words, judge_text_teacher, retrieval, sharing

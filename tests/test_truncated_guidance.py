@@ -7,14 +7,14 @@ import torch
 from families import FAMILIES, MORE, call
 from test_hosts import fitted, recorded
 
+from foreseer.evaluation.rows import analytic_rows
 from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
-from foreseer.integration.call_rows import Conditions, take_rows
 from foreseer.integration.forecasting import forecasting
+from foreseer.integration.host.call_rows import Conditions, take_rows
 from foreseer.integration.session import Session
 from foreseer.predictors.polynomial import Reuse, Taylor
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.gauss_newton import directions, feature_bases, linearise
-from foreseer.training.rows import analytic_rows
 from foreseer.training.tracking import check_guidance, track
 from foreseer.trajectories.collector import Recorder
 from foreseer.trajectories.prompts import Item

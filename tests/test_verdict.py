@@ -15,24 +15,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_hosts import items, pipeline, settings
 
 from foreseer.checkpoints.format import load_predictor
+from foreseer.evaluation.measure import References, generate, log_error
+from foreseer.evaluation.rows import RULES, adams_bashforth_rows, least_squares_rows
+from foreseer.evaluation.verdict import Estimate, closed_loop_line, open_loop_line
 from foreseer.integration.schedule import uniform
 from foreseer.predictors.base import History, Predictor, Step
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.polynomial import Reuse, Taylor
 from foreseer.predictors.spectrum import equal_bands
-from foreseer.training import disca
 from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.continuous import L2PContinuousModule, SeveralGrams
-from foreseer.training.disca import DiscaModule
+from foreseer.training.disca import disca_fit as disca
+from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.export import export_command
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares
-from foreseer.training.lesa import LesaModule
-from foreseer.training.measure import References, generate, log_error
+from foreseer.training.lesa.lesa_fit import LesaModule
 from foreseer.training.parts import L2PPartsLeastSquares
 from foreseer.training.refit_command import refit_command
-from foreseer.training.rows import RULES, adams_bashforth_rows, least_squares_rows
-from foreseer.training.verdict import Estimate, closed_loop_line, open_loop_line
 from foreseer.training.verdict_callbacks import NO_HELD_OUT
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.recorder import record

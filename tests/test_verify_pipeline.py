@@ -12,11 +12,16 @@ from tiny_pipelines import tiny_pipeline
 
 from foreseer.checkpoints.format import save_predictor
 from foreseer.cli import main
-from foreseer.integration.host import UnsupportedHost
-from foreseer.integration.pipeline_call import call_settings, first_samples, joined, samples
-from foreseer.integration.pipelines import load_pipeline
-from foreseer.integration.verify import Check, final_latents, verify_pipeline
-from foreseer.integration.verify_command import table, verdict
+from foreseer.evaluation.verify import Check, final_latents, verify_pipeline
+from foreseer.evaluation.verify_command import table, verdict
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.pipeline_call import (
+    call_settings,
+    first_samples,
+    joined,
+    samples,
+)
 from foreseer.predictors.linear import L2P
 from foreseer.trajectories.inspect_pipeline import inspected
 from foreseer.trajectories.prompts import Item
@@ -215,7 +220,7 @@ def test_a_text_pipeline_is_recorded_from_a_file_of_embeddings(tmp_path, monkeyp
 def test_a_pipeline_on_the_hub_is_found_by_its_name(folder, tmp_path, monkeypatch):
     seen, made = [], load_pipeline(folder)
     monkeypatch.setattr(
-        "foreseer.integration.pipelines.DiffusionPipeline.from_pretrained",
+        "foreseer.integration.pipelines.load.DiffusionPipeline.from_pretrained",
         lambda name, dtype, **safely: seen.append((name, dtype, safely)) or made,
     )
     load_pipeline("owner/name", torch.bfloat16)

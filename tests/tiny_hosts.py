@@ -14,9 +14,9 @@ from diffusers import (
 from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.integration.clock import flow_sigmas
-from foreseer.integration.fingerprint import host_fingerprint
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.host.clock import flow_sigmas
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 from foreseer.trajectories.prompts import Item
 
 STEPS = 8

@@ -3,7 +3,7 @@
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 
 
 def tiny_pipeline(num_layers: int = 2) -> PixelDiTPipeline:

@@ -3,8 +3,8 @@
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-from foreseer.integration.pixel_flux_pipeline import PixelFluxPipeline
-from foreseer.integration.sentence_encoder import NUM_TOKENS, WIDTH, SentenceEncoder
+from foreseer.integration.pipelines.pixel_flux_pipeline import PixelFluxPipeline
+from foreseer.integration.pipelines.sentence_encoder import NUM_TOKENS, WIDTH, SentenceEncoder
 
 PROMPTS = ("", "a cat", "a dog", "a red apple")
 

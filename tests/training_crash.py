@@ -27,7 +27,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from training_crash_cases import CASES, Case, Kill, configuration, flat, make_sources, same
 
 from foreseer.cli import main as foreseer
-from foreseer.training import callbacks, disca_gan, fit_report
+from foreseer.training import fit_report
+from foreseer.training.disca import gan as disca_gan
+from foreseer.training.plumbing import callbacks
 
 # What no two runs have in common, and a score that Lightning does not restore.
 CLOCKS = ("fit_seconds", "time_elapsed", "}.current_score")

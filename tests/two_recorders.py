@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from recording_cases import small_header, trajectory
 
+from foreseer.trajectories.files.uploads import open_writer
 from foreseer.trajectories.recording import Recording
-from foreseer.trajectories.uploads import open_writer
 
 ITEMS = 16
 WORLD = 2

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checkpoints.spec import PredictorSpec
-from ..integration.schedule import check_anchors
-from ..predictors.any_anchors import L2PGram
-from .closed_form import ClosedForm, HeldOut
-from .fit_figures import HELD_OUT, log_figures
-from .l2p import open_loop_errors, open_recording, spec_of
-from .weight_rows import rows_of
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.evaluation.weight_rows import rows_of
+from foreseer.integration.schedule import check_anchors
+from foreseer.predictors.any_anchors import L2PGram
+from foreseer.training.closed_form import ClosedForm, HeldOut
+from foreseer.training.fit_figures import HELD_OUT, log_figures
+from foreseer.training.l2p import open_loop_errors, open_recording, spec_of
 
 
 class L2PGramModule(ClosedForm):

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 
-from ..integration.pipelines import HUB_NAME, INDEX_FILE
-from ..integration.schedule import check_anchors
-from ..trajectories.prompts import CONTENT
-from ..trajectories.recording import Recording
-from .offline import MAX_TRAJECTORIES, TapGrams, best_row, compared
+from foreseer.evaluation.offline import MAX_TRAJECTORIES, TapGrams, best_row, compared
+from foreseer.integration.pipelines.load import HUB_NAME, INDEX_FILE
+from foreseer.integration.schedule import check_anchors
+from foreseer.trajectories.prompts import CONTENT
+from foreseer.trajectories.recording import Recording
 
 
 class Choice(NamedTuple):

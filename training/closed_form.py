@@ -12,8 +12,8 @@ from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from .resuming import Resumable
-from .verdict_callbacks import OpenLoopVerdict
+from foreseer.training.plumbing.resuming import Resumable
+from foreseer.training.verdict_callbacks import OpenLoopVerdict
 
 ONE_PARAMETER = "needed_by_ddp"
 

@@ -12,15 +12,21 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..trajectories.gram_sums import sum_grams
-from .closed_form import refuse_several_processes
-from .fit_figures import HELD_OUT, SampleLog, draws_now, log_figures
-from .gauss_newton import Direction, Quadratics, directions, feature_bases, linearise
-from .l2p import L2PModule, open_loop_errors
-from .measure import References, check_pipeline, closed_loop_errors, opened_for
-from .rows import analytic_rows
-from .tracking import check_branches, track
-from .verdict_callbacks import StartVerdict, Verdict
+from foreseer.evaluation.measure import References, check_pipeline, closed_loop_errors, opened_for
+from foreseer.evaluation.rows import analytic_rows
+from foreseer.training.closed_form import refuse_several_processes
+from foreseer.training.fit_figures import HELD_OUT, SampleLog, draws_now, log_figures
+from foreseer.training.gauss_newton import (
+    Direction,
+    Quadratics,
+    directions,
+    feature_bases,
+    linearise,
+)
+from foreseer.training.l2p import L2PModule, open_loop_errors
+from foreseer.training.tracking import check_branches, track
+from foreseer.training.verdict_callbacks import StartVerdict, Verdict
+from foreseer.trajectories.gram_sums import sum_grams
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 LINEARISED = "linearised"  # what the checkpoint keeps of an epoch's batches

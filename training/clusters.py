@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..predictors.hybrid import POOL, HyCa
-from ..predictors.linear import tabulate
-from ..predictors.partition import ChannelGroups
-from ..trajectories.recording import Recording
-from .l2p import spec_of
-from .parts import part_squares, stack_part_grams
+from foreseer.predictors.hybrid import POOL, HyCa
+from foreseer.predictors.linear import tabulate
+from foreseer.predictors.partition import ChannelGroups
+from foreseer.training.l2p import spec_of
+from foreseer.training.parts import part_squares, stack_part_grams
+from foreseer.trajectories.recording import Recording
 
 MOST_GROUPS = 6
 TINY = 1e-30  # keeps the logarithm of a channel that never moves finite

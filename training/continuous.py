@@ -13,15 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..checkpoints.call_settings import first_difference
-from ..checkpoints.spec import PredictorSpec
-from ..integration.schedule import check_anchors
-from ..predictors.continuous import L2PContinuous
-from ..trajectories.datamodule import GramDataModule
-from .closed_form import ClosedForm, HeldOut
-from .fit_figures import log_figures
-from .l2p import open_loop_errors, open_recording, spec_of
-from .weight_rows import rows_of
+from foreseer.checkpoints.call_settings import first_difference
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.evaluation.weight_rows import rows_of
+from foreseer.integration.schedule import check_anchors
+from foreseer.predictors.continuous import L2PContinuous
+from foreseer.training.closed_form import ClosedForm, HeldOut
+from foreseer.training.fit_figures import log_figures
+from foreseer.training.l2p import open_loop_errors, open_recording, spec_of
+from foreseer.trajectories.datamodule import GramDataModule
 
 FEWEST, MOST = 5, 12  # anchors of the lists fitted on
 VALIDATION_LISTS = 4

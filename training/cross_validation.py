@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..predictors.any_anchors import FLOOR
-from .rows import segments
+from foreseer.evaluation.rows import segments
+from foreseer.predictors.any_anchors import FLOOR
 
 RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 STANDS_OUT = 4.0

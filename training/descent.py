@@ -8,10 +8,10 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from ..integration.pipelines import device_of
-from .processes import check_strategy
-from .resuming import Resumable
-from .verdict_callbacks import RivalsVerdict, Verdict
+from foreseer.integration.pipelines.load import device_of
+from foreseer.training.plumbing.processes import check_strategy
+from foreseer.training.plumbing.resuming import Resumable
+from foreseer.training.verdict_callbacks import RivalsVerdict, Verdict
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in the place of its parameters
 

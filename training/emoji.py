@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..integration.sentence_encoder import encode, plain
-from ..trajectories.sampler import ResumableLoader
+from foreseer.integration.pipelines.sentence_encoder import encode, plain
+from foreseer.trajectories.epoch_sampler import ResumableLoader
 
 ARCHIVE = "emoji-datasource-google-16.0.0.tgz"
 INDEX = "package/emoji.json"

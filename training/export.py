@@ -16,29 +16,29 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..checkpoints.config import is_number
-from ..checkpoints.format import CLASSES, save_predictor
-from ..checkpoints.spec import PredictorSpec
-from ..predictors.any_anchors import L2PGram
-from ..predictors.base import Predictor
-from ..predictors.continuous import L2PContinuous
-from ..predictors.kan import with_pykan, without_pykan
-from ..predictors.neural import DiscaPredictor
-from ..predictors.parted import parted_l2p
-from ..predictors.readout import Readout
-from ..trajectories.header import Header
-from ..trajectories.recording import Recording
-from ..trajectories.storage import exists
-from .any_anchors import L2PGramModule
-from .continuous import L2PContinuousModule
-from .disca import DiscaModule
-from .l2p import L2PModule, rows_predictor, spec_of
-from .lesa import LesaModule
-from .parts import L2PPartsLeastSquares, recorded_partition
-from .readout import SUMS, ReadoutFit
-from .readout_shipped import write_segments
-from .shipped import sums_of, write_sums
-from .verdict_callbacks import CHECKPOINT_KEY
+from foreseer.checkpoints.config import is_number
+from foreseer.checkpoints.format import CLASSES, save_predictor
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.predictors.any_anchors import L2PGram
+from foreseer.predictors.base import Predictor
+from foreseer.predictors.continuous import L2PContinuous
+from foreseer.predictors.kan import with_pykan, without_pykan
+from foreseer.predictors.neural import DiscaPredictor
+from foreseer.predictors.parted import parted_l2p
+from foreseer.predictors.readout import Readout
+from foreseer.training.any_anchors import L2PGramModule
+from foreseer.training.continuous import L2PContinuousModule
+from foreseer.training.disca.disca_fit import DiscaModule
+from foreseer.training.l2p import L2PModule, rows_predictor, spec_of
+from foreseer.training.lesa.lesa_fit import LesaModule
+from foreseer.training.parts import L2PPartsLeastSquares, recorded_partition
+from foreseer.training.readout.readout_fit import SUMS, ReadoutFit
+from foreseer.training.readout.shipped_sums import write_segments
+from foreseer.training.shipped import sums_of, write_sums
+from foreseer.training.verdict_callbacks import CHECKPOINT_KEY
+from foreseer.trajectories.files.header import Header
+from foreseer.trajectories.files.storage import exists
+from foreseer.trajectories.recording import Recording
 
 HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
 WHOLE: dict[str, type[Predictor]] = {

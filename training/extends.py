@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ..checkpoints.call_settings import as_settings, first_difference, with_weights_of
-from ..checkpoints.spec import SIGMA_TOLERANCE, PredictorSpec
-from ..trajectories.header import Header
-from ..trajectories.recording import Recording
-from .shipped import ShippedSums
+from foreseer.checkpoints.call_settings import as_settings, first_difference, with_weights_of
+from foreseer.checkpoints.spec import SIGMA_TOLERANCE, PredictorSpec
+from foreseer.training.shipped import ShippedSums
+from foreseer.trajectories.files.header import Header
+from foreseer.trajectories.recording import Recording
 
 
 def check_extends(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..trajectories.sampler import ResumableLoader
+from foreseer.trajectories.epoch_sampler import ResumableLoader
 
 DEFAULT_FOLDER = "/usr/share/datasets/fashion-mnist"
 CLASS_NAMES = (

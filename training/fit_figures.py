@@ -14,16 +14,16 @@ from jaxtyping import Float
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ..integration.forecaster import Forecaster
-from ..integration.report_analysis import step_error_figure, weights_figure
-from ..integration.report_heat import forecast_weights
-from ..integration.report_plots import timeline_figure
-from ..integration.session import Session
-from ..integration.sheet import Row, sheet
-from ..predictors.base import Predictor, Step
-from ..trajectories.prompts import Item, generate_batch
-from .measure import References
-from .weight_rows import weight_rows
+from foreseer.evaluation.measure import References
+from foreseer.evaluation.page.analysis import step_error_figure, weights_figure
+from foreseer.evaluation.page.heat import forecast_weights
+from foreseer.evaluation.page.plots import timeline_figure
+from foreseer.evaluation.page.sheet import Row, sheet
+from foreseer.evaluation.weight_rows import weight_rows
+from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.session import Session
+from foreseer.predictors.base import Predictor, Step
+from foreseer.trajectories.prompts import Item, generate_batch
 
 HELD_OUT = "held-out features, open loop"  # the usual label of a line
 ERRORS, WEIGHTS, ANCHORS = (

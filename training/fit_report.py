@@ -15,16 +15,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ..integration.forecaster import Forecaster
-from ..integration.report_analysis import plot_step_errors, step_error_figure
-from ..integration.session import Session
-from ..predictors.linear import L2P
-from ..trajectories.gram import projection_fidelity
-from ..trajectories.prompts import generate_batch
-from ..trajectories.recording import Recording
-from .l2p import L2PModule, open_loop_errors
-from .measure import References
-from .verdict_callbacks import held_out
+from foreseer.evaluation.measure import References
+from foreseer.evaluation.page.analysis import plot_step_errors, step_error_figure
+from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.session import Session
+from foreseer.predictors.linear import L2P
+from foreseer.training.l2p import L2PModule, open_loop_errors
+from foreseer.training.verdict_callbacks import held_out
+from foreseer.trajectories.gram import projection_fidelity
+from foreseer.trajectories.prompts import generate_batch
+from foreseer.trajectories.recording import Recording
 
 CURVES = {
     "oracle_all": "oracle, all earlier steps",

@@ -11,18 +11,18 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from ..checkpoints.budgets import check_free_of_others, write_budgets
-from ..checkpoints.folder import check_free
-from ..integration.pipelines import opened
-from ..predictors.base import Predictor
-from ..trajectories.recording import Recording, split
-from .choosing import Choice, choose, choose_method, recorded_pipeline
-from .export import export_predictor, validation_errors
-from .measure import check_pipeline
-from .offline import FORECAST_TAPS
-from .progress import Progress, quiet
-from .recipes import SEVERAL, Recipe
-from .verdict_callbacks import CHECKPOINT_KEY
+from foreseer.checkpoints.budgets import check_free_of_others, write_budgets
+from foreseer.checkpoints.folder import check_free
+from foreseer.evaluation.measure import check_pipeline
+from foreseer.evaluation.offline import FORECAST_TAPS
+from foreseer.integration.pipelines.load import opened
+from foreseer.predictors.base import Predictor
+from foreseer.training.choosing import Choice, choose, choose_method, recorded_pipeline
+from foreseer.training.export import export_predictor, validation_errors
+from foreseer.training.plumbing.progress import Progress, quiet
+from foreseer.training.recipes import SEVERAL, Recipe
+from foreseer.training.verdict_callbacks import CHECKPOINT_KEY
+from foreseer.trajectories.recording import Recording, split
 
 ANY_TAP = ("lstsq", "gram")  # methods that take the tap of least error
 ERROR = "val/error_db"  # by which the kept epoch of a training is chosen

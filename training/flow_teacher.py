@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .resuming import Drawing
+from foreseer.training.plumbing.resuming import Drawing
 
 
 class FlowTeacher(Drawing):

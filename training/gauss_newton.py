@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..integration.call_rows import Narrowed
-from ..integration.controller import Controller
-from ..integration.session import Session
-from ..predictors.base import Step, combine
-from ..trajectories.prompts import Item, generate_batch
-from .tracking import whitening
+from foreseer.integration.controller import Controller
+from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.session import Session
+from foreseer.predictors.base import Step, combine
+from foreseer.training.tracking import whitening
+from foreseer.trajectories.prompts import Item, generate_batch
 
 UNIT = 0.01  # a coordinate of one moves the state, or the feature, by this share of its RMS
 DIFFERENCE = 0.25  # finite-difference step in coordinates

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..integration.pixel_pipeline import PixelDiTPipeline
-from .fashion_mnist import CLASS_NAMES, DEFAULT_FOLDER, load_split
-from .resuming import Resumable
-from .teacher_card import judge_table, write_card
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
+from foreseer.training.fashion_mnist import CLASS_NAMES, DEFAULT_FOLDER, load_split
+from foreseer.training.plumbing.resuming import Resumable
+from foreseer.training.teacher_card import judge_table, write_card
 
 
 class ClassifierModule(Resumable):

@@ -13,19 +13,19 @@ from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from ..checkpoints.call_settings import as_settings
-from ..checkpoints.spec import PredictorSpec
-from ..integration.pipelines import HUB_NAME
-from ..predictors.experts import L2PExperts
-from ..predictors.linear import L2P, fold
-from ..trajectories.header import Header
-from ..trajectories.recording import Recording
-from .closed_form import ClosedForm, HeldOut
-from .cross_validation import CrossValidation, cross_validate
-from .fit_figures import HELD_OUT, log_figures
-from .resuming import Resumable
-from .rows import expert_rows, published_loss, reuse_weight
-from .verdict_callbacks import OpenLoopVerdict
+from foreseer.checkpoints.call_settings import as_settings
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.evaluation.rows import expert_rows, published_loss, reuse_weight
+from foreseer.integration.pipelines.load import HUB_NAME
+from foreseer.predictors.experts import L2PExperts
+from foreseer.predictors.linear import L2P, fold
+from foreseer.training.closed_form import ClosedForm, HeldOut
+from foreseer.training.cross_validation import CrossValidation, cross_validate
+from foreseer.training.fit_figures import HELD_OUT, log_figures
+from foreseer.training.plumbing.resuming import Resumable
+from foreseer.training.verdict_callbacks import OpenLoopVerdict
+from foreseer.trajectories.files.header import Header
+from foreseer.trajectories.recording import Recording
 
 
 class L2PModule(Resumable):

@@ -10,13 +10,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checkpoints.format import argument_names
-from ..predictors.any_anchors import L2PGram
-from ..predictors.base import Predictor
-from ..predictors.parted import PartedL2P
-from .parts import least_squares_parts
-from .rows import expert_rows
-from .verdict import Estimate, estimate, row_table
+from foreseer.checkpoints.format import argument_names
+from foreseer.evaluation.rows import expert_rows
+from foreseer.evaluation.verdict import Estimate, estimate, row_table
+from foreseer.predictors.any_anchors import L2PGram
+from foreseer.predictors.base import Predictor
+from foreseer.predictors.parted import PartedL2P
+from foreseer.training.parts import least_squares_parts
 
 MAX_LEFT_OUT = 32  # trajectories that are left out, one by one
 

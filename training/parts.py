@@ -12,16 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checkpoints.spec import PredictorSpec
-from ..predictors.parted import parted_l2p, partition_from
-from ..predictors.partition import Partition
-from ..trajectories.gram import part_grams
-from ..trajectories.header import Header
-from ..trajectories.recording import Recording
-from .closed_form import ClosedForm, HeldOut
-from .fit_figures import HELD_OUT, log_figures
-from .l2p import open_recording, spec_of
-from .rows import least_squares_rows
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.evaluation.rows import least_squares_rows
+from foreseer.predictors.parted import parted_l2p, partition_from
+from foreseer.predictors.partition import Partition
+from foreseer.training.closed_form import ClosedForm, HeldOut
+from foreseer.training.fit_figures import HELD_OUT, log_figures
+from foreseer.training.l2p import open_recording, spec_of
+from foreseer.trajectories.files.header import Header
+from foreseer.trajectories.gram import part_grams
+from foreseer.trajectories.recording import Recording
 
 
 def least_squares_parts(

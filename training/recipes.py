@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 import yaml
 
-from ..errors import meant
+from foreseer.errors import meant
 
 METHODS = {
     "readout": "readout",

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checkpoints.card import model_card
-from ..checkpoints.config import CONFIG_FILE
-from ..checkpoints.folder import check_free
-from ..checkpoints.format import (
+from foreseer.checkpoints.card import model_card
+from foreseer.checkpoints.config import CONFIG_FILE
+from foreseer.checkpoints.folder import check_free
+from foreseer.checkpoints.format import (
     CARD_FILE,
     GRAMS_FILE,
     MODEL_FILE,
@@ -26,27 +26,27 @@ from ..checkpoints.format import (
     load_predictor,
     save_predictor,
 )
-from ..checkpoints.hub import locate
-from ..checkpoints.spec import PredictorSpec
-from ..predictors.any_anchors import L2PGram
-from ..predictors.base import Predictor
-from ..predictors.experts import L2PExperts
-from ..predictors.linear import L2P
-from ..predictors.parted import L2PBands, L2PGroups, PartedL2P
-from ..predictors.readout import Readout
-from ..trajectories.gram_sums import GramBatches
-from ..trajectories.recording import Recording
-from .choosing import recorded_pipeline
-from .cross_validation import RIDGES, CrossValidation, cross_validate
-from .extends import check_extends, check_one_host, extended_spec
-from .left_out import leave_one_out, solved
-from .measure import opened_for
-from .parts import part_errors
-from .readout_refit import refit_readout
-from .rows import RULES, formula_rows
-from .shipped import ShippedSums, read_sums, write_sums
-from .verdict import Estimate, open_loop_line
-from .weight_rows import rows_of
+from foreseer.checkpoints.hub import locate
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.evaluation.measure import opened_for
+from foreseer.evaluation.rows import RULES, formula_rows
+from foreseer.evaluation.verdict import Estimate, open_loop_line
+from foreseer.evaluation.weight_rows import rows_of
+from foreseer.predictors.any_anchors import L2PGram
+from foreseer.predictors.base import Predictor
+from foreseer.predictors.experts import L2PExperts
+from foreseer.predictors.linear import L2P
+from foreseer.predictors.parted import L2PBands, L2PGroups, PartedL2P
+from foreseer.predictors.readout import Readout
+from foreseer.training.choosing import recorded_pipeline
+from foreseer.training.cross_validation import RIDGES, CrossValidation, cross_validate
+from foreseer.training.extends import check_extends, check_one_host, extended_spec
+from foreseer.training.left_out import leave_one_out, solved
+from foreseer.training.parts import part_errors
+from foreseer.training.readout.readout_refit import refit_readout
+from foreseer.training.shipped import ShippedSums, read_sums, write_sums
+from foreseer.trajectories.gram_sums import GramBatches
+from foreseer.trajectories.recording import Recording
 
 FROM_GRAMS = (L2P, L2PExperts, L2PGram, L2PBands, L2PGroups)
 """The predictors that one sum of Grams determines."""

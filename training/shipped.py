@@ -16,14 +16,14 @@ import xxhash
 from jaxtyping import Int64
 from torch import Tensor
 
-from ..checkpoints.config import CheckpointError, is_int, is_name
-from ..checkpoints.format import GRAMS_FILE
-from ..checkpoints.spec import PredictorSpec
-from ..checkpoints.strict import MalformedFile, parse_json, read_header
-from ..trajectories.gram_sums import sum_grams
-from ..trajectories.header import canonical_json
-from ..trajectories.recording import Recording
-from ..trajectories.shards import CorruptShard, read_shard, shard_metadata, write_shard
+from foreseer.checkpoints.config import CheckpointError, is_int, is_name
+from foreseer.checkpoints.format import GRAMS_FILE
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.checkpoints.strict import MalformedFile, parse_json, read_header
+from foreseer.trajectories.files.header import canonical_json
+from foreseer.trajectories.files.shards import CorruptShard, read_shard, shard_metadata, write_shard
+from foreseer.trajectories.gram_sums import sum_grams
+from foreseer.trajectories.recording import Recording
 
 MAX_TRAJECTORIES = 2**20
 MAX_HOSTS = 256

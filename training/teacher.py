@@ -11,8 +11,8 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..integration.pixel_pipeline import PixelDiTPipeline
-from .flow_teacher import FlowTeacher, initialise_linear
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
+from foreseer.training.flow_teacher import FlowTeacher, initialise_linear
 
 
 class TeacherModule(FlowTeacher):

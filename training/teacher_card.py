@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from .fashion_mnist import CLASS_NAMES
+from foreseer.training.fashion_mnist import CLASS_NAMES
 
 CARD = """---
 license: apache-2.0
@@ -33,7 +33,7 @@ One row per class, guidance 3, 50 Euler steps, seed 0. Rows: {class_names}.
 
 ```python
 import torch
-from foreseer.integration.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 
 pipe = PixelDiTPipeline.from_pretrained(folder, dtype=torch.float32)  # folder: this one
 images = pipe([5, 8], generator=torch.Generator().manual_seed(0)).images  # a sandal and a bag

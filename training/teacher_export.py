@@ -12,10 +12,10 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from .. import __version__
-from . import teacher_card, text_card
-from .teacher import TeacherModule
-from .text_teacher import TextTeacherModule
+from foreseer import __version__
+from foreseer.training import teacher_card, text_card
+from foreseer.training.teacher import TeacherModule
+from foreseer.training.text_teacher import TextTeacherModule
 
 KINDS = {each.__name__: each for each in (TeacherModule, TextTeacherModule)}
 CARDS = {"TeacherModule": teacher_card.write_card, "TextTeacherModule": text_card.write_card}

@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checkpoints.zoo import resolve
-from ..integration.generate import draw
-from ..integration.pipelines import load_pipeline
-from .emoji import ARCHIVE, Picture, read_pictures, split
-from .text_card import judge_table, write_card
+from foreseer.checkpoints.zoo import resolve
+from foreseer.evaluation.generate import draw
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.training.emoji import ARCHIVE, Picture, read_pictures, split
+from foreseer.training.text_card import judge_table, write_card
 
 FEATURE_SIDE = 96  # pixels a picture is enlarged to before its features are taken
 BATCH = 32

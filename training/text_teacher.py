@@ -10,9 +10,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..integration.pixel_flux_pipeline import PixelFluxPipeline, image_ids, pack, unpack
-from ..integration.sentence_encoder import NUM_TOKENS, WIDTH, SentenceEncoder
-from .flow_teacher import FlowTeacher, initialise_linear
+from foreseer.integration.pipelines.pixel_flux_pipeline import (
+    PixelFluxPipeline,
+    image_ids,
+    pack,
+    unpack,
+)
+from foreseer.integration.pipelines.sentence_encoder import NUM_TOKENS, WIDTH, SentenceEncoder
+from foreseer.training.flow_teacher import FlowTeacher, initialise_linear
 
 HEAD_CHANNELS = 64
 ROTARY_AXES = (8, 28, 28)  # channels of a head turned by text position, row, column

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..integration.controller import Controller
-from ..integration.sampler import SamplerMap, pristine, probe
-from ..integration.session import Session
-from ..predictors.base import Step
-from ..trajectories.header import Header
-from ..trajectories.prompts import Item, generate_batch
+from foreseer.integration.controller import Controller
+from foreseer.integration.linear_sampler import SamplerMap, pristine, probe
+from foreseer.integration.session import Session
+from foreseer.predictors.base import Step
+from foreseer.trajectories.files.header import Header
+from foreseer.trajectories.prompts import Item, generate_batch
 
 
 class _Stop(Exception):

@@ -14,11 +14,17 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ..integration.schedule import uniform
-from ..trajectories.gram_sums import GramBatches
-from .measure import References, closed_loop_errors, predictor_errors
-from .rows import RULES, adams_bashforth_rows, analytic_rows, formula_rows
-from .verdict import Estimate, closed_loop_line, estimate, open_loop_line, row_table
+from foreseer.evaluation.measure import References, closed_loop_errors, predictor_errors
+from foreseer.evaluation.rows import RULES, adams_bashforth_rows, analytic_rows, formula_rows
+from foreseer.evaluation.verdict import (
+    Estimate,
+    closed_loop_line,
+    estimate,
+    open_loop_line,
+    row_table,
+)
+from foreseer.integration.schedule import uniform
+from foreseer.trajectories.gram_sums import GramBatches
 
 BUDGETS = (11, 8, 6)  # at which a predictor for any anchors is judged, beside its own list
 RIVALS = ("reuse", "taylor_1", "taylor_2")  # run, with ab2, for fits that choose among no formulas

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..checkpoints.call_settings import Setting
-from ..integration.call_rows import Narrowed
-from ..integration.controller import Controller
-from ..predictors.base import Step
-from ..predictors.partition import Partition
-from .gram import gram, part_grams
+from foreseer.checkpoints.call_settings import Setting
+from foreseer.integration.controller import Controller
+from foreseer.integration.host.call_rows import Narrowed
+from foreseer.predictors.base import Step
+from foreseer.predictors.partition import Partition
+from foreseer.trajectories.gram import gram, part_grams
 
 
 class Recorder(Controller):

@@ -7,10 +7,10 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from .dataset import TrajectoryDataset
-from .gram_sums import GramBatches, shared_sum
-from .recording import Recording, split
-from .sampler import ResumableLoader, everything
+from foreseer.trajectories.dataset import TrajectoryDataset
+from foreseer.trajectories.epoch_sampler import ResumableLoader, everything
+from foreseer.trajectories.gram_sums import GramBatches, shared_sum
+from foreseer.trajectories.recording import Recording, split
 
 
 class RecordingDataModule(LightningDataModule):

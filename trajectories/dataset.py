@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..extras import require
-from .recording import Recording
+from foreseer.extras import require
+from foreseer.trajectories.recording import Recording
 
 if TYPE_CHECKING:
     import datasets

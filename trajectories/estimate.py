@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..integration.session import Session
-from ..predictors.partition import Partition
-from .collector import Recorder
-from .prompts import Item, generate_batch
-from .recipe import expand_taps
+from foreseer.integration.session import Session
+from foreseer.predictors.partition import Partition
+from foreseer.trajectories.collector import Recorder
+from foreseer.trajectories.prompts import Item, generate_batch
+from foreseer.trajectories.recipe import expand_taps
 
 GRAM_BYTES = 8  # float64
 STATE_BYTES = 4  # states are kept in float32

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..predictors.partition import Partition
+from foreseer.predictors.partition import Partition
 
 GRAM_COLUMNS = 2048  # widened to float64 at once: 0.8 MB for 50 steps, which fits a cache
 

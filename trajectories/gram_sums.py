@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from .recording import Recording, RecordingError
+from foreseer.trajectories.recording import Recording, RecordingError
 
 CHUNK = 64
 """Trajectories whose Grams are held at once where they are looked at one by one."""

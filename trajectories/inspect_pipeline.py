@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..integration.denoisers import TURNS, others_of, transformers_of
-from ..integration.host import UnsupportedHost
-from ..integration.pipeline_call import call_settings, first_samples
-from ..integration.pipelines import opened
-from ..integration.session import Session
-from ..integration.time_facts import modulation_width
-from .collector import Recorder
-from .estimate import Enough, FirstStep, count
-from .prompts import Item, generate_batch
+from foreseer.integration.host.denoisers import TURNS, others_of, transformers_of
+from foreseer.integration.host.time_facts import modulation_width
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.pipelines.load import opened
+from foreseer.integration.pipelines.pipeline_call import call_settings, first_samples
+from foreseer.integration.session import Session
+from foreseer.trajectories.collector import Recorder
+from foreseer.trajectories.estimate import Enough, FirstStep, count
+from foreseer.trajectories.prompts import Item, generate_batch
 
 TAPS = ("output", "hidden", "residual")
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..integration.denoisers import transformer_of
-from ..predictors.partition import ChannelGroups, Partition
-from ..predictors.spectrum import equal_bands
-from .estimate import first_step
-from .prompts import Item
+from foreseer.integration.host.denoisers import transformer_of
+from foreseer.predictors.partition import ChannelGroups, Partition
+from foreseer.predictors.spectrum import equal_bands
+from foreseer.trajectories.estimate import first_step
+from foreseer.trajectories.prompts import Item
 
 FROM_PYTHON = (
     "record from Python instead: record(..., partitions={'hidden/bands': Bands(edges, grid)})."

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..integration.pipeline_call import generators, joined
+from foreseer.integration.pipelines.pipeline_call import generators, joined
 
 CONTENT = "inputs_sha256"
 """Key of a manifest's line that tells the pictures and tensors of an item from others."""

@@ -8,14 +8,14 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from ..checkpoints.call_settings import as_settings, first_difference
-from ..integration.denoisers import transformers_of
-from ..integration.fingerprint import host_fingerprint
-from .collector import Recorder
-from .header import Header, RecordingError
-from .prompts import CONTENT, Item, digest
-from .recording import Recording
-from .storage import exists
+from foreseer.checkpoints.call_settings import as_settings, first_difference
+from foreseer.integration.host.denoisers import transformers_of
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.trajectories.collector import Recorder
+from foreseer.trajectories.files.header import Header, RecordingError
+from foreseer.trajectories.files.storage import exists
+from foreseer.trajectories.prompts import CONTENT, Item, digest
+from foreseer.trajectories.recording import Recording
 
 
 def finished_items(out: str | Path, recipe: dict[str, Any], items: Sequence[Item] = ()) -> set[int]:

@@ -8,16 +8,16 @@ from typing import Any, cast
 
 import torch
 
-from ..integration.denoisers import transformer_of
-from ..integration.pipeline_call import call_settings, samples, takes_labels
-from ..integration.pipelines import opened
-from .estimate import Estimate, estimate
-from .partitions import asked_partitions
-from .prompts import Item, class_items
-from .recorder import record
-from .recording import Recording
-from .remote import cache_folder
-from .storage import exists, is_url
+from foreseer.integration.host.denoisers import transformer_of
+from foreseer.integration.pipelines.load import opened
+from foreseer.integration.pipelines.pipeline_call import call_settings, samples, takes_labels
+from foreseer.trajectories.estimate import Estimate, estimate
+from foreseer.trajectories.files.remote import cache_folder
+from foreseer.trajectories.files.storage import exists, is_url
+from foreseer.trajectories.partitions import asked_partitions
+from foreseer.trajectories.prompts import Item, class_items
+from foreseer.trajectories.recorder import record
+from foreseer.trajectories.recording import Recording
 
 CLASS_ITEMS = 64  # trajectories of a pipeline that draws classes, unless told otherwise
 LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))

@@ -7,11 +7,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..integration.session import Session
-from ..predictors.partition import Partition
-from .collector import Recorder
-from .prompts import Item, digest, generate_batch
-from .recipe import (
+from foreseer.integration.session import Session
+from foreseer.predictors.partition import Partition
+from foreseer.trajectories.collector import Recorder
+from foreseer.trajectories.files.uploads import open_writer
+from foreseer.trajectories.files.writer import RecordingWriter
+from foreseer.trajectories.prompts import Item, digest, generate_batch
+from foreseer.trajectories.recipe import (
     check_alike,
     describe,
     describe_partitions,
@@ -20,8 +22,6 @@ from .recipe import (
     item_meta,
     plain_or_name,
 )
-from .uploads import open_writer
-from .writer import RecordingWriter
 
 
 def record(

@@ -9,13 +9,13 @@ import xxhash
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .header import Header as Header
-from .header import RecordingError as RecordingError
-from .manifest import Entry
-from .shards import CorruptShard as CorruptShard
-from .shards import read_shard, read_slice, shard_names
-from .storage import Folder, read_entries, read_header, storage
-from .writer import RecordingWriter as RecordingWriter
+from foreseer.trajectories.files.header import Header as Header
+from foreseer.trajectories.files.header import RecordingError as RecordingError
+from foreseer.trajectories.files.manifest import Entry
+from foreseer.trajectories.files.shards import CorruptShard as CorruptShard
+from foreseer.trajectories.files.shards import read_shard, read_slice, shard_names
+from foreseer.trajectories.files.storage import Folder, read_entries, read_header, storage
+from foreseer.trajectories.files.writer import RecordingWriter as RecordingWriter
 
 
 class Recording:

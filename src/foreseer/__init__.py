@@ -30,25 +30,29 @@ this package loads nothing but itself, and a name loads what it needs when it is
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from foreseer.moved import install
+
 __version__ = "0.2.0"
 
+install()
+
 if TYPE_CHECKING:
-    from . import predictors, schedules
-    from .checkpoints.format import load_predictor as load
-    from .commands import bench, record
-    from .errors import (
+    from foreseer import predictors, schedules
+    from foreseer.checkpoints.format import load_predictor as load
+    from foreseer.commands import bench, record
+    from foreseer.errors import (
         CheckpointError,
         ForeseerError,
         PredictorMismatch,
         RecordingError,
         UnsupportedHost,
     )
-    from .fit_commands import fit, push, save, search
-    from .integration.forecast_model import forecast_model
-    from .integration.forecasting import attach, detach, forecasting
-    from .integration.pipelines import load_pipeline
-    from .pipeline_commands import verify
-    from .trajectories.recording import Recording
+    from foreseer.fit_commands import fit, push, save, search
+    from foreseer.integration.forecast_model import forecast_model
+    from foreseer.integration.forecasting import attach, detach, forecasting
+    from foreseer.integration.pipelines.load import load_pipeline
+    from foreseer.pipeline_commands import verify
+    from foreseer.trajectories.recording import Recording
 
 _HOMES = {
     "CheckpointError": "errors",

@@ -1,6 +1,6 @@
 """Run the command line as `python -m foreseer`."""
 
-from .cli import main
+from foreseer.cli import main
 
 if __name__ == "__main__":
     main()

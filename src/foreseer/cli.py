@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from . import commands, fit_commands, pipeline_commands
-from .errors import meant
-from .extras import require
-from .refusing import RESUMING, refusing
-from .words import by_trainer, linked, packaged, with_values
+from foreseer import commands, fit_commands, pipeline_commands
+from foreseer.errors import meant
+from foreseer.extras import require
+from foreseer.refusing import RESUMING, refusing
+from foreseer.words import by_trainer, linked, packaged, with_values
 
 TRAINER_WORDS = {
     "validate": "Run a trained predictor over the validation split (LightningCLI).",
@@ -71,7 +71,7 @@ def run(words: list[str]) -> None:
     if word in ("-h", "--help"):
         show(usage())
     elif word == "--version":
-        from .environment import version_report
+        from foreseer.environment import version_report
 
         show(version_report())
     elif word in OF_PIPELINES and any(w.partition("=")[0] == "--pipeline" for w in rest):
@@ -129,7 +129,7 @@ def run_function(function: Callable[..., Any], words: list[str]) -> Any:
     """
     from jsonargparse import auto_cli
 
-    from .parsing import Parser
+    from foreseer.parsing import Parser
 
     lone = function in (commands.inspect, commands.verify)
     words = with_values(function, words)
@@ -171,8 +171,8 @@ def run_trainer(words: list[str], prog: str) -> None:
     words = linked(words)
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-    from .parsing import Parser
-    from .training.progress import quiet
+    from foreseer.parsing import Parser
+    from foreseer.training.plumbing.progress import quiet
 
     class TrainerParser(Parser, LightningArgumentParser):
         """Lightning's options and our errors."""

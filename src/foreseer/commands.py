@@ -65,7 +65,7 @@ def record(
         The `Recording`; None where this writer had nothing to do.
     """
     given = dict(locals())
-    from .trajectories.record_command import record_command
+    from foreseer.trajectories.record_command import record_command
 
     return record_command(**given)
 
@@ -108,7 +108,7 @@ def generate(
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
     given = dict(locals())
-    from .integration.generate import generate_command
+    from foreseer.evaluation.generate import generate_command
 
     generate_command(**given)
 
@@ -155,7 +155,7 @@ def bench(
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
     given = dict(locals())
-    from .training.benchmark import bench_command
+    from foreseer.evaluation.benchmark import bench_command
 
     bench_command(**given)
 
@@ -177,7 +177,7 @@ def inspect(recording: str, out: str | None = None, budgets: Sequence[int] | Non
             steps; None takes those of 11, 8 and 6 that are. From Grams alone, so an estimate:
             `foreseer bench` measures.
     """
-    from .training.inspect_command import inspect_command
+    from foreseer.evaluation.inspect_command import inspect_command
 
     inspect_command(recording=recording, out=out, budgets=budgets)
 
@@ -194,7 +194,7 @@ def verify(recording: str, repair: bool = False) -> None:
             the folder, give whole shards of killed recorders their line, and remove half-written
             files; `foreseer record` then redoes what was taken out.
     """
-    from .trajectories.verify_command import verify_command
+    from foreseer.trajectories.verify_recording import verify_command
 
     verify_command(recording=recording, repaired=repair)
 
@@ -209,7 +209,7 @@ def merge(out: str, recordings: Sequence[str]) -> None:
         out: folder or URL, new or one of them.
         recordings: list of folders or URLs.
     """
-    from .trajectories.merge import merge_command
+    from foreseer.trajectories.files.merge import merge_command
 
     merge_command(out=out, recordings=recordings)
 
@@ -223,6 +223,6 @@ def demo(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit", all: bool = 
         all: also the long stages: layer by layer, and the fit in closed loop.
     """
     print("loading PyTorch and diffusers (about 10 s)", flush=True)
-    from .demo import demo_command
+    from foreseer.demo import demo_command
 
     demo_command(out, pipeline, everything=all)

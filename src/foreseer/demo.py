@@ -9,17 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .commands import inspect
-from .commands import record as record_trajectories
-from .fit_commands import fit as fit_predictor
-from .integration.pipeline_call import samples
-from .integration.pipelines import load_pipeline
-from .integration.report_rows import load_rows
-from .integration.report_table import verdict
-from .integration.side_by_side import picture, side_by_side, told
-from .training.benchmark import FIRST_ITEM, load_learned
-from .training.benchmark import bench as compare_methods
-from .trajectories.record_command import asked_items
+from foreseer.commands import inspect
+from foreseer.commands import record as record_trajectories
+from foreseer.evaluation.benchmark import FIRST_ITEM, load_learned
+from foreseer.evaluation.benchmark import bench as compare_methods
+from foreseer.evaluation.page.side_by_side import picture, side_by_side, told
+from foreseer.evaluation.page.table import verdict
+from foreseer.evaluation.results import load_rows
+from foreseer.fit_commands import fit as fit_predictor
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.pipeline_call import samples
+from foreseer.trajectories.record_command import asked_items
 
 GUIDANCE_SCALE, NUM_STEPS = 3.0, 50
 BUDGETS = (11, 8, 6)

@@ -10,7 +10,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from . import __version__
+from foreseer import __version__
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from .errors import ForeseerError
+from foreseer.errors import ForeseerError
 
 OF_EXTRAS = {
     "train": {

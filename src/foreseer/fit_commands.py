@@ -48,7 +48,7 @@ def fit(
         The predictor, with its `spec`, ready for `forecasting`; of a list of evaluations a
         dictionary of them.
     """
-    from .training.fits import fit_budgets
+    from foreseer.training.fits import fit_budgets
 
     several = recording if isinstance(recording, list | tuple) else [recording]
     return fit_budgets(
@@ -92,7 +92,7 @@ def search(
     Returns:
         The lists, by `method|tap|num_anchors`.
     """
-    from .training.search_command import search_command
+    from foreseer.training.anchor_search import search_command
 
     return search_command(
         recording=str(getattr(recording, "folder", recording)),
@@ -125,11 +125,11 @@ def export(
         capture: calibration capture of the request that the schedule is for, which SGLang writes.
     """
     if format == "predictor":
-        from .training.export import export_command
+        from foreseer.training.export import export_command
 
         export_command(checkpoint=checkpoint, out=out)
         return
-    from .checkpoints.dpcache import export_dpcache
+    from foreseer.checkpoints.dpcache import export_dpcache
 
     if capture is None:
         raise ValueError("a DPCache schedule is for one request; give its --capture FILE.pt.")
@@ -158,7 +158,7 @@ def refit(
         pipeline: of a readout: folder of the pipeline, or `zoo:<name>`; None loads the one that
             the recordings name.
     """
-    from .training.refit_command import refit_command
+    from foreseer.training.refit_command import refit_command
 
     refit_command(predictor, recordings, out, ridge, pipeline)
 
@@ -173,9 +173,9 @@ def save(predictor: Any, folder: str) -> Any:
     Returns:
         The folder.
     """
-    from .checkpoints.budgets import check_free_of_others, write_budgets
-    from .checkpoints.format import check_evaluations, save_predictor
-    from .errors import CheckpointError
+    from foreseer.checkpoints.budgets import check_free_of_others, write_budgets
+    from foreseer.checkpoints.format import check_evaluations, save_predictor
+    from foreseer.errors import CheckpointError
 
     if isinstance(predictor, dict):
         for evaluations, each in predictor.items():
@@ -204,7 +204,7 @@ def push(folder: str, repo_id: str, private: bool = False) -> str:
     Returns:
         Address of the upload.
     """
-    from .checkpoints.push import push_predictor
+    from foreseer.checkpoints.push import push_predictor
 
     address = push_predictor(folder, repo_id, private)
     print(address)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from .errors import meant
+from foreseer.errors import meant
 
 UNKNOWN = r"unrecognized arguments: --?([\w.]+)"
 NOT_ACCEPTED = r"Option '([^']+)' is not accepted"

@@ -30,7 +30,7 @@ def inspect(
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
-    from .trajectories.inspect_pipeline import inspect_pipeline_command
+    from foreseer.trajectories.inspect_pipeline import inspect_pipeline_command
 
     inspect_pipeline_command(
         pipeline=pipeline,
@@ -71,7 +71,7 @@ def verify(
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
-    from .integration.verify_command import verify_pipeline_command
+    from foreseer.evaluation.verify_command import verify_pipeline_command
 
     verify_pipeline_command(
         pipeline=pipeline,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ForeseerError
+from foreseer.errors import ForeseerError
 
 PACKAGE = str(Path(__file__).parent)
 INTERRUPTED = 130  # 128 + SIGINT, as shells count

@@ -1,0 +1,286 @@
+"""`foreseer bench`: full run, few-step solvers, formulas and learned predictors, on equal terms."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from foreseer import __version__
+from foreseer.checkpoints.spec import PredictorSpec, check_host
+from foreseer.evaluation.flops import StepFlops, first_call, step_flops
+from foreseer.evaluation.machine import collect_meta
+from foreseer.evaluation.page.curves import sheet
+from foreseer.evaluation.page.html import write_report
+from foreseer.evaluation.page.table import gaps, verdict
+from foreseer.evaluation.plan import COMMON_LISTS, Entry, plan, spec_of
+from foreseer.evaluation.results import BenchRow, load_rows
+from foreseer.evaluation.rows import RULES
+from foreseer.evaluation.runs import Samples, run_entry, score
+from foreseer.evaluation.store import ROWS_FILE, RowLog, load_samples, save_samples
+from foreseer.integration.host.denoisers import transformer_of
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.pipelines.load import opened
+from foreseer.integration.pipelines.pipeline_call import call_settings, guidance_of_call
+from foreseer.predictors.base import LinearPredictor, Predictor
+from foreseer.predictors.linear import L2P, tabulate
+from foreseer.trajectories.prompts import Item, digest, generate_batch
+from foreseer.trajectories.record_command import asked_items
+
+FIRST_ITEM = 10_000  # far from every item a recording starts with
+SHEET_SAMPLES = 8
+
+
+def bench(
+    pipe: Any,
+    items: Sequence[Item],
+    out: str | Path,
+    budgets: Sequence[int] = (11, 8, 6),
+    predictors: Mapping[str, Predictor] | None = None,
+    searched: Mapping[str, Sequence[int]] | None = None,
+    methods: Sequence[str] | None = None,
+    batch_size: int = 16,
+    command: str = "foreseer.evaluation.benchmark.bench",
+    rules: Mapping[str, Predictor | Mapping[str, Predictor]] = RULES,
+    common: Sequence[str] = COMMON_LISTS,
+    **settings: Any,
+) -> Path:
+    """Run every method of a plan (bench_plan.py) on the same items and write the report.
+
+    Called again with the same arguments it goes on after the last finished row.
+
+    Args:
+        pipe: a diffusers pipeline with a flow-matching scheduler.
+        items: held-out items.
+        out: folder of the report.
+        budgets: numbers of network evaluations.
+        predictors: learned predictors with a spec, by table name; what follows an `@` in a name
+            tells predictors of one method apart and is not shown.
+        searched: `<method>|<tap>|<num_anchors>` to anchors, as `foreseer search` writes them.
+        methods: solvers and formulas to run; None runs all.
+        batch_size: samples per pipeline call.
+        command: how this was called, for the report.
+        rules: the formulas, see `plan`.
+        common: names of the common lists to run.
+        settings: keyword arguments of every pipeline call: `guidance_scale`, `num_inference_steps`.
+
+    Returns:
+        Path of the HTML page.
+
+    Raises:
+        PredictorMismatch: a learned predictor was fitted on another host, grid or guidance.
+        ValueError: an argument is wrong, or a method diverged.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    num_steps = int(settings["num_inference_steps"])
+    host = host_fingerprint(transformer_of(pipe))
+    entries = plan(budgets, num_steps, predictors or {}, searched or {}, methods, rules, common)
+    for predictor in (predictors or {}).values():
+        check_host(spec_of(predictor), host, pipe.scheduler)
+    full = Entry("full", "full", "none", "all", tuple(range(num_steps)))
+    common = _common_key(pipe, host, items, batch_size, settings)
+    batches = _in_batches(items, batch_size)
+    ran, reference = _measure(pipe, [full, *entries], out, batches, common, settings)
+    few = _in_batches(items[:SHEET_SAMPLES], batch_size)
+    shown = sheet(pipe, ran, reference.sigmas, few, settings)
+    meta = collect_meta(command, [item.seed for item in items])
+    rows, errors, weights = [row for _, row in ran], shown.step_errors, shown.weights
+    return write_report(rows, meta, shown.images, out, errors, weights=weights)
+
+
+def rows_predictor(
+    pipe: Any,
+    rows: Float[Tensor, "branches S S"],
+    anchors: Sequence[int],
+    tap: str,
+    sigmas: Sequence[float],
+    guidance_scale: float,
+) -> L2P:
+    """Rows that are not saved yet, as a predictor with the spec of this pipeline.
+
+    Args:
+        pipe: the pipeline they were fitted on.
+        rows: weights at anchors.
+        anchors: steps at which the network runs.
+        tap: `output` or `hidden`.
+        sigmas: flow time of every step.
+        guidance_scale: guidance they were fitted at.
+    """
+    transformer = transformer_of(pipe)
+    predictor = L2P(rows.shape[-1], anchors, rows.shape[0])
+    predictor.weight.copy_(rows)
+    spec = PredictorSpec(
+        tap=tap,
+        anchors=tuple(anchors),
+        sigmas=tuple(sigmas),
+        host=host_fingerprint(transformer),
+        scheduler=type(pipe.scheduler).__name__,
+        num_branches=rows.shape[0],
+        guidance_scale=guidance_scale,
+        dtype=str(next(transformer.parameters()).dtype).removeprefix("torch."),
+    )
+    predictor.spec = spec
+    return predictor
+
+
+def bench_command(
+    pipeline: Any,
+    out: str,
+    budgets: Sequence[int],
+    num_samples: int,
+    guidance_scale: float | None,
+    num_inference_steps: int,
+    searched: str | None,
+    predictors: Sequence[str],
+    methods: Sequence[str] | None,
+    batch_size: int,
+    num_threads: int,
+    prompts: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> None:
+    """`foreseer bench`; the arguments are those of `foreseer.commands.bench`.
+
+    Raises:
+        ValueError: see `bench` and `load_learned`.
+    """
+    options = dict(locals())
+    torch.set_num_threads(num_threads)
+    pipe = opened(pipeline, dtype, device)
+    page = bench(
+        pipe,
+        asked_items(pipe, prompts, num_samples, FIRST_ITEM),
+        out,
+        budgets,
+        load_learned(predictors),
+        json.loads(Path(searched).read_text()) if searched else None,
+        methods,
+        batch_size,
+        command_line(options),
+        **call_settings(pipe, num_inference_steps, guidance_scale, settings),
+    )
+    rows = load_rows(page.parent / "results.json")
+    print("\n".join([*(gap.sentence() for gap in gaps(rows)), verdict(rows)]))
+    print(f"The report lies in {page}.")
+
+
+def load_learned(predictors: Sequence[str]) -> dict[str, Predictor]:
+    """Predictor checkpoints by table name.
+
+    Args:
+        predictors: folders, or `NAME=FOLDER`; several taps and budgets may share a name.
+
+    Raises:
+        ValueError: two predictors share name, tap and anchors.
+    """
+    learned: dict[str, Predictor] = {}
+    for given in predictors:
+        from foreseer.checkpoints.format import load_predictor
+
+        name, _, folder = given.rpartition("=")
+        loaded = load_predictor(folder)
+        spec = spec_of(loaded)
+        anchors = " ".join(map(str, spec.anchors))
+        name = f"{name or Path(folder).name}@{spec.tap} {anchors}"
+        if name in learned:
+            raise ValueError(f"two predictors are called {name}; give one a name: NAME=FOLDER.")
+        learned[name] = loaded
+    return learned
+
+
+def command_line(options: Mapping[str, Any]) -> str:
+    """`foreseer bench` with every option written out."""
+    words = ["foreseer", "bench"]
+    for name, value in options.items():
+        if value is not None and value != {}:
+            text = value if isinstance(value, str) else json.dumps(value, default=_class_name)
+            words += [f"--{name}", text]
+    return shlex.join(words)
+
+
+def _class_name(value: Any) -> str:
+    """What stands for a pipeline that was given itself."""
+    return f"<{type(value).__name__}>"
+
+
+def _in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _common_key(
+    pipe: Any, host: dict[str, Any], items: Sequence[Item], batch_size: int, settings: dict
+) -> str:
+    """Digest of what all rows of a benchmark share."""
+    config = {k: str(v) for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
+    told = [__version__, host, type(pipe.scheduler).__name__, config, batch_size]
+    dtype = str(transformer_of(pipe).dtype)  # which the digest of the weights does not tell
+    told += [torch.get_num_threads(), str(pipe.device), dtype, digest(items, settings)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _measure(
+    pipe: Any,
+    entries: Sequence[Entry],
+    out: Path,
+    batches: Sequence[Sequence[Item]],
+    common: str,
+    settings: dict[str, Any],
+) -> tuple[list[tuple[Entry, BenchRow]], Samples]:
+    """Run every entry whose row is not on disk yet, the full run first; all rows, its samples."""
+    log = RowLog(out / ROWS_FILE)
+    same: dict[tuple[str, tuple[int, ...], bytes], BenchRow] = {}
+    keys = [entry.key(common) for entry in entries]
+    pending = [
+        (entry, key) for entry, key in zip(entries, keys, strict=True) if key not in log.rows
+    ]
+    kept = out / f"reference.{common[:12]}.safetensors"
+    work = sum(len(entry.anchors) for entry, _ in pending) * sum(map(len, batches))
+    with tqdm(total=work, desc="bench", unit="evaluation") as bar:
+        if kept.exists():
+            reference = load_samples(kept)
+        else:
+            reference = run_entry(pipe, entries[0], [], batches, bar.update, **settings)
+            save_samples(reference, kept)
+        flops = _flops(pipe, entries, batches[0][:1], settings)
+        for entry, key in pending:
+            bar.set_postfix_str(f"{entry.method} {entry.tap}")
+            alike = rule_key(entry, reference.sigmas)
+            if alike in same:  # newton_1 has the very weights of taylor_1
+                log.add(key, replace(same[alike], method=entry.method))
+                continue
+            samples = reference
+            if entry.kind != "full":
+                samples = run_entry(pipe, entry, reference.sigmas, batches, bar.update, **settings)
+            row = score(entry, samples, reference, flops, guidance_of_call(pipe, settings))
+            log.add(key, row)
+            if alike is not None:
+                same[alike] = row
+    rows = [log.rows[key] for key in keys]
+    return list(zip(entries, rows, strict=True)), reference
+
+
+def rule_key(entry: Entry, sigmas: Sequence[float]) -> tuple[str, tuple[int, ...], bytes] | None:
+    """What decides a formula's samples: tap, anchors and weights to 12 digits; None for others."""
+    if entry.kind != "formula" or not isinstance(entry.predictor, LinearPredictor):
+        return None
+    weights = tabulate(entry.predictor, entry.anchors, sigmas)
+    return entry.tap, entry.anchors, weights.round(decimals=12).numpy().tobytes()
+
+
+def _flops(
+    pipe: Any, entries: Sequence[Entry], items: Sequence[Item], settings: dict[str, Any]
+) -> dict[str, StepFlops]:
+    """Cost of a step on every tap that is forecast."""
+    transformer = transformer_of(pipe)
+    call = first_call(transformer, lambda: generate_batch(pipe, items, **settings))
+    taps = sorted({entry.tap for entry in entries} - {"none"})
+    return {tap: step_flops(transformer, call, tap) for tap in taps}

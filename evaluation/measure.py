@@ -1,0 +1,182 @@
+"""Closed-loop measurements: what rows do to the samples that are really generated.
+
+Shapes: S sampling steps, B batch, n trajectories.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foreseer.checkpoints.spec import check_host
+from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.host.denoisers import transformers_of
+from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.pipelines.load import opened
+from foreseer.integration.session import Session
+from foreseer.predictors.base import Predictor
+from foreseer.predictors.linear import L2P
+from foreseer.trajectories.prompts import CONTENT, Item, generate_batch
+from foreseer.trajectories.record_command import own_device
+from foreseer.trajectories.recording import Recording
+
+
+def opened_for(
+    recording: Recording, pipeline: Any, dtype: str | None = None, device: str | None = None
+) -> Any:
+    """The pipeline of a fit, given itself or by name.
+
+    Args:
+        recording: what is fitted on.
+        pipeline: a pipeline, which is taken as and where it is, or the name of one to load.
+        dtype: dtype to load it in; None takes that of the recording.
+        device: where to put it then; None takes this process's GPU, the CPU where there is none.
+    """
+    place = device or own_device(os.environ)
+    return opened(pipeline, dtype or recording.header.dtype, place)
+
+
+def check_pipeline(module: Any, pipe: Any) -> None:
+    """Raise unless a pipeline is the one whose recording a module is fitted on.
+
+    Raises:
+        PredictorMismatch: another model, other weights or another scheduler.
+    """
+    found = host_fingerprint(*transformers_of(pipe).values())
+    check_host(module.spec(), found, pipe.scheduler)
+
+
+@dataclass(frozen=True)
+class References:
+    """Recorded trajectories a closed-loop measurement compares with.
+
+    Args:
+        recording: where they come from.
+        items: their numbers.
+        batch_size: trajectories per pipeline call.
+    """
+
+    recording: Recording
+    items: Sequence[int]
+    batch_size: int = 16
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The pipeline settings of the recording, which a run must repeat.
+
+        Raises:
+            ValueError: a setting was a tensor or another object: only a digest is stored.
+        """
+        header = self.recording.header
+        settings = dict(header.recipe.get("settings", {}))
+        known = {"num_inference_steps": len(header.sigmas)}
+        known["guidance_scale"] = header.scheduler["guidance_scale"]
+        objects = [name for name, value in settings.items() if str(value).startswith("<")]
+        if objects:
+            raise ValueError(
+                f"the recording was made with the settings {objects}, of which only a digest is "
+                "stored, so its runs cannot be repeated; pass such values per item when recording."
+            )
+        return settings or known  # a pipeline may take no guidance_scale, and run fewer steps
+
+    @cached_property
+    def batches(self) -> list[list[Item]]:
+        """The items, cut into pipeline calls."""
+        items = [item_of(self.recording, item) for item in self.items]
+        return [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
+
+    @cached_property
+    def finals(self) -> Tensor:
+        """Final latents of the full run, in the order of `items`."""
+        return self.recording.stack("final", self.items)
+
+    @cached_property
+    def states(self) -> Tensor:
+        """States of the full run, `(n, S + 1, *shape)`."""
+        return self.recording.stack("states", self.items)
+
+
+def item_of(recording: Recording, item: int) -> Item:
+    """The item a trajectory was recorded from, read off its manifest line.
+
+    Raises:
+        ValueError: it was made from pictures or tensors too, of which only a digest is stored.
+    """
+    meta = dict(recording.meta(item))
+    if CONTENT in meta:
+        raise ValueError(
+            f"item {item} of {recording.folder} was made from pictures or tensors, of which only a "
+            "digest is stored, so its run cannot be repeated; use a fit on Grams (L2PLeastSquares, "
+            "L2PAdam), or record from prompts."
+        )
+    seed = int(meta.pop("seed"))
+    return Item(item, seed, dict(meta))
+
+
+@torch.no_grad()
+def generate(
+    pipe: Any,
+    predictor: Predictor,
+    tap: str,
+    items: Sequence[Item],
+    anchors: Sequence[int],
+    **settings: Any,
+) -> Float[Tensor, " B *shape"]:
+    """The final latents of a batch generated while forecasting.
+
+    Args:
+        pipe: the pipeline.
+        predictor: the forecaster.
+        tap: `output`, `hidden` or `residual`.
+        items: the batch.
+        anchors: steps at which the network runs.
+        settings: keyword arguments of the pipeline call.
+    """
+    controller = Forecaster(predictor, tap, anchors)
+    session = Session(pipe, controller)
+    try:
+        return generate_batch(pipe, items, output_type="latent", **settings)[0]
+    finally:
+        session.detach()
+
+
+def log_error(
+    latents: Float[Tensor, " B *shape"], reference: Float[Tensor, " B *shape"]
+) -> Float[Tensor, " B"]:
+    """10 log10 of each sample's mean squared error, in dB: the negative of what PSNR averages."""
+    squared = (latents.float() - reference.to(latents.device).float()).flatten(1).square().mean(1)
+    return 10 * squared.clamp_min(1e-12).log10()
+
+
+def closed_loop_errors(
+    pipe: Any,
+    rows: Float[Tensor, "branches S S"],
+    anchors: Sequence[int],
+    tap: str,
+    batches: Sequence[Sequence[Item]],
+    finals: Float[Tensor, " n *shape"],
+    **settings: Any,
+) -> Float[Tensor, " n"]:
+    """Error in dB of every item's final latents when forecasting with the given rows."""
+    predictor = L2P(rows.shape[-1], anchors, rows.shape[0])
+    predictor.weight.copy_(rows)
+    return predictor_errors(pipe, predictor, tap, anchors, batches, finals, **settings)
+
+
+def predictor_errors(
+    pipe: Any,
+    predictor: Predictor,
+    tap: str,
+    anchors: Sequence[int],
+    batches: Sequence[Sequence[Item]],
+    finals: Float[Tensor, " n *shape"],
+    **settings: Any,
+) -> Float[Tensor, " n"]:
+    """Error in dB of every item's final latents when forecasting with a predictor."""
+    latents = [generate(pipe, predictor, tap, batch, anchors, **settings) for batch in batches]
+    return log_error(torch.cat(latents).cpu(), finals)

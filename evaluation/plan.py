@@ -1,0 +1,171 @@
+"""What a benchmark runs: every method on every anchor list of every budget."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.evaluation.rows import RULES
+from foreseer.evaluation.solvers import SOLVERS
+from foreseer.integration.schedule import PUBLISHED_L2P, check_anchors, uniform, warped
+from foreseer.predictors.base import Predictor
+
+FORMULA_TAPS = ("output", "hidden")
+COMMON_LISTS = ("uniform", "published", "warped")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method on one anchor list.
+
+    Args:
+        method: name of the solver, formula or learned predictor; `full` for the full run.
+        kind: `solver`, `formula`, `learned` or `full`.
+        tap: tensor that is forecast; `none` where nothing is.
+        anchors_name: where the list comes from.
+        anchors: steps at which the network runs.
+        predictor: the forecaster; None for solvers and the full run.
+    """
+
+    method: str
+    kind: str
+    tap: str
+    anchors_name: str
+    anchors: tuple[int, ...]
+    predictor: Predictor | None = field(default=None, repr=False)
+
+    def key(self, common: str) -> str:
+        """SHA-256 of everything that decides this entry's row.
+
+        Args:
+            common: digest of what all entries share: model, items, settings.
+        """
+        told = [self.method, self.kind, self.tap, self.anchors_name, self.anchors, common]
+        digest = hashlib.sha256(json.dumps(told).encode())
+        if self.predictor is not None:
+            spec = self.predictor.spec
+            digest.update(json.dumps(asdict(spec) if spec else None, sort_keys=True).encode())
+            digest.update(json.dumps(settings_of(self.predictor), sort_keys=True).encode())
+            for name, tensor in sorted(self.predictor.state_dict().items()):
+                digest.update(name.encode() + tensor.double().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def settings_of(predictor: Predictor) -> dict[str, str]:
+    """The plain values a predictor was built from, which its tensors do not tell."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return {name: repr(v) for name, v in vars(predictor).items() if isinstance(v, plain)}
+
+
+def plan(
+    budgets: Sequence[int],
+    num_steps: int,
+    learned: Mapping[str, Predictor],
+    searched: Mapping[str, Sequence[int]],
+    methods: Sequence[str] | None = None,
+    rules: Mapping[str, Predictor | Mapping[str, Predictor]] = RULES,
+    common: Sequence[str] = COMMON_LISTS,
+) -> list[Entry]:
+    """Every entry of a benchmark, largest budget first.
+
+    Solvers and formulas run on the common lists (`uniform`, `published` for 50 steps, `warped`
+    where its anchors are distinct), on the lists of all learned predictors, and on the one searched
+    for them. A learned predictor runs on the anchors it was fitted for.
+
+    Args:
+        budgets: numbers of network evaluations.
+        num_steps: steps of the full run.
+        learned: predictors with a spec, by the name they get in the tables.
+        searched: `<method>|<tap>|<num_anchors>` to anchors; the tap of a solver is `none`.
+        methods: solvers and formulas to run; None runs all.
+        rules: the formulas by table name; one that differs between taps, or does not fit all, is
+            given by tap.
+        common: names of the common lists to run.
+
+    Raises:
+        ValueError: a method is unknown, a budget is no number of steps, a learned predictor has no
+            spec or no budget, or anchors are not a schedule of the run.
+    """
+    if not all(1 <= budget <= num_steps for budget in budgets):
+        raise ValueError(
+            f"the budgets are {list(budgets)}, expected numbers of evaluations from 1 to "
+            f"{num_steps}, the steps of the full run."
+        )
+    known = [*SOLVERS, *rules]
+    chosen = known if methods is None else list(methods)
+    if unknown := sorted(set(chosen) - set(known)):
+        raise ValueError(f"unknown methods {unknown}, expected some of {', '.join(known)}.")
+    own = _own_entries(budgets, num_steps, learned)
+    entries = []
+    for budget in sorted(set(budgets), reverse=True):
+        fitted = [entry for entry in own if len(entry.anchors) == budget]
+        lists = [one for one in _common_lists(budget, num_steps) if one[0] in common]
+        lists += [(entry.anchors_name, entry.anchors) for entry in fitted]
+        entries += fitted
+        for method in chosen:
+            by_tap = _by_tap(rules[method]) if method in rules else {"none": None}
+            for tap, rule in by_tap.items():
+                found = searched.get(f"{method}|{tap}|{budget}")
+                mine = [("searched", check_anchors(found, num_steps))] if found else []
+                unique: dict[tuple[int, ...], str] = {}
+                for name, anchors in [*lists, *mine]:
+                    unique.setdefault(anchors, name)
+                kind = "formula" if method in rules else "solver"
+                for anchors, name in unique.items():
+                    entries.append(Entry(method, kind, tap, name, anchors, rule))
+    return entries
+
+
+def _by_tap(rule: Predictor | Mapping[str, Predictor]) -> dict[str, Predictor | None]:
+    if isinstance(rule, Mapping):
+        return dict(rule)
+    return dict.fromkeys(FORMULA_TAPS, rule)
+
+
+def _common_lists(budget: int, num_steps: int) -> list[tuple[str, tuple[int, ...]]]:
+    lists = [("uniform", uniform(budget, num_steps))]
+    if num_steps == 50 and budget in PUBLISHED_L2P:
+        lists.append(("published", PUBLISHED_L2P[budget]))
+    try:
+        lists.append(("warped", warped(budget, num_steps)))
+    except ValueError:  # two of its anchors fall on one step: there is no such list
+        return lists
+    return lists
+
+
+def _own_entries(
+    budgets: Sequence[int], num_steps: int, learned: Mapping[str, Predictor]
+) -> list[Entry]:
+    entries = []
+    for name, predictor in learned.items():
+        spec = spec_of(predictor)
+        anchors = check_anchors(spec.anchors, num_steps)
+        if len(anchors) not in budgets:
+            raise ValueError(
+                f"the predictor {name} has {len(anchors)} anchors, budgets are {list(budgets)}; "
+                f"add {len(anchors)} to the budgets or leave it out."
+            )
+        same = {known: label for label, known in reversed(_common_lists(len(anchors), num_steps))}
+        label = same.get(anchors, "searched")
+        entries.append(Entry(_method(name), "learned", spec.tap, label, anchors, predictor))
+    return entries
+
+
+def spec_of(predictor: Predictor | None) -> PredictorSpec:
+    """What a learned predictor was fitted on.
+
+    Raises:
+        ValueError: it does not tell.
+    """
+    spec: PredictorSpec | None = None if predictor is None else predictor.spec
+    if spec is None:
+        raise ValueError(
+            f"a learned {type(predictor).__name__} has no spec; load it with load_predictor."
+        )
+    return spec
+
+
+def _method(name: str) -> str:
+    """The name without what follows `@`, which only tells predictors of one method apart."""
+    return name.split("@")[0]

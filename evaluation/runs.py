@@ -1,0 +1,193 @@
+"""One entry of a benchmark: its samples, and how far they are from the full run's.
+
+Shapes: B samples, C channels, H height, W width.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median_low
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foreseer.evaluation.flops import StepFlops, run_flops
+from foreseer.evaluation.metrics import latent_rel_l2, psnr, ssim, summarise
+from foreseer.evaluation.plan import Entry
+from foreseer.evaluation.results import BenchRow
+from foreseer.evaluation.solvers import sampling_with, solver_scheduler
+from foreseer.evaluation.timing import TimedForecaster
+from foreseer.integration.host.clock import Clock
+from foreseer.integration.pipelines.pipeline_call import pictures
+from foreseer.integration.session import Session
+from foreseer.trajectories.prompts import Item, generate_batch
+
+Tick = Callable[[int], Any]  # told the network evaluations, times samples, just done
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one entry generated.
+
+    Args:
+        images: in [0, 1], `(B, C, H, W)`; of videos their middle frames.
+        latents: final latents, `(B, ...)`.
+        sigmas: flow time of every step of the run.
+        seconds: wall seconds per image, the lower median over batches.
+        state_bytes: bytes of cached features per image; None where nothing is forecast.
+        step_ratio: CPU time of a forecast step over a full step; None where there is no such step.
+    """
+
+    images: Float[Tensor, "B C H W"]
+    latents: Float[Tensor, " B *shape"]
+    sigmas: list[float]
+    seconds: float
+    state_bytes: int | None = None
+    step_ratio: float | None = None
+
+
+def run_entry(
+    pipe: Any,
+    entry: Entry,
+    sigmas: Sequence[float],
+    batches: Sequence[Sequence[Item]],
+    tick: Tick,
+    **settings: Any,
+) -> Samples:
+    """Generate every batch by an entry's method; the pipeline is its old self afterwards.
+
+    Args:
+        pipe: the pipeline.
+        entry: what to run.
+        sigmas: flow time of every step of the full run; not used by the full run itself.
+        batches: the items.
+        tick: told of each batch.
+        settings: keyword arguments of every call, such as `guidance_scale`.
+    """
+    if entry.kind == "full":
+        return run_plain(pipe, batches, tick, **settings)
+    if entry.kind == "solver":
+        scheduler = solver_scheduler(entry.method, [sigmas[anchor] for anchor in entry.anchors])
+        with sampling_with(pipe, scheduler):
+            settings = {**settings, "num_inference_steps": len(entry.anchors)}
+            return run_plain(pipe, batches, tick, **settings)
+    return run_forecast(pipe, entry, batches, tick, **settings)
+
+
+def run_plain(pipe: Any, batches: Sequence[Sequence[Item]], tick: Tick, **settings: Any) -> Samples:
+    """Generate with the pipeline's scheduler as it is; the network runs at every step."""
+    finals: list[Tensor] = []
+    clock = Clock(
+        pipe.scheduler, lambda sigmas: None, lambda i, v, before, after: finals.append(after)
+    )
+    images, latents, seconds = [], [], []
+    try:
+        for batch in batches:
+            image, spent = _timed(pipe, batch, settings)
+            images.append(image)
+            latents.append(finals[-1].cpu())
+            seconds.append(spent)
+            tick(len(clock.sigmas) * len(batch))
+            finals.clear()
+    finally:
+        clock.detach()
+    return Samples(torch.cat(images), torch.cat(latents), clock.sigmas, median_low(seconds))
+
+
+def run_forecast(
+    pipe: Any, entry: Entry, batches: Sequence[Sequence[Item]], tick: Tick, **settings: Any
+) -> Samples:
+    """Generate while forecasting."""
+    spec = None if entry.predictor is None else entry.predictor.spec
+    controller = TimedForecaster(entry.predictor, entry.tap, entry.anchors, spec, pipe)
+    session = Session(pipe, controller)
+    images, latents, seconds = [], [], []
+    try:
+        for batch in batches:
+            image, spent = _timed(pipe, batch, settings)
+            images.append(image)
+            if controller.final is not None:
+                latents.append(controller.final.cpu())
+            seconds.append(spent)
+            tick(len(entry.anchors) * len(batch))
+        state_bytes = session.report.state_bytes // len(batches[-1])
+    finally:
+        session.detach()
+    return Samples(
+        torch.cat(images),
+        torch.cat(latents),
+        session.clock.sigmas,
+        median_low(seconds),
+        state_bytes,
+        controller.ratio(),
+    )
+
+
+def score(
+    entry: Entry,
+    samples: Samples,
+    reference: Samples,
+    flops: dict[str, StepFlops],
+    guidance_scale: float,
+) -> BenchRow:
+    """Measure an entry's samples against the full run's.
+
+    Args:
+        entry: what was run.
+        samples: what it generated.
+        reference: what the full run generated from the same noise.
+        flops: cost of a step on each tap.
+        guidance_scale: guidance strength of the runs.
+
+    Raises:
+        ValueError: the samples hold NaN or Inf.
+    """
+    if not bool(samples.latents.isfinite().all()):
+        raise ValueError(
+            f"{entry.method} on the tap {entry.tap} diverged on the anchors {list(entry.anchors)}; "
+            "leave it out with `methods`."
+        )
+    quality = summarise(psnr(samples.images, reference.images))
+    spec = None if entry.predictor is None else entry.predictor.spec
+    num_steps = len(reference.sigmas)
+    if entry.predictor is None:
+        ratio = len(entry.anchors) / num_steps
+    else:
+        window = entry.predictor.window
+        used, whole = run_flops(flops[entry.tap], entry.anchors, num_steps, window)
+        ratio = used / whole
+    return BenchRow(
+        method=entry.method,
+        kind=entry.kind,
+        tap=entry.tap,
+        anchors_name=entry.anchors_name,
+        anchors=" ".join(map(str, entry.anchors)),
+        num_anchors=len(entry.anchors),
+        guidance_scale=float(guidance_scale),
+        psnr_db=quality.mean,
+        psnr_median=quality.median,
+        psnr_q10=quality.q10,
+        psnr_q90=quality.q90,
+        psnr_ci_low=quality.ci_low,
+        psnr_ci_high=quality.ci_high,
+        ssim=float(ssim(samples.images, reference.images).mean()),
+        latent_rel_l2=float(latent_rel_l2(samples.latents, reference.latents).mean()),
+        forecast_step_ratio=samples.step_ratio,
+        state_bytes=samples.state_bytes,
+        fit_seconds=spec.metrics.get("fit_seconds") if spec else 0.0,
+        num_trajectories=spec.num_trajectories if spec else 0,
+        flops_ratio=ratio,
+        num_samples=len(samples.images),
+        seconds_per_image=samples.seconds,
+    )
+
+
+def _timed(
+    pipe: Any, batch: Sequence[Item], settings: dict[str, Any]
+) -> tuple[Float[Tensor, "B C H W"], float]:
+    """The images of a batch, clamped to [0, 1], and wall seconds per image."""
+    started = time.perf_counter()
+    images = pictures(generate_batch(pipe, batch, **{**settings, "output_type": "pt"}))
+    return images, (time.perf_counter() - started) / len(batch)

@@ -1,0 +1,267 @@
+"""Whether foreseer is exact on somebody's own pipeline: the checks behind `foreseer verify`.
+
+What is recorded must not change a run, a recorded feature put back must give the same run bit for
+bit, and nothing may be left behind.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
+from foreseer.evaluation.timing import forecast_step_ratio
+from foreseer.integration.controller import Controller
+from foreseer.integration.forecasting import attach
+from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.host.clock import Clock
+from foreseer.integration.host.denoisers import others_of, transformers_of
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.session import Session
+from foreseer.predictors.base import Predictor, Step
+from foreseer.predictors.polynomial import Reuse
+
+Run = Callable[[], Any]
+EXACT_TAPS = ("output", "hidden")  # `residual` adds, so that it is exact up to rounding only
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked.
+
+    Args:
+        name: what, such as `record hidden`.
+        passed: whether it holds; None where it was measured and nothing was asked of it.
+        found: what was found, for a person.
+    """
+
+    name: str
+    passed: bool | None
+    found: str
+
+
+class Replay(Controller):
+    """Keep a tap at every step of a run, then put it back at every other step.
+
+    Args:
+        tap: `output`, `hidden` or `residual`.
+        fail_at: step whose forecast is broken off with `Broken`, inside of the network's call; None
+            for none.
+    """
+
+    def __init__(self, tap: str, fail_at: int | None = None) -> None:
+        self.tap = tap
+        self.taps = frozenset({tap})
+        self.fail_at = fail_at
+        self.kept: dict[tuple[str, int], Tensor] = {}
+        self.replaying = False
+
+    def is_anchor(self, step: Step) -> bool:
+        """Every step when recording, every other one when replaying."""
+        return not (self.replaying and step.index % 2)
+
+    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
+        """Keep the tap."""
+        self.kept[key, step.index] = taps[self.tap]
+
+    def adopt(self, key: str, narrowed: Narrowed) -> None:
+        """The call has its own tensors of every step."""
+
+    def knows(self, key: str) -> bool:
+        """Whether the call was recorded."""
+        return any(known == key for known, _ in self.kept)
+
+    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
+        """The recorded tap."""
+        if step.index == self.fail_at:
+            raise Broken
+        return self.tap, self.kept[key, step.index]
+
+    def state_bytes(self) -> int:
+        """Bytes of the features of one step, all branches."""
+        sizes = {key: kept.numel() * kept.element_size() for (key, _), kept in self.kept.items()}
+        return sum(sizes.values())
+
+
+class Broken(Exception):
+    """Breaks a run off."""
+
+
+def final_latents(pipe: Any, run: Run) -> Tensor:
+    """The final latents of a run, whatever is attached to the pipeline.
+
+    Raises:
+        UnsupportedHost: the pipeline never stepped its scheduler.
+    """
+    found: list[Tensor] = []
+    clock = Clock(pipe.scheduler, lambda sigmas: None, lambda i, v, before, x: found.append(x))
+    try:
+        run()
+    finally:
+        clock.detach()
+    if not found:
+        raise UnsupportedHost(
+            f"{type(pipe).__name__} never called scheduler.step, so its steps cannot be counted."
+        )
+    return found[-1]
+
+
+def verify_pipeline(pipe: Any, run: Run, predictor: Predictor | None = None) -> Iterator[Check]:
+    """Check everything on a pipeline's own calls, one check at a time.
+
+    Args:
+        pipe: the pipeline, with nothing attached.
+        run: calls it once, always on the same inputs and noise.
+        predictor: also run this one, loaded with `load_predictor`.
+
+    Yields:
+        The checks. The first that makes the others meaningless is the last.
+    """
+    expected = final_latents(pipe, run)
+    before = footprint(pipe)  # after a run: the first one makes attributes of its own
+    repeated = same(final_latents(pipe, run), expected)
+    yield Check(
+        "repeatable", repeated, "two plain runs are equal" if repeated else "two runs differ"
+    )
+    if not repeated:
+        return
+    graphs = num_graphs()
+    taps = []
+    for tap in (*EXACT_TAPS, "residual"):
+        checks = list(check_tap(pipe, run, tap, expected))
+        yield from checks
+        if len(checks) > 1 and all(check.passed is not False for check in checks):
+            taps.append(tap)
+    if num_graphs():
+        extra = num_graphs() - graphs
+        yield Check("graphs", extra == 0, f"{extra} more compiled graphs than without")
+    for tap in (tap for tap in EXACT_TAPS if tap in taps):
+        yield check_abort(pipe, run, tap, expected)
+    yield check_detached(pipe, before)
+    yield Check("after detach", same(final_latents(pipe, run), expected), "a plain run, once more")
+    for tap in taps:
+        yield measure_cost(pipe, run, tap)
+    if predictor is not None:
+        yield check_predictor(pipe, run, predictor, expected)
+
+
+def check_tap(pipe: Any, run: Run, tap: str, expected: Tensor) -> Iterator[Check]:
+    """Record a tap, put it back at every other step, compare both runs with the plain one."""
+    replay = Replay(tap)
+    session = Session(pipe, replay)
+    try:
+        recorded = final_latents(pipe, run)
+        replay.replaying = True
+        replayed, report = final_latents(pipe, run), session.report
+    except UnsupportedHost as error:
+        passed = None if tap == "residual" else False
+        yield Check(f"record {tap}", passed, f"no such tap: {error}")
+        return
+    finally:
+        session.detach()
+    yield Check(f"record {tap}", same(recorded, expected), difference(recorded, expected))
+    told = f"{difference(replayed, expected)}, {len(report.forecasts)} steps replayed"
+    exact = None if tap == "residual" else same(replayed, expected) and bool(report.forecasts)
+    yield Check(f"replay {tap}", exact, told)
+    yield Check(f"memory {tap}", None, f"{replay.state_bytes() / 1024:,.1f} KiB per anchor kept")
+
+
+def check_abort(pipe: Any, run: Run, tap: str, expected: Tensor) -> Check:
+    """Break a run off inside of a forecast; the next one must know nothing of it."""
+    replay = Replay(tap)
+    session = Session(pipe, replay)
+    try:
+        run()
+        replay.replaying, replay.fail_at = True, 1
+        try:
+            run()
+            return Check(f"abort {tap}", False, "the run could not be broken off at step 1")
+        except Broken:
+            replay.fail_at = None
+        replay.replaying, replay.kept = False, {}
+        after = final_latents(pipe, run)
+    finally:
+        session.detach()
+    return Check(f"abort {tap}", same(after, expected), difference(after, expected))
+
+
+def check_detached(pipe: Any, before: dict[str, Any]) -> Check:
+    """Compare what is on a pipeline now with what was on it before anything was attached."""
+    gc.collect()
+    after = footprint(pipe)
+    changed = sorted(name for name in before if after.get(name) != before[name])
+    changed += sorted(after.keys() - before.keys())
+    return Check("detach", not changed, f"left behind: {changed}" if changed else "nothing is left")
+
+
+def footprint(pipe: Any) -> dict[str, Any]:
+    """What attaching could leave behind: attributes and hooks by the place they are at."""
+    found: dict[str, Any] = {"scheduler": sorted(vars(pipe.scheduler))}
+    for expert, transformer in (transformers_of(pipe) | others_of(pipe)).items():
+        found[f"{expert}.attributes"] = sorted(vars(transformer))
+        for name, module in transformer.named_modules():
+            hooks = len(module._forward_pre_hooks) + len(module._forward_hooks)
+            registry = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+            found[f"{expert}.{name}"] = (id(module), hooks, sorted(registry))
+    return found
+
+
+def measure_cost(pipe: Any, run: Run, tap: str) -> Check:
+    """Time of a forecast step over that of a full step, the scheduler and the pipeline included."""
+    cost = forecast_step_ratio(pipe, Reuse(), tap, (0,), run)
+    full, forecast = 1000 * cost.full_seconds, 1000 * cost.forecast_seconds
+    told = f"a forecast step takes {cost.ratio:.2%} of a full one ({forecast:.2f} / {full:.2f} ms)"
+    return Check(f"cost {tap}", None, told)
+
+
+def check_predictor(pipe: Any, run: Run, predictor: Predictor, expected: Tensor) -> Check:
+    """Run a predictor, and reuse on the same steps and tap beside it."""
+    spec: PredictorSpec | None = predictor.spec
+    if spec is None:
+        raise ValueError("this predictor was not loaded with load_predictor: it has no spec.")
+    errors = []
+    for each in (predictor, Reuse()):
+        try:
+            attached = attach(pipe, each, spec.anchors, spec.tap)
+        except PredictorMismatch as error:
+            return Check("predictor", False, str(error))
+        try:
+            final, report = final_latents(pipe, run), attached.report()
+        except PredictorMismatch as error:
+            return Check("predictor", False, str(error))
+        finally:
+            attached.detach()
+        errors.append(relative_error(final, expected))
+    told = (
+        f"{len(report.anchors)} of {report.num_steps} steps run on the tap {spec.tap}; final "
+        f"latents are {errors[0]:.3g} off (reuse on the same steps: {errors[1]:.3g})"
+    )
+    return Check("predictor", errors[0] == errors[0] and errors[0] < 1, told)
+
+
+def num_graphs() -> int:
+    """Graphs compiled so far in this process."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def same(found: Tensor | None, expected: Tensor) -> bool:
+    """Whether two results are equal bit for bit."""
+    return found is not None and torch.equal(found, expected)
+
+
+def relative_error(found: Tensor | None, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||; NaN where nothing was found."""
+    if found is None:
+        return float("nan")
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def difference(found: Tensor | None, expected: Tensor) -> str:
+    """Words for how far two results are apart."""
+    if same(found, expected):
+        return "bit for bit the plain run"
+    return f"final latents differ by {relative_error(found, expected):.1e}"

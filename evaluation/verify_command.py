@@ -1,0 +1,102 @@
+"""`foreseer verify --pipeline`: the checks of verify.py as a table and a verdict."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from foreseer.checkpoints.format import load_predictor
+from foreseer.evaluation.verify import EXACT_TAPS, Check, verify_pipeline
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.pipelines.load import opened
+from foreseer.integration.pipelines.pipeline_call import call_settings, first_samples, joined
+from foreseer.predictors.base import Predictor
+
+DEFAULT_STEPS = 8
+WORDS = {True: "ok", False: "FAILED", None: ""}
+
+
+def verify_pipeline_command(
+    pipeline: Any,
+    predictor: str | None = None,
+    prompts: str | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> list[Check]:
+    """Check a pipeline and print a table and a verdict; `foreseer.commands.verify` tells the rest.
+
+    Raises:
+        SystemExit: with code 1 when a check failed.
+    """
+    pipe = opened(pipeline, dtype, device)
+    loaded = None if predictor is None else load_predictor(predictor)
+    steps = num_inference_steps or num_steps_of(loaded)
+    run = one_call(pipe, prompts, steps, guidance_scale, settings)
+    checks: list[Check] = []
+    try:
+        with tqdm(desc="verify", unit="check", leave=False) as bar:
+            for check in verify_pipeline(pipe, run, loaded):
+                checks.append(check)
+                bar.update()
+    except UnsupportedHost as error:
+        checks.append(Check("host", False, str(error)))
+    print(table(checks))
+    print(f"\n{verdict(checks)}")
+    if any(check.passed is False for check in checks):
+        raise SystemExit(1)
+    return checks
+
+
+def num_steps_of(predictor: Predictor | None) -> int:
+    """The steps a predictor was fitted on; a few where there is none."""
+    if predictor is None or predictor.spec is None:
+        return DEFAULT_STEPS
+    return len(predictor.spec.sigmas)
+
+
+def one_call(
+    pipe: Any,
+    prompts: str | None,
+    num_inference_steps: int,
+    guidance_scale: float | None,
+    settings: Mapping[str, Any] | None,
+) -> Callable[[], Any]:
+    """A call of the pipeline on one sample, the same inputs and noise every time."""
+    inputs = joined([first_samples(pipe, prompts)])
+    given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
+    return functools.partial(_call, pipe, inputs, given)
+
+
+def _call(pipe: Any, inputs: dict[str, Any], given: dict[str, Any]) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(**inputs, **given, generator=generator, output_type="latent")
+
+
+def table(checks: Sequence[Check]) -> str:
+    """A line per check."""
+    width = max(len(check.name) for check in checks)
+    return "\n".join(f"{c.name:<{width}}  {WORDS[c.passed]:<6}  {c.found}" for c in checks)
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """One sentence: what this pipeline can be used with."""
+    failed = [check.name for check in checks if check.passed is False]
+    exact = [tap for tap in EXACT_TAPS if not any(name.endswith(tap) for name in failed)]
+    others = [name for name in failed if not name.endswith(EXACT_TAPS)]
+    if "repeatable" in failed:
+        return (
+            "VERDICT: nothing can be said, since two plain runs differ: fix the seed, or turn on "
+            "torch.use_deterministic_algorithms."
+        )
+    if others:
+        return f"VERDICT: do not use it yet: {', '.join(others)}."
+    if not exact:
+        return "VERDICT: not supported: no tap of this pipeline can be put back exactly."
+    if failed:
+        return f"VERDICT: works on the tap {exact[0]!r} only; the others are refused on attaching."
+    return "VERDICT: works, and is exact, on the taps " + " and ".join(map(repr, exact)) + "."

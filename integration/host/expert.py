@@ -1,0 +1,160 @@
+"""A transformer of a pipeline and what has been proven of it; most pipelines have one."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from foreseer.integration.controller import Controller
+from foreseer.integration.host.call import Call
+from foreseer.integration.host.gate import FirstLook, LastBlock
+from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing
+from foreseer.integration.host.host_facts import HostFacts, facts_of
+from foreseer.integration.host.layout import Layout, find_grid, find_layout
+from foreseer.integration.host.prediction import prediction
+from foreseer.integration.host.proof import Parts, check_rows, prove
+from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.host.trunk_facts import Trunk
+
+
+class Expert:
+    """A transformer at work under a controller; its facts are there after the first call.
+
+    Args:
+        number: its turn, those for high noise first; networks of one step share it.
+        name: its name in the pipeline.
+        transformer: the module.
+        controller: what will be asked of it.
+    """
+
+    def __init__(
+        self, number: int, name: str, transformer: nn.Module, controller: Controller
+    ) -> None:
+        self.number = number
+        self.name = name
+        self.transformer = transformer
+        self.trunk: Trunk | None = None
+        self.skipper: TrunkSkipper | None = None
+        self.first_look: FirstLook | None = None
+        self.last_block: LastBlock | None = None
+        self.image_only = False  # whether the head is known to be given no text
+        self._facts: HostFacts | None = None
+        self.proven = not (controller.taps - {"output"}) and controller.probe is None
+        self.rows_proven = LAST_BLOCK not in controller.taps  # else checked on the first batch
+
+    @property
+    def facts(self) -> HostFacts:
+        """What is known of the transformer, of earlier attachments too."""
+        if self._facts is None:
+            self._facts = facts_of(self.transformer)
+        return self._facts
+
+    def prove(self, call: Call, controller: Controller) -> None:
+        """Find the trunk on this call's inputs and check everything the controller relies on.
+
+        What was proven of this transformer before, on a call of this form, is not proven again.
+        """
+        taps, probe = set(controller.taps), controller.probe
+        proof = (frozenset(taps - {"output"}), probe, call.form)
+        if proof in self.facts.proven and self.facts.trunk is not None:
+            parts = Parts.of(self.transformer, self.facts.trunk, taps, probe)
+        else:
+            self.facts.trunk, parts = prove(call, taps, probe)
+            self.facts.proven.add(proof)
+        self.trunk, self.skipper = self.facts.trunk, parts.skipper
+        self.first_look, self.last_block = parts.first_look, parts.last_block
+        self.proven = True
+
+    def prove_rows(self, call: Call, output: Any) -> None:
+        """Check, once, that rows computed alone are what they are in their batch."""
+        sample = prediction(output) if not self.rows_proven else None
+        if sample is not None and len(sample) > 1:
+            proof = ("rows", call.form)
+            if proof not in self.facts.proven:
+                check_rows(call, sample)
+                self.facts.proven.add(proof)
+            self.rows_proven = True
+
+    def capturing(
+        self, taps: Collection[str]
+    ) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        """Collect taps of the call inside, see `hook.capturing`."""
+        return capturing(self.transformer, self.trunk, set(taps))
+
+    def skip(self, call: Call, entering: Callable[[Tensor], Tensor]) -> Any:
+        """The call without its trunk, the head's input t replaced by `entering(t)`."""
+        if self.skipper is None:
+            raise UnsupportedHost("the trunk of this host was never traced; report this as a bug.")
+        return self.skipper(call.forward, call.args, call.kwargs, entering)
+
+    def image_tokens(
+        self, call: Call, hidden: Float[Tensor, " B *shape"]
+    ) -> Bool[Tensor, "B N"] | None:
+        """Which tokens of the head's input enter the prediction: the others are text and padding.
+
+        Those are the tokens that the prediction has a gradient in; the head runs once more. A host
+        whose head once was given image tokens only is not asked again.
+
+        Args:
+            call: the call.
+            hidden: what entered the head.
+
+        Returns:
+            True for every token of the image; None where all are.
+
+        Raises:
+            ValueError: gradients are out of reach, under `torch.inference_mode`.
+        """
+        if hidden.ndim != 3 or self.image_only:
+            return None
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "recording asks the head for a gradient, which torch.inference_mode forbids; "
+                "record under torch.no_grad, as diffusers pipelines run by themselves."
+            )
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            output = prediction(self.skip(call, lambda came: leaf))
+            (gradient,) = torch.autograd.grad(output, leaf, torch.ones_like(output))
+        mask = gradient.abs().amax(-1) > 0
+        self.image_only = bool(mask.all())
+        return None if self.image_only else mask
+
+    def layout(
+        self, call: Call, hidden: Float[Tensor, "B *N D"], output: Float[Tensor, " B *shape"]
+    ) -> Layout:
+        """Where the tokens of the head's input lie in the output.
+
+        The head runs once per bit of their number, once for every shape; where text or padding is
+        among them, once more for every run.
+
+        Args:
+            call: the call.
+            hidden: what entered the head.
+            output: the prediction.
+
+        Raises:
+            UnsupportedHost: the head does not work on each token alone.
+        """
+        key = (hidden.shape, output.shape, hidden.device, call.form)
+        layout = self.facts.layouts.get(key)
+        if layout is None:
+            head = functools.partial(self._head, call)
+            layout = find_layout(head, hidden, type(self.transformer).__name__)
+            if layout.tokens.shape[1] == hidden[0, ..., 0].numel():
+                self.facts.layouts[key] = layout
+        # latents that are tokens have one shape at 512 x 1024 and at 1024 x 512
+        return replace(layout, grid=find_grid(layout, call.args, call.kwargs))
+
+    def _head(self, call: Call, hidden: Tensor) -> Tensor:
+        """The prediction for another hidden state."""
+        return prediction(self.skip(call, functools.partial(_instead, hidden)))
+
+
+def _instead(hidden: Tensor, came: Tensor) -> Tensor:
+    return hidden

@@ -1,0 +1,79 @@
+"""Which weights a pipeline runs on.
+
+A LoRA counts: its layers by their parameters, its strength by the scale of every adapter.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from foreseer.integration.host.held_weights import held_weights
+
+CONDITIONER = "_foreseer_conditioner"
+"""Attribute, outside of a transformer's own state, under which its conditioner is found."""
+
+SAMPLED = 64  # values of each parameter that enter the digest
+
+
+def host_fingerprint(*transformers: nn.Module) -> dict[str, Any]:
+    """What a predictor was fitted on: class, sizes that matter, and digests of config and weights.
+
+    The weight digest is taken over each parameter's shape and a sample of up to 64 of its values,
+    so it is quick on any size of model and changes with a LoRA, fused in or not. A student's
+    conditioner counts as part of its transformer.
+
+    Args:
+        transformers: the host, or its experts in the order in which they run.
+    """
+    texts = []
+    digest = hashlib.sha256()
+    for transformer in transformers:
+        host: Any = transformer
+        config = {k: v for k, v in dict(host.config).items() if not k.startswith("_")}
+        texts.append(json.dumps(config, sort_keys=True, default=str))
+        _add_weights(digest, transformer)
+    return {
+        "class": type(transformers[0]).__name__,
+        "parameters": sum(p.numel() for t in transformers for p in t.parameters()),
+        "config_sha256": hashlib.sha256("".join(texts).encode()).hexdigest(),
+        "weights_sha256": digest.hexdigest(),
+    }
+
+
+def _add_weights(digest: Any, transformer: nn.Module) -> None:
+    parameters = held_weights(transformer)
+    conditioner = getattr(transformer, CONDITIONER, None)
+    if conditioner is not None:
+        parameters += [(f"conditioner.{name}", p) for name, p in held_weights(conditioner)]
+    for name, parameter in parameters:
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.bfloat16().float().numpy().tobytes())
+    adapters = adapter_state(transformer)
+    if adapters:
+        digest.update(json.dumps(adapters).encode())
+
+
+def adapter_state(transformer: nn.Module) -> list[list[Any]]:
+    """Name, strengths and state of every adapter layer (PEFT), empty without any."""
+    return [
+        [
+            name,
+            sorted((adapter, float(scale)) for adapter, scale in layer.scaling.items()),
+            sorted(layer.active_adapters),
+            bool(layer.disable_adapters),
+            sorted(layer.merged_adapters),
+        ]
+        for name, layer in adapter_layers(transformer)
+    ]
+
+
+def adapter_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The adapter layers (PEFT) of a transformer with their names."""
+    for name, module in transformer.named_modules():
+        if hasattr(module, "scaling") and hasattr(module, "merged_adapters"):
+            yield name, module

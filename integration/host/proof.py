@@ -1,0 +1,149 @@
+"""What must hold on a pipeline's own inputs before anything is forecast on its transformer.
+
+Proven bit for bit on the first call: putting the tap back without running the trunk, stopping after
+the first block, running the last block alone. A host where one of them fails is refused.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foreseer.integration.host.call import Call
+from foreseer.integration.host.gate import FirstLook, LastBlock
+from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing
+from foreseer.integration.host.prediction import prediction
+from foreseer.integration.host.trunk import TrunkTracer, UnsupportedHost
+from foreseer.integration.host.trunk_facts import Trunk
+
+ROWS_TOLERANCE = 1e-2  # products of another batch size round differently, in bfloat16 by 4e-3
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What runs parts of a host; None where nothing asked for it."""
+
+    skipper: TrunkSkipper
+    first_look: FirstLook | None
+    last_block: LastBlock | None
+
+    @classmethod
+    def of(cls, host: nn.Module, trunk: Trunk, taps: set[str], probe: str | None) -> "Parts":
+        """What a controller asks for, see `prove`."""
+        return cls(
+            TrunkSkipper(host, trunk),
+            FirstLook(host, trunk, probe) if probe is not None else None,
+            LastBlock(host, trunk) if LAST_BLOCK in taps else None,
+        )
+
+
+def prove(call: Call, taps: set[str], probe: str | None) -> tuple[Trunk, Parts]:
+    """Find the trunk and check that what a controller asks for is exact.
+
+    Args:
+        call: the call to check it on.
+        taps: taps the controller captures, `last_block` where it has forecasts checked.
+        probe: what it looks at in the first block; None for nothing.
+
+    Raises:
+        UnsupportedHost: the trunk was not found, or something is not exact.
+    """
+    host, forward, args, kwargs = call.transformer, call.forward, call.args, call.kwargs
+    with TrunkTracer(host) as tracer:
+        call.run()
+    trunk = tracer.trunk()
+    parts = Parts.of(host, trunk, taps, probe)
+    skipper, first_look, last_block = parts.skipper, parts.first_look, parts.last_block
+    with capturing(host, trunk, {"hidden"} | taps) as found:
+        expected = prediction(call.run())
+    if "hidden" not in found:
+        raise UnsupportedHost(
+            f"the head {trunk.head!r} of {type(host).__name__} was not called with a tensor; its "
+            "row in integration/host/trunk_facts.py names another module."
+        )
+    check_batch_axis(call, found["hidden"], expected)
+    replayed = skipper(forward, args, kwargs, lambda entering: found["hidden"])
+    check_same(call, expected, replayed, f"replaying the head input ({trunk.head})")
+    if "residual" in taps:
+        check_residual(call, found["trunk_in"], skipper)
+    if last_block is not None:
+        inputs = [found[f"{LAST_BLOCK}.{i}"] for i in range(len(trunk.streams))]
+        replayed = last_block(forward, args, kwargs, inputs, lambda entering: entering)
+        check_same(call, expected, replayed, "running the last block on its own input")
+    if first_look is not None:
+        for judge in (lambda seen: True, lambda seen: False):
+            replayed, _ = first_look(forward, args, kwargs, judge, lambda entering: found["hidden"])
+            check_same(call, expected, replayed, "looking at the first block")
+        first_look.entered = None
+    return trunk, parts
+
+
+def check_batch_axis(call: Call, hidden: Tensor, expected: Tensor) -> None:
+    """Raise unless a feature's first axis counts samples, as its parts by branch need.
+
+    Raises:
+        UnsupportedHost: it counts something else.
+    """
+    if len(hidden) != len(expected):
+        raise UnsupportedHost(
+            f"the head of {type(call.transformer).__name__} is given a tensor of shape "
+            f"{tuple(hidden.shape)} for {len(expected)} samples; expected samples first. Use the "
+            "`output` tap, or add a row with its batch_axis to integration/host/trunk_facts.py."
+        )
+
+
+def check_residual(call: Call, trunk_in: Tensor, skipper: TrunkSkipper) -> None:
+    """Raise unless what enters the first block reaches the head when the blocks are skipped.
+
+    Only then is the head's input of another step that tensor plus a residual.
+
+    Raises:
+        UnsupportedHost: something else does, as where refiner blocks come before the trunk.
+    """
+    came: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        came.append(tensor)
+        return tensor
+
+    skipper(call.forward, call.args, call.kwargs, keep)
+    if came[0].shape != trunk_in.shape or not torch.equal(came[0], trunk_in):
+        raise UnsupportedHost(
+            f"what enters the first block of {type(call.transformer).__name__} "
+            f"{tuple(trunk_in.shape)} is not what reaches its head without the blocks "
+            f"{tuple(came[0].shape)}, so it has no `residual` tap; use `hidden` or `output`."
+        )
+
+
+def check_same(call: Call, expected: Tensor, output: Any, what: str) -> None:
+    """Raise unless an output is bit for bit the expected one."""
+    found = prediction(output)
+    if not torch.equal(expected.nan_to_num(), found.nan_to_num()):
+        worst = float((expected - found).abs().max())
+        raise UnsupportedHost(
+            f"{what} of {type(call.transformer).__name__} changes its output by up to "
+            f"{worst:.2e}, expected bitwise equality; use the `output` tap."
+        )
+
+
+def check_rows(call: Call, expected: Tensor) -> None:
+    """Raise unless a row computed alone is what it was in its batch, up to rounding.
+
+    Args:
+        call: a call of several rows.
+        expected: its output.
+
+    Raises:
+        UnsupportedHost: the row differs.
+    """
+    rows = [len(expected) - 1]
+    alone = prediction(call.rows(rows, len(expected)).run())
+    if alone.shape != expected[rows].shape or not torch.allclose(
+        alone.float(), expected[rows].float(), rtol=ROWS_TOLERANCE, atol=ROWS_TOLERANCE
+    ):
+        raise UnsupportedHost(
+            f"a row of a batch of {type(call.transformer).__name__} computed alone differs from "
+            "what it was in the batch, so refused samples cannot be computed on their own; draw "
+            "one sample per call."
+        )

@@ -1,0 +1,134 @@
+"""Read what a pipeline call sets that changes the function its transformer computes.
+
+Those are arguments of the call, such as scales of guidance, of a ControlNet or of a LoRA, and what
+hangs on the transformer and a callback may change in mid-run: strengths of LoRAs and IP-adapters.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
+from statistics import mean
+from types import FrameType
+from typing import Any
+
+from diffusers import ClassifierFreeGuidance, ModularPipeline
+from torch import nn
+
+from foreseer.checkpoints.call_settings import LORA, Value
+from foreseer.integration.host.fingerprint import adapter_layers
+from foreseer.integration.host.running import variables
+
+WORDS = ("guidance", "cfg", "scale", "attention_kwargs", "control_mode")
+"""What the names of arguments that change the function have in them."""
+
+AFTERWARDS = "decode_"  # what begins so is of what follows the last step
+TRUE_GUIDANCE = "qwenimage"
+"""Modular pipelines whose ordinary ones call the strength of their guidance `true_cfg_scale`."""
+UNIT = "scale"  # entry of attention arguments: strength of LoRAs, 1 where it is not given
+
+
+class CallSettings:
+    """Read the settings of a run, at any of its steps.
+
+    Args:
+        transformers: the hosts, as they are when the run begins.
+    """
+
+    def __init__(self, transformers: Iterable[nn.Module]) -> None:
+        hosts = list(transformers)
+        self.layers = [layer for host in hosts for _, layer in adapter_layers(host)]
+        self.processors = [p for host in hosts for p in ip_adapters(host)]
+
+    def read(self, call: FrameType | None) -> dict[str, Value]:
+        """The settings now, by name.
+
+        Args:
+            call: the pipeline call; None in a loop written by hand.
+        """
+        found = {} if call is None else settings_of(call)
+        return found | lora_strengths(self.layers) | ip_adapter_strengths(self.processors)
+
+
+def settings_of(call: FrameType) -> dict[str, Value]:
+    """The settings that a pipeline call was given, as its loop reads them now.
+
+    Pipelines keep what their loop reads as `_<argument>`, which callbacks change; modular ones keep
+    arguments in a state. Those of a guider count as `guider.<name>`, and its strength of
+    classifier-free guidance as the argument that the ordinary pipeline around the network takes.
+
+    Args:
+        call: the call.
+    """
+    code = call.f_code
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    values = variables(call, names)
+    pipe = values.pop("self", None)
+    if isinstance(pipe, ModularPipeline):
+        values = dict(values["state"].values)
+    kept = getattr(pipe, "__dict__", {})
+    found: dict[str, Value] = {}
+    for name, value in values.items():
+        if any(word in name for word in WORDS) and not name.startswith(AFTERWARDS):
+            value = kept.get(f"_{name}", value)
+            if "attention_kwargs" in name:
+                value = {UNIT: 1.0} | (value or {})
+            found |= numbers(name, value)
+    guider = getattr(pipe, "guider", None)
+    for name, value in dict(getattr(guider, "config", {})).items():
+        found |= numbers(f"guider.{name}", value)
+    if isinstance(pipe, ModularPipeline) and isinstance(guider, ClassifierFreeGuidance):
+        is_true = str(pipe.blocks.model_name).startswith(TRUE_GUIDANCE)
+        strength = "true_cfg_scale" if is_true else "guidance_scale"
+        found |= numbers(strength, guider.guidance_scale)
+    return found
+
+
+def numbers(name: str, value: Any) -> Iterator[tuple[str, Value]]:
+    """The numbers in a value with their names; nothing for what is no number and holds none."""
+    if value is None or (isinstance(value, list | tuple | dict) and not value):
+        yield name, None
+    elif isinstance(value, Real):
+        yield name, float(value)
+    elif isinstance(value, list | tuple | dict):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
+            yield from numbers(f"{name}[{key}]", entry)
+
+
+def lora_strengths(layers: Sequence[Any]) -> dict[str, Value]:
+    """Strength of every active LoRA as `lora_scale[<adapter>]`, its mean over the layers.
+
+    Which layer has which is in the fingerprint of the weights; this tells that it has changed.
+
+    Args:
+        layers: adapter layers of PEFT.
+    """
+    found: dict[str, list[float]] = {}
+    for layer in layers:
+        for adapter in () if layer.disable_adapters else layer.active_adapters:
+            if adapter in layer.scaling:
+                found.setdefault(adapter, []).append(float(layer.scaling[adapter]))
+    if not found:
+        return {LORA: None}
+    return {f"{LORA}[{adapter}]": mean(scales) for adapter, scales in found.items()}
+
+
+def ip_adapter_strengths(processors: Sequence[Any]) -> dict[str, Value]:
+    """Strengths of IP-adapters as `ip_adapter_scale[<adapter>]`, by layer where layers differ.
+
+    Args:
+        processors: see `ip_adapters`.
+    """
+    layers = [dict(numbers("ip_adapter_scale", processor.scale)) for processor in processors]
+    if all(layer == layers[0] for layer in layers):
+        return layers[0] if layers else {"ip_adapter_scale": None}
+    return {
+        f"{name}[layer {place}]": scale
+        for place, layer in enumerate(layers)
+        for name, scale in layer.items()
+    }
+
+
+def ip_adapters(transformer: nn.Module) -> list[Any]:
+    """The attention processors of a transformer that add an IP-adapter of some strength."""
+    processors = (getattr(module, "processor", None) for module in transformer.modules())
+    return [p for p in processors if "IPAdapter" in type(p).__name__ and hasattr(p, "scale")]

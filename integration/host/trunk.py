@@ -1,0 +1,233 @@
+"""Facts read off a diffusion transformer: its trunk of blocks and its head.
+
+The trunk is the block lists; the head is the first module called after the last block whose first
+tensor argument has the block output's rank, batch and channels. Both are read from one traced
+forward; classes where that finds nothing, or the wrong module, have a row in trunk_facts.py.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foreseer.errors import UnsupportedHost as UnsupportedHost
+from foreseer.integration.host.trunk_facts import TRUNK_FACTS, Trunk
+
+
+class SkippedBlocks(nn.ModuleList):
+    """A view of a block list that iterates as empty but indexes and counts like the list itself.
+
+    Hosts reach into a block between trunk and head (DiT asks `transformer_blocks[0]` for its
+    embedding).
+    """
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self._modules = blocks._modules
+
+    def __iter__(self) -> Iterator[Any]:
+        """Nothing."""
+        return iter(())
+
+
+class SeenBlocks(SkippedBlocks):
+    """A view of a block list whose blocks are seen at work, with no hook on any of them.
+
+    A hook on a compiled block would be compiled into it.
+
+    Args:
+        blocks: the list.
+        name: its name in the host.
+        entering: called before each block with its name and arguments.
+        leaving: called after it with its name and what it returned.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        name: str,
+        entering: Callable[[str, tuple, dict[str, Any]], None],
+        leaving: Callable[[str, Any], None],
+    ) -> None:
+        super().__init__(blocks)
+        self.name = name
+        self.entering = entering
+        self.leaving = leaving
+
+    def __iter__(self) -> Iterator[Any]:
+        """A stand-in for every block."""
+        for number, block in enumerate(self._modules.values()):
+            yield _SeenBlock(block, f"{self.name}.{number}", self)
+
+
+class _SeenBlock:
+    """Calls a block and tells of it; everything else about it is the block's own."""
+
+    def __init__(self, block: Any, name: str, seen: SeenBlocks) -> None:
+        self._block = block
+        self._name = name
+        self._seen = seen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._seen.entering(self._name, args, kwargs)
+        output = self._block(*args, **kwargs)
+        self._seen.leaving(self._name, output)
+        return output
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._block, attribute)
+
+
+def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The first tensor among a call's arguments, `hidden_states` before other keywords."""
+    named = (kwargs.get("hidden_states"), *kwargs.values())
+    return next((value for value in (*args, *named) if isinstance(value, Tensor)), None)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors a block returned, in order."""
+    values = output if isinstance(output, tuple | list) else (output,)
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def stream_of(output: Any, place: int = -1) -> Tensor | None:
+    """The residual stream in a block's output: the tensor, or the one at `place` of several."""
+    found = tensors_of(output)
+    return found[place] if len(found) >= -place else (found[-1] if found else None)
+
+
+class TrunkTracer:
+    """Watch one forward of a transformer and name its trunk and head.
+
+    Use as a context manager around the forward, then call `trunk()`.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        self.lists = {
+            name: module
+            for name, module in transformer.named_children()
+            if isinstance(module, nn.ModuleList) and len(module)
+        }
+        self.calls: list[tuple[str, Tensor | None]] = []  # module name, first tensor argument
+        self.outputs: list[Tensor] = []  # what the newest block returned
+        self.returned: dict[str, list[Tensor]] = {}  # what each block returned
+        self.streams: dict[str, tuple[int | str, ...]] = {}  # arguments the block before returned
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "TrunkTracer":
+        """Start watching."""
+        seen = {
+            name: SeenBlocks(blocks, name, self._entering, self._leaving)
+            for name, blocks in self.lists.items()
+        }
+        self.transformer._modules.update(seen)
+        for name, module in self.transformer.named_modules():
+            if name and not self._is_block(name) and not self._is_compiled(name):
+                called = functools.partial(self._called, name)
+                self._handles.append(module.register_forward_pre_hook(called, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self.transformer._modules.update(self.lists)
+
+    def _called(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tensor = first_tensor(args, kwargs)
+        self.calls.append((name, None if tensor is None else tensor.detach()))
+
+    def _entering(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        tensor = first_tensor(args, kwargs)
+        self.calls.append((name, None if tensor is None else tensor.detach()))
+        named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        self.streams[name] = tuple(
+            place for place, value in named if any(value is returned for returned in self.outputs)
+        )
+
+    def _leaving(self, name: str, output: Any) -> None:
+        self.outputs = tensors_of(output)
+        self.returned[name] = self.outputs
+
+    def _is_compiled(self, name: str) -> bool:
+        """Whether a module is compiled, or inside of one that is."""
+        words = name.split(".")
+        inside = (self.transformer.get_submodule(".".join(words[:i])) for i in range(1, len(words)))
+        modules = [*inside, self.transformer.get_submodule(name)]
+        return any(module._compiled_call_impl is not None for module in modules)
+
+    def _is_block(self, name: str) -> bool:
+        return name.count(".") == 1 and name.split(".")[0] in self.lists
+
+    def trunk(self) -> Trunk:
+        """The trunk and head of the forward just watched.
+
+        Raises:
+            UnsupportedHost: no complete block list was run, or nothing after it looks like a head.
+        """
+        name = type(self.transformer).__name__
+        fact = TRUNK_FACTS.get(name)
+        if isinstance(fact, str):
+            raise UnsupportedHost(f"{name} {fact}.")
+        if fact is not None:
+            return fact
+        called = [name for name, _ in self.calls]
+        run = [
+            name
+            for name, blocks in self.lists.items()
+            if [c for c in called if c in self._block_names(name)]
+            == [f"{name}.{i}" for i in range(len(blocks))]
+        ]
+        if not run:
+            raise UnsupportedHost(
+                f"{type(self.transformer).__name__} ran none of its block lists "
+                f"({', '.join(self.lists) or 'it has none'}) once in order; this host needs the "
+                "`output` tap."
+            )
+        run.sort(key=lambda name: called.index(f"{name}.0"))
+        blocks = {block for name in run for block in self._block_names(name)}
+        last = f"{run[-1]}.{len(self.lists[run[-1]]) - 1}"
+        streams = self.returned.get(last, [])
+        if not streams:
+            raise UnsupportedHost(f"block {last} returned no tensor; use the `output` tap.")
+        start = called.index(last) + 1
+        for name, tensor in self.calls[start:]:
+            inside = any(name.startswith(f"{block}.") for block in blocks)
+            if not inside and tensor is not None and _fits(tensor, streams):
+                place = _place_of(tensor, streams)
+                return Trunk(tuple(run), name, self.streams.get(last, ()), place)
+        shapes = " and ".join(str(tuple(stream.shape)) for stream in streams)
+        raise UnsupportedHost(
+            f"no module called after block {last} takes a tensor like its output {shapes}; use the "
+            "`output` tap."
+        )
+
+    def _block_names(self, name: str) -> set[str]:
+        return {f"{name}.{i}" for i in range(len(self.lists[name]))}
+
+
+def _fits(tensor: Tensor, streams: list[Tensor]) -> bool:
+    """Whether a tensor has the rank, batch and channels of a stream, and no more tokens than all.
+
+    Args:
+        tensor: first tensor argument of a module.
+        streams: what the last block returned: the stream, perhaps beside that of the text.
+    """
+    tokens = sum(stream.shape[1] for stream in streams if stream.ndim == tensor.ndim)
+    return any(
+        tensor.ndim == stream.ndim > 1
+        and tensor.shape[0] == stream.shape[0]
+        and tensor.shape[-1] == stream.shape[-1]
+        and tensor.shape[1] <= tokens
+        for stream in streams
+    )
+
+
+def _place_of(tensor: Tensor, streams: list[Tensor]) -> int:
+    """Which of the last block's tensors enters the head, counted from the end."""
+    equal = [i for i, stream in enumerate(streams) if tensor.shape == stream.shape]
+    exact = [i for i in equal if torch.equal(tensor, streams[i])]
+    return (exact or equal or [len(streams) - 1])[-1] - len(streams)

@@ -1,0 +1,190 @@
+"""What a pipeline is called with from the command line: prompts or labels, and settings.
+
+Shapes: n or B samples, C channels, H height, W width.
+"""
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor
+
+from foreseer.integration.pipelines.prompt_files import prompts_of
+
+DEFAULT_PROMPT = "a photo of a cat"
+CLASS_GUIDANCE = 3.0
+
+
+def samples(
+    pipe: Any,
+    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
+    class_labels: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Per-sample arguments of a pipeline, one entry per sample.
+
+    Args:
+        pipe: the pipeline.
+        prompts: words or a list of them; or a text file with a prompt per line; or a safetensors
+            file of prompt embeddings by argument, such as `prompt_embeds`, `(n, tokens, width)`.
+        class_labels: labels, for pipelines that draw classes.
+
+    Raises:
+        ValueError: the pipeline takes something else, or a path is of neither kind.
+        FileNotFoundError: a file does not exist.
+    """
+    takes = inspect.signature(pipe.__call__).parameters
+    name = type(pipe).__name__
+    if prompts is None and class_labels is not None and takes_labels(pipe):
+        return [{"class_labels": int(label)} for label in class_labels]
+    if prompts is None:
+        asked = "class_labels" if "class_labels" in takes else "prompts"
+        raise ValueError(f"{name} draws from {asked}; give --{asked}.")
+    found = prompts_of(prompts)
+    if isinstance(found, Path):
+        return _rows(found, set(takes), name)
+    if "prompt" not in takes:
+        raise ValueError(f"{name} takes no prompts; it takes {', '.join(takes)}.")
+    return [{"prompt": prompt} for prompt in found]
+
+
+def first_samples(pipe: Any, prompts: str | None) -> dict[str, Any]:
+    """Per-sample arguments of one sample: the first asked for, or a default one."""
+    if prompts is None and takes_labels(pipe):
+        return samples(pipe, class_labels=[0])[0]
+    return samples(pipe, default_prompt(pipe) if prompts is None else prompts)[0]
+
+
+def default_prompt(pipe: Any) -> str:
+    """A prompt that a pipeline can draw as it is; one that it stores, where it stores some."""
+    known = getattr(getattr(pipe, "text_encoder", None), "known", {})
+    return next((prompt for prompt in known if prompt), DEFAULT_PROMPT)
+
+
+def takes_labels(pipe: Any) -> bool:
+    """Whether a pipeline draws classes and not prompts."""
+    return "class_labels" in inspect.signature(pipe.__call__).parameters
+
+
+def joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The per-sample arguments of several samples as those of one call.
+
+    One sample's are those of the call as a person makes it: its picture is no list of one picture.
+    Labels are a list even so, since DiT pipelines take nothing else.
+
+    Args:
+        entries: a mapping per sample, all with the same names: tensors with a leading axis of one,
+            lists of one entry, pictures, or plain values.
+    """
+    if len(entries) == 1:
+        listed = {"class_labels": [entries[0].get("class_labels")]}
+        return {**entries[0], **(listed if isinstance(listed["class_labels"][0], int) else {})}
+    return {name: _join([entry[name] for entry in entries]) for name in entries[0]}
+
+
+def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
+    """A generator for each sample of a call; of one sample itself, since not all take a list."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return made[0] if len(made) == 1 else made
+
+
+def _join(values: list[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    if isinstance(values[0], list):
+        return [entry for value in values for entry in value]
+    return values
+
+
+def _rows(path: Path, takes: set[str], name: str) -> list[dict[str, Any]]:
+    """The rows of a file of embeddings, each with a leading axis of one."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}.") from error
+    unknown = sorted(tensors.keys() - takes)
+    lengths = {len(tensor) for tensor in tensors.values()}
+    if unknown or len(lengths) != 1:
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(tensors))} with {sorted(lengths)} rows; expected "
+            f"arguments of {name} with one row per sample (unknown: {unknown})."
+        )
+    return [
+        {key: tensor[row : row + 1] for key, tensor in tensors.items()}
+        for row in range(lengths.pop())
+    ]
+
+
+def drawn(output: Any) -> Float[Tensor, "B *frames C H W"]:
+    """What a pipeline drew with `output_type="pt"`, in [0, 1], float32, on the CPU.
+
+    Args:
+        output: the pipeline's output: images, or videos with an axis of frames after the samples'.
+    """
+    samples: Tensor = output[0]
+    return samples.float().cpu().clamp(0, 1)
+
+
+def middle(samples: Float[Tensor, "B *frames C H W"]) -> Float[Tensor, "B C H W"]:
+    """The images themselves, of videos the middle frames."""
+    return samples[:, samples.shape[1] // 2] if samples.ndim == 5 else samples
+
+
+def pictures(output: Any) -> Float[Tensor, "B C H W"]:
+    """What a pipeline drew with `output_type="pt"`, of a video its middle frame.
+
+    Args:
+        output: the pipeline's output.
+
+    Returns:
+        Images in [0, 1], float32, on the CPU.
+    """
+    return middle(drawn(output))
+
+
+def guidance_of_call(pipe: Any, settings: Mapping[str, Any]) -> float:
+    """The guidance strength of a call: what is given, else the pipeline's default, else 1.
+
+    Args:
+        pipe: the pipeline.
+        settings: keyword arguments of the call.
+    """
+    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    default = 1.0 if parameter is None else parameter.default
+    given = settings.get("guidance_scale", default)
+    return float(given) if isinstance(given, (int, float)) else 1.0
+
+
+def call_settings(
+    pipe: Any,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Arguments of every call of a pipeline.
+
+    Args:
+        pipe: the pipeline.
+        num_inference_steps: sampler steps.
+        guidance_scale: guidance strength; None leaves the pipeline's default, 3 for one that draws
+            classes.
+        settings: further arguments, such as `height`, `true_cfg_scale`, `num_frames`.
+
+    Raises:
+        ValueError: the pipeline does not take one of them.
+    """
+    given: dict[str, Any] = {"num_inference_steps": num_inference_steps, **(settings or {})}
+    if guidance_scale is None and takes_labels(pipe):
+        guidance_scale = CLASS_GUIDANCE
+    if guidance_scale is not None:
+        given.setdefault("guidance_scale", guidance_scale)
+    takes = inspect.signature(pipe.__call__).parameters
+    unknown = sorted(given.keys() - takes.keys())
+    if unknown:
+        raise ValueError(f"{type(pipe).__name__} takes no {unknown}; it takes {', '.join(takes)}.")
+    return given

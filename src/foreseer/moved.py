@@ -1,0 +1,151 @@
+"""Modules by the names they had in version 0.2: they work, with a warning that says the new name.
+
+YAML files name classes by their module (`foreseer.training.callbacks.ClockCosine`), and people keep
+YAML files. `import foreseer` puts a finder behind Python's own, which is asked only for names that
+no file answers to.
+"""
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "distill.export": "distill.student_export",
+    "distill.runs": "distill.teacher_runs",
+    "distill.sampling": "distill.few_steps",
+    "integration.average_velocity": "integration.pipelines.average_velocity",
+    "integration.bench_meta": "evaluation.machine",
+    "integration.branches": "integration.host.branches",
+    "integration.call": "integration.host.call",
+    "integration.call_rows": "integration.host.call_rows",
+    "integration.call_settings": "integration.host.read_settings",
+    "integration.clock": "integration.host.clock",
+    "integration.denoisers": "integration.host.denoisers",
+    "integration.expert": "integration.host.expert",
+    "integration.fingerprint": "integration.host.fingerprint",
+    "integration.flops": "evaluation.flops",
+    "integration.gate": "integration.host.gate",
+    "integration.generate": "evaluation.generate",
+    "integration.held_weights": "integration.host.held_weights",
+    "integration.hook": "integration.host.hook",
+    "integration.host_facts": "integration.host.host_facts",
+    "integration.layout": "integration.host.layout",
+    "integration.metrics": "evaluation.metrics",
+    "integration.pipeline_call": "integration.pipelines.pipeline_call",
+    "integration.pixel_flux_pipeline": "integration.pipelines.pixel_flux_pipeline",
+    "integration.pixel_pipeline": "integration.pipelines.pixel_pipeline",
+    "integration.prediction": "integration.host.prediction",
+    "integration.prompt_files": "integration.pipelines.prompt_files",
+    "integration.proof": "integration.host.proof",
+    "integration.report_analysis": "evaluation.page.analysis",
+    "integration.report_bench": "evaluation.page.bench_charts",
+    "integration.report_charts": "evaluation.page.charts",
+    "integration.report_compare": "evaluation.page.compare",
+    "integration.report_heat": "evaluation.page.heat",
+    "integration.report_html": "evaluation.page.html",
+    "integration.report_plots": "evaluation.page.plots",
+    "integration.report_rows": "evaluation.results",
+    "integration.report_script": "evaluation.page.script",
+    "integration.report_style": "evaluation.page.style",
+    "integration.report_table": "evaluation.page.table",
+    "integration.report_template": "evaluation.page.template",
+    "integration.running": "integration.host.running",
+    "integration.sampler": "integration.linear_sampler",
+    "integration.sentence_encoder": "integration.pipelines.sentence_encoder",
+    "integration.sheet": "evaluation.page.sheet",
+    "integration.side_by_side": "evaluation.page.side_by_side",
+    "integration.solvers": "evaluation.solvers",
+    "integration.student_pipeline": "integration.pipelines.student_pipeline",
+    "integration.time_facts": "integration.host.time_facts",
+    "integration.timing": "evaluation.timing",
+    "integration.trunk_facts": "integration.host.trunk_facts",
+    "integration.verify": "evaluation.verify",
+    "integration.verify_command": "evaluation.verify_command",
+    "integration.watched": "integration.host.watched",
+    "training.bench_curves": "evaluation.page.curves",
+    "training.bench_plan": "evaluation.plan",
+    "training.bench_runs": "evaluation.runs",
+    "training.bench_store": "evaluation.store",
+    "training.benchmark": "evaluation.benchmark",
+    "training.board": "training.plumbing.board",
+    "training.callbacks": "training.plumbing.callbacks",
+    "training.disca_gan": "training.disca.gan",
+    "training.frozen_runs": "training.disca.frozen_runs",
+    "training.inspect_command": "evaluation.inspect_command",
+    "training.inspect_markdown": "evaluation.page.inspect_markdown",
+    "training.inspect_page": "evaluation.page.inspect_page",
+    "training.lesa_figures": "training.lesa.lesa_figures",
+    "training.lesa_rates": "training.lesa.lesa_rates",
+    "training.lesa_samples": "training.lesa.lesa_samples",
+    "training.lesa_start": "training.lesa.lesa_start",
+    "training.linear_equivalent": "training.lesa.linear_equivalent",
+    "training.linear_refit": "training.lesa.linear_refit",
+    "training.measure": "evaluation.measure",
+    "training.offline": "evaluation.offline",
+    "training.processes": "training.plumbing.processes",
+    "training.progress": "training.plumbing.progress",
+    "training.readout_callbacks": "training.readout.readout_callbacks",
+    "training.readout_parts": "training.readout.segment_parts",
+    "training.readout_refit": "training.readout.readout_refit",
+    "training.readout_runs": "training.readout.readout_runs",
+    "training.readout_segment": "training.readout.segment",
+    "training.readout_shipped": "training.readout.shipped_sums",
+    "training.readout_sums": "training.readout.sums",
+    "training.readout_walk": "training.readout.walk",
+    "training.replayed_runs": "training.disca.replayed_runs",
+    "training.resuming": "training.plumbing.resuming",
+    "training.rows": "evaluation.rows",
+    "training.same_training": "training.plumbing.same_training",
+    "training.search": "evaluation.search",
+    "training.search_command": "training.anchor_search",
+    "training.stages": "training.lesa.stages",
+    "training.verdict": "evaluation.verdict",
+    "training.weight_rows": "evaluation.weight_rows",
+    "training.windows": "training.lesa.windows",
+    "trajectories.header": "trajectories.files.header",
+    "trajectories.manifest": "trajectories.files.manifest",
+    "trajectories.merge": "trajectories.files.merge",
+    "trajectories.motion": "evaluation.motion",
+    "trajectories.remote": "trajectories.files.remote",
+    "trajectories.repair": "trajectories.files.repair",
+    "trajectories.sampler": "trajectories.epoch_sampler",
+    "trajectories.shards": "trajectories.files.shards",
+    "trajectories.storage": "trajectories.files.storage",
+    "trajectories.uploads": "trajectories.files.uploads",
+    "trajectories.verify_command": "trajectories.verify_recording",
+    "trajectories.writer": "trajectories.files.writer",
+}
+"""Old name of a module inside `foreseer`, and its name now."""
+
+
+class MovedFinder(MetaPathFinder, Loader):
+    """Import what an old name stands for, and warn."""
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A loader for a moved module; `None` for every other name."""
+        package, _, name = fullname.partition(".")
+        return spec_from_loader(fullname, self) if package == "foreseer" and name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Python's default: what is put in its place comes with `exec_module`."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the module of today under the old name, so that its classes exist once."""
+        old = module.__name__
+        new = f"foreseer.{MOVED[old.removeprefix('foreseer.')]}"
+        text = f"{old} is {new} since version 0.3; change the name in your YAML or import."
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        sys.modules[old] = import_module(new)
+
+
+def install() -> None:
+    """Answer to old names, once."""
+    if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
+        sys.meta_path.append(MovedFinder())

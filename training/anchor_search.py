@@ -1,0 +1,179 @@
+"""`foreseer search`: the best anchors of every method for a number of evaluations.
+
+Every method is given the same effort: the same candidate lists, as many lists from its own search
+on Grams, the same number of single moves, the same calibration samples.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from foreseer.evaluation.measure import References, closed_loop_errors, log_error, opened_for
+from foreseer.evaluation.rows import RULES, least_squares_rows
+from foreseer.evaluation.search import Found, beam_search, closed_loop_search, common_lists
+from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
+from foreseer.predictors.linear import tabulate
+from foreseer.training.readout.readout_runs import held_out_error
+from foreseer.training.tracking import track
+from foreseer.trajectories.prompts import generate_batch
+from foreseer.trajectories.recording import Recording
+
+NUM_OPEN_LOOP = 3  # lists taken from the search on Grams
+
+
+def search_anchors(
+    pipe: Any,
+    references: References,
+    method: str,
+    tap: str,
+    num_anchors: int,
+    num_moves: int = 8,
+) -> list[Found]:
+    """Rank anchor lists of one method by closed-loop error on calibration samples.
+
+    Args:
+        pipe: the pipeline.
+        references: calibration samples of a recording.
+        method: a solver (`euler`, `ab2`, `dpmpp_2m`, `unipc`), a formula (`reuse`, ...),
+            `l2p_lstsq`, `l2p_closed_loop` (tracked rows on the `output` tap), or `readout`, fitted
+            on three of four samples for every list and measured on the others: give it 256.
+        tap: `output` or `hidden`; `none` for a solver.
+        num_anchors: network evaluations.
+        num_moves: evaluations spent on moving single anchors of the best list.
+
+    Returns:
+        Everything evaluated, best first.
+
+    Raises:
+        ValueError: the method is unknown.
+    """
+    recording = references.recording
+    sigmas = recording.header.sigmas
+    rule = RULES.get(method, RULES["newton_1"])
+    grams = recording.stack(f"gram/{tap if tap != 'none' else 'output'}")
+    lists = common_lists(num_anchors, len(sigmas))
+    lists += beam_search(grams, sigmas, num_anchors, rule)[:NUM_OPEN_LOOP]
+    evaluate = evaluator(pipe, references, method, tap)
+    return closed_loop_search(evaluate, list(dict.fromkeys(lists)), len(sigmas), num_moves)
+
+
+def evaluator(
+    pipe: Any, references: References, method: str, tap: str
+) -> Callable[[tuple[int, ...]], float]:
+    """The closed-loop error in dB of a method as a function of its anchors.
+
+    Raises:
+        ValueError: the method is unknown.
+    """
+    sigmas = references.recording.header.sigmas
+    branches = references.recording.header.num_branches
+
+    def of_rows(anchors: tuple[int, ...], rows: Float[Tensor, "branches S S"]) -> float:
+        errors = closed_loop_errors(
+            pipe, rows, anchors, tap, references.batches, references.finals, **references.settings
+        )
+        return float(errors.mean())
+
+    def of_solver(anchors: tuple[int, ...]) -> float:
+        latents = solve(pipe, method, [sigmas[a] for a in anchors], references)
+        return float(log_error(latents, references.finals).mean())
+
+    def of_formula(anchors: tuple[int, ...]) -> float:
+        return of_rows(anchors, tabulate(RULES[method], anchors, sigmas).repeat(branches, 1, 1))
+
+    def of_tracking(anchors: tuple[int, ...]) -> float:
+        start = tabulate(RULES["newton_1"], anchors, sigmas).repeat(branches, 1, 1)
+        rows, _ = track(
+            pipe, references.batches, references.states, anchors, start, **references.settings
+        )
+        return of_rows(anchors, rows)
+
+    def of_least_squares(anchors: tuple[int, ...]) -> float:
+        return of_rows(anchors, least_squares_rows(grams, anchors))
+
+    def of_readout(anchors: tuple[int, ...]) -> float:
+        items = references.items
+        return held_out_error(pipe, str(references.recording.folder), anchors, len(items))
+
+    if method == "readout" and tap == "output":
+        return of_readout
+    if method == "l2p_lstsq":
+        grams = references.recording.stack(f"gram/{tap}")
+        return of_least_squares
+    if method in SOLVERS:
+        return of_solver
+    if method in RULES:
+        return of_formula
+    if method == "l2p_closed_loop" and tap == "output":
+        return of_tracking
+    raise ValueError(
+        f"no search for {method!r} on the tap {tap!r}; known are "
+        f"{', '.join([*SOLVERS, *RULES])}, l2p_lstsq, and l2p_closed_loop and readout on `output`."
+    )
+
+
+def solve(pipe: Any, solver: str, sigmas: Sequence[float], references: References) -> Tensor:
+    """Final latents of a few-step solver on the calibration samples."""
+    settings = {**references.settings, "num_inference_steps": len(sigmas)}
+    latents = []
+    with sampling_with(pipe, solver_scheduler(solver, sigmas)), torch.no_grad():
+        for batch in references.batches:
+            latents.append(generate_batch(pipe, batch, output_type="latent", **settings)[0])
+    return torch.cat(latents).cpu()
+
+
+def search_command(
+    recording: str,
+    pipeline: Any,
+    out: str,
+    num_anchors: Sequence[int],
+    methods: Sequence[str],
+    num_samples: int = 16,
+    num_moves: int = 8,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> dict[str, list[int]]:
+    """Search every method at every budget and write the best lists; resumes after an interruption.
+
+    Args:
+        recording: folder of the recording.
+        pipeline: the pipeline it was made with, or its name.
+        out: JSON file: `method|tap|num_anchors` to a list of anchors.
+        num_anchors: budgets.
+        methods: `method|tap` of each, such as `ab2|none` or `taylor_1|hidden`.
+        num_samples: calibration samples.
+        num_moves: evaluations spent on moving single anchors.
+        dtype: dtype to load the pipeline in; None takes that of the recording.
+        device: where to put it; None takes a GPU where there is one.
+
+    Raises:
+        ValueError: several transformers took turns in the recorded runs.
+    """
+    source = Recording(recording)
+    if len(source.header.expert_steps) > 1:
+        raise ValueError(
+            f"{recording} is of {len(source.header.expert_steps)} transformers that start at the "
+            f"steps {source.header.expert_steps}; lists are tried in closed loop for one only. "
+            "`foreseer inspect` finds lists for several, on their Grams."
+        )
+    pipe = opened_for(source, pipeline, dtype, device)
+    references = References(source, source.items[:num_samples])
+    path = Path(out)
+    found: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
+    wanted = [f"{method}|{n}" for n in num_anchors for method in methods]
+    for key in tqdm(wanted, desc="search", unit="list"):
+        if key in found:
+            continue
+        method, tap, budget = key.split("|")
+        best = search_anchors(pipe, references, method, tap, int(budget), num_moves)[0]
+        found[key] = list(best.anchors)
+        tqdm.write(f"{key}: {' '.join(map(str, best.anchors))} at {best.error_db:.2f} dB")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    return found

@@ -1,0 +1,294 @@
+"""The fit of a readout: one walk over the anchors, a segment an epoch, all in closed form."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.evaluation.measure import References, check_pipeline, opened_for, predictor_errors
+from foreseer.integration.session import Session
+from foreseer.predictors.base import Grid
+from foreseer.predictors.experts import L2PExperts
+from foreseer.predictors.readout import Readout
+from foreseer.training.closed_form import ClosedForm
+from foreseer.training.fit_figures import SampleLog
+from foreseer.training.l2p import open_recording, spec_of
+from foreseer.training.readout.readout_callbacks import Detaching, LastVerdict
+from foreseer.training.readout.segment import Part, Segment, SegmentFit, fit_segment
+from foreseer.training.readout.segment_parts import SegmentParts, check_header, folds_of, sizes_of
+from foreseer.training.readout.shipped_sums import segment_tensors
+from foreseer.training.readout.sums import add_up
+from foreseer.training.readout.walk import Visited, Walk
+
+TAP = "output"
+SUMS = "segment_sums"  # in a checkpoint
+
+
+class ReadoutFit(ClosedForm):
+    """Fit rows and readout of every segment on the runs that the segments before it lead to.
+
+    For each anchor in turn: evaluate the network on all calibration trajectories, where the
+    accelerated run has brought them; solve for the rows and the readout whose forecasts land their
+    next states on the recorded ones (segment.py); advance with them. It takes one network
+    evaluation per anchor and trajectory, no gradients, and memory for one batch: what a batch
+    computed lies in a temporary file until the next anchor. A segment is an epoch, after which the
+    fit can be resumed; the network then runs the anchors before it once more. Of several processes
+    each walks with its share, and all solve for the same sums.
+
+    Args:
+        recording: folder of the recording, with states.
+        pipeline: the pipeline, its folder or name, or `zoo:<name>`.
+        anchors: steps at which the network runs.
+        rank: directions of the hidden state that are read.
+        neighbours: read the tokens around a token too, where the host tells their grid.
+        past: read the hidden states of so many earlier anchors too.
+        batch_size: trajectories per pipeline call.
+        keep_sums: export the normal equations too, so that `foreseer refit` can add recordings
+            without these trajectories: 4 MB an anchor for 64 directions and their neighbours.
+        device: where to put a pipeline that is loaded; None takes this process's GPU, if any.
+        dtype: dtype to load it in; None takes that of the recording.
+
+    Raises:
+        ValueError: the recording has no states, or its guidance ends in mid-run.
+    """
+
+    fit_name = "readout"
+    quiet = False
+
+    def __init__(
+        self,
+        recording: str,
+        pipeline: Any,
+        anchors: Sequence[int],
+        rank: int = 64,
+        neighbours: bool = True,
+        past: int = 2,
+        batch_size: int = 16,
+        keep_sums: bool = False,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recording = open_recording(recording, TAP, experts=True)
+        header = self.recording.header
+        check_header(header, recording)
+        told = {"recording": recording, "anchors": list(anchors), "tap": TAP, "fit": self.fit_name}
+        self.save_hyperparameters(told | {"arguments": None})  # known once the network has run
+        self.tap, self.anchors = TAP, list(anchors)
+        sizes = len(header.sigmas), anchors, header.num_branches, header.expert_steps
+        self.rows = L2PExperts(*sizes)  # those of the formula that each segment started at
+        self.predictor: Readout | None = None
+        self.pipe: Any = None
+        self.pipeline, self.place = pipeline, (dtype, device)
+        self.rank, self.neighbours, self.past = rank, neighbours, past
+        self.batch_size = batch_size
+        self.session: Session | None = None
+        self.keep_sums = keep_sums
+        self.sums: dict[str, Tensor] = {}  # what is kept of the segments
+        self.num_trajectories: Tensor
+        self.start_error: Tensor
+        self.val_error: Tensor
+        self.finished: Tensor
+        self.register_buffer("num_trajectories", torch.tensor(0))
+        self.register_buffer("finished", torch.tensor(False))
+        for name in ("start_error", "val_error"):
+            self.register_buffer(name, torch.tensor(float("inf"), dtype=torch.float64))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """End the fit with its verdict, and leave the pipeline as it was, come what may."""
+        return [Detaching(), LastVerdict()]
+
+    def spec(self) -> PredictorSpec:
+        """What the predictor was fitted on."""
+        count = int(self.num_trajectories)
+        return spec_of(self.recording.header, TAP, self.rows.anchors, count)
+
+    def deployed(self) -> Readout:
+        """The predictor.
+
+        Raises:
+            ValueError: not all segments are fitted yet.
+        """
+        if self.predictor is None or not self.finished:
+            raise ValueError("not all segments of the readout are fitted yet; let the fit run on.")
+        return self.predictor
+
+    def metrics(self) -> dict[str, float]:
+        """Errors in dB of the held-out samples, and those of the formulas the segments start at."""
+        if not self.validation.items:
+            return {}
+        errors = {"val_error_db": self.val_error, "val_error_db_start": self.start_error}
+        return {name: float(error) for name, error in errors.items()}
+
+    def on_fit_start(self) -> None:
+        """Load the pipeline, hook into it, and make room for what the batches compute.
+
+        Raises:
+            ValueError: the trainer ends before the last segment, or a process has nothing to do.
+        """
+        if self.pipe is None:
+            self.pipe = opened_for(self.recording, self.pipeline, *self.place)
+            check_pipeline(self, self.pipe)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.num_trajectories.fill_(len(data.train_items))
+        self.calibration = References(self.recording, data.train_items, self.batch_size)
+        self.validation = References(self.recording, data.val_items, self.batch_size)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        self.batches = [(batch, Visited()) for batch in self.calibration.batches[rank::world]]
+        if not self.batches:
+            raise ValueError(
+                f"process {rank} of {world} has no batch of {self.batch_size} trajectories; use "
+                "fewer processes or a smaller batch_size."
+            )
+        self.walk = Walk(self.rows, self.pipe.scheduler, self.past)
+        self.walk.predictor = self.predictor
+        folds = folds_of(item for batch in self.calibration.batches for item in batch)
+        self.parts = SegmentParts(self.recording, self.walk, folds)
+        most, count = self.trainer.max_epochs, len(self.parts.segments)
+        if most is not None and 0 <= most < count:
+            raise ValueError(
+                f"max_epochs is {most}, and each of the {count} segments takes an epoch; set "
+                "max_epochs: -1, the fit ends by itself."
+            )
+        self.trainer.fit_loop.max_epochs = count
+        self.scratch = tempfile.TemporaryDirectory(prefix="foreseer_readout_")
+        self.session = Session(self.pipe, self.walk)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Visit the next anchor with all trajectories, and solve for its segment."""
+        number, count = self.current_epoch, len(self.parts.segments)
+        anchor, end = self.parts.segments[number]
+        self._visit(anchor, f"anchor {anchor}, segment {number + 1} of {count}")
+        found = self._solve(anchor, end)
+        self._keep(found.segment, self._started(found, anchor, end), anchor, end)
+        self.log("train/readout_gain_db", found.gain_db, prog_bar=True, batch_size=1)
+        self.print(
+            f"steps {anchor} to {end}: rows from {found.origin}, readout {found.gain_db:+.2f} dB "
+            f"on left-out prompts (strength {found.strength:g})"
+        )
+        self.optimizers().step()  # type: ignore[union-attr]
+
+    def on_train_epoch_end(self) -> None:
+        """After the last segment, run the held-out trajectories."""
+        if self.current_epoch + 1 < len(self.parts.segments):
+            return
+        self.detach()
+        self.finished.fill_(True)
+        if self.validation.items:
+            assert self.predictor is not None  # its segments are fitted
+            if not self.quiet:
+                self.start_error.fill_(self._error(self.rows))
+            self.val_error.fill_(self._error(self.predictor))
+            self.log("val/error_db", self.val_error)
+            SampleLog(self.validation, TAP, self.anchors).log(self, self.predictor)
+
+    def on_fit_end(self) -> None:
+        """Leave the pipeline as it was."""
+        self.detach()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the segments fitted so far."""
+        super().on_load_checkpoint(checkpoint)
+        if (arguments := checkpoint["hyper_parameters"]["arguments"]) is not None:
+            self._make_predictor(arguments)
+        self.sums = checkpoint.get(SUMS, {})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the segments' sums, where they are asked for."""
+        super().on_save_checkpoint(checkpoint)
+        if self.keep_sums:
+            checkpoint[SUMS] = self.sums
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One that changes nothing, since segments are solved for: Lightning counts its steps."""
+        return torch.optim.SGD([self.rows.weight], lr=0.0)
+
+    def _visit(self, anchor: int, label: str) -> None:
+        """Take every batch to an anchor."""
+        bar = tqdm(self.batches, label, unit="batch", disable=self.quiet, delay=2, leave=False)
+        for place, (items, visited) in enumerate(bar):
+            path = self._path(place)
+            if path.exists():
+                visited = visited.loaded(path, self.pipe.device)
+            self.walk.visited = visited
+            self.walk.visit(self.pipe, items, anchor, self.calibration.settings)
+            if self.predictor is None:
+                sizes = self.rank, self.neighbours, self.past
+                self._make_predictor(sizes_of(self.rows, visited, *sizes))
+            visited.save(path)
+            self.batches[place] = (items, visited)
+
+    def _parts(self, anchor: int, end: int) -> Iterator[Part]:
+        """What a segment needs of every batch, from the files."""
+        for place, (items, visited) in enumerate(self.batches):
+            found = visited.loaded(self._path(place), self.pipe.device)
+            yield self.parts.part(items, found, anchor, end)
+
+    def _path(self, place: int) -> Path:
+        """Where a batch's tensors lie between two visits."""
+        return Path(self.scratch.name) / f"{place}.safetensors"
+
+    def _make_predictor(self, arguments: dict[str, Any]) -> None:
+        self.hparams["arguments"] = arguments
+        self.predictor = Readout(**arguments).to(self.device)
+        if hasattr(self, "walk"):
+            self.walk.predictor = self.predictor
+
+    def _grid(self) -> Grid | None:
+        """On which the host's tokens lie, where neighbours are read."""
+        return next(iter(self.batches[0][1].layouts.values())).grid if self.neighbours else None
+
+    def _solve(self, anchor: int, end: int) -> SegmentFit:
+        """The segment from what was visited."""
+        parts, guided = partial(self._parts, anchor, end), float(self.parts.guidance(anchor).sum())
+        formulas = self.parts.formulas(anchor, end)
+        assert self.predictor is not None  # a batch was visited
+        rank = self.predictor.rank  # no more than the host's width, whatever was asked for
+        return fit_segment(parts, formulas, rank, self._grid(), add_up, guided)
+
+    def _started(self, found: SegmentFit, anchor: int, end: int) -> Tensor:
+        """The rows of a segment's steps before they moved, `(branches, steps, S)`."""
+        steps = slice(anchor + 1, end)
+        self.rows.weight[:, steps] = self.parts.tables[found.origin][steps].to(self.rows.weight)
+        return self.rows.weight[:, steps]
+
+    def _keep(self, found: Segment, started: Tensor, anchor: int, end: int) -> None:
+        """Write a segment's rows and readout into the predictor."""
+        predictor, known = self.predictor, self.parts.known(anchor)
+        assert predictor is not None  # a batch was visited
+        steps = slice(anchor + 1, end)
+        delta = found.delta.view(len(known), -1).T[:, None]  # (branches, 1, known)
+        predictor.weight[:, steps] = started
+        predictor.weight[:, steps, known] += delta.to(predictor.weight)
+        predictor.set_readout(anchor, found.inner, found.outer, found.constant)
+        if self.keep_sums:
+            self.sums |= segment_tensors({anchor: found})
+
+    def _error(self, predictor: L2PExperts) -> float:
+        """Mean error in dB of the held-out samples."""
+        references = self.validation
+        errors = predictor_errors(
+            self.pipe,
+            predictor,
+            TAP,
+            self.anchors,
+            references.batches,
+            references.finals,
+            **references.settings,
+        )
+        return float(errors.mean())
+
+    def detach(self) -> None:
+        """Take the hooks off the pipeline and the files away."""
+        if self.session is not None:
+            self.session.detach()
+            self.session = None
+            self.scratch.cleanup()

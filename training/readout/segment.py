@@ -1,0 +1,264 @@
+"""The rows and the readout of one segment, in closed form from a few sweeps over its trajectories.
+
+Forecasts of a segment are alike up to their rows, so what they should be is one tensor: `wanted`,
+the forecast that would land the next state on the recorded one. Rows explain what they can of it,
+then a reduced-rank regression finds which r directions of the hidden state tell most of the rest,
+of the token itself and of its neighbours, and last rows and readout are solved for together.
+Shapes: n trajectories of a part, M tokens, P elements of a token, D channels, Q outputs known so
+far (one per branch and anchor), r directions read, k * k tokens of a neighbourhood.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foreseer.predictors.base import Grid
+from foreseer.predictors.readout import STORED, neighbourhood
+from foreseer.training.readout.sums import SegmentSums, Solved, Total, solve
+
+ROWS_RIDGE = 1e-3  # of the rows toward their formula, relative to the diagonal
+DIRECTIONS_RIDGE = 3e-2  # of the regression that chooses what is read
+FLOOR = 1e-3  # of what is wanted, squared: an error near 0 must not rule a fit
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some trajectories at one segment.
+
+    Args:
+        hidden: sum_b g_b norm(H_b) at the segment's anchor and those before it that are read too,
+            side by side; g the guidance weights.
+        outputs: g_b F_{b,a} of all anchors so far, anchor by anchor.
+        wanted: the guided forecast that lands the next state on the recorded one.
+        newest: g_b F_{b,a} of the segment's anchor, summed over branches: the Euler forecast.
+        folds: of each trajectory, equal where their prompts are.
+    """
+
+    hidden: Float[Tensor, "n M D"]
+    outputs: Float[Tensor, "Q n M P"]
+    wanted: Float[Tensor, "n M P"]
+    newest: Float[Tensor, "n M P"]
+    folds: tuple[int, ...]
+
+
+Parts = Callable[[], Iterator[Part]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What was found for a segment, and what it takes to go on with it.
+
+    Args:
+        start: weights of the outputs in the formula that the rows started at.
+        delta: movement of the rows from it.
+        inner: V, in the dtype it is stored in.
+        outer: U, zeros where nothing is read.
+        constant: c.
+        sums: what was solved.
+    """
+
+    start: Float[Tensor, " Q"]
+    delta: Float[Tensor, " Q"]
+    inner: Float[Tensor, "r D"]
+    outer: Float[Tensor, "P r k k"]
+    constant: Float[Tensor, " P"]
+    sums: Total
+
+
+@dataclass(frozen=True)
+class SegmentFit:
+    """A segment, and how it came about.
+
+    Args:
+        segment: what was found.
+        origin: name of the formula that the rows started at, or of what was extended.
+        strength: ridge strength of U; infinite where nothing is read.
+        gain_db: by how much the readout lowers the error on left-out prompts.
+    """
+
+    segment: Segment
+    origin: str
+    strength: float
+    gain_db: float
+
+
+@torch.no_grad()
+def fit_segment(
+    parts: Parts,
+    formulas: Mapping[str, Float[Tensor, " Q"]],
+    rank: int,
+    grid: Grid | None,
+    total: Callable[[list[Tensor]], None],
+    guided: float,
+) -> SegmentFit:
+    """Choose the formula, the directions and their strength, and solve.
+
+    Args:
+        parts: yields this process's trajectories anew at every call.
+        formulas: weights of the outputs in a forecast of the segment, by name of the formula.
+        rank: r at most.
+        grid: of the tokens, to read neighbours; None reads each token alone.
+        total: adds sums up over all processes, in place.
+        guided: sum of the guidance weights, which multiplies the constant.
+    """
+    name, weights = _rows(parts, formulas, total)
+    inner = _directions(parts, weights, rank, grid, total)
+    sums = _readout_sums(parts, formulas[name], weights, inner, grid, guided)
+    total(sums.tensors)
+    found = solve(sums, ROWS_RIDGE)
+    return _as_fit(found, formulas[name].to(found.delta), inner, grid, found.rows_error, name)
+
+
+@torch.no_grad()
+def extend_segment(
+    parts: Parts,
+    fitted: Segment,
+    grid: Grid | None,
+    total: Callable[[list[Tensor]], None],
+    guided: float,
+) -> SegmentFit:
+    """Solve a segment again, with more trajectories; what it starts at and reads stays.
+
+    Args:
+        parts: yields this process's new trajectories anew at every call.
+        fitted: the segment so far.
+        grid: of the tokens, as it was fitted.
+        total: adds sums up over all processes, in place.
+        guided: sum of the guidance weights.
+
+    Returns:
+        The fit, whose `gain_db` is that over the segment so far, on left-out prompts of the new
+        trajectories.
+    """
+    weights = fitted.start + fitted.delta
+    sums = _readout_sums(parts, fitted.start, weights, fitted.inner, grid, guided)
+    total(sums.tensors)
+    folds = [fold for fold, count in enumerate(sums.count) if count > 0]
+    matrix = fitted.outer.permute(2, 3, 1, 0).flatten(0, 2)
+    before = torch.cat([matrix, fitted.constant[None].to(matrix)]).to(sums.normal)
+    delta = fitted.delta.to(sums.normal)
+    error = sum(Total.of(sums, [fold]).error(delta, before) for fold in folds) / len(folds)
+    found = solve(sums, ROWS_RIDGE, fitted.sums)
+    return _as_fit(found, fitted.start, fitted.inner, grid, error, "the predictor")
+
+
+def _as_fit(
+    found: Solved,
+    start: Float[Tensor, " Q"],
+    inner: Float[Tensor, "r D"],
+    grid: Grid | None,
+    before: float,
+    origin: str,
+) -> SegmentFit:
+    side = 1 if grid is None else 3
+    outer = found.readout[:-1].unflatten(0, (side, side, len(inner))).permute(3, 2, 0, 1)
+    gain = 10 * torch.log10(torch.tensor(before / found.readout_error))
+    outer, constant = outer.contiguous(), found.readout[-1]
+    segment = Segment(start, found.delta, inner, outer, constant, found.total)
+    return SegmentFit(segment, origin, found.strength, float(gain))
+
+
+def _rows(
+    parts: Parts,
+    formulas: Mapping[str, Float[Tensor, " Q"]],
+    total: Callable[[list[Tensor]], None],
+) -> tuple[str, Float[Tensor, " Q"]]:
+    """The formula with the least error, and the weights of the outputs by ridge toward it."""
+    inner: Tensor | None = None
+    for part in parts():
+        size = (part.wanted - part.newest).square().mean((1, 2))
+        weight = _weights(part, size).sqrt()[:, None, None]
+        u = torch.cat([part.outputs, part.wanted[None]]) * weight
+        u = u.flatten(1)
+        product = (u @ u.T).double()
+        inner = product if inner is None else inner + product
+    assert inner is not None  # a fit has trajectories
+    total([inner])
+    last = torch.ones_like(inner[:1, 0])
+    errors = {}
+    for name, weights in formulas.items():
+        c = torch.cat([-weights.to(inner), last])
+        errors[name] = float(c @ inner @ c)
+    best = min(errors, key=errors.__getitem__)
+    start = formulas[best].to(inner)
+    known, right = inner[:-1, :-1], inner[:-1, -1] - inner[:-1, :-1] @ start
+    scale = known.diagonal().clamp_min(1e-300).rsqrt()
+    unit = known * scale[:, None] * scale
+    unit.diagonal().add_(ROWS_RIDGE)
+    return best, start + scale * torch.linalg.solve(unit, scale * right)
+
+
+def _directions(
+    parts: Parts,
+    weights: Float[Tensor, " Q"],
+    rank: int,
+    grid: Grid | None,
+    total: Callable[[list[Tensor]], None],
+) -> Float[Tensor, "r D"]:
+    """The directions of the hidden state that tell most of what the rows leave.
+
+    Reduced-rank regression (Izenman 1975): B = (N + ridge)^-1 C maps the hidden state to what the
+    rows leave at the token and its neighbours; the leading eigenvectors Q of B^T N B span what is
+    predicted best, so V = (B Q)^T, scaled to a root mean square of one.
+    """
+    normal: Tensor | None = None
+    cross: Tensor | None = None
+    for part in parts():
+        left = _left(part, weights)
+        weight = _weights(part, left.square().mean((1, 2))).sqrt()[:, None, None]
+        near = left if grid is None else neighbourhood(left, grid)
+        z, y = (part.hidden * weight).flatten(0, 1), (near * weight).flatten(0, 1)
+        products = (z.T @ z).double(), (z.T @ y).double()
+        normal = products[0] if normal is None else normal + products[0]
+        cross = products[1] if cross is None else cross + products[1]
+    assert normal is not None and cross is not None
+    total([normal, cross])
+    scale = normal.diagonal().clamp_min(1e-300).rsqrt()
+    unit = normal * scale[:, None] * scale
+    unit.diagonal().add_(DIRECTIONS_RIDGE)
+    b = scale[:, None] * torch.linalg.solve(unit, scale[:, None] * cross)
+    vectors = torch.linalg.eigh(b.T @ normal @ b).eigenvectors
+    v = b @ vectors[:, -min(rank, *b.shape) :]
+    power = (v * (normal @ v)).sum(0)
+    power = power.clamp_min(1e-6 * float(power.max()) + 1e-300)  # normalised channels sum to 0
+    v = v * (normal.trace() / len(normal) / power).sqrt()  # hidden states have a mean square of one
+    return v.T.float().to(STORED)
+
+
+def _readout_sums(
+    parts: Parts,
+    start: Float[Tensor, " Q"],
+    weights: Float[Tensor, " Q"],
+    inner: Float[Tensor, "r D"],
+    grid: Grid | None,
+    guided: float,
+) -> SegmentSums:
+    """The normal equations of what is read and of the rows, from the formula on."""
+    sums: SegmentSums | None = None
+    for part in parts():
+        read = part.hidden @ inner.to(part.hidden).T
+        near = read if grid is None else neighbourhood(read, grid)
+        near = torch.cat([near, torch.full_like(near[..., :1], guided)], -1)
+        size = _left(part, weights).square().mean((1, 2))
+        missing = part.wanted - torch.einsum("q,qnmp->nmp", start.to(part.wanted), part.outputs)
+        u = torch.cat([part.outputs, missing[None]])
+        if sums is None:
+            sizes = near.shape[-1], len(part.outputs), part.wanted.shape[-1]
+            sums = SegmentSums.empty(*sizes, near.device)
+        for number, (fold, weight) in enumerate(zip(part.folds, _weights(part, size), strict=True)):
+            sums.add(fold, near[number], u[:, number], float(weight))
+    assert sums is not None
+    return sums
+
+
+def _left(part: Part, weights: Float[Tensor, " Q"]) -> Float[Tensor, "n M P"]:
+    """What the rows leave of what is wanted."""
+    return part.wanted - torch.einsum("q,qnmp->nmp", weights.to(part.wanted), part.outputs)
+
+
+def _weights(part: Part, size: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """One over each trajectory's squared error, so that each counts by its decibels."""
+    return (size + FLOOR * part.wanted.square().mean((1, 2))).reciprocal()
