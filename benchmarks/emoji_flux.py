@@ -36,7 +36,7 @@ from foreseer.evaluation.page.table import markdown_table, short_table, verdict
 from foreseer.evaluation.results import load_meta, load_rows, save_meta, save_rows
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.load import load_pipeline
-from foreseer.trajectories.record_command import asked_items
+from foreseer.trajectories.prompts import asked_items
 
 PIPELINE = "zoo:emoji_flux"
 RECORDING = "runs/record/emoji_flux"

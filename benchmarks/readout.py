@@ -48,8 +48,7 @@ from foreseer.training.readout import sums as readout_sums
 from foreseer.training.readout.readout_fit import ReadoutFit
 from foreseer.training.readout.readout_runs import run_fit
 from foreseer.trajectories.datamodule import ItemsDataModule
-from foreseer.trajectories.prompts import Item, generate_batch
-from foreseer.trajectories.record_command import asked_items
+from foreseer.trajectories.prompts import Item, asked_items, generate_batch
 
 ROOT = Path("runs/readout")
 RESULT = Path("benchmarks/results/readout.json")

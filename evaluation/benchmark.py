@@ -31,8 +31,7 @@ from foreseer.integration.pipelines.load import opened
 from foreseer.integration.pipelines.pipeline_call import call_settings, guidance_of_call
 from foreseer.predictors.base import LinearPredictor, Predictor
 from foreseer.predictors.linear import L2P, tabulate
-from foreseer.trajectories.prompts import Item, digest, generate_batch
-from foreseer.trajectories.record_command import asked_items
+from foreseer.trajectories.prompts import Item, asked_items, digest, generate_batch
 
 FIRST_ITEM = 10_000  # far from every item a recording starts with
 SHEET_SAMPLES = 8

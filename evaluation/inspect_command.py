@@ -1,4 +1,4 @@
-"""`foreseer inspect`: what a recording holds, how it moves, and which rule it speaks for.
+"""What a recording holds, how it moves, and which rule it speaks for.
 
 Everything follows from Grams: no network, no features. Shapes: S sampling steps.
 """
@@ -25,7 +25,6 @@ from foreseer.evaluation.page.heat import Weights, forecast_weights
 from foreseer.evaluation.page.inspect_markdown import inspect_markdown
 from foreseer.evaluation.page.inspect_page import Answer, inspect_page
 from foreseer.evaluation.page.plots import plot_timeline
-from foreseer.trajectories.files.storage import is_url
 from foreseer.trajectories.gram import cosines, step_errors
 from foreseer.trajectories.recording import Recording
 
@@ -40,28 +39,20 @@ UNITS = {
 }
 
 
-def inspect_command(
-    recording: str, out: str | None = None, budgets: Sequence[int] | None = None
-) -> list[Path]:
+def inspection(opened: Recording, folder: Path, budgets: Sequence[int] | None) -> list[Path]:
     """Print what a recording holds and what its Grams say about every rule; draw both on a page.
 
     Args:
-        recording: folder of the recording.
-        out: folder for `inspect.html`, `inspect.md`, the plots and `offline.json`; None takes
-            `plots` beside the shards.
-        budgets: network evaluations to compare at, from one per transformer to below the steps;
-            None takes those of 11, 8 and 6 that are.
+        opened: the recording.
+        folder: for the page, the plots and the table; made when missing.
+        budgets: see `foreseer.commands.inspect`.
 
     Returns:
         The plots, the Markdown and the page; nothing of an empty recording.
 
     Raises:
-        RecordingError: the folder is no recording.
-        ValueError: a budget is out of range, or a URL comes without `out`.
+        ValueError: a budget is out of range.
     """
-    if out is None and is_url(recording):
-        raise ValueError(f"{recording} is a URL; name a folder of this machine for the plots: out.")
-    opened = Recording(recording)
     num_steps = opened.header.num_steps
     budgets = BUDGETS if budgets is None else suitable(budgets, opened)
     print(facts(opened))
@@ -73,7 +64,6 @@ def inspect_command(
     grams = {tap: opened.stack(f"gram/{tap}", items) for tap in taps}
     motions = {tap: motion(grams[tap]) for tap in taps}
     print(table(motions))
-    folder = Path(opened.folder, "plots") if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     plots = draw(motions, folder)
     alike = {tap: cosines(grams[tap].double()).flatten(0, 1).mean(0) for tap in taps}

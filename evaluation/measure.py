@@ -22,7 +22,7 @@ from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.linear import L2P
 from foreseer.trajectories.prompts import CONTENT, Item, generate_batch
-from foreseer.trajectories.record_command import own_device
+from foreseer.trajectories.ranks import own_device
 from foreseer.trajectories.recording import Recording
 
 

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.evaluation.page.analysis import plot_layer_motion, plot_step_errors
+from foreseer.integration.memory import readable
 from foreseer.trajectories.gram import cosine_to_previous, projection_fidelity, relative_change
-from foreseer.trajectories.record_command import megabytes
 from foreseer.trajectories.recording import Recording
 
 EXPLAINED = 0.95  # the fidelity above which L2P (arXiv 2604.26365) calls a step explained
@@ -41,7 +41,7 @@ def told(recording: Recording) -> dict[str, str]:
     starts = header.expert_steps
     several = {"transformers": f"{len(starts)}, from the steps {' '.join(map(str, starts))} on"}
     return {
-        "trajectories": f"{len(recording)}, {megabytes(total)}",
+        "trajectories": f"{len(recording)}, {readable(total)}",
         "host": f"{header.host['class']}, {header.host['parameters']:,} parameters, {header.dtype}",
         "scheduler": f"{header.scheduler['class']}, {header.num_steps} steps, sigma "
         f"{header.sigmas[0]:.4g} to {header.sigmas[-1]:.4g}",

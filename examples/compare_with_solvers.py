@@ -9,7 +9,7 @@ Two samples and one budget, so that it takes seconds: the numbers scatter by sev
 import sys
 from pathlib import Path
 
-from foreseer.commands import bench
+from foreseer import bench
 from foreseer.evaluation.results import load_rows
 
 out = Path(sys.argv[1])

@@ -108,9 +108,9 @@ def check_budget(memory_budget: int | None) -> None:
         )
 
 
-def readable(num_bytes: int) -> str:
+def readable(num_bytes: int | float) -> str:
     """A number of bytes in the unit a person would choose."""
     value, unit = float(num_bytes), 0
     while value >= 1024 and unit < len(UNITS) - 1:
         value, unit = value / 1024, unit + 1
-    return f"{value:.1f} {UNITS[unit]}" if unit else f"{num_bytes} bytes"
+    return f"{value:.1f} {UNITS[unit]}" if unit else f"{num_bytes:.0f} bytes"

@@ -47,7 +47,9 @@ def exit_code(words: list[str]) -> int | str | None:
     return stop.value.code
 
 
-@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in cli.FUNCTIONS)])
+@pytest.mark.parametrize(
+    "words", [["--help"], *([*name.split(), "--help"] for name in cli.FUNCTIONS)]
+)
 def test_help_takes_under_a_second_and_loads_no_torch(words, tmp_path):
     command = [sys.executable, "-c", HELP, *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -60,7 +62,7 @@ def test_help_takes_under_a_second_and_loads_no_torch(words, tmp_path):
 
 @pytest.mark.parametrize("name", cli.FUNCTIONS)
 def test_every_option_of_a_command_is_explained(name, capsys):
-    assert exit_code([name, "--help"]) == 0
+    assert exit_code([*name.split(), "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     explained = (
         str(cli.FUNCTIONS[name].__doc__).split("Args:")[1].split("Returns:")[0].strip().splitlines()
@@ -142,6 +144,27 @@ def test_print_config_prints_a_yaml_file_that_gives_the_same_run(calls, tmp_path
     config.write_text(printed)
     cli.run_function(fake_command, ["--config", str(config)])
     assert calls == [("s", 7, ["a", "b"])]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("record --taps output,hidden", {"taps": ["output", "hidden"]}),
+        ("record --taps=attn --states false", {"taps": ["attn"], "states": False}),
+        ("record --taps [a] --taps+ b --prompts a,b", {"taps": ["a", "b"], "prompts": "a,b"}),
+        ("fit --recording r --anchors 0,3 --evaluations 8", {"anchors": [0, 3], "evaluations": 8}),
+        ("fit --recording r --evaluations=6,8", {"evaluations": [6, 8]}),
+        ("bench --budgets 8 --methods null", {"budgets": [8], "methods": None}),
+        ("verify --repair runs/a", {"repair": True, "recording": "runs/a"}),
+        ("verify runs/a --repair", {"repair": True, "recording": "runs/a"}),
+        ("demo --all FALSE", {"all": False}),
+    ],
+)
+def test_lists_need_no_brackets_and_flags_no_value(line, expected, capsys):
+    needed = {"record": "--pipeline p --out o", "bench": "--pipeline p --out o"}
+    words = f"{line} {needed.get(line.split()[0], '')} --print_config".split()
+    assert exit_code(words) == 0
+    assert yaml.safe_load(capsys.readouterr().out).items() >= expected.items()
 
 
 @pytest.mark.parametrize("name", ["inspect", "verify"])

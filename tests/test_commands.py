@@ -9,9 +9,9 @@ from tiny_pipelines import tiny_pipeline
 from foreseer.cli import main
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
-from foreseer.trajectories.estimate import estimate
-from foreseer.trajectories.prompts import class_items
-from foreseer.trajectories.record_command import check_room, number_of_classes, place
+from foreseer.trajectories.estimate import check_room, estimate
+from foreseer.trajectories.prompts import class_items, number_of_classes
+from foreseer.trajectories.ranks import place
 from foreseer.trajectories.recording import Recording
 
 
@@ -52,9 +52,8 @@ def test_two_ranks_and_a_resumed_run_record_what_one_process_records(pipeline, t
     assert shards(tmp_path / "parts") == shards(tmp_path / "whole")
     capsys.readouterr()
     main(words(pipeline, tmp_path / "parts", batch_size=1))
-    assert (
-        "4 of 4 trajectories are there; the other 0 need about 0.00 MB" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "4 of 4 trajectories are there; the other 0 need about 0 bytes" in said
     assert shards(tmp_path / "parts") == shards(tmp_path / "whole")
 
 
@@ -81,7 +80,7 @@ def test_a_recording_that_does_not_fit_on_the_disk_is_not_begun(pipeline, tmp_pa
         free = 100
 
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage)
-    with pytest.raises(SystemExit, match="0.00 MB free, the recording needs about 0.0"):
+    with pytest.raises(SystemExit, match="100 bytes free, the recording needs about .* KiB"):
         main(words(pipeline, tmp_path / "r"))
     assert not (tmp_path / "r").exists()
 

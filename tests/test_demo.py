@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tiny_pipelines import tiny_pipeline
 
-from foreseer import demo
+from foreseer import commands, demo
 from foreseer.cli import main
 from foreseer.demo import Stage
 from foreseer.evaluation import offline
@@ -49,22 +49,22 @@ def test_finished_stages_are_not_run_again(stages, tmp_path, monkeypatch, capsys
     whole = demo.STAGES["two"]
     monkeypatch.setitem(demo.STAGES, "two", Stage("two", 1, interrupt))
     with pytest.raises(KeyboardInterrupt):
-        demo.demo_command(str(tmp_path / "demo"), "somewhere")
+        commands.demo(str(tmp_path / "demo"), "somewhere")
     assert stages == ["one"]
     monkeypatch.setitem(demo.STAGES, "two", whole)
-    demo.demo_command(str(tmp_path / "demo"), "somewhere")
+    commands.demo(str(tmp_path / "demo"), "somewhere")
     assert stages == ["one", "two", "three"]
     said = capsys.readouterr().out
     assert "=== 1 of 3: one\n    done before" in said
     assert "=== 3 of 3: three\n    takes about 1 s on an idle processor" in said
-    demo.demo_command(str(tmp_path / "demo"), "somewhere", everything=True)
+    commands.demo(str(tmp_path / "demo"), "somewhere", all=True)
     assert stages == ["one", "two", "three", "four"]
 
 
 def test_a_folder_of_another_pipeline_is_refused(stages, tmp_path):
-    demo.demo_command(str(tmp_path / "demo"), "somewhere")
+    commands.demo(str(tmp_path / "demo"), "somewhere")
     with pytest.raises(ValueError, match="demonstration on somewhere, asked for elsewhere"):
-        demo.demo_command(str(tmp_path / "demo"), "elsewhere")
+        commands.demo(str(tmp_path / "demo"), "elsewhere")
     assert stages == ["one", "two", "three"]
 
 

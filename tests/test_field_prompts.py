@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import save_file
 
 from foreseer.integration.pipelines.pipeline_call import first_samples, samples
-from foreseer.trajectories.record_command import asked_items
+from foreseer.trajectories.prompts import asked_items
 
 pytestmark = pytest.mark.fault
 LINES = ["slice of pizza", "red heart"]

@@ -9,7 +9,7 @@ import torch
 from html_pages import check_page, read_page
 from test_offline import RUN_STEPS, recorded
 
-from foreseer.evaluation.inspect_command import inspect_command
+from foreseer.commands import inspect
 from foreseer.evaluation.motion import motion
 from foreseer.evaluation.page.inspect_markdown import inspect_markdown
 from foreseer.evaluation.page.inspect_page import inspect_page
@@ -23,7 +23,7 @@ TOLD = {"trajectories": "1, 2 MB", "host": EVIL, "scheduler": "Euler"}
 @pytest.fixture(scope="module")
 def inspected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspect")
-    paths = inspect_command(str(recorded(folder / "r", 6)), str(folder / "out"), [5, 3])
+    paths = inspect(str(recorded(folder / "r", 6)), str(folder / "out"), [5, 3])
     return folder / "out", paths
 
 
@@ -116,7 +116,7 @@ def test_the_markdown_holds_the_tables_and_shows_the_figures(inspected):
 
 def test_a_recording_of_blocks_shows_its_layers_and_says_why_no_rule(tmp_path):
     folder = recorded(tmp_path / "r", 2, ("blocks.0", "blocks.1"))
-    *_, page = inspect_command(str(folder), str(tmp_path / "out"))
+    *_, page = inspect(str(folder), str(tmp_path / "out"))
     html = read_page(page.read_text())
     check_page(html)
     assert html.one("p", "verdict").words().startswith("No rule was compared: found the taps")

@@ -202,7 +202,7 @@ def test_settings_a_pipeline_does_not_take_are_refused():
 
 def test_a_text_pipeline_is_recorded_from_a_file_of_embeddings(tmp_path, monkeypatch, capsys):
     pipe = pipeline("flux")
-    monkeypatch.setattr("foreseer.trajectories.record_command.opened", lambda *arguments: pipe)
+    monkeypatch.setattr("foreseer.integration.pipelines.load.opened", lambda *arguments: pipe)
     save_file(joined([item.inputs for item in items("flux", 3)]), tmp_path / "rows.safetensors")
     size = {"height": 32, "width": 32}
     command = f"record --pipeline flux --out {tmp_path / 'r'} --num_trajectories 4 --batch_size 2"

@@ -1,19 +1,25 @@
-"""How large a recording will be, found by running the first step of one trajectory.
+"""How large a recording will be, found by running the first step of one trajectory, and the disk.
 
 Shapes: S sampling steps.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from foreseer.integration.memory import readable
 from foreseer.integration.session import Session
 from foreseer.predictors.partition import Partition
 from foreseer.trajectories.collector import Recorder
+from foreseer.trajectories.files.remote import cache_folder
+from foreseer.trajectories.files.storage import exists, is_url
 from foreseer.trajectories.prompts import Item, generate_batch
 from foreseer.trajectories.recipe import expand_taps
+from foreseer.trajectories.recording import Recording
 
 GRAM_BYTES = 8  # float64
 STATE_BYTES = 4  # states are kept in float32
@@ -108,3 +114,60 @@ def count(recorder: Recorder, features: str, num_tokens: int, states: bool) -> E
         elif features == "tokens" and feature.ndim == 2:  # (N, D)
             total += tap * num_tokens // feature.shape[0] + 8 * num_tokens
     return Estimate(total, full, each)
+
+
+def check_room(
+    out: str | Path, items: Sequence[Item], rank: int, world: int, size: Estimate
+) -> None:
+    """Say how much will be written, and refuse to start what cannot end.
+
+    Args:
+        out: folder or URL of the recording.
+        items: those of all writers, finished ones included.
+        rank: this writer.
+        world: number of writers.
+        size: bytes per trajectory.
+
+    Raises:
+        OSError: the disk has less room than this writer's missing items need; of a URL, than one
+            needs on its way.
+    """
+    done = set(Recording(out).items) if exists(out) else set()
+    mine = items[rank::world]
+    missing = sum(item.index not in done for item in mine)
+    of_all = sum(item.index not in done for item in items)
+    remote = is_url(out)
+    folder = cache_folder() if remote else Path(out).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    each, room = size.trajectory_bytes, f"of {readable(free)} free"
+    where = f"and are sent to {out} one at a time" if remote else room
+    who = f"rank {rank} of {world}: " if world > 1 else ""
+    print(
+        f"{who}{len(mine) - missing} of {len(mine)} trajectories are there; the other {missing} "
+        f"need about {readable(missing * each)} {where}"
+    )
+    needed = min(missing, 1) * each if remote else missing * each
+    if needed > free:
+        raise OSError(
+            f"the disk of {folder} has {readable(free)} free, the recording needs about "
+            f"{readable(needed)}; record fewer trajectories or taps, features: none, or elsewhere."
+        )
+    if not remote and of_all * each > free:
+        print(
+            f"all {world} writers together need about {readable(of_all * each)}, more than "
+            f"{folder} has: if they share this disk it will fill up, which stops them but loses "
+            "nothing; start them again with more room"
+        )
+
+
+def summary(recording: Recording, size: Estimate) -> str:
+    """One line: trajectories, bytes per trajectory, ratio to full features."""
+    entries = recording.entries.values()
+    each = sum(entry.bytes for entry in entries) / len(entries)
+    return (
+        f"{recording.folder}: {len(entries)} trajectories, {readable(each)} each; the full "
+        f"features of these taps are {readable(size.full_bytes)}, "
+        f"{size.full_bytes / each:.1f} times that"
+    )

@@ -1,4 +1,4 @@
-"""`foreseer inspect --pipeline`: what a pipeline is made of, and what foreseer can do with it."""
+"""What a pipeline is made of, and what foreseer can do with it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,37 +6,13 @@ from typing import Any
 from foreseer.integration.host.denoisers import TURNS, others_of, transformers_of
 from foreseer.integration.host.time_facts import modulation_width
 from foreseer.integration.host.trunk import UnsupportedHost
-from foreseer.integration.pipelines.load import opened
-from foreseer.integration.pipelines.pipeline_call import call_settings, first_samples
+from foreseer.integration.memory import readable
 from foreseer.integration.session import Session
 from foreseer.trajectories.collector import Recorder
 from foreseer.trajectories.estimate import Enough, FirstStep, count
 from foreseer.trajectories.prompts import Item, generate_batch
 
 TAPS = ("output", "hidden", "residual")
-
-
-def inspect_pipeline_command(
-    pipeline: Any,
-    prompts: str | None = None,
-    guidance_scale: float | None = None,
-    num_inference_steps: int = 50,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-) -> None:
-    """Print what a pipeline is made of; `foreseer.pipeline_commands.inspect` tells the rest.
-
-    Raises:
-        SystemExit: with code 1 when no tap of it can be used.
-    """
-    pipe = opened(pipeline, dtype, device)
-    given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
-    item = Item(0, 0, first_samples(pipe, prompts))
-    lines, supported = inspected(pipe, item, given)
-    print("\n".join(lines))
-    if not supported:
-        raise SystemExit(1)
 
 
 def inspected(pipe: Any, item: Item, settings: Mapping[str, Any]) -> tuple[list[str], bool]:
@@ -112,9 +88,9 @@ def _tap_facts(tap: str, session: Session, recorder: Recorder) -> list[str]:
     per_anchor = recorder.num_branches * feature.numel() * feature.element_size()
     size = count(recorder, "none", 0, True)
     lines = [
-        f"{tap:<12}{shape} {recorder.dtype}, {_mib(per_anchor)} a sample for each anchor kept; "
-        f"recorded: {_mib(size.trajectory_bytes)} as Grams and states, {_mib(size.full_bytes)} in "
-        "full"
+        f"{tap:<12}{shape} {recorder.dtype}, {readable(per_anchor)} a sample for each anchor kept; "
+        f"recorded: {readable(size.trajectory_bytes)} as Grams and states, "
+        f"{readable(size.full_bytes)} in full"
     ]
     trunk = next(iter(session.experts.values())).trunk
     if tap == "hidden" and trunk is not None:
@@ -142,7 +118,3 @@ def _limits(pipe: Any) -> list[str]:
     except UnsupportedHost as error:
         return [f"fits        L2P and LESA; not DisCa and distillation: {error}"]
     return ["fits        L2P, LESA and DisCa"]
-
-
-def _mib(count: int | float) -> str:
-    return f"{count / 2**20:,.2f} MiB"

@@ -5,15 +5,17 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from foreseer.integration.pipelines.pipeline_call import generators, joined
+from foreseer.integration.host.denoisers import transformer_of
+from foreseer.integration.pipelines.pipeline_call import generators, joined, samples, takes_labels
 
+CLASS_ITEMS = 64  # trajectories of a pipeline that draws classes, unless told otherwise
 CONTENT = "inputs_sha256"
 """Key of a manifest's line that tells the pictures and tensors of an item from others."""
 
@@ -43,6 +45,56 @@ def class_items(
         Item(i, seed_offset + i, {"class_labels": i % num_classes})
         for i in range(first_item, first_item + num_items)
     ]
+
+
+def asked_items(
+    pipe: Any,
+    prompts: str | Sequence[str] | Sequence[Item] | None,
+    num_trajectories: int | None,
+    first_item: int,
+) -> list[Item]:
+    """The items to record over all writers; item i has seed i.
+
+    Args:
+        pipe: the pipeline.
+        prompts: as `foreseer.record` takes them; None goes round the pipeline's classes. Items are
+            taken as they are.
+        num_trajectories: how many; None takes one per prompt, 64 of classes.
+        first_item: index of the first.
+
+    Raises:
+        ValueError: none are asked for, or the pipeline draws from something else.
+    """
+    if num_trajectories is not None and num_trajectories < 1:
+        raise ValueError(f"num_trajectories is {num_trajectories}, expected at least 1.")
+    if prompts is None:
+        count = CLASS_ITEMS if num_trajectories is None else num_trajectories
+        return class_items(count, number_of_classes(pipe), first_item)
+    given = [] if isinstance(prompts, str) else list(prompts)
+    items = [each for each in given if isinstance(each, Item)]
+    if items and len(items) == len(given):
+        return items[:num_trajectories]
+    entries = samples(pipe, cast(Any, prompts))
+    if not entries:
+        raise ValueError("prompts is an empty list; expected at least one prompt.")
+    count = len(entries) if num_trajectories is None else num_trajectories
+    return [Item(i, i, entries[i % len(entries)]) for i in range(first_item, first_item + count)]
+
+
+def number_of_classes(pipe: Any) -> int:
+    """The number of classes a pipeline draws.
+
+    Raises:
+        ValueError: its calls take no class labels.
+    """
+    config: Any = transformer_of(pipe).config
+    classes = config.get("num_embeds_ada_norm") if takes_labels(pipe) else None
+    if not classes:
+        raise ValueError(
+            f"{type(pipe).__name__} takes no class labels; give --prompts, a .txt file with a "
+            "prompt per line or a .safetensors file of prompt embeddings."
+        )
+    return int(classes)
 
 
 def generate_batch(pipe: Any, items: Sequence[Item], **settings: Any) -> Any:

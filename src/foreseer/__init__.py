@@ -39,7 +39,7 @@ install()
 if TYPE_CHECKING:
     from foreseer import predictors, schedules
     from foreseer.checkpoints.format import load_predictor as load
-    from foreseer.commands import bench, record
+    from foreseer.commands import record
     from foreseer.errors import (
         CheckpointError,
         ForeseerError,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from foreseer.integration.forecast_model import forecast_model
     from foreseer.integration.forecasting import attach, detach, forecasting
     from foreseer.integration.pipelines.load import load_pipeline
-    from foreseer.pipeline_commands import verify
+    from foreseer.pipeline_commands import bench, verify
     from foreseer.trajectories.recording import Recording
 
 _HOMES = {
@@ -62,7 +62,7 @@ _HOMES = {
     "RecordingError": "errors",
     "UnsupportedHost": "errors",
     "attach": "integration.forecasting",
-    "bench": "commands",
+    "bench": "pipeline_commands",
     "detach": "integration.forecasting",
     "fit": "fit_commands",
     "forecast_model": "integration.forecast_model",

@@ -12,37 +12,33 @@ from foreseer import commands, fit_commands, pipeline_commands
 from foreseer.errors import meant
 from foreseer.extras import require
 from foreseer.refusing import RESUMING, refusing
-from foreseer.words import by_trainer, linked, packaged, with_values
+from foreseer.words import by_trainer, flagged, linked, packaged
 
 TRAINER_WORDS = {
     "validate": "Run a trained predictor over the validation split (LightningCLI).",
     "distill": "Distil a guided model into a few-step student, stage by stage (LightningCLI).",
     "teacher": "Train the bundled model by its own recipe: foreseer teacher fit (LightningCLI).",
 }
+PIPELINE = "--pipeline"
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        commands.record,
-        fit_commands.fit,
-        fit_commands.search,
-        fit_commands.export,
-        fit_commands.refit,
-        commands.generate,
-        commands.bench,
-        commands.inspect,
-        commands.verify,
-        commands.merge,
-        fit_commands.push,
-        commands.demo,
-    )
+    "record": commands.record,
+    "fit": fit_commands.fit,
+    "search": fit_commands.search,
+    "export": fit_commands.export,
+    "refit": fit_commands.refit,
+    "generate": pipeline_commands.generate,
+    "bench": pipeline_commands.bench,
+    "inspect": commands.inspect,
+    f"inspect {PIPELINE}": pipeline_commands.inspect,
+    "verify": commands.verify,
+    f"verify {PIPELINE}": pipeline_commands.verify,
+    "merge": commands.merge,
+    "push": fit_commands.push,
+    "demo": commands.demo,
 }
+"""The function of every command; two have another one where a pipeline is among their words."""
 
 DEBUG = "--debug"  # among the words of any command: errors as they are, with their traceback
-OF_PIPELINES: dict[str, Callable[..., Any]] = {
-    "inspect": pipeline_commands.inspect,
-    "verify": pipeline_commands.verify,
-}
-"""Commands on recordings that are also on pipelines, where `--pipeline` is among their words."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,13 +70,14 @@ def run(words: list[str]) -> None:
         from foreseer.environment import version_report
 
         show(version_report())
-    elif word in OF_PIPELINES and any(w.partition("=")[0] == "--pipeline" for w in rest):
-        asked = {"-h", "--help"} & set(rest)  # also without the pipeline's name
-        run_function(OF_PIPELINES[word], ["--help"] if asked else rest)
     elif word == "fit" and by_trainer(rest):
         run_trainer([word, *rest], "foreseer")
     elif word in FUNCTIONS:
-        run_function(FUNCTIONS[word], rest)
+        of_pipeline = f"{word} {PIPELINE}"
+        named = any(each.partition("=")[0] == PIPELINE for each in rest)
+        function = FUNCTIONS[of_pipeline if named and of_pipeline in FUNCTIONS else word]
+        asked = {"-h", "--help"} & set(rest)  # whatever else, also where a value is missing
+        run_function(function, ["--help"] if asked else rest)
     elif word == "teacher":
         run_trainer(rest, "foreseer teacher")
     elif word == "distill":
@@ -103,7 +100,7 @@ def show(text: str) -> None:
 def usage() -> str:
     """The list of commands, one line each."""
     lines = {name: str(function.__doc__).split("\n")[0] for name, function in FUNCTIONS.items()}
-    listed = [f"  {name:<10}{line}" for name, line in (TRAINER_WORDS | lines).items()]
+    listed = [f"  {name:<20}{line}" for name, line in (lines | TRAINER_WORDS).items()]
     return "\n".join(
         [
             "usage: foreseer COMMAND [--config FILE] [--OPTION VALUE ...]",
@@ -132,9 +129,9 @@ def run_function(function: Callable[..., Any], words: list[str]) -> Any:
     from foreseer.parsing import Parser
 
     lone = function in (commands.inspect, commands.verify)
-    words = with_values(function, words)
     called = function if lone else spelled_out(function)
     prog = f"foreseer {function.__name__}"
+    words = flagged(words, function)
     return auto_cli(called, words, as_positional=lone, prog=prog, parser_class=Parser)
 
 

@@ -1,7 +1,7 @@
-"""The functions behind `foreseer record`, `search`, `export` and the others.
+"""`fs.record` and what else there is to do with a recording, and the demonstration.
 
-Their signatures are the command lines and the YAML keys, and their docstrings the help text. Each
-imports its implementation when it is called, so that help answers at once.
+The signatures are the command lines and the YAML keys, the docstrings the help text. What a
+function needs it imports when it is called, so that help answers at once.
 """
 
 from collections.abc import Sequence
@@ -64,103 +64,37 @@ def record(
     Returns:
         The `Recording`; None where this writer had nothing to do.
     """
-    given = dict(locals())
-    from foreseer.trajectories.record_command import record_command
+    import os
 
-    return record_command(**given)
+    from foreseer.integration.pipelines.load import opened
+    from foreseer.integration.pipelines.pipeline_call import call_settings
+    from foreseer.trajectories.estimate import check_room, estimate, summary
+    from foreseer.trajectories.partitions import asked_partitions
+    from foreseer.trajectories.prompts import asked_items
+    from foreseer.trajectories.ranks import own_device, place
+    from foreseer.trajectories.recorder import record as record_items
+    from foreseer.trajectories.recording import Recording
 
-
-def generate(
-    pipeline: Any,
-    predictor: str | None = None,
-    evaluations: int | None = None,
-    class_labels: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
-    prompts: str | Sequence[str] | None = None,
-    seed: int = 0,
-    guidance_scale: float | None = None,
-    num_inference_steps: int | None = None,
-    out: str = "samples.png",
-    compare: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    device: str | None = None,
-    **settings: Any,
-) -> None:
-    """Draw samples, with or without a predictor, and say how long each took.
-
-    Args:
-        pipeline: folder or hub name of the diffusers pipeline.
-        predictor: folder of a predictor checkpoint; None runs the network at every step.
-        evaluations: network evaluations, where that is a predictor for several numbers of them.
-        class_labels: list of class labels, one sample each, where the pipeline draws classes.
-        prompts: a prompt or a list of prompts, one sample each, where it draws those; or a .txt
-            file with one per line, or a .safetensors file of prompt embeddings.
-        seed: seed of the initial noise.
-        guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
-            one that draws classes.
-        num_inference_steps: sampler steps S; None takes the predictor's own, 50 without one.
-        out: PNG file with all of them side by side, small, of videos the middle frames; they
-            themselves, at full size, go into the folder of that name: `samples/forecast_0.png`, and
-            MP4 for videos.
-        compare: also draw the full run, show both and their difference, and print the error and
-            how many times faster the forecast was.
-        dtype: dtype a pipeline given by name is loaded in.
-        device: where to; None takes a GPU where there is one.
-        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
-    """
-    given = dict(locals())
-    from foreseer.evaluation.generate import generate_command
-
-    generate_command(**given)
+    rank, world = place(rank, world, os.environ)
+    pipe = opened(pipeline, dtype, device or own_device(os.environ))
+    items = asked_items(pipe, prompts, num_trajectories, first_item)
+    if not items[rank::world]:
+        print(f"rank {rank} of {world} has nothing to record: there are {len(items)} trajectories")
+        return None
+    given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
+    partitions = asked_partitions(pipe, items[0], taps, bands, groups, **given)
+    stored = (taps, features, num_tokens, states)
+    size = estimate(pipe, items[0], *stored, partitions, **given)
+    check_room(out, items, rank, world, size)
+    record_items(pipe, items, out, *stored, batch_size, rank, world, partitions, **given)
+    recording = Recording(out)
+    print(summary(recording, size))
+    return recording
 
 
-def bench(
-    pipeline: Any,
-    out: str,
-    prompts: str | None = None,
-    budgets: Sequence[int] = (11, 8, 6),
-    num_samples: int = 64,
-    guidance_scale: float | None = None,
-    num_inference_steps: int = 50,
-    searched: str | None = None,
-    predictors: Sequence[str] = (),
-    methods: Sequence[str] | None = None,
-    batch_size: int = 16,
-    num_threads: int = 1,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    device: str | None = None,
-    **settings: Any,
-) -> None:
-    """Compare the full run, few-step solvers and every predictor on the same seeds and anchors.
-
-    The same command goes on after the last finished row when it was interrupted.
-
-    Args:
-        pipeline: folder or hub name of the diffusers pipeline, or `zoo:NAME` for a bundled one.
-        out: folder of the report: the page `report.html`, tables, plots, contact sheet.
-        prompts: held-out prompts: a .txt file with one per line, or a .safetensors file of prompt
-            embeddings; they come in turn, with new seeds. Not needed where the pipeline draws
-            classes.
-        budgets: list of network evaluations per sample to compare at.
-        num_samples: held-out samples per row, at least 1; of videos the middle frame is measured.
-        guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
-            one that draws classes.
-        num_inference_steps: sampler steps S of the full run.
-        searched: JSON file of searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps.
-        predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER.
-        methods: list of solvers and formulas to run; None runs all.
-        batch_size: samples drawn at once.
-        num_threads: threads torch uses.
-        dtype: dtype a pipeline given by name is loaded in.
-        device: where to; None takes a GPU where there is one.
-        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
-    """
-    given = dict(locals())
-    from foreseer.evaluation.benchmark import bench_command
-
-    bench_command(**given)
-
-
-def inspect(recording: str, out: str | None = None, budgets: Sequence[int] | None = None) -> None:
+def inspect(
+    recording: str, out: str | None = None, budgets: Sequence[int] | None = None
+) -> Sequence[Any]:
     """Show a recording's motion and the rule that suits it; what a pipeline is made of: --pipeline.
 
     For pipelines see `foreseer inspect --pipeline --help`.
@@ -176,10 +110,20 @@ def inspect(recording: str, out: str | None = None, budgets: Sequence[int] | Non
         budgets: list of network evaluations per trajectory to compare the rules at, below the
             steps; None takes those of 11, 8 and 6 that are. From Grams alone, so an estimate:
             `foreseer bench` measures.
-    """
-    from foreseer.evaluation.inspect_command import inspect_command
 
-    inspect_command(recording=recording, out=out, budgets=budgets)
+    Returns:
+        Paths of the plots, the Markdown and the page; none of an empty recording.
+    """
+    from pathlib import Path
+
+    from foreseer.evaluation.inspect_command import inspection
+    from foreseer.trajectories.files.storage import is_url
+    from foreseer.trajectories.recording import Recording
+
+    if out is None and is_url(recording):
+        raise ValueError(f"{recording} is a URL; name a folder of this machine for the plots: out.")
+    opened = Recording(recording)
+    return inspection(opened, Path(opened.folder, "plots") if out is None else Path(out), budgets)
 
 
 def verify(recording: str, repair: bool = False) -> None:
@@ -194,9 +138,31 @@ def verify(recording: str, repair: bool = False) -> None:
             the folder, give whole shards of killed recorders their line, and remove half-written
             files; `foreseer record` then redoes what was taken out.
     """
-    from foreseer.trajectories.verify_recording import verify_command
+    from pathlib import Path
 
-    verify_command(recording=recording, repaired=repair)
+    from foreseer.integration.memory import readable
+    from foreseer.trajectories.files.repair import DAMAGED, leftovers
+    from foreseer.trajectories.files.repair import repair as repaired
+    from foreseer.trajectories.files.storage import is_url
+    from foreseer.trajectories.recording import Recording
+
+    if repair:
+        changes = repaired(recording)
+        print("\n".join([*changes, f"changes made: {len(changes)}"]))
+        if (aside := Path(recording, DAMAGED)).exists():
+            print(f"what was taken out lies in {aside}")
+    opened = Recording(recording)
+    entries, problems = opened.entries.values(), opened.verify()
+    total = readable(sum(entry.bytes for entry in entries))
+    found = f"{len(problems)} of {len(opened)} trajectories damaged, {total} read"
+    print("\n".join([*map(str, problems), found]))
+    left = [] if is_url(recording) else leftovers(recording, entries)
+    if left:
+        print(
+            f"{len(left)} files belong to no finished trajectory: --repair adopts or removes them"
+        )
+    if problems:
+        raise SystemExit(1)
 
 
 def merge(out: str, recordings: Sequence[str]) -> None:
@@ -209,9 +175,11 @@ def merge(out: str, recordings: Sequence[str]) -> None:
         out: folder or URL, new or one of them.
         recordings: list of folders or URLs.
     """
-    from foreseer.trajectories.files.merge import merge_command
+    from foreseer.trajectories.files.merge import merge as add_all
+    from foreseer.trajectories.recording import Recording
 
-    merge_command(out=out, recordings=recordings)
+    added, total = add_all(out, recordings), len(Recording(out))
+    print(f"{out}: {added} trajectories added from {len(recordings)} recordings, {total} in all")
 
 
 def demo(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit", all: bool = False) -> None:
@@ -223,6 +191,8 @@ def demo(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit", all: bool = 
         all: also the long stages: layer by layer, and the fit in closed loop.
     """
     print("loading PyTorch and diffusers (about 10 s)", flush=True)
-    from foreseer.demo import demo_command
+    from pathlib import Path
 
-    demo_command(out, pipeline, everything=all)
+    from foreseer.demo import MORE, STAGES, run_stages
+
+    run_stages(Path(out), pipeline, STAGES | MORE if all else STAGES)

@@ -5,7 +5,7 @@ The expected seconds are those of one thread on an idle core, measured by `make 
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from foreseer.evaluation.results import load_rows
 from foreseer.fit_commands import fit as fit_predictor
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.pipeline_call import samples
-from foreseer.trajectories.record_command import asked_items
+from foreseer.trajectories.prompts import asked_items
 
 GUIDANCE_SCALE, NUM_STEPS = 3.0, 50
 BUDGETS = (11, 8, 6)
@@ -63,22 +63,18 @@ class Stage:
     run: Run
 
 
-def demo_command(
-    out: str = "runs/demo", pipeline: str = "zoo:fashion_dit", everything: bool = False
-) -> None:
-    """Run every stage that is not done yet in `out`, and say where its pictures are.
+def run_stages(folder: Path, pipeline: str, stages: Mapping[str, Stage]) -> None:
+    """Run the stages that are not done yet in a folder, and say where their pictures are.
 
     Args:
-        out: folder of everything the demonstration makes.
+        folder: of everything the demonstration makes.
         pipeline: folder of a class-to-image pipeline, or a bundled one, for one's own road.
-        everything: also the stages of `MORE`.
+        stages: by name, `STAGES` with or without `MORE`.
 
     Raises:
-        ValueError: `out` holds a demonstration on another pipeline.
+        ValueError: the folder holds a demonstration on another pipeline.
     """
-    folder = Path(out)
     done = seconds_spent(folder, pipeline)
-    stages = STAGES | MORE if everything else STAGES
     for number, (name, stage) in enumerate(stages.items(), start=1):
         print(f"\n=== {number} of {len(stages)}: {stage.purpose}", flush=True)
         if name in done:
@@ -92,9 +88,10 @@ def demo_command(
         print(f"    ({done[name]:.0f} s)", flush=True)
     print(f"\n{verdict(load_rows(folder / 'bench' / 'results.json'))}")
     print(f"Look at {folder / 'bench' / 'report.html'} and the pictures in {folder}.")
-    if not everything:
-        left = length(sum(stage.seconds for stage in MORE.values()))
-        print(f"More (layer by layer, the closed-loop fit; {left}): foreseer demo --all")
+    left = [stage for name, stage in MORE.items() if name not in stages]
+    if left:
+        seconds = length(sum(stage.seconds for stage in left))
+        print(f"More (layer by layer, the closed-loop fit; {seconds}): foreseer demo --all")
 
 
 def length(seconds: int) -> str:

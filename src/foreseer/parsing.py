@@ -3,8 +3,9 @@
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
@@ -16,7 +17,13 @@ OF_CLASS = r"class_path '(foreseer[\w.]+)\.(\w+)'"
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's, which does not print all options before what is wrong with one."""
+    """jsonargparse's, but lists need no brackets, and an error does not print all options first."""
+
+    def _get_values(self, action: Any, arg_strings: list[str]) -> Any:
+        """What the words of an option stand for: `output,hidden` of a list is `[output,hidden]`."""
+        found = super()._get_values(action, arg_strings)
+        kind = getattr(action, "_typehint", None)
+        return bracketed(found) if isinstance(found, str) and is_list(kind, found) else found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with code 2."""
@@ -41,6 +48,21 @@ def refuse_words(parser: ArgumentParser, message: str) -> None:
         message += meant(unknown[1], options(parser))
     print(f"{prog}: error: {message}\n{prog} --help lists the options.", file=sys.stderr)
     raise SystemExit(2)
+
+
+def is_list(kind: Any, value: str) -> bool:
+    """Whether a value is meant as a list, for an option of this type.
+
+    One that takes a number too holds a list where there is a comma; one that takes a string, never.
+    """
+    kinds = get_args(kind) if get_origin(kind) is not Sequence else (kind,)
+    lists = any(get_origin(each) is Sequence for each in kinds)
+    return lists and str not in kinds and (int not in kinds or "," in value)
+
+
+def bracketed(value: str) -> str:
+    """A list as YAML has it."""
+    return value if value.startswith("[") or value == "null" else f"[{value}]"
 
 
 def options(parser: Any) -> list[str]:

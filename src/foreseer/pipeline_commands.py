@@ -1,8 +1,9 @@
-"""The functions behind `foreseer inspect --pipeline` and `foreseer verify --pipeline`.
+"""`fs.bench`, `fs.verify` and what else there is to do with a pipeline.
 
-As in commands.py, their signatures are the command lines and their docstrings the help text.
+As in commands.py, the signatures are the command lines and the docstrings the help text.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 
@@ -30,17 +31,107 @@ def inspect(
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
-    from foreseer.trajectories.inspect_pipeline import inspect_pipeline_command
+    from foreseer.integration.pipelines.load import opened
+    from foreseer.integration.pipelines.pipeline_call import call_settings, first_samples
+    from foreseer.trajectories.inspect_pipeline import inspected
+    from foreseer.trajectories.prompts import Item
 
-    inspect_pipeline_command(
-        pipeline=pipeline,
-        prompts=prompts,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        settings=settings,
-        dtype=dtype,
-        device=device,
-    )
+    pipe = opened(pipeline, dtype, device)
+    given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
+    lines, supported = inspected(pipe, Item(0, 0, first_samples(pipe, prompts)), given)
+    print("\n".join(lines))
+    if not supported:
+        raise SystemExit(1)
+
+
+def generate(
+    pipeline: Any,
+    predictor: str | None = None,
+    evaluations: int | None = None,
+    class_labels: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+    prompts: str | Sequence[str] | None = None,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    num_inference_steps: int | None = None,
+    out: str = "samples.png",
+    compare: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str | None = None,
+    **settings: Any,
+) -> None:
+    """Draw samples, with or without a predictor, and say how long each took.
+
+    Args:
+        pipeline: folder or hub name of the diffusers pipeline.
+        predictor: folder of a predictor checkpoint; None runs the network at every step.
+        evaluations: network evaluations, where that is a predictor for several numbers of them.
+        class_labels: list of class labels, one sample each, where the pipeline draws classes.
+        prompts: a prompt or a list of prompts, one sample each, where it draws those; or a .txt
+            file with one per line, or a .safetensors file of prompt embeddings.
+        seed: seed of the initial noise.
+        guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
+            one that draws classes.
+        num_inference_steps: sampler steps S; None takes the predictor's own, 50 without one.
+        out: PNG file with all of them side by side, small, of videos the middle frames; they
+            themselves, at full size, go into the folder of that name: `samples/forecast_0.png`, and
+            MP4 for videos.
+        compare: also draw the full run, show both and their difference, and print the error and
+            how many times faster the forecast was.
+        dtype: dtype a pipeline given by name is loaded in.
+        device: where to; None takes a GPU where there is one.
+        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
+    """
+    given = dict(locals())
+    from foreseer.evaluation.generate import generate_command
+
+    generate_command(**given)
+
+
+def bench(
+    pipeline: Any,
+    out: str,
+    prompts: str | None = None,
+    budgets: Sequence[int] = (11, 8, 6),
+    num_samples: int = 64,
+    guidance_scale: float | None = None,
+    num_inference_steps: int = 50,
+    searched: str | None = None,
+    predictors: Sequence[str] = (),
+    methods: Sequence[str] | None = None,
+    batch_size: int = 16,
+    num_threads: int = 1,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str | None = None,
+    **settings: Any,
+) -> None:
+    """Compare the full run, few-step solvers and every predictor on the same seeds and anchors.
+
+    The same command goes on after the last finished row when it was interrupted.
+
+    Args:
+        pipeline: folder or hub name of the diffusers pipeline, or `zoo:NAME` for a bundled one.
+        out: folder of the report: the page `report.html`, tables, plots, contact sheet.
+        prompts: held-out prompts: a .txt file with one per line, or a .safetensors file of prompt
+            embeddings; they come in turn, with new seeds. Not needed where the pipeline draws
+            classes.
+        budgets: list of network evaluations per sample to compare at.
+        num_samples: held-out samples per row, at least 1; of videos the middle frame is measured.
+        guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
+            one that draws classes.
+        num_inference_steps: sampler steps S of the full run.
+        searched: JSON file of searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps.
+        predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER.
+        methods: list of solvers and formulas to run; None runs all.
+        batch_size: samples drawn at once.
+        num_threads: threads torch uses.
+        dtype: dtype a pipeline given by name is loaded in.
+        device: where to; None takes a GPU where there is one.
+        settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
+    """
+    given = dict(locals())
+    from foreseer.evaluation.benchmark import bench_command
+
+    bench_command(**given)
 
 
 def verify(

@@ -12,47 +12,15 @@ OF_TRAINER = re.compile(r"--(config|model|data|trainer|ckpt_path|seed_everything
 """Options of a `fit` that is LightningCLI's: one by a YAML file or by a class's own arguments."""
 
 
-def with_values(function: Callable[..., Any], words: list[str]) -> list[str]:
-    """Words in which flags have their value and lists their brackets.
-
-    jsonargparse wants a value of every option, so a flag alone stands for `--flag true`; and of
-    every list that it is one, so `--taps output,hidden` stands for `--taps [output,hidden]`.
-    """
-    kinds = {
-        name: str(each.annotation) for name, each in inspect.signature(function).parameters.items()
-    }
-    found: list[str] = []
-    for place, word in enumerate(words):
-        name, equals, value = word.removeprefix("--").partition("=")
-        kind = kinds.get(name, "") if word.startswith("--") else ""
-        before = words[place - 1].removeprefix("--") if place else ""
-        if (
-            kind == str(bool)
-            and not equals
-            and [*words, ""][place + 1].lower() not in ("true", "false")
-        ):
-            word = f"--{name}=true"
-        elif equals and is_list(kind, value):
-            word = f"--{name}={bracketed(value)}"
-        elif is_list(kinds.get(before, ""), word) and words[place - 1].startswith("--"):
-            word = bracketed(word)
-        found.append(word)
-    return found
-
-
-def is_list(kind: str, value: str) -> bool:
-    """Whether a value is a list, for an option of this annotation.
-
-    One that takes a number too holds a list where there is a comma; one that takes a string, never.
-    """
-    if kind.startswith("int"):
-        return "Sequence[" in kind and "," in value
-    return "Sequence[" in kind and not kind.startswith("str")
-
-
-def bracketed(value: str) -> str:
-    """A list as YAML has it."""
-    return value if value.startswith("[") or value == "null" else f"[{value}]"
+def flagged(words: list[str], function: Callable[..., Any]) -> list[str]:
+    """Words in which flags alone have their value, which jsonargparse wants: `--repair=true`."""
+    parameters = inspect.signature(function).parameters.values()
+    flags = {f"--{each.name}" for each in parameters if each.annotation is bool}
+    following = [*words[1:], ""]
+    return [
+        f"{word}=true" if word in flags and after.lower() not in ("true", "false") else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 def by_trainer(words: list[str]) -> bool:

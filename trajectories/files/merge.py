@@ -1,4 +1,4 @@
-"""Join recordings that were made apart, on disks or machines of their own: `foreseer merge`."""
+"""Join recordings that were made apart, on disks or machines of their own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,10 +55,3 @@ def merge(out: str | Path, recordings: Sequence[str | Path]) -> int:
                 there[entry.item] = entry
             added += len(new)
     return added
-
-
-def merge_command(out: str, recordings: Sequence[str]) -> None:
-    """Merge, and say what came of it; see `merge`."""
-    added = merge(out, recordings)
-    total = len(Recording(out))
-    print(f"{out}: {added} trajectories added from {len(recordings)} recordings, {total} in all")
