@@ -32,7 +32,7 @@ from source_files import PACKAGE
 from student_cases import student_pipeline
 from tiny_pipelines import tiny_pipeline
 
-from foreseer.cli import FUNCTIONS, OF_PIPELINES, TRAINER_WORDS, main
+from foreseer.cli import FUNCTIONS, TRAINER_WORDS, main
 
 if not (ROOT / "docs").exists():
     pytest.skip("the pages are not beside the tests of an installed wheel", allow_module_level=True)
@@ -158,7 +158,7 @@ def test_a_command_in_running_text_exists(page, command):
         return
     word = words[1]
     assert word in {*FUNCTIONS, *TRAINER_WORDS, "COMMAND"}, f"{page}: {command}"
-    functions = [each[word] for each in (FUNCTIONS, OF_PIPELINES) if word in each]
+    functions = [each for name, each in FUNCTIONS.items() if name.split()[0] == word]
     options = {name for each in functions for name in inspect.signature(each).parameters}
     given = {name.partition("=")[0][2:] for name in words[2:] if name.startswith("--")}
     if functions:

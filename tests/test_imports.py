@@ -12,6 +12,8 @@ from source_files import PACKAGE, module_name, source_files
 
 ROOMS = "predictors checkpoints integration trajectories evaluation training distill"
 ORDER = tuple(ROOMS.split())
+PREDICTORS_OF_A_FIT = {"any_anchors", "continuous"}  # which bears the name of its predictor
+SHARED = ("__version__", "environment", "errors", "extras")  # of no room; commands are for none
 LIGHTNING = {"lightning", "pytorch_lightning"}
 HUGGING_FACE = {"diffusers", "transformers"}
 # Recipes of the bundled models; rivals are schedulers of diffusers, and so is the writer of videos.
@@ -51,6 +53,8 @@ def violations(source: str, path: str) -> list[str]:
         root, second = (name.split(".") + [""])[:2]
         if root == "foreseer" and second in ORDER[ORDER.index(folder) + 1 :]:
             wrong.append(name)
+        if root == "foreseer" and second not in (*ORDER, *SHARED):
+            wrong.append(name)
         if folder == "predictors" and root not in {"foreseer", "torch", "jaxtyping", "kan"}:
             wrong += [name] if root not in sys.stdlib_module_names else []
         if root == "kan" and path != "predictors/kan.py" and folder != "training":
@@ -86,10 +90,16 @@ def test_a_file_imports_only_what_its_folder_may(path):
         ("integration/host/hook.py", "import lightning.pytorch as pl"),
         ("trajectories/gram.py", "from diffusers import DiTTransformer2DModel"),
         ("trajectories/dataset.py", "import foreseer.training.l2p"),
+        ("training/fits.py", "from foreseer.fit_commands import fit"),
     ],
 )
 def test_a_forbidden_import_is_found(path, line):
     assert len(violations(line, path)) == 1
+
+
+def test_no_two_modules_have_one_name():
+    names = [Path(path).stem for path in source_files() if not path.endswith("__init__.py")]
+    assert {name for name in names if names.count(name) > 1} <= PREDICTORS_OF_A_FIT
 
 
 def test_every_third_party_import_is_a_declared_dependency():

@@ -116,14 +116,16 @@ def inspect(
     """
     from pathlib import Path
 
-    from foreseer.evaluation.inspect_command import inspection
+    from foreseer.evaluation.inspection import inspect_recording
     from foreseer.trajectories.files.storage import is_url
     from foreseer.trajectories.recording import Recording
 
     if out is None and is_url(recording):
         raise ValueError(f"{recording} is a URL; name a folder of this machine for the plots: out.")
     opened = Recording(recording)
-    return inspection(opened, Path(opened.folder, "plots") if out is None else Path(out), budgets)
+    return inspect_recording(
+        opened, Path(opened.folder, "plots") if out is None else Path(out), budgets
+    )
 
 
 def verify(recording: str, repair: bool = False) -> None:

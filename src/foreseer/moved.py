@@ -76,7 +76,7 @@ MOVED = {
     "training.callbacks": "training.plumbing.callbacks",
     "training.disca_gan": "training.disca.gan",
     "training.frozen_runs": "training.disca.frozen_runs",
-    "training.inspect_command": "evaluation.inspect_command",
+    "training.inspect_command": "evaluation.inspection",
     "training.inspect_markdown": "evaluation.page.inspect_markdown",
     "training.inspect_page": "evaluation.page.inspect_page",
     "training.lesa_figures": "training.lesa.lesa_figures",
@@ -117,7 +117,6 @@ MOVED = {
     "trajectories.shards": "trajectories.files.shards",
     "trajectories.storage": "trajectories.files.storage",
     "trajectories.uploads": "trajectories.files.uploads",
-    "trajectories.verify_command": "trajectories.verify_recording",
     "trajectories.writer": "trajectories.files.writer",
 }
 """Old name of a module inside `foreseer`, and its name now."""

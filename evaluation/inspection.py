@@ -39,7 +39,7 @@ UNITS = {
 }
 
 
-def inspection(opened: Recording, folder: Path, budgets: Sequence[int] | None) -> list[Path]:
+def inspect_recording(opened: Recording, folder: Path, budgets: Sequence[int] | None) -> list[Path]:
     """Print what a recording holds and what its Grams say about every rule; draw both on a page.
 
     Args:
