@@ -4,6 +4,7 @@
 # make docs    the documentation site, in site/: open site/index.html
 # make test    check, tests on the source tree, those of files on the wheel from another folder;
 #              JOBS=8 takes 8 processes instead of 2
+# make test-all  the same with the cases marked `nightly`; notes in tests/LAST_FULL_RUN.txt that it ran
 
 PYTHON ?= python3
 # Installed first, so that a CPU build is taken where the package index offers one.
@@ -18,12 +19,13 @@ DEV := .venv/bin/python
 TEST := .venv-test/bin/python
 # A file's tests share what they have prepared, so files are dealt out, not tests, in their order.
 JOBS ?= 2
-PYTEST := -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=20
+FULL_RUN := tests/LAST_FULL_RUN.txt
 # What an installation can break: all that is looked up beside the code, or started by its name.
 OF_FILES := 'zoo|configs|__file__|foreseer\.cli|sys\.executable'
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo dev docs check test editable test-source test-wheel clean
+.PHONY: demo dev docs check test test-all editable test-source test-wheel clean
 
 demo: .venv/.installed
 	@$(DEV) -m foreseer demo --out runs/demo
@@ -46,6 +48,13 @@ test: check
 	$(MAKE) test-source
 	$(MAKE) test-wheel
 
+test-all: check
+	@seen=$$(mktemp -d); trap 'rm -rf "$$seen"' EXIT; \
+	{ $(TEST) $(PYTEST) -m "" 2>&1; echo $$? > "$$seen/status"; } | tee "$$seen/out"; \
+	{ date -u +%F; git describe --always --dirty --abbrev=40 --exclude '*'; tail -n 1 "$$seen/out"; \
+	} > $(FULL_RUN); exit $$(cat "$$seen/status")
+	$(MAKE) test-wheel
+
 test-source: editable
 	$(TEST) $(PYTEST)
 
@@ -61,7 +70,7 @@ test-wheel: .venv-test/.installed
 	cp -r tests pyproject.toml "$$elsewhere"; cd "$$elsewhere"; \
 	"$(CURDIR)/$(TEST)" -c "import foreseer; f = foreseer.__file__; print('testing', f); \
 	assert 'site-packages' in f" ; \
-	"$(CURDIR)/$(TEST)" $(PYTEST) -m "not slow and not fault" \
+	"$(CURDIR)/$(TEST)" $(PYTEST) -m "not (slow or fault or nightly)" \
 	$$(grep -lE $(OF_FILES) tests/test_*.py)
 
 clean:

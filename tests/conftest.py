@@ -1,5 +1,6 @@
 """Every test starts from the same seed, on one thread, with deterministic algorithms only."""
 
+import gc
 import os
 import random
 
@@ -15,6 +16,13 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 hypothesis.settings.register_profile("foreseer", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("foreseer")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_out_of_the_collectors_sight():
+    """A collection looks through a million objects of imports, and every training asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

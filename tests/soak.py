@@ -1,13 +1,13 @@
 """Script: hundreds of pipeline calls in one process, each compared with the call in a fresh one.
 
-Usage: soak.py [--calls 200] [--seed 0]; prints what happened as JSON. A mismatch or a leak is
-listed there, with the call that showed it.
+Usage: soak.py [--calls 200] [--interpreters 3] [--seed 0]; prints what happened as JSON. A mismatch
+or a leak is listed there, with the call that showed it.
 
 Fresh means: in a process that has imported what the soak imports and done nothing else. An
 interpreter start takes seconds, most of it imports, so one process is set aside right after the
 imports, before any pipeline is built, and forks a child for every different call. What imports
 leave behind is the same in the child and in a new interpreter, and with one torch thread there is
-nothing that a fork would lose: no pool of threads, no kernel in use, no random number drawn. Three
+nothing that a fork would lose: no pool of threads, no kernel in use, no random number drawn. A few
 calls of different kinds are compared with truly new interpreters as well (`--fresh`).
 """
 
@@ -266,7 +266,7 @@ class Soak:
             self.detach(slot)
 
 
-def soak(calls: int, seed: int) -> dict[str, Any]:
+def soak(calls: int, seed: int, interpreters: int) -> dict[str, Any]:
     """The account of a soak."""
     gc.collect()
     gc.freeze()  # what was imported is not looked through again
@@ -281,7 +281,7 @@ def soak(calls: int, seed: int) -> dict[str, Any]:
     after = under_way.live()
     kinds = {(wanted.slot, wanted.setup): wanted for wanted in processes.known}
     checked = [kinds[kind] for kind in sorted(kinds, key=str) if kind[1] in ("gram", None, "speca")]
-    checked = random.Random(seed).sample(checked, min(3, len(checked)))
+    checked = random.Random(seed).sample(checked, min(interpreters, len(checked)))
     new = [in_a_new_interpreter(wanted, processes.grids) for wanted in checked]
     agreeing = sum(a == processes.known[b] for a, b in zip(new, checked, strict=True))
     processes.close()
@@ -300,6 +300,7 @@ def soak(calls: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--interpreters", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh")
     given = parser.parse_args()
@@ -309,7 +310,7 @@ def main() -> None:
     if given.fresh:
         answer(given.fresh)
     else:
-        print(json.dumps(soak(given.calls, given.seed), indent=1))
+        print(json.dumps(soak(given.calls, given.seed, given.interpreters), indent=1))
 
 
 if __name__ == "__main__":

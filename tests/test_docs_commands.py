@@ -5,6 +5,7 @@ run by tests/test_readme.py.
 """
 
 import contextlib
+import functools
 import inspect
 import re
 import runpy
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 from doc_pages import ROOT, Block, all_blocks, blocks_of, inline_commands
 from doc_runs import (
     ELSEWHERE,
+    LONG,
     MORE,
     PARSED,
     SWAPS,
@@ -28,6 +31,7 @@ from doc_runs import (
     words_to_parse,
     words_to_run,
 )
+from nightly import nightly
 from source_files import PACKAGE
 from student_cases import student_pipeline
 from tiny_pipelines import tiny_pipeline
@@ -49,6 +53,7 @@ PYTHON = [
 ]
 PLACED = {page: world for world, listed in WORLDS.items() for page in listed}
 RUN_PAGES = [page for listed in WORLDS.values() for page in listed]
+BY_DEFAULT = [page for page in RUN_PAGES if page not in LONG]
 Names = dict[str, Any]
 
 
@@ -169,20 +174,25 @@ def test_a_command_in_running_text_exists(page, command):
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder per world, in which its pages run one after the other."""
-    made = {world: tmp_path_factory.mktemp(world) for world in WORLDS}
-    for folder in made.values():
-        provide(folder)
-    tiny_pipeline().save_pretrained(made["tiny"] / "tiny")
-    student_pipeline().save_pretrained(made["tiny"] / "tiny_student")
-    (made["flux"] / "prompts.txt").write_text("\n".join(f"a cat, number {i}" for i in range(50)))
-    with contextlib.chdir(made["tiny"]):
-        record_tiny()
-    with contextlib.chdir(made["bundled"]):
-        record = ["record", "--pipeline", "zoo:fashion_dit", "--num_inference_steps", "10"]
-        main([*record, "--out", "runs/short", "--num_trajectories", "4"])
-    return made
+def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a world, in which its pages run one after the other."""
+    return functools.cache(lambda name: furnished(name, tmp_path_factory.mktemp(name)))
+
+
+def furnished(name: str, folder: Path) -> Path:
+    """A world with what its pages find in it."""
+    provide(folder)
+    with contextlib.chdir(folder):
+        if name == "tiny":
+            tiny_pipeline().save_pretrained("tiny")
+            student_pipeline().save_pretrained("tiny_student")
+            record_tiny()
+        elif name == "bundled":
+            record = ["record", "--pipeline", "zoo:fashion_dit", "--num_inference_steps", "10"]
+            main([*record, "--out", "runs/short", "--num_trajectories", "4"])
+        else:
+            Path("prompts.txt").write_text("\n".join(f"a cat, number {i}" for i in range(50)))
+    return folder
 
 
 def record_tiny() -> None:
@@ -212,11 +222,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize("page", RUN_PAGES)
-def test_the_commands_of_a_page_run_as_printed(page, worlds, capsys):
+@pytest.mark.parametrize("page", nightly(RUN_PAGES, BY_DEFAULT))
+def test_the_commands_of_a_page_run_as_printed(page, world, capsys):
     names = given_names(page)
     ran = 0
-    with contextlib.chdir(worlds[PLACED[page]]):
+    with contextlib.chdir(world(PLACED[page])):
         for block in (block for block in BLOCKS if block.page == page):
             if block.kind == "python" and page != OF_README:
                 exec(compile(block.text, str(block), "exec"), names)
@@ -271,8 +281,8 @@ def test_the_python_of_a_page_runs(page):
 
 
 @pytest.mark.slow
-def test_the_quick_start_leaves_what_it_promises(worlds):
-    found = worlds["bundled"]
+def test_the_quick_start_leaves_what_it_promises(world):
+    found = world("bundled")
     if not (found / "quick.png").exists():
         pytest.skip("runs after the quick start's commands")
     for name in ("bundled.png", "quick.png", "runs/quick/config.json"):

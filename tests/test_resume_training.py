@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from nightly import nightly, selected
 from source_files import PACKAGE
 from test_teacher import tiny_teacher
 from training_crash_cases import CASES
@@ -30,15 +31,23 @@ SOLVED = {
     "readout",
     "emoji_l2p",
 }
+RESUMED = [name for name, case in CASES.items() if case.resumes]
+BY_DEFAULT = ("l2p_lstsq", "lesa")  # one that is solved and one that descends
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What was seen of every training, killed and whole."""
+def report(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What was seen of every training that is asked for, killed and whole."""
     folder = tmp_path_factory.mktemp("crash")
     paths = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
     environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(HERE / "training_crash.py"), str(folder)]
+    asked = selected(request, "name")
+    if any(CASES[name].config.startswith("distill/") for name in asked):
+        asked.add("guidance")  # where the others start
+    names = [name for name in CASES if name in asked]
+    command = [sys.executable, str(HERE / "training_crash.py"), str(folder), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=450)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -55,7 +64,7 @@ def test_every_shipped_training_is_killed() -> None:
 
 @pytest.mark.fault
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", nightly(CASES, BY_DEFAULT))
 def test_case_18_interrupted_training_ends_in_the_same_bits(
     name: str, report: dict[str, Any]
 ) -> None:
@@ -84,7 +93,7 @@ def test_case_18_interrupted_training_ends_in_the_same_bits(
 
 @pytest.mark.fault
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.resumes])
+@pytest.mark.parametrize("name", nightly(RESUMED, BY_DEFAULT))
 def test_case_18_another_training_is_refused_at_the_checkpoints_of_this_one(
     name: str, report: dict[str, Any]
 ) -> None:
