@@ -1,4 +1,8 @@
-"""The forecasters: `F_hat = predictor(history, step)`. They need torch only."""
+"""The forecasters: `F_hat = predictor(history, step)`. They need torch only.
+
+`base.py` is the contract and the weighted sum that most of them are; rules compute their weights,
+the learned ones of `linear.py`, `readout.py`, `lesa.py` and `neural.py` load them.
+"""
 
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.bands import FreqCa

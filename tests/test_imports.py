@@ -102,6 +102,15 @@ def test_no_two_modules_have_one_name():
     assert {name for name in names if names.count(name) > 1} <= PREDICTORS_OF_A_FIT
 
 
+@pytest.mark.parametrize("path", [path for path in source_files() if path.endswith("__init__.py")])
+def test_a_folder_says_in_a_few_lines_what_lives_there(path):
+    said = ast.get_docstring(ast.parse((PACKAGE / path).read_text())) or ""
+    lines = [line for line in said.splitlines() if line]
+    assert 2 <= len(lines) <= 5 or path == "__init__.py"  # the package's own is its manual
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", said):
+        assert any((place / name).exists() for place in (PACKAGE / path).parents), name
+
+
 def test_every_third_party_import_is_a_declared_dependency():
     pyproject = Path(__file__).parents[1] / "pyproject.toml"
     project = tomllib.loads(pyproject.read_text())["project"]

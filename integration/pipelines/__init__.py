@@ -1,4 +1,7 @@
-"""Pipelines by name, the bundled ones of our own, and what a command calls a pipeline with."""
+"""Pipelines by name, the bundled ones of our own, and what a command calls a pipeline with.
+
+`load.py` opens a folder, a name of the hub or `zoo:NAME`; `prompt_files.py` reads prompts.
+"""
 
 from foreseer.integration.pipelines.load import load_pipeline
 
