@@ -1,4 +1,4 @@
-"""`foreseer generate`: draw samples, with or without a predictor, and a sheet to compare them.
+"""Draw samples, with or without a predictor, and a sheet to compare them.
 
 Shapes: B samples, C channels, H height, W width.
 """
@@ -20,79 +20,13 @@ from foreseer.evaluation.page.plots import DIFFERENCE_GAIN
 from foreseer.evaluation.page.sheet import Row, sheet
 from foreseer.evaluation.page.table import decibels
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.pipelines.load import opened
-from foreseer.integration.pipelines.pipeline_call import (
-    call_settings,
-    drawn,
-    generators,
-    joined,
-    middle,
-    samples,
-)
+from foreseer.integration.pipelines.pipeline_call import drawn, generators, joined, middle
 from foreseer.predictors.base import Predictor
 
 DEFAULT_STEPS = 50
 FRAMES_PER_SECOND = 16  # of the MP4s; no pipeline tells its own
 QUIET_SECONDS = 2  # before a bar shows
 TITLE_WIDTH, TITLE_LINES = 16, 4  # what fits above a sample
-
-
-def generate_command(
-    pipeline: Any,
-    predictor: str | None,
-    evaluations: int | None,
-    class_labels: Sequence[int],
-    seed: int,
-    guidance_scale: float | None,
-    num_inference_steps: int | None,
-    out: str,
-    compare: bool,
-    prompts: str | Sequence[str] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-) -> None:
-    """`foreseer generate`; the arguments are those of `foreseer.commands.generate`.
-
-    The forecast comes first: a predictor that does not suit is refused before the full run is made,
-    and what a first call costs beyond the others is not counted for the forecast.
-
-    Raises:
-        PredictorMismatch: the predictor was fitted on another host, grid or guidance.
-        ValueError: there is nothing to compare, or a label is out of range.
-    """
-    if compare and predictor is None:
-        raise ValueError(
-            "compare needs a predictor to compare with the full run: --predictor FOLDER"
-        )
-    loaded = None if predictor is None else _load(predictor, evaluations)
-    pipe = opened(pipeline, dtype, device)
-    asked = samples(pipe, prompts, class_labels)
-    steps = num_inference_steps or steps_of(loaded)
-    given = call_settings(pipe, steps, guidance_scale, settings)
-    found: dict[str, Timed] = {}
-    if loaded is not None:
-        with forecasting(pipe, loaded) as run:
-            found["forecast"] = timed(pipe, asked, seed, "forecast", given)
-        print(run.report())
-    if compare or loaded is None:
-        found["full run"] = timed(pipe, asked, seed, "full run", given)
-    panels = {name: middle(found[name].samples) for name in sorted(found, reverse=True)}
-    captions: list[str] = []
-    if compare:
-        captions = compared(panels)
-    print(seconds_told(found))
-    path = Path(out)
-    for name, each in found.items():
-        for written in save_samples(each.samples, path.with_suffix(""), name.split()[0]):
-            print(f"wrote {written}")
-    print(f"wrote {save_panels(panels, path, captions, titles(asked))}")
-
-
-def _load(predictor: str, evaluations: int | None) -> Predictor:
-    from foreseer.checkpoints.format import load_predictor
-
-    return load_predictor(predictor, evaluations=evaluations)
 
 
 def steps_of(predictor: Predictor | None) -> int:
@@ -106,6 +40,57 @@ class Timed(NamedTuple):
 
     samples: Float[Tensor, "B *frames C H W"]
     seconds: float
+
+
+def draw_runs(
+    pipe: Any,
+    asked: Sequence[Mapping[str, Any]],
+    seed: int,
+    predictor: Predictor | None,
+    compare: bool,
+    settings: Mapping[str, Any],
+) -> dict[str, Timed]:
+    """Samples of the forecast run, of the full one where there is no predictor, or of both.
+
+    The forecast comes first: a predictor that does not suit is refused before the full run is made,
+    and what a first call costs beyond the others is not counted for the forecast.
+
+    Args:
+        pipe: a pipeline.
+        asked: per-sample arguments of the pipeline.
+        seed: seed of the first sample.
+        predictor: None runs the network at every step.
+        compare: draw both.
+        settings: further keyword arguments of the pipeline.
+
+    Raises:
+        PredictorMismatch: the predictor was fitted on another host, grid or guidance.
+    """
+    found: dict[str, Timed] = {}
+    if predictor is not None:
+        with forecasting(pipe, predictor) as run:
+            found["forecast"] = timed(pipe, asked, seed, "forecast", settings)
+        print(run.report())
+    if compare or predictor is None:
+        found["full run"] = timed(pipe, asked, seed, "full run", settings)
+    return found
+
+
+def write_runs(found: Mapping[str, Timed], asked: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write samples one by one and side by side, two runs with their difference, and say so.
+
+    Args:
+        found: what `draw_runs` drew.
+        asked: per-sample arguments of the pipeline.
+        path: PNG of all; the samples go into the folder of that name.
+    """
+    panels = {name: middle(found[name].samples) for name in sorted(found, reverse=True)}
+    captions = compared(panels) if len(found) > 1 else []
+    print(seconds_told(found))
+    for name, each in found.items():
+        for written in save_samples(each.samples, path.with_suffix(""), name.split()[0]):
+            print(f"wrote {written}")
+    print(f"wrote {save_panels(panels, path, captions, titles(asked))}")
 
 
 def timed(

@@ -71,7 +71,7 @@ def test_the_command_line_fits_several_and_draws_with_one(recording, tmp_path, m
     assert read_budgets(tmp_path / "one") is None
     assert len(load_predictor(tmp_path / "one").spec.anchors) == 2
     pipe = tiny_pipe()
-    monkeypatch.setattr("foreseer.evaluation.generate.opened", lambda *arguments: pipe)
+    monkeypatch.setattr("foreseer.integration.pipelines.load.opened", lambda *arguments: pipe)
     words = ["generate", "--pipeline", "anything", "--predictor", str(out), "--class_labels", "[1]"]
     words += ["--guidance_scale", "3", "--out", str(tmp_path / "s.png")]
     main([*words, "--evaluations", "3"])

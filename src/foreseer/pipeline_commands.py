@@ -81,10 +81,23 @@ def generate(
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
-    given = dict(locals())
-    from foreseer.evaluation.generate import generate_command
+    from pathlib import Path
 
-    generate_command(**given)
+    from foreseer.checkpoints.format import load_predictor
+    from foreseer.evaluation.generate import draw_runs, steps_of, write_runs
+    from foreseer.integration.pipelines.load import opened
+    from foreseer.integration.pipelines.pipeline_call import call_settings, samples
+
+    if compare and predictor is None:
+        raise ValueError(
+            "compare needs a predictor to compare with the full run: --predictor FOLDER"
+        )
+    loaded = None if predictor is None else load_predictor(predictor, evaluations=evaluations)
+    pipe = opened(pipeline, dtype, device)
+    asked = samples(pipe, prompts, class_labels)
+    steps = num_inference_steps or steps_of(loaded)
+    given = call_settings(pipe, steps, guidance_scale, settings)
+    write_runs(draw_runs(pipe, asked, seed, loaded, compare, given), asked, Path(out))
 
 
 def bench(
