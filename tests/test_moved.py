@@ -4,7 +4,11 @@ import importlib
 import sys
 
 import pytest
+from tiny_text import tiny_text_pipeline
 
+from foreseer.checkpoints.zoo import ZOO
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.sentence_encoder import SentenceEncoder
 from foreseer.moved import MOVED
 
 
@@ -14,6 +18,23 @@ def test_an_earlier_name_is_the_module_of_today(old, new, monkeypatch):
     with pytest.warns(DeprecationWarning, match=rf"foreseer\.{old} is foreseer\.{new} since"):
         found = importlib.import_module(f"foreseer.{old}")
     assert found is importlib.import_module(f"foreseer.{new}")
+
+
+def test_a_pipeline_saved_before_loads_the_component_it_names(tmp_path, monkeypatch):
+    tiny_text_pipeline().save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    old = "foreseer.integration.sentence_encoder"
+    index.write_text(index.read_text().replace(f"foreseer.{MOVED[old[9:]]}", old))
+    assert old in index.read_text()
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    assert type(load_pipeline(str(tmp_path)).text_encoder) is SentenceEncoder
+
+
+def test_bundled_pipelines_name_the_modules_of_today():
+    indices = list(ZOO.glob("*/model_index.json"))
+    assert indices
+    for index in indices:
+        assert not [old for old in MOVED if f'"foreseer.{old}"' in index.read_text()], index
 
 
 def test_other_names_are_missing_as_before():

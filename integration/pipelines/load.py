@@ -20,6 +20,7 @@ from foreseer.errors import meant
 from foreseer.integration.pipelines.pixel_flux_pipeline import PixelFluxPipeline
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 from foreseer.integration.pipelines.student_pipeline import StudentPipeline
+from foreseer.moved import MOVED
 
 OURS = {each.__name__: each for each in (PixelDiTPipeline, PixelFluxPipeline, StudentPipeline)}
 INDEX_FILE = "model_index.json"
@@ -188,4 +189,9 @@ def _class_of(index: Path) -> Any:
             f"{index}: _class_name is {str(name)[:100]!r}, expected the name of a class: a "
             "pipeline with code of its own is not loaded. Build it yourself and pass the object."
         )
+    for entry in values.values():
+        old = entry[0] if isinstance(entry, list) and entry else None
+        new = MOVED.get(str(old).removeprefix("foreseer."))
+        if new is not None:  # diffusers looks among imported modules for one that is not its own
+            sys.modules[str(old)] = importlib.import_module(f"foreseer.{new}")
     return OURS.get(name, DiffusionPipeline)
