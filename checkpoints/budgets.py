@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foreseer.checkpoints.card import answers, card_head
 from foreseer.checkpoints.config import CONFIG_FILE, CheckpointError, is_int, is_list
 from foreseer.checkpoints.folder import (
     CARD_FILE,
     MODEL_FILE,
-    OWN,
-    PICTURES,
     check_free,
     check_holds,
     replace_file,
@@ -29,7 +28,13 @@ MAX_BUDGETS = 64
 MAX_EVALUATIONS = 4096
 VERSION = 1
 
-CARD = """# Predictor for {count} numbers of network evaluations
+CARD = """---
+{head}
+---
+
+# Predictor for {count} numbers of network evaluations
+
+{answers}
 
 ```python
 import foreseer as fs
@@ -80,6 +85,8 @@ def write_budgets(folder: str | Path, specs: Mapping[int, PredictorSpec]) -> Non
         cells = [*map(str, told), *(f"{spec.metrics[name]:.2f}" for name in metrics)]
         rows.append(f"| {' | '.join(cells)} |")
     card = CARD.format(
+        head=card_head("Predictors", "several-budgets", {n: specs[n] for n in budgets}),
+        answers=answers([specs[n] for n in budgets]),
         count=len(budgets),
         first=budgets[0],
         names=" | ".join(names),
@@ -151,13 +158,3 @@ def budget_folder(
         files = [f"{evaluations}/{file}" for file in (MODEL_FILE, CONFIG_FILE, CARD_FILE)]
         folder = download(str(name), revision, files)
     return folder / str(evaluations)
-
-
-def budget_files(folder: Path, budgets: Sequence[int]) -> list[str]:
-    """Names of all files of several predictors that may be published, from their folder on."""
-    files = [BUDGETS_FILE, CARD_FILE]
-    for budget in budgets:
-        own = folder / str(budget)
-        pictures = sorted(each.name for each in own.iterdir() if each.suffix in PICTURES)
-        files += [f"{budget}/{name}" for name in (*OWN, *pictures)]
-    return files

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from foreseer.checkpoints.call_settings import at_step, readable_setting
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.hybrid import HyCa
@@ -24,8 +25,8 @@ MEASURES = {
 RIVALS = {"start": "start of the fit", "reuse": "reuse", "taylor_1": "Taylor 1"}
 """Rivals every card names, by the suffix of their keys."""
 
-ROW_COLUMNS = ("method", "kind", "tap", "num_anchors", "psnr_db", "ssim", "num_samples")
 NOT_MEASURED = "not measured"
+HOW_FAST, HOW_FAR = "How much faster", "How far from the full run"
 
 CARD = """---
 {head}
@@ -37,6 +38,8 @@ A learned feature-caching predictor: of the {num_steps} steps of a sampling run 
 {num_anchors}, and the other {num_forecasts} are forecast as {form} what it computed
 before (tap `{tap}`, {num_branches} guidance branch(es), {size}). The
 model itself stays as it is.
+
+{answers}
 
 **Verdict.** {verdict}
 
@@ -75,22 +78,18 @@ ANY_ANCHORS = """ It serves any list of anchors; the
 one above is what it takes when none is given."""
 
 
-def model_card(
-    predictor: Predictor, spec: PredictorSpec, rows: list[dict[str, Any]] | None = None
-) -> str:
+def model_card(predictor: Predictor, spec: PredictorSpec) -> str:
     """The text of a predictor's `README.md`.
 
     Args:
         predictor: the predictor.
         spec: what it was fitted on, with its measured errors.
-        rows: rows of a benchmark as dicts (`method`, `num_anchors`, `psnr_db`, ...), shown as a
-            table.
 
     Returns:
         Markdown with a YAML head.
     """
     return CARD.format(
-        head=_head(predictor, spec),
+        head=card_head(type(predictor).__name__, _tag(predictor), {len(spec.anchors): spec}),
         title=type(predictor).__name__,
         form=_form(predictor),
         host_class=spec.host.get("class", "an unnamed model"),
@@ -100,12 +99,11 @@ def model_card(
         tap=spec.tap,
         num_branches=spec.num_branches,
         size=_size(predictor),
+        answers=answers([spec]),
         verdict=verdict(spec.metrics),
         guidance_scale=spec.guidance_scale,
         facts=_facts(spec),
-        measured="\n\n".join(
-            [_metrics_table(spec.metrics), *([_rows_table(rows)] if rows else [])]
-        ),
+        measured=_metrics_table(spec.metrics),
         dtype=spec.dtype,
         bound=BOUND_ANY_GRID if predictor.any_grid else BOUND,
         other_grid=OTHER_GRID_ANY if predictor.any_grid else OTHER_GRID,
@@ -113,43 +111,83 @@ def model_card(
     )
 
 
-def with_pictures(card: str, names: Sequence[str]) -> str:
-    """A card that shows pictures beside it, each once.
+def card_head(name: str, tag: str, specs: Mapping[int, PredictorSpec]) -> str:
+    """The YAML that the hub reads: base model, tags, and the measurements as results.
 
     Args:
-        card: its text.
-        names: of the pictures.
+        name: of the model, under which the hub lists its results.
+        tag: the kind of predictor.
+        specs: of one predictor, or of several for one model, by their network evaluations.
     """
-    missing = [name for name in names if f"]({name})" not in card]
-    shown = "\n\n".join(f"![{name}]({name})" for name in missing)
-    return f"{card.rstrip()}\n\n## Pictures\n\n{shown}\n" if missing else card
-
-
-def _head(predictor: Predictor, spec: PredictorSpec) -> str:
-    """The YAML that the hub reads: base model, tags, and the measurements as results."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
         EvalResult(
             task_type="image-generation",
             dataset_type="recording",
-            dataset_name=f"recording {spec.recording_digest or 'without digest'}",
-            metric_type=name,
-            metric_value=spec.metrics[name],
+            dataset_name=f"recording {spec.recording_digest or 'without digest'}, "
+            f"{evaluations} of {len(spec.sigmas)} evaluations",
+            metric_type=key,
+            metric_value=spec.metrics[key],
             metric_name=text,
         )
-        for name, (text, _) in MEASURES.items()
-        if name in spec.metrics
+        for evaluations, spec in specs.items()
+        for key, (text, _) in MEASURES.items()
+        if key in spec.metrics
     ]
     data = ModelCardData(
         license="apache-2.0",
         library_name="foreseer",
-        tags=["feature-caching", "diffusion", _tag(predictor)],
-        base_model=spec.host.get("base_model"),
-        model_name=type(predictor).__name__ if results else None,
+        tags=["feature-caching", "diffusion", tag],
+        base_model=next(iter(specs.values())).host.get("base_model"),
+        model_name=name if results else None,
         eval_results=results or None,
     )
     return str(data.to_yaml())
+
+
+def answers(specs: Sequence[PredictorSpec]) -> str:
+    """What whoever finds a predictor asks first: for which model, how, how fast and how good.
+
+    Args:
+        specs: of one predictor, or of several for one model and its settings.
+    """
+    first = specs[0]
+    name, count = first.host.get("base_model"), first.host.get("parameters")
+    model = [f"[{name}](https://huggingface.co/{name})"] if name else []
+    model += [f"`{first.host.get('class', 'an unnamed model')}`"]
+    model += [f"{count:,} parameters"] if isinstance(count, int) else []
+    settings = [f"{len(first.sigmas)} steps of {first.scheduler}"]
+    settings += [f"guidance_scale {first.guidance_scale:g}"]
+    settings += [
+        f"{name} {readable_setting(at_step(value, 0))}"
+        for name, value in first.guidance.items()
+        if value is not None and name != "guidance_scale"
+    ]
+    settings += [first.dtype]
+    settings += [f"latents {'x'.join(map(str, shape))}" for shape in first.latent_shapes]
+    lines = [
+        ("For which model", ", ".join(model)),
+        ("At which settings", ", ".join(settings)),
+        (HOW_FAST, f"{'; '.join(map(fewer, specs))}; seconds {NOT_MEASURED}"),
+        (HOW_FAR, "; ".join(map(_told, specs))),
+    ]
+    return table(("question", "answer"), lines)
+
+
+def fewer(spec: PredictorSpec) -> str:
+    """How many of the network's evaluations a predictor leaves."""
+    steps, anchors = len(spec.sigmas), len(spec.anchors)
+    return f"{anchors} of {steps} network evaluations, {steps / anchors:.1f} x fewer"
+
+
+def _told(spec: PredictorSpec) -> str:
+    measured = [
+        f"{text}: {spec.metrics[key]:.4g}"
+        for key, (text, _) in MEASURES.items()
+        if key in spec.metrics
+    ]
+    return f"at {len(spec.anchors)} evaluations {', '.join(measured) or NOT_MEASURED}"
 
 
 def verdict(metrics: Mapping[str, float]) -> str:
@@ -181,7 +219,7 @@ def _facts(spec: PredictorSpec) -> str:
         "recording digest": spec.recording_digest or "none",
         "trajectories": spec.num_trajectories,
     }
-    return _table(("what", "value"), list(facts.items()))
+    return table(("what", "value"), list(facts.items()))
 
 
 def _metrics_table(metrics: Mapping[str, float]) -> str:
@@ -194,15 +232,10 @@ def _metrics_table(metrics: Mapping[str, float]) -> str:
     for key in shown:
         values = [metrics.get(key), *(metrics.get(f"{key}_{name}") for name in names)]
         lines.append((MEASURES[key][0], *map(_number, values)))
-    table = _table(("", "this predictor", *(RIVALS.get(n, n) for n in names)), lines)
+    measured = table(("", "this predictor", *(RIVALS.get(n, n) for n in names)), lines)
     known = {key for key in metrics for shown_key in shown if key.startswith(shown_key)}
     others = [f"- {name}: {_number(metrics[name])}" for name in sorted(metrics.keys() - known)]
-    return "\n\n".join([table, *(["\n".join(others)] if others else [])])
-
-
-def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [tuple(_number(row.get(column)) for column in ROW_COLUMNS) for row in rows]
-    return _table(ROW_COLUMNS, lines)
+    return "\n\n".join([measured, *(["\n".join(others)] if others else [])])
 
 
 def _rivals(metrics: Mapping[str, float], key: str) -> dict[str, float]:
@@ -210,7 +243,8 @@ def _rivals(metrics: Mapping[str, float], key: str) -> dict[str, float]:
     return {name.removeprefix(start): v for name, v in metrics.items() if name.startswith(start)}
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 

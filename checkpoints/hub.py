@@ -1,7 +1,7 @@
 """Find a checkpoint by name, on the disk, among the bundled ones or on the Hugging Face hub."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from foreseer.checkpoints.config import CheckpointError
@@ -9,6 +9,9 @@ from foreseer.checkpoints.zoo import resolve
 
 MAX_DOWNLOAD_BYTES = 2**30 + 2**21
 """A model file, a configuration and a card at their limits."""
+
+MAX_TITLE, MAX_ABOUT = 59, 150
+"""Characters that the hub takes of a collection's title and description."""
 
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -103,29 +106,78 @@ def _check_sizes(repo_id: str, revision: str | None, files: Sequence[str], limit
         )
 
 
-def upload(folder: Path, repo_id: str, private: bool, files: Sequence[str]) -> str:
-    """Upload the named files of a folder to a hub repository, made when missing; its address.
+def upload(
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    message: str,
+    private: bool = False,
+    repo_type: str = "model",
+) -> str:
+    """Upload files to a hub repository, made when missing, in one commit.
+
+    Args:
+        repo_id: `owner/name`.
+        files: file, or content, by the name it gets there.
+        message: of the commit.
+        private: make a new repository private.
+        repo_type: `model` or `dataset`.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        CheckpointError: the hub refused or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    try:
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
+        commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"could not upload to {repo_id} ({_first_line(error)}); log in with `hf auth login`, "
+            "check the name, and unset HF_HUB_OFFLINE."
+        ) from error
+    return str(commit)
+
+
+def collect(repo_id: str, base_model: str, private: bool = False) -> str:
+    """Put a repository into its owner's collection of a base model's predictors.
+
+    Args:
+        repo_id: `owner/name` of a model.
+        base_model: `owner/name` of what it was fitted on, which the collection is named by.
+        private: make a new collection private.
+
+    Returns:
+        Address of the collection, which is made when missing.
 
     Raises:
         CheckpointError: the hub refused or cannot be reached.
     """
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, title = HfApi(), f"foreseer: {base_model}"
+    if len(title) > MAX_TITLE:
+        title = f"foreseer: {base_model.rpartition('/')[2]}"
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(files),
-            commit_message="Predictor for foreseer",
+        collection = api.create_collection(
+            title,
+            namespace=repo_id.split("/")[0],
+            description=f"Learned feature caching for {base_model.rpartition('/')[2]}"[:MAX_ABOUT],
+            private=private,
+            exists_ok=True,
         )
+        api.add_collection_item(collection.slug, repo_id, "model", exists_ok=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"could not upload {folder} to {repo_id} ({_first_line(error)}); log in with "
-            "`hf auth login`, check the name, and unset HF_HUB_OFFLINE."
+            f"{repo_id} is uploaded, but could not be put into the collection {title!r} "
+            f"({_first_line(error)}); log in with a token that may write collections, or leave "
+            "collection out."
         ) from error
-    return str(commit)
+    return collection.url
 
 
 def _first_line(error: Exception) -> str:

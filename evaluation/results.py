@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from foreseer.checkpoints.page import Benchmark
+
 KINDS = ("solver", "formula", "learned", "full")
 TAPS = ("output", "hidden", "none")
 ANCHOR_NAMES = ("uniform", "published", "warped", "searched", "given", "all")
@@ -187,6 +189,20 @@ def load_meta(path: Path) -> BenchMeta:
     record = json.loads(meta_path(path).read_text())
     _check_keys(record, {field.name for field in fields(BenchMeta)}, str(meta_path(path)))
     return BenchMeta(**record)
+
+
+def load_benchmark(folder: str | Path) -> Benchmark:
+    """What `foreseer bench` wrote into a folder, for a predictor's page.
+
+    Raises:
+        ValueError: it is none, or a file of it is malformed.
+    """
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {path.name}; expected the folder of a `foreseer bench`.")
+    picture = path.with_name("contact_sheet.png")
+    rows = [asdict(row) for row in load_rows(path)]
+    return Benchmark(rows, load_meta(path).hardware, picture if picture.is_file() else None)
 
 
 def _check_keys(record: Mapping[str, Any], expected: set[str], where: str) -> None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from checkpoint_cases import tiny_pipe
@@ -13,7 +12,6 @@ import foreseer as fs
 from foreseer.checkpoints.budgets import BUDGETS_FILE, read_budgets
 from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.format import load_predictor
-from foreseer.checkpoints.push import push_predictor
 from foreseer.cli import main
 
 
@@ -85,23 +83,6 @@ def test_several_are_saved_as_one(fitted, tmp_path):
     assert torch.equal(fs.load(tmp_path / "again", evaluations=2).weight, found[2].weight)
     with pytest.raises(CheckpointError, match="is for 2 of evaluations, asked for 5"):
         fs.save({5: found[2]}, str(tmp_path / "wrong"))
-
-
-def test_all_of_them_are_pushed(fitted, tmp_path, monkeypatch):
-    _, folder = fitted
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, private, exist_ok):
-            calls.append(repo_id)
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
-            calls.append(sorted(allow_patterns))
-            return "https://hub/owner/several"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert push_predictor(folder, "owner/several") == "https://hub/owner/several"
-    assert {"budgets.json", "README.md", "2/config.json", "3/model.safetensors"} <= set(calls[1])
 
 
 def test_one_is_fetched_from_the_hub_and_no_other(fitted, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -17,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from foreseer.checkpoints import hub, zoo
-from foreseer.checkpoints.card import model_card, verdict, with_pictures
+from foreseer.checkpoints.card import model_card, verdict
 from foreseer.checkpoints.config import SCHEMA_VERSION
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
-from foreseer.checkpoints.push import push_predictor
+from foreseer.checkpoints.page import with_pictures
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.clock import flow_sigmas
 from foreseer.integration.host.fingerprint import host_fingerprint
@@ -198,32 +197,6 @@ def test_a_folder_wins_over_a_hub_name(tmp_path, monkeypatch):
     assert torch.equal(load_predictor("runs/l2p").weight, predictor.weight)
 
 
-def test_pushing_makes_the_repository_and_uploads_the_folder(tmp_path, monkeypatch):
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, private, exist_ok):
-            calls.append(("create", repo_id, private, exist_ok))
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
-            calls.append(("upload", repo_id, Path(folder_path), sorted(allow_patterns)))
-            return "https://hub/owner/l2p"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    predictor = random_predictor()
-    save_predictor(predictor, spec_for(predictor), tmp_path)
-    assert push_predictor(tmp_path, "owner/l2p", private=True) == "https://hub/owner/l2p"
-    assert calls == [
-        ("create", "owner/l2p", True, True),
-        (
-            "upload",
-            "owner/l2p",
-            tmp_path,
-            ["README.md", "config.json", "grams.safetensors", FILES[2], "segments.safetensors"],
-        ),
-    ]
-
-
 def test_a_card_tells_what_a_predictor_is_bound_to():
     predictor = random_predictor()
     spec = spec_for(predictor, host={"class": "TinyTransformer", "base_model": "a: b"})
@@ -273,12 +246,6 @@ def test_a_card_without_measurements_says_so():
     card = model_card(predictor, spec_for(predictor, metrics={}))
     assert "| not measured | not measured | not measured | not measured |" in card
     assert "**Verdict.** Not measured against any formula" in card
-
-
-def test_a_card_shows_benchmark_rows():
-    rows = [{"method": "ab2", "kind": "solver", "num_anchors": 4, "psnr_db": 30.0}]
-    card = model_card(random_predictor(), spec_for(random_predictor()), rows)
-    assert "| ab2 | solver | not measured | 4 | 30 | not measured | not measured |" in card
 
 
 @pytest.mark.parametrize(

@@ -193,19 +193,50 @@ def save(predictor: Any, folder: str) -> Any:
     return save_predictor(predictor, predictor.spec, folder)
 
 
-def push(folder: str, repo_id: str, private: bool = False) -> str:
-    """Upload a predictor to the Hugging Face hub, with its card.
+def push(
+    folder: str,
+    repo_id: str,
+    private: bool = False,
+    licence: str | None = None,
+    collection: bool = False,
+    bench: str | None = None,
+) -> str:
+    """Upload a predictor, or a recording as a data set, to the Hugging Face hub, with its card.
 
     Args:
-        folder: of the predictor; it is loaded first, so that only a sound one leaves this machine.
+        folder: of the predictor, which is loaded first, or of the recording, whose shards are
+            checked first: only a sound one leaves this machine.
         repo_id: `owner/name` of the repository, made when missing.
         private: make a new repository private.
+        licence: as the hub calls it; None leaves apache-2.0 of a predictor, and states none of a
+            recording, whose prompts have one of their own.
+        collection: put a predictor into the owner's collection for its base model, too.
+        bench: folder of a `foreseer bench` that the predictor was measured in, whose rows and
+            contact sheet its page shows.
 
     Returns:
         Address of the upload.
     """
-    from foreseer.checkpoints.push import push_predictor
+    from pathlib import Path
 
-    address = push_predictor(folder, repo_id, private)
+    from foreseer.trajectories.files.header import HEADER_FILE
+
+    if (Path(folder) / HEADER_FILE).exists():
+        from foreseer.trajectories.push_recording import push_recording
+
+        if collection or bench is not None:
+            raise ValueError(
+                f"{folder} is a recording: collection and bench are a predictor's, leave them out."
+            )
+        address = push_recording(folder, repo_id, private, licence)
+    else:
+        from foreseer.checkpoints.push import push_predictor
+
+        shown = None
+        if bench is not None:
+            from foreseer.evaluation.results import load_benchmark
+
+            shown = load_benchmark(bench)
+        address = push_predictor(folder, repo_id, private, licence, collection, shown)
     print(address)
     return address
