@@ -27,12 +27,13 @@ from jsonargparse import auto_cli
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.cli import main
-from foreseer.evaluation.benchmark import FIRST_ITEM, load_learned
+from foreseer.evaluation.benchmark import FIRST_ITEM
 from foreseer.evaluation.benchmark import bench as run_bench
 from foreseer.evaluation.generate import draw, save_panels, titles
 from foreseer.evaluation.metrics import psnr
 from foreseer.evaluation.page.plots import plot_pareto
 from foreseer.evaluation.page.table import markdown_table, short_table, verdict
+from foreseer.evaluation.plan import load_learned
 from foreseer.evaluation.results import load_meta, load_rows, save_meta, save_rows
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.load import load_pipeline

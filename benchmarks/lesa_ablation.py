@@ -27,8 +27,9 @@ from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from foreseer.checkpoints.format import save_predictor
-from foreseer.evaluation.benchmark import FIRST_ITEM, load_learned
+from foreseer.evaluation.benchmark import FIRST_ITEM
 from foreseer.evaluation.benchmark import bench as run_bench
+from foreseer.evaluation.plan import load_learned
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues

@@ -26,7 +26,8 @@ from jsonargparse import auto_cli
 from parts import GRID
 
 from foreseer.checkpoints.format import save_predictor
-from foreseer.evaluation.benchmark import FIRST_ITEM, bench, load_learned
+from foreseer.evaluation.benchmark import FIRST_ITEM, bench
+from foreseer.evaluation.plan import load_learned
 from foreseer.evaluation.rows import RULES
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import PUBLISHED_L2P, uniform

@@ -174,6 +174,9 @@ def _shapes(shapes: Sequence[Sequence[int]]) -> str:
     return " or ".join("x".join(map(str, shape)) for shape in shapes)
 
 
+FITTED = "the predictor was fitted"
+
+
 def check_host(spec: PredictorSpec, found: dict[str, Any], scheduler: Any) -> None:
     """Raise unless a host and scheduler are those of the fit.
 
@@ -186,6 +189,13 @@ def check_host(spec: PredictorSpec, found: dict[str, Any], scheduler: Any) -> No
     Raises:
         PredictorMismatch: another class, size, configuration, weights, or scheduler class.
     """
+    check_model(spec.host, found, FITTED)
+    if scheduler is not None:
+        check_scheduler(spec.scheduler, type(scheduler).__name__)
+
+
+def check_model(expected: dict[str, Any], found: dict[str, Any], made: str) -> None:
+    """Raise unless two fingerprints are of one host, in a sentence that begins with `made`."""
     names = {
         "class": "transformer class",
         "parameters": "number of parameters",
@@ -193,29 +203,28 @@ def check_host(spec: PredictorSpec, found: dict[str, Any], scheduler: Any) -> No
         "weights_sha256": "weights (fine-tuned, or with a LoRA?)",
     }
     for key, name in names.items():
-        if key in found and spec.host.get(key) != found[key]:
+        if key in found and expected.get(key) != found[key]:
             raise PredictorMismatch(
-                f"the predictor was fitted on another host: {name} is {found[key]}, expected "
-                f"{spec.host.get(key)}. Record and fit for this model: foreseer record --help"
+                f"{made} on another host: {name} is {found[key]}, expected {expected.get(key)}. "
+                "Record and fit for this model: foreseer record --help"
             )
-    if scheduler is not None:
-        check_scheduler(spec, type(scheduler).__name__)
 
 
-def check_scheduler(spec: PredictorSpec, found: str) -> None:
-    """Raise unless steps are made as in the fit.
+def check_scheduler(expected: str, found: str, made: str = FITTED) -> None:
+    """Raise unless steps are made as in the fit or recording.
 
     Args:
-        spec: what the predictor was fitted on.
+        expected: class name of its scheduler.
         found: class name of the scheduler, or of what makes the steps instead.
+        made: begins the sentence.
 
     Raises:
         PredictorMismatch: something else makes them.
     """
-    if found != spec.scheduler:
+    if found != expected:
         raise PredictorMismatch(
-            f"the predictor was fitted under {spec.scheduler}, found {found}; use that scheduler "
-            "or record and fit under this one."
+            f"{made} under {expected}, found {found}; use that scheduler or record and fit under "
+            "this one."
         )
 
 

@@ -20,7 +20,7 @@ from foreseer.evaluation.machine import collect_meta
 from foreseer.evaluation.page.curves import sheet
 from foreseer.evaluation.page.html import write_report
 from foreseer.evaluation.page.table import gaps, verdict
-from foreseer.evaluation.plan import COMMON_LISTS, Entry, plan, spec_of
+from foreseer.evaluation.plan import COMMON_LISTS, Entry, load_learned, plan, spec_of
 from foreseer.evaluation.results import BenchRow, load_rows
 from foreseer.evaluation.rows import RULES
 from foreseer.evaluation.runs import Samples, run_entry, score
@@ -138,16 +138,19 @@ def bench_command(
     guidance_scale: float | None,
     num_inference_steps: int,
     searched: str | None,
-    predictors: Sequence[str],
+    predictors: Sequence[Any] | Mapping[str, Any],
     methods: Sequence[str] | None,
     batch_size: int,
     num_threads: int,
-    prompts: str | None = None,
+    prompts: Any = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     device: str | None = None,
-) -> None:
+) -> Path:
     """`foreseer bench`; the arguments are those of `foreseer.commands.bench`.
+
+    Returns:
+        The HTML page.
 
     Raises:
         ValueError: see `bench` and `load_learned`.
@@ -170,30 +173,7 @@ def bench_command(
     rows = load_rows(page.parent / "results.json")
     print("\n".join([*(gap.sentence() for gap in gaps(rows)), verdict(rows)]))
     print(f"The report lies in {page}.")
-
-
-def load_learned(predictors: Sequence[str]) -> dict[str, Predictor]:
-    """Predictor checkpoints by table name.
-
-    Args:
-        predictors: folders, or `NAME=FOLDER`; several taps and budgets may share a name.
-
-    Raises:
-        ValueError: two predictors share name, tap and anchors.
-    """
-    learned: dict[str, Predictor] = {}
-    for given in predictors:
-        from foreseer.checkpoints.format import load_predictor
-
-        name, _, folder = given.rpartition("=")
-        loaded = load_predictor(folder)
-        spec = spec_of(loaded)
-        anchors = " ".join(map(str, spec.anchors))
-        name = f"{name or Path(folder).name}@{spec.tap} {anchors}"
-        if name in learned:
-            raise ValueError(f"two predictors are called {name}; give one a name: NAME=FOLDER.")
-        learned[name] = loaded
-    return learned
+    return page
 
 
 def command_line(options: Mapping[str, Any]) -> str:
@@ -207,7 +187,7 @@ def command_line(options: Mapping[str, Any]) -> str:
 
 
 def _class_name(value: Any) -> str:
-    """What stands for a pipeline that was given itself."""
+    """What stands for a pipeline or predictor that was given itself."""
     return f"<{type(value).__name__}>"
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.checkpoints.spec import check_host
+from foreseer.checkpoints.spec import check_model, check_scheduler
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.denoisers import transformers_of
 from foreseer.integration.host.fingerprint import host_fingerprint
@@ -29,26 +29,32 @@ from foreseer.trajectories.recording import Recording
 def opened_for(
     recording: Recording, pipeline: Any, dtype: str | None = None, device: str | None = None
 ) -> Any:
-    """The pipeline of a fit, given itself or by name.
+    """The recorded pipeline, given itself or by name, for whatever runs it once more.
 
     Args:
         recording: what is fitted on.
         pipeline: a pipeline, which is taken as and where it is, or the name of one to load.
         dtype: dtype to load it in; None takes that of the recording.
         device: where to put it then; None takes this process's GPU, the CPU where there is none.
+
+    Raises:
+        PredictorMismatch: another model, other weights or another scheduler than the recording's.
     """
     place = device or own_device(os.environ)
-    return opened(pipeline, dtype or recording.header.dtype, place)
+    pipe = opened(pipeline, dtype or recording.header.dtype, place)
+    check_pipeline(recording, pipe)
+    return pipe
 
 
-def check_pipeline(module: Any, pipe: Any) -> None:
-    """Raise unless a pipeline is the one whose recording a module is fitted on.
+def check_pipeline(recording: Recording, pipe: Any) -> None:
+    """Raise unless a pipeline is the recorded one.
 
     Raises:
         PredictorMismatch: another model, other weights or another scheduler.
     """
-    found = host_fingerprint(*transformers_of(pipe).values())
-    check_host(module.spec(), found, pipe.scheduler)
+    header, made = recording.header, f"{recording.folder} was recorded"
+    check_model(header.host, host_fingerprint(*transformers_of(pipe).values()), made)
+    check_scheduler(header.scheduler["class"], type(pipe.scheduler).__name__, made)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+from foreseer.checkpoints.format import load_predictor
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.rows import RULES
 from foreseer.evaluation.solvers import SOLVERS
@@ -164,6 +167,43 @@ def spec_of(predictor: Predictor | None) -> PredictorSpec:
             f"a learned {type(predictor).__name__} has no spec; load it with load_predictor."
         )
     return spec
+
+
+def load_learned(predictors: Sequence[Any] | Mapping[str, Any]) -> dict[str, Predictor]:
+    """Predictors by table name.
+
+    Args:
+        predictors: folders or names, `NAME=FOLDER`, predictors, or several of those by evaluations,
+            as `foreseer.fit` returns them; or any of them by the name they are to have. Several
+            taps and budgets may share a name.
+
+    Raises:
+        ValueError: two predictors share name, tap and anchors, or one was never fitted.
+    """
+    learned: dict[str, Predictor] = {}
+    named = predictors.items() if isinstance(predictors, Mapping) else _named(predictors)
+    for name, given in named:
+        for each in given.values() if isinstance(given, Mapping) else [given]:
+            path = isinstance(each, str | Path)
+            predictor: Predictor = load_predictor(each) if path else each
+            spec = spec_of(predictor)
+            anchors = " ".join(map(str, spec.anchors))
+            key = f"{name}@{spec.tap} {anchors}"
+            if key in learned:
+                raise ValueError(f"two predictors are called {key}; give one a name: NAME=FOLDER.")
+            learned[key] = predictor
+    return learned
+
+
+def _named(predictors: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """What was given as a list, each with its name: that of its folder or class."""
+    for given in predictors:
+        if isinstance(given, str | Path):
+            name, _, folder = str(given).rpartition("=")
+            yield name or Path(folder).name, folder
+        else:
+            several = given if isinstance(given, Mapping) else {0: given}
+            yield type(next(iter(several.values()))).__name__.lower(), given
 
 
 def _method(name: str) -> str:

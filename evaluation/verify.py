@@ -116,11 +116,19 @@ def verify_pipeline(pipe: Any, run: Run, predictor: Predictor | None = None) -> 
     Args:
         pipe: the pipeline, with nothing attached.
         run: calls it once, always on the same inputs and noise.
-        predictor: also run this one, loaded with `load_predictor`.
+        predictor: also run this one, fitted or loaded.
 
     Yields:
         The checks. The first that makes the others meaningless is the last.
+
+    Raises:
+        ValueError: the predictor has no spec.
     """
+    if predictor is not None and predictor.spec is None:
+        raise ValueError(
+            f"this {type(predictor).__name__} has no spec, which says what it may be used on; "
+            "expected a predictor that was fitted or loaded."
+        )
     expected = final_latents(pipe, run)
     before = footprint(pipe)  # after a run: the first one makes attributes of its own
     repeated = same(final_latents(pipe, run), expected)
@@ -220,9 +228,7 @@ def measure_cost(pipe: Any, run: Run, tap: str) -> Check:
 
 def check_predictor(pipe: Any, run: Run, predictor: Predictor, expected: Tensor) -> Check:
     """Run a predictor, and reuse on the same steps and tap beside it."""
-    spec: PredictorSpec | None = predictor.spec
-    if spec is None:
-        raise ValueError("this predictor was not loaded with load_predictor: it has no spec.")
+    spec: PredictorSpec = predictor.spec
     errors = []
     for each in (predictor, Reuse()):
         try:

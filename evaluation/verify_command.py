@@ -2,6 +2,8 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,23 +20,36 @@ DEFAULT_STEPS = 8
 WORDS = {True: "ok", False: "FAILED", None: ""}
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What checking a pipeline came to; true where no check failed.
+
+    Args:
+        checks: every check, in the order made.
+    """
+
+    checks: tuple[Check, ...]
+
+    def __bool__(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        return f"{table(self.checks)}\n\n{verdict(self.checks)}"
+
+
 def verify_pipeline_command(
     pipeline: Any,
-    predictor: str | None = None,
+    predictor: Any = None,
     prompts: str | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     device: str | None = None,
-) -> list[Check]:
-    """Check a pipeline and print a table and a verdict; `foreseer.commands.verify` tells the rest.
-
-    Raises:
-        SystemExit: with code 1 when a check failed.
-    """
+) -> Verified:
+    """Check a pipeline and print what came of it; `foreseer.pipeline_commands.verify` has more."""
     pipe = opened(pipeline, dtype, device)
-    loaded = None if predictor is None else load_predictor(predictor)
+    loaded = load_predictor(predictor) if isinstance(predictor, str | Path) else predictor
     steps = num_inference_steps or num_steps_of(loaded)
     run = one_call(pipe, prompts, steps, guidance_scale, settings)
     checks: list[Check] = []
@@ -45,11 +60,9 @@ def verify_pipeline_command(
                 bar.update()
     except UnsupportedHost as error:
         checks.append(Check("host", False, str(error)))
-    print(table(checks))
-    print(f"\n{verdict(checks)}")
-    if any(check.passed is False for check in checks):
-        raise SystemExit(1)
-    return checks
+    found = Verified(tuple(checks))
+    print(found)
+    return found
 
 
 def num_steps_of(predictor: Predictor | None) -> int:

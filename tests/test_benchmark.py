@@ -10,6 +10,7 @@ import torch
 from tiny_pipelines import tiny_pipeline
 from torch import nn
 
+import foreseer as fs
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
 from foreseer.evaluation import benchmark
@@ -188,6 +189,14 @@ def test_what_is_shown_does_not_depend_on_the_batches(method):
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
     for step, state in states.items():
         torch.testing.assert_close(others[step], state, atol=1e-5, rtol=0)
+
+
+def test_in_python_predictors_are_taken_as_they_are(tmp_path, rows_only):
+    pipe = tiny_pipeline()
+    own, options = [reuse_rows(pipe, (0, 2, 4))], {"num_samples": 2, "methods": ["euler"]}
+    page = fs.bench(pipe, str(tmp_path), budgets=[3], predictors=own, **options, **SETTINGS)
+    rows = load_rows(page.parent / "results.json")
+    assert [row.method for row in rows if row.kind == "learned"] == ["l2p"]
 
 
 def test_the_command_writes_the_report_and_prints_the_verdict(tmp_path, capsys):

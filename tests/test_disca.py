@@ -11,6 +11,7 @@ from student_cases import student_pipeline
 from tiny_hosts import pipeline
 
 from foreseer.checkpoints.format import load_predictor
+from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.polynomial import Reuse
@@ -109,6 +110,14 @@ def test_a_replay_of_another_pipeline_is_refused(host):
         replayed(HOSTS[host[0]](), Reuse(), "hidden", [0], items, hidden, outputs + 1, **SETTINGS)
 
 
+@pytest.mark.parametrize("host", ["guided"], indirect=True)
+def test_another_pipeline_than_the_recorded_one_is_refused(host):
+    other = HOSTS[host[0]]()
+    next(other.transformer.parameters()).data.add_(1e-3)
+    with pytest.raises(PredictorMismatch, match="was recorded on another host: weights"):
+        DiscaModule(str(host[1]), other, ANCHORS, num_heads=1, mse_epochs=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["student"], indirect=True)
 def test_a_predictor_can_learn_its_batch_by_heart(host, loads_host):
@@ -125,6 +134,15 @@ def test_a_predictor_can_learn_its_batch_by_heart(host, loads_host):
         error.backward()
         optimizer.step()
     assert errors[-1] < 0.01 * errors[0]
+
+
+@pytest.mark.parametrize("host", ["guided"], indirect=True)
+def test_gaps_are_trained_as_long_as_those_of_the_anchors(host):
+    pipe, sigmas = HOSTS[host[0]](), Recording(host[1]).header.sigmas
+    made = DiscaModule(str(host[1]), pipe, [0, 5], num_heads=1, mse_epochs=1, max_gap=0.1)
+    assert made.max_gap == made.predictor.max_gap == sigmas[0] - sigmas[4] > 0.1
+    made = DiscaModule(str(host[1]), pipe, [0, 5], num_heads=1, mse_epochs=1, max_gap=0.9)
+    assert made.max_gap == made.predictor.max_gap == 0.9
 
 
 @pytest.mark.parametrize("max_gap", [0.15, 0.3, 1.0])

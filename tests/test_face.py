@@ -1,5 +1,6 @@
 """`import foreseer as fs`: light, complete, and the whole road in a few calls."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from checkpoint_cases import tiny_pipe
 import foreseer as fs
 from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.spec import PredictorMismatch
+from foreseer.evaluation.plan import load_learned
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.report import Report
 from foreseer.trajectories.files.header import RecordingError
@@ -120,6 +122,38 @@ def test_every_method_is_a_word(method, recording):
     assert len(run.report().anchors) == 4
 
 
+@pytest.fixture(scope="module")
+def full_recording(tmp_path_factory) -> fs.Recording:
+    """Of 5 images, with features and the Grams of parts."""
+    place = tmp_path_factory.mktemp("full")
+    (place / "groups.json").write_text(json.dumps({"hidden": [c % 2 for c in range(64)]}))
+    parts = {"bands": 2, "groups": str(place / "groups.json"), "features": "full"}
+    options = {"num_trajectories": 5, "batch_size": 5, **parts, **SETTINGS}
+    return fs.record(tiny_pipe(), None, str(place / "recording"), **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "options"),
+    [
+        ("bands", "L2PBands", {}),
+        ("groups", "L2PGroups", {}),
+        ("continuous", "L2PContinuous", {}),
+        ("lesa", "LesaPredictor", {"closed_loop_epochs": 1, "batch_size": 4}),
+        ("disca", "DiscaPredictor", {"mse_epochs": 1, "closed_epochs": 0, "num_heads": 1}),
+    ],
+)
+def test_every_method_that_needs_more_is_a_word_too(
+    method, kind, options, full_recording, tmp_path
+):
+    out, pipe = str(tmp_path / "predictor"), tiny_pipe()
+    predictor = fs.fit(full_recording, 3, method=method, pipeline=pipe, out=out, **options)
+    assert type(predictor).__name__ == kind and len(predictor.spec.anchors) == 3
+    with fs.forecasting(pipe, predictor):
+        own = draw(pipe)
+    with fs.forecasting(pipe, out):  # its file
+        assert torch.equal(draw(pipe), own)
+
+
 def test_anchors_and_tap_are_taken_as_given(recording):
     predictor = fs.fit(recording, method="lstsq", anchors=[0, 2, 5], tap="hidden", ridge=0.01)
     assert (predictor.spec.anchors, predictor.spec.tap) == ((0, 2, 5), "hidden")
@@ -164,6 +198,29 @@ def test_a_predictor_is_saved_with_its_own_spec_and_a_formula_is_not(fitted, tmp
     assert fs.load(str(tmp_path / "again")).spec == predictor.spec
     with pytest.raises(fs.CheckpointError, match="this Taylor has no spec"):
         fs.save(fs.predictors.Taylor(1), str(tmp_path / "formula"))
+
+
+def test_verify_answers_and_leaves_the_program_running(fitted):
+    with torch.no_grad():
+        next((other := tiny_pipe()).transformer.parameters()).add_(1.0)
+    found = fs.verify(other, fitted[0], num_inference_steps=3)
+    told = {check.name: check.passed for check in found.checks}
+    assert told["replay output"] and not told["predictor"] and not found
+    assert "fitted on another host" in str(found)
+    with pytest.raises(ValueError, match="this Taylor has no spec"):
+        fs.verify(other, fs.predictors.Taylor(1))
+
+
+def test_a_bench_is_told_predictors_themselves_or_their_places(fitted):
+    predictor, out = fitted
+    given = [predictor, {4: predictor}, out, f"mine={out}"]
+    names = ["readout", "readout", "predictor", "mine"]
+    with pytest.raises(ValueError, match="two predictors are called readout@output"):
+        load_learned(given)
+    assert [name.split("@")[0] for name in load_learned(given[1:])] == names[1:]
+    assert [*load_learned({"ours": predictor})][0].startswith("ours@output 0 ")
+    with pytest.raises(ValueError, match="a learned Taylor has no spec"):
+        load_learned([fs.predictors.Taylor(1)])
 
 
 def test_detaching_needs_no_run(fitted):

@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+import torch
 from tiny_pipelines import tiny_pipeline
 
+import foreseer as fs
 from foreseer.cli import main
 
 STEPS = 6
@@ -39,3 +41,20 @@ def test_a_readout_is_searched_with_the_readout_in_the_loop(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"readout|output|3: {' '.join(map(str, found))} at -" in printed
     assert "verdict" not in printed  # a fit among many says nothing
+
+
+def test_another_pipeline_and_another_search_are_refused(tmp_path):
+    pipe, out = tiny_pipeline(), str(tmp_path / "s.json")
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+    places = [
+        fs.record(pipe, None, str(tmp_path / n), num_trajectories=2, **settings) for n in "ab"
+    ]
+    options = {"num_anchors": [3], "methods": ["reuse|output"], "num_moves": 0}
+    found = fs.search(places[0], pipe, out, **options)
+    assert fs.search(places[0], pipe, out, **options) == found
+    with pytest.raises(fs.RecordingError, match="lists of another recording"):
+        fs.search(places[0], pipe, out, **options, num_samples=1)
+    with torch.no_grad():
+        next(pipe.transformer.parameters()).add_(1.0)
+    with pytest.raises(fs.PredictorMismatch, match="was recorded on another host: weights"):
+        fs.search(places[0], pipe, str(tmp_path / "t.json"), **options)

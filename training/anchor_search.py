@@ -6,24 +6,29 @@ on Grams, the same number of single moves, the same calibration samples.
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from foreseer.errors import RecordingError
 from foreseer.evaluation.measure import References, closed_loop_errors, log_error, opened_for
 from foreseer.evaluation.rows import RULES, least_squares_rows
 from foreseer.evaluation.search import Found, beam_search, closed_loop_search, common_lists
 from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
 from foreseer.predictors.linear import tabulate
+from foreseer.training.plumbing.progress import QUIET_SECONDS
 from foreseer.training.readout.readout_runs import held_out_error
 from foreseer.training.tracking import track
 from foreseer.trajectories.prompts import generate_batch
 from foreseer.trajectories.recording import Recording
 
+SEARCH = "search"  # what a file's lists were searched on, beside them
 NUM_OPEN_LOOP = 3  # lists taken from the search on Grams
 
 
@@ -59,8 +64,18 @@ def search_anchors(
     grams = recording.stack(f"gram/{tap if tap != 'none' else 'output'}")
     lists = common_lists(num_anchors, len(sigmas))
     lists += beam_search(grams, sigmas, num_anchors, rule)[:NUM_OPEN_LOOP]
-    evaluate = evaluator(pipe, references, method, tap)
-    return closed_loop_search(evaluate, list(dict.fromkeys(lists)), len(sigmas), num_moves)
+    evaluate, starts = evaluator(pipe, references, method, tap), list(dict.fromkeys(lists))
+    options: dict[str, Any] = {"desc": f"{method} {tap}", "unit": "list", "leave": False}
+    with tqdm(total=len(starts) + num_moves, delay=QUIET_SECONDS, **options) as bar:
+        return closed_loop_search(partial(_counted, evaluate, bar), starts, len(sigmas), num_moves)
+
+
+def _counted(
+    evaluate: Callable[[tuple[int, ...]], float], bar: Any, anchors: tuple[int, ...]
+) -> float:
+    error = evaluate(anchors)
+    bar.update()
+    return error
 
 
 def evaluator(
@@ -154,6 +169,8 @@ def search_command(
 
     Raises:
         ValueError: several transformers took turns in the recorded runs.
+        PredictorMismatch: the pipeline is not the recorded one.
+        RecordingError: the file holds the lists of another search.
     """
     source = Recording(recording)
     if len(source.header.expert_steps) > 1:
@@ -164,8 +181,9 @@ def search_command(
         )
     pipe = opened_for(source, pipeline, dtype, device)
     references = References(source, source.items[:num_samples])
-    path = Path(out)
-    found: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
+    path, told = Path(out), f"{source.header.recipe_hash} {references.items} {num_moves}"
+    made = xxhash.xxh3_128(told.encode()).hexdigest()
+    found = begun(path, made)
     wanted = [f"{method}|{n}" for n in num_anchors for method in methods]
     for key in tqdm(wanted, desc="search", unit="list"):
         if key in found:
@@ -175,5 +193,24 @@ def search_command(
         found[key] = list(best.anchors)
         tqdm.write(f"{key}: {' '.join(map(str, best.anchors))} at {best.error_db:.2f} dB")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps({SEARCH: made} | found, indent=1) + "\n")
+    return found
+
+
+def begun(path: Path, made: str) -> dict[str, list[int]]:
+    """The lists a search has found so far.
+
+    Args:
+        path: the file they are written to.
+        made: digest of the recording, its trajectories compared on, and the moves.
+
+    Raises:
+        RecordingError: the file is of another search.
+    """
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {SEARCH: made}
+    if found.pop(SEARCH, None) != made:
+        raise RecordingError(
+            f"{path} holds the lists of another recording, or of another number of samples or "
+            "moves; expected those of this search. Give another file with out."
+        )
     return found

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foreseer.evaluation.measure import References, check_pipeline, closed_loop_errors, opened_for
+from foreseer.evaluation.measure import References, closed_loop_errors, opened_for
 from foreseer.evaluation.rows import analytic_rows
 from foreseer.training.closed_form import refuse_several_processes
 from foreseer.training.fit_figures import HELD_OUT, SampleLog, draws_now, log_figures
@@ -104,7 +104,6 @@ class L2PClosedLoop(L2PModule):
         super().on_fit_start()
         if self.pipe is None:
             self.pipe = opened_for(self.recording, self.pipeline, *self.place)
-            check_pipeline(self, self.pipe)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.validation = self._references(data.val_items)
         self.calibration = self._references(data.train_items)

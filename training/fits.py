@@ -13,9 +13,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from foreseer.checkpoints.budgets import check_free_of_others, write_budgets
 from foreseer.checkpoints.folder import check_free
-from foreseer.evaluation.measure import check_pipeline
+from foreseer.evaluation.measure import opened_for
 from foreseer.evaluation.offline import FORECAST_TAPS
-from foreseer.integration.pipelines.load import opened
 from foreseer.predictors.base import Predictor
 from foreseer.training.choosing import Choice, choose, choose_method, recorded_pipeline
 from foreseer.training.export import export_predictor, validation_errors
@@ -100,13 +99,11 @@ def fit_predictor(
     given: dict[str, Any] = {"recording": recordings[0], "recordings": list(recordings)}
     if recipe.runs_pipeline:
         name = recorded_pipeline(recording, method) if pipeline is None else pipeline
-        given["pipeline"] = opened(name, recording.header.dtype)
+        given["pipeline"] = opened_for(recording, name)
     fitted_on = split(recording.items, (1 - validation_fraction, validation_fraction), seed)[0]
     choice = chosen(recipe, recording, evaluations, anchors, tap, fitted_on)
     print(f"{method} ({why}): {choice}", flush=True)
     module = recipe.module(given | {"anchors": choice.anchors, "tap": choice.tap})
-    if recipe.runs_pipeline:
-        check_pipeline(module, given["pipeline"])
     data = recipe.datamodule(recordings, choice.tap, validation_fraction, seed)
     metrics = train(recipe, module, data, seed)
     if out is not None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from foreseer.integration.host.denoisers import TURNS, others_of, transformers_of
 from foreseer.integration.host.time_facts import modulation_width
 from foreseer.integration.host.trunk import UnsupportedHost
@@ -34,7 +36,7 @@ def inspected(pipe: Any, item: Item, settings: Mapping[str, Any]) -> tuple[list[
     for name, other in others_of(pipe).items():
         lines.append(f"{name:<11} {type(other).__name__}, is not forecast: it runs at every step")
     usable: list[str] = []
-    for tap in TAPS:
+    for tap in tqdm(TAPS, desc="inspect", unit="tap", delay=2, leave=False):
         try:
             session, recorder = first_step(pipe, item, tap, settings)
         except (UnsupportedHost, ValueError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from foreseer.evaluation.page.table import best_rows
 from foreseer.evaluation.plan import Entry
@@ -64,7 +65,8 @@ def sheet(
     errors: dict[str, Curve] = {}
     entry_of = {id(row): entry for entry, row in ran}
     chosen: list[Entry] = []
-    for row in best_rows([row for _, row in ran if row.num_anchors == budget], "method"):
+    best = best_rows([row for _, row in ran if row.num_anchors == budget], "method")
+    for row in tqdm(best, desc="sheet", unit="method", delay=2, leave=False):
         if row.kind == "learned" or row.method in SHEET_METHODS:
             entry = entry_of[id(row)]
             chosen.append(entry)

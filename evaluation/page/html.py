@@ -104,7 +104,8 @@ def _methods(rows: Sequence[BenchRow]) -> Section:
     note = (
         "Each method and tap on the best of its anchor lists, chosen by mean PSNR on the samples "
         "of this report; every list is in results.csv. Brackets hold the bootstrap 95 % interval "
-        "of the mean. Press a heading to sort."
+        "of the mean; a tenth of the samples lies below q10, a tenth above q90. Press a heading to "
+        "sort."
     )
     return Section("methods", "All methods", _tables(rows), note)
 
@@ -230,8 +231,8 @@ def _cells(row: BenchRow) -> dict[str, Cell]:
         "method": (row.method, row.method),
         "PSNR mean (dB)": (f"{decibels(row.psnr_db)} {interval}", _sortable(row.psnr_db)),
         "median": (decibels(row.psnr_median), _sortable(row.psnr_median)),
-        "10 % quantile": (decibels(row.psnr_q10), _sortable(row.psnr_q10)),
-        "90 % quantile": (decibels(row.psnr_q90), _sortable(row.psnr_q90)),
+        "q10": (decibels(row.psnr_q10), _sortable(row.psnr_q10)),
+        "q90": (decibels(row.psnr_q90), _sortable(row.psnr_q90)),
         "SSIM": (f"{row.ssim:.4f}", row.ssim),
         "latent rel. L2": (f"{row.latent_rel_l2:.4f}", row.latent_rel_l2),
         "kind": (row.kind, row.kind),

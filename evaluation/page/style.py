@@ -71,8 +71,8 @@ tbody tr:hover td { background: var(--tint); }
 .text { text-align: left; }
 td.steps { min-width: 9rem; white-space: normal; color: var(--soft); font-size: .75rem;
   line-height: 1.25; }
-@media (max-width: 64rem) { th, td { padding: .3rem .22rem; } table { font-size: .72rem; }
-  td.steps { min-width: 5.5rem; font-size: .66rem; } }
+@media (max-width: 64rem) { th, td { padding: .3rem .2rem; } table { font-size: .72rem; }
+  td { white-space: normal; line-height: 1.3; } td.steps { min-width: 5rem; font-size: .66rem; } }
 th button { all: unset; cursor: pointer; white-space: normal; }
 th button:hover { color: var(--accent); }
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }

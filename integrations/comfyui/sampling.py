@@ -87,7 +87,7 @@ class Forecast:
         function = getattr(sampler, "sampler_function", sampler)
         name = getattr(function, "__name__", type(function).__name__)
         alike = name in SAMPLERS.get(spec.scheduler, ())
-        check_scheduler(spec, spec.scheduler if alike else name)
+        check_scheduler(spec.scheduler, spec.scheduler if alike else name)
         for conds in guider.conds.values():
             check_conditioning(conds)
         self.kind = kind_of(guider.model_patcher)

@@ -38,6 +38,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 """The function of every command; two have another one where a pipeline is among their words."""
 
+ASKING = (commands.verify, pipeline_commands.verify, pipeline_commands.inspect)
+"""Commands that answer yes or no; a no is code 1."""
+
 DEBUG = "--debug"  # among the words of any command: errors as they are, with their traceback
 
 
@@ -48,8 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         argv: command-line words after the program name; `sys.argv[1:]` when None.
 
     Raises:
-        SystemExit: after help or the version (code 0), a usage error (2), Ctrl-C (130), or one of
-            the package's own errors, which it holds in words (1); `--debug` raises the error.
+        SystemExit: after help or the version (code 0), a usage error (2), Ctrl-C (130), an answer
+            that is no (1), or one of the package's own errors, which it holds in words (1);
+            `--debug` raises the error.
     """
     given = sys.argv[1:] if argv is None else argv
     words = [word for word in given if word != DEBUG]
@@ -132,7 +136,10 @@ def run_function(function: Callable[..., Any], words: list[str]) -> Any:
     called = function if lone else spelled_out(function)
     prog = f"foreseer {function.__name__}"
     words = flagged(words, function)
-    return auto_cli(called, words, as_positional=lone, prog=prog, parser_class=Parser)
+    answer = auto_cli(called, words, as_positional=lone, prog=prog, parser_class=Parser)
+    if function in ASKING and not answer:
+        raise SystemExit(1)
+    return answer
 
 
 def spelled_out(function: Callable[..., Any]) -> Callable[..., Any]:

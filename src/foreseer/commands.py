@@ -128,10 +128,10 @@ def inspect(
     )
 
 
-def verify(recording: str, repair: bool = False) -> None:
+def verify(recording: str, repair: bool = False) -> bool:
     """Check a recording for damage; that foreseer is exact on a pipeline of yours: --pipeline.
 
-    Reads every shard of a recording and compares it with its hash; exits with code 1 on damage.
+    Reads every shard of a recording and compares it with its hash.
     For pipelines see `foreseer verify --pipeline --help`.
 
     Args:
@@ -139,6 +139,9 @@ def verify(recording: str, repair: bool = False) -> None:
         repair: first take out lines and shards that are damaged, which moves them to `damaged/` in
             the folder, give whole shards of killed recorders their line, and remove half-written
             files; `foreseer record` then redoes what was taken out.
+
+    Returns:
+        Whether nothing is damaged; the command ends with code 1 where something is.
     """
     from pathlib import Path
 
@@ -163,8 +166,7 @@ def verify(recording: str, repair: bool = False) -> None:
         print(
             f"{len(left)} files belong to no finished trajectory: --repair adopts or removes them"
         )
-    if problems:
-        raise SystemExit(1)
+    return not problems
 
 
 def merge(out: str, recordings: Sequence[str]) -> None:

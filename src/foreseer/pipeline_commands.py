@@ -15,7 +15,7 @@ def inspect(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
     **settings: Any,
-) -> None:
+) -> bool:
     """Run one step of a pipeline and tell whether it is supported, and why not.
 
     Shows its trunk and head, the taps it has, its guidance branches, what a recording and a
@@ -30,6 +30,9 @@ def inspect(
         dtype: dtype a pipeline given by name is loaded in.
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
+
+    Returns:
+        Whether it is supported; the command ends with code 1 where not.
     """
     from foreseer.integration.pipelines.load import opened
     from foreseer.integration.pipelines.pipeline_call import call_settings, first_samples
@@ -40,8 +43,7 @@ def inspect(
     given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
     lines, supported = inspected(pipe, Item(0, 0, first_samples(pipe, prompts)), given)
     print("\n".join(lines))
-    if not supported:
-        raise SystemExit(1)
+    return supported
 
 
 def generate(
@@ -103,20 +105,20 @@ def generate(
 def bench(
     pipeline: Any,
     out: str,
-    prompts: str | None = None,
+    prompts: str | Sequence[str] | None = None,
     budgets: Sequence[int] = (11, 8, 6),
     num_samples: int = 64,
     guidance_scale: float | None = None,
     num_inference_steps: int = 50,
     searched: str | None = None,
-    predictors: Sequence[str] = (),
+    predictors: Sequence[Any] = (),
     methods: Sequence[str] | None = None,
     batch_size: int = 16,
     num_threads: int = 1,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
     **settings: Any,
-) -> None:
+) -> Any:
     """Compare the full run, few-step solvers and every predictor on the same seeds and anchors.
 
     The same command goes on after the last finished row when it was interrupted.
@@ -124,7 +126,7 @@ def bench(
     Args:
         pipeline: folder or hub name of the diffusers pipeline, or `zoo:NAME` for a bundled one.
         out: folder of the report: the page `report.html`, tables, plots, contact sheet.
-        prompts: held-out prompts: a .txt file with one per line, or a .safetensors file of prompt
+        prompts: held-out prompts, a .txt file with one per line, or a .safetensors file of prompt
             embeddings; they come in turn, with new seeds. Not needed where the pipeline draws
             classes.
         budgets: list of network evaluations per sample to compare at.
@@ -133,40 +135,44 @@ def bench(
             one that draws classes.
         num_inference_steps: sampler steps S of the full run.
         searched: JSON file of searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps.
-        predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER.
+        predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER; in Python also predictors,
+            or what `fit` returned for several budgets.
         methods: list of solvers and formulas to run; None runs all.
         batch_size: samples drawn at once.
         num_threads: threads torch uses.
         dtype: dtype a pipeline given by name is loaded in.
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
+
+    Returns:
+        Path of the page.
     """
     given = dict(locals())
     from foreseer.evaluation.benchmark import bench_command
 
-    bench_command(**given)
+    return bench_command(**given)
 
 
 def verify(
     pipeline: Any,
-    predictor: str | None = None,
+    predictor: Any = None,
     prompts: str | None = None,
     guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
     **settings: Any,
-) -> None:
+) -> Any:
     """Prove on a pipeline of yours that foreseer is exact, and measure what it costs there.
 
     Runs it some forty times at few steps: what is recorded must leave the run as it is, recorded
     features put back must give the same latents bit for bit, a run broken off must not reach the
-    next one, and nothing may be left behind; then memory and cost. Exits with code 1 when a check
-    fails.
+    next one, and nothing may be left behind; then memory and cost.
 
     Args:
         pipeline: folder, hub name or `zoo:<name>` of a diffusers pipeline.
-        predictor: also run this predictor: a folder, hub name or `zoo:<name>`.
+        predictor: also run this predictor: a folder, hub name or `zoo:<name>`; in Python also the
+            predictor itself.
         prompts: a prompt; or a .txt file with one per line, or a .safetensors file of embeddings
             by argument of the pipeline, of which the first row is taken.
         guidance_scale: guidance strength; None leaves the pipeline's default.
@@ -174,10 +180,14 @@ def verify(
         dtype: dtype a pipeline given by name is loaded in.
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
+
+    Returns:
+        `Verified`: its `checks`, printed as a table with a verdict; true where none failed. The
+        command ends with code 1 where one did.
     """
     from foreseer.evaluation.verify_command import verify_pipeline_command
 
-    verify_pipeline_command(
+    return verify_pipeline_command(
         pipeline=pipeline,
         predictor=predictor,
         prompts=prompts,

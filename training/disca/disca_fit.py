@@ -22,11 +22,18 @@ from foreseer.predictors.neural import DiscaPredictor
 from foreseer.training.descent import Descent
 from foreseer.training.disca.frozen_runs import final_latents
 from foreseer.training.disca.gan import Adversary
-from foreseer.training.disca.replayed_runs import Forced, draw_anchors, replayed, velocity_error
+from foreseer.training.disca.replayed_runs import (
+    Forced,
+    draw_anchors,
+    longest_gap,
+    replayed,
+    velocity_error,
+)
 from foreseer.training.fit_figures import StepMeans, log_figures
 from foreseer.training.l2p import spec_of
 from foreseer.training.lesa.lesa_rates import rate_factor
 from foreseer.training.lesa.lesa_samples import open_features
+from foreseer.training.plumbing.progress import watched
 
 PHASES = ("mse", "gan", "closed")
 
@@ -47,7 +54,8 @@ class DiscaModule(Descent):
         depth: blocks.
         residual: start at a formula instead of from nothing.
         order: that formula: 0 for reuse, 1 for linear extrapolation.
-        max_gap: longest distance in sigma to the newest anchor.
+        max_gap: longest distance in sigma to the newest anchor; where `anchors` leave a longer
+            one, that.
         mse_epochs: epochs of the first phase.
         gan_epochs: epochs of the second phase.
         closed_epochs: epochs of the third phase.
@@ -101,7 +109,7 @@ class DiscaModule(Descent):
             self.pipe.conditioner.eval().requires_grad_(False)
         self.epochs = {"mse": mse_epochs, "gan": gan_epochs, "closed": closed_epochs}
         self.rates = {"mse": learning_rate, "gan": gan_rate, "closed": closed_rate}
-        self.max_gap = max_gap
+        self.max_gap = max(max_gap, longest_gap(header.sigmas, self.anchors))
         self.adversarial_weight = adversarial_weight
         self.discriminator_rate = discriminator_rate
         self.gradient_clip = gradient_clip
@@ -114,7 +122,7 @@ class DiscaModule(Descent):
             "width_mult": width_mult,
             "residual": residual,
             "order": order,
-            "max_gap": max_gap,
+            "max_gap": self.max_gap,
         }
         self.predictor = DiscaPredictor(**arguments)
         self.adversary = Adversary(self.pipe, width) if gan_epochs else None
@@ -157,7 +165,9 @@ class DiscaModule(Descent):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.num_trajectories.fill_(len(data.train_items))
         if not math.isfinite(float(self.start_error)) and data.val_items:
-            errors = [self.closed_errors(batch) for batch in data.val_dataloader()]
+            errors = [
+                self.closed_errors(batch) for batch in watched(data.val_dataloader(), "start")
+            ]
             self.start_error.fill_(torch.cat(errors).mean())
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:

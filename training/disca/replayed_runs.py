@@ -173,6 +173,12 @@ def velocity_error(forced: Sequence[Forced]) -> Float[Tensor, ""]:
     return torch.stack([(each.forecast - each.target).square().mean() for each in forced]).mean()
 
 
+def longest_gap(sigmas: Sequence[float], anchors: Sequence[int]) -> float:
+    """The longest distance in sigma from a step to the newest anchor."""
+    ends = [*anchors[1:], len(sigmas)]
+    return max(sigmas[a] - sigmas[end - 1] for a, end in zip(anchors, ends, strict=True))
+
+
 def draw_anchors(sigmas: Sequence[float], max_gap: float, source: random.Random) -> list[int]:
     """A random list of anchors that starts with 0 and leaves no step further than `max_gap`.
 

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.evaluation.measure import References, check_pipeline, item_of, log_error, opened_for
+from foreseer.evaluation.measure import References, item_of, log_error, opened_for
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors.kan import with_pykan, without_pykan
 from foreseer.predictors.lesa import LesaPredictor
@@ -41,6 +41,7 @@ from foreseer.training.lesa.lesa_samples import (
     stage_errors,
 )
 from foreseer.training.lesa.lesa_start import LesaFactory, description, untrained
+from foreseer.training.plumbing.progress import watched
 
 
 class LesaModule(Descent):
@@ -170,12 +171,11 @@ class LesaModule(Descent):
         self.num_trajectories.fill_(len(data.train_items))
         if self.pipe is None:
             self.pipe = opened_for(self.recording, self.pipeline, *self.place)
-            check_pipeline(self, self.pipe)
             self.pipe.set_progress_bar_config(disable=True)
         self.follow(self.pipe)
         if not math.isfinite(float(self.start_error)) and data.val_items:
             errors = []
-            for batch in data.val_dataloader():
+            for batch in watched(data.val_dataloader(), "start"):
                 errors.append(self.run(batch)[1])
             self.start_error.fill_(torch.cat(errors).mean())
 

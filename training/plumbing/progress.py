@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,14 @@ class Progress(Callback):
         """Close it, if it was opened."""
         if self.bar is not None:
             self.bar.close()
+
+
+def watched(batches: Iterable[Any], name: str) -> Iterable[Any]:
+    """Batches under a bar of that name, which shows after two seconds."""
+    watched_batches: Iterable[Any] = tqdm(
+        batches, name, unit="batch", delay=QUIET_SECONDS, leave=False
+    )
+    return watched_batches
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.evaluation.measure import References, check_pipeline, opened_for, predictor_errors
+from foreseer.evaluation.measure import References, opened_for, predictor_errors
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Grid
 from foreseer.predictors.experts import L2PExperts
@@ -136,7 +136,6 @@ class ReadoutFit(ClosedForm):
         """
         if self.pipe is None:
             self.pipe = opened_for(self.recording, self.pipeline, *self.place)
-            check_pipeline(self, self.pipe)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.num_trajectories.fill_(len(data.train_items))
         self.calibration = References(self.recording, data.train_items, self.batch_size)

@@ -137,7 +137,7 @@ def refit_readout(
     predictor = old
     for recording in opened:
         module = ReadoutRefit(str(recording.folder), predictor, fitted, batch_size)
-        check_pipeline(module, pipe)
+        check_pipeline(recording, pipe)
         run_fit(module, pipe, ItemsDataModule(str(recording.folder), 0.0))
         predictor = module.deployed()
         fitted = segments_of(module.sums, predictor)
