@@ -21,7 +21,8 @@ from foreseer.integration.pipelines.load import opened
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.linear import L2P
-from foreseer.trajectories.prompts import CONTENT, Item, generate_batch
+from foreseer.trajectories.kept_inputs import recorded_inputs
+from foreseer.trajectories.prompts import Item, generate_batch
 from foreseer.trajectories.ranks import own_device
 from foreseer.trajectories.recording import Recording
 
@@ -108,20 +109,19 @@ class References:
 
 
 def item_of(recording: Recording, item: int) -> Item:
-    """The item a trajectory was recorded from, read off its manifest line.
+    """The item a trajectory was recorded from, by its manifest line and the tensors in its shard.
 
     Raises:
-        ValueError: it was made from pictures or tensors too, of which only a digest is stored.
+        ValueError: it was made from something of which only a digest is stored.
     """
-    meta = dict(recording.meta(item))
-    if CONTENT in meta:
+    inputs = recorded_inputs(recording, item)
+    if inputs is None:
         raise ValueError(
-            f"item {item} of {recording.folder} was made from pictures or tensors, of which only a "
-            "digest is stored, so its run cannot be repeated; use a fit on Grams (L2PLeastSquares, "
-            "L2PAdam), or record from prompts."
+            f"item {item} of {recording.folder} was made from pictures or large tensors, of which "
+            "only a digest is stored, so its run cannot be repeated; use a fit on Grams "
+            "(L2PLeastSquares, L2PAdam), or record from prompts or their embeddings."
         )
-    seed = int(meta.pop("seed"))
-    return Item(item, seed, dict(meta))
+    return Item(item, int(recording.meta(item)["seed"]), inputs)
 
 
 @torch.no_grad()

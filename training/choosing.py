@@ -9,7 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from foreseer.evaluation.offline import MAX_TRAJECTORIES, TapGrams, best_row, compared
 from foreseer.integration.pipelines.load import HUB_NAME, INDEX_FILE
 from foreseer.integration.schedule import check_anchors
-from foreseer.trajectories.prompts import CONTENT
+from foreseer.trajectories.kept_inputs import can_repeat
 from foreseer.trajectories.recording import Recording
 
 
@@ -108,8 +108,8 @@ def against_runs(recording: Recording) -> str | None:
     header = recording.header
     if not header.states:
         return "the recording has no states"
-    if any(CONTENT in recording.meta(item) for item in recording.items):
-        return "the recording is of pictures or tensors, of which it holds only a digest"
+    if not can_repeat(recording):
+        return "the recording is of pictures or large tensors, of which it holds only a digest"
     if not header.pipeline:
         return "the recording does not name its pipeline and none is given"
     if not is_here(header.pipeline):

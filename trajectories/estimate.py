@@ -17,6 +17,7 @@ from foreseer.predictors.partition import Partition
 from foreseer.trajectories.collector import Recorder
 from foreseer.trajectories.files.remote import cache_folder
 from foreseer.trajectories.files.storage import exists, is_url
+from foreseer.trajectories.kept_inputs import kept_inputs
 from foreseer.trajectories.prompts import Item, generate_batch
 from foreseer.trajectories.recipe import expand_taps
 from foreseer.trajectories.recording import Recording
@@ -70,7 +71,8 @@ def estimate(
     """
     size = count(first_step(pipe, item, taps, **settings), features, num_tokens, states)
     parts = sum(partition.num_parts for partition in (partitions or {}).values())
-    return replace(size, trajectory_bytes=size.trajectory_bytes + parts * size.gram_bytes)
+    kept = sum(each.numel() * each.element_size() for each in kept_inputs(item).values())
+    return replace(size, trajectory_bytes=size.trajectory_bytes + parts * size.gram_bytes + kept)
 
 
 def first_step(pipe: Any, item: Item, taps: Sequence[str], **settings: Any) -> Recorder:

@@ -13,7 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from foreseer.integration.host.denoisers import transformer_of
-from foreseer.integration.pipelines.pipeline_call import generators, joined, samples, takes_labels
+from foreseer.integration.pipelines.load import device_of
+from foreseer.integration.pipelines.pipeline_call import (
+    embeddings_on,
+    generators,
+    joined,
+    samples,
+    takes_labels,
+)
 
 CLASS_ITEMS = 64  # trajectories of a pipeline that draws classes, unless told otherwise
 CONTENT = "inputs_sha256"
@@ -108,18 +115,19 @@ def generate_batch(pipe: Any, items: Sequence[Item], **settings: Any) -> Any:
     Returns:
         The pipeline's output.
     """
-    return pipe(**_arguments(items), **settings)
+    return pipe(**_arguments(pipe, items), **settings)
 
 
 def generate_with_gradients(pipe: Any, items: Sequence[Item], **settings: Any) -> Any:
     """The same without the `torch.no_grad` around a diffusers pipeline's call."""
-    return inspect.unwrap(type(pipe).__call__)(pipe, **_arguments(items), **settings)
+    return inspect.unwrap(type(pipe).__call__)(pipe, **_arguments(pipe, items), **settings)
 
 
-def _arguments(items: Sequence[Item]) -> dict[str, Any]:
-    """The items' inputs, joined, and a generator for each."""
+def _arguments(pipe: Any, items: Sequence[Item]) -> dict[str, Any]:
+    """The items' inputs, joined and where the pipeline runs, and a generator for each."""
     generator = generators([item.seed for item in items])
-    return joined([item.inputs for item in items]) | {"generator": generator}
+    given = joined([item.inputs for item in items])
+    return embeddings_on(device_of(pipe), given) | {"generator": generator}
 
 
 def digest(items: Sequence[Item], settings: dict[str, Any]) -> str:

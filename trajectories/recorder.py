@@ -12,6 +12,7 @@ from foreseer.predictors.partition import Partition
 from foreseer.trajectories.collector import Recorder
 from foreseer.trajectories.files.uploads import open_writer
 from foreseer.trajectories.files.writer import RecordingWriter
+from foreseer.trajectories.kept_inputs import kept_inputs
 from foreseer.trajectories.prompts import Item, digest, generate_batch
 from foreseer.trajectories.recipe import (
     check_alike,
@@ -126,5 +127,5 @@ def _record_batches(
             check_alike(recorder, header)
             for sample, item in enumerate(batch):
                 if item.index not in done:
-                    stored = recorder.tensors(sample, *stored_as)
+                    stored = recorder.tensors(sample, *stored_as) | kept_inputs(item)
                     writer.write(item.index, stored, item_meta(item))

@@ -5,6 +5,7 @@ Shapes: n or B samples, C channels, H height, W width.
 
 import inspect
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from foreseer.integration.pipelines.load import device_of
 from foreseer.integration.pipelines.prompt_files import prompts_of
 
 DEFAULT_PROMPT = "a photo of a cat"
 CLASS_GUIDANCE = 3.0
+EMBEDDED = re.compile("prompt|embeds")
+"""In the names of arguments: prompt embeddings, pooled or not, and their masks."""
 
 
 def samples(
@@ -47,7 +51,8 @@ def samples(
         raise ValueError(f"{name} draws from {asked}; give --{asked}.")
     found = prompts_of(prompts)
     if isinstance(found, Path):
-        return _rows(found, set(takes), name)
+        home = device_of(pipe)
+        return [embeddings_on(home, row) for row in _rows(found, set(takes), name)]
     if "prompt" not in takes:
         raise ValueError(f"{name} takes no prompts; it takes {', '.join(takes)}.")
     return [{"prompt": prompt} for prompt in found]
@@ -85,6 +90,23 @@ def joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         listed = {"class_labels": [entries[0].get("class_labels")]}
         return {**entries[0], **(listed if isinstance(listed["class_labels"][0], int) else {})}
     return {name: _join([entry[name] for entry in entries]) for name in entries[0]}
+
+
+def embeddings_on(device: torch.device, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call with its prompt embeddings and their masks where the pipeline runs.
+
+    Pipelines move what they encode themselves; few move embeddings that they are given.
+    """
+    return {
+        name: _moved(value, device) if EMBEDDED.search(name) else value
+        for name, value in given.items()
+    }
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_moved(each, device) for each in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
