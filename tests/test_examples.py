@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -28,15 +29,27 @@ def test_every_example_is_run_and_short():
         assert len(text.splitlines()) <= 60
 
 
+def check(name: str, printed: str) -> None:
+    lines = iter(printed.splitlines())
+    for pattern in PRINTS[name]:
+        assert any(re.fullmatch(pattern, line) for line in lines), (pattern, printed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRINTS)
-def test_an_example_prints_what_it_promises(name, tmp_path):
-    command = [sys.executable, str(EXAMPLES / name), str(tmp_path / "out")]
+def test_an_example_prints_what_it_promises(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "out")])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    check(name, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_an_example_is_a_program(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "forecast.py"), str(tmp_path / "out")]
     alone = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = iter(done.stdout.splitlines())
-    for pattern in PRINTS[name]:
-        assert any(re.fullmatch(pattern, line) for line in lines), (pattern, done.stdout)
+    check("forecast.py", done.stdout)
