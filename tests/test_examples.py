@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nightly import nightly
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 if not EXAMPLES.exists():
@@ -35,8 +36,13 @@ def check(name: str, printed: str) -> None:
         assert any(re.fullmatch(pattern, line) for line in lines), (pattern, printed)
 
 
+PROGRAM = "forecast.py"  # is run as its reader runs it, the others in this process
+OTHERS = [name for name in PRINTS if name != PROGRAM]
+SOLVERS = "compare_with_solvers.py"  # takes as long as the others together
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PRINTS)
+@pytest.mark.parametrize("name", nightly(OTHERS, [name for name in OTHERS if name != SOLVERS]))
 def test_an_example_prints_what_it_promises(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "out")])
@@ -46,10 +52,10 @@ def test_an_example_prints_what_it_promises(name, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.slow
 def test_an_example_is_a_program(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "forecast.py"), str(tmp_path / "out")]
+    command = [sys.executable, str(EXAMPLES / PROGRAM), str(tmp_path / "out")]
     alone = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    check("forecast.py", done.stdout)
+    check(PROGRAM, done.stdout)
