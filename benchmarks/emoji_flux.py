@@ -27,8 +27,7 @@ from jsonargparse import auto_cli
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.cli import main
-from foreseer.evaluation.benchmark import FIRST_ITEM
-from foreseer.evaluation.benchmark import bench as run_bench
+from foreseer.evaluation.benchmark import FIRST_ITEM, compare_methods
 from foreseer.evaluation.generate import draw, save_panels, titles
 from foreseer.evaluation.metrics import psnr
 from foreseer.evaluation.page.plots import plot_pareto
@@ -159,7 +158,7 @@ def bench(budgets: Sequence[int] = BUDGETS, num_samples: int = 32) -> None:
     ]
     out = ROOT / f"bench_{name}"
     pipe = load_pipeline(PIPELINE)
-    run_bench(
+    compare_methods(
         pipe,
         asked_items(pipe, HELD_OUT_PROMPTS, num_samples, FIRST_ITEM),
         out,

@@ -17,12 +17,11 @@ import lightning
 import torch
 from jsonargparse import auto_cli
 
-from foreseer.evaluation.benchmark import bench_command
+import foreseer as fs
 from foreseer.evaluation.rows import RULES
 from foreseer.evaluation.solvers import SOLVERS
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import PUBLISHED_L2P, uniform, warped
-from foreseer.training.anchor_search import search_command
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares, L2PModule
@@ -89,7 +88,7 @@ def search(
     for budget in budgets:
         path = root / f"searched_{budget}.json"
         recording = str(root / "recording")
-        search_command(recording, PIPELINE, str(path), [budget], methods, num_samples, num_moves)
+        fs.search(recording, PIPELINE, str(path), [budget], methods, num_samples, num_moves)
         found = json.loads(path.read_text())
         for tap in ("output", "hidden"):
             if f"taylor_1|{tap}|{budget}" in found:
@@ -188,8 +187,8 @@ def bench(
         for folder in folders
         if int(folder.name.rsplit("_", 1)[1]) in budgets
     ]
-    bench_command(
-        pipeline=PIPELINE,
+    fs.bench(
+        PIPELINE,
         out=out or str(root / "bench"),
         budgets=budgets,
         num_samples=num_samples,

@@ -27,8 +27,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from foreseer.checkpoints.format import save_predictor
-from foreseer.evaluation.benchmark import FIRST_ITEM
-from foreseer.evaluation.benchmark import bench as run_bench
+from foreseer.evaluation.benchmark import FIRST_ITEM, compare_methods
 from foreseer.evaluation.plan import load_learned
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
@@ -240,7 +239,7 @@ def bench(
         for budget in budgets
         for folder in sorted((Path(out) / "predictors").glob(f"*/{budget}/config.json"))
     ]
-    page = run_bench(
+    page = compare_methods(
         load_silent(),
         class_items(num_samples, 10, first_item=FIRST_ITEM),
         Path(out) / "bench",

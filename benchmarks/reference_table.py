@@ -26,7 +26,7 @@ from jsonargparse import auto_cli
 from parts import GRID
 
 from foreseer.checkpoints.format import save_predictor
-from foreseer.evaluation.benchmark import FIRST_ITEM, bench
+from foreseer.evaluation.benchmark import FIRST_ITEM, compare_methods
 from foreseer.evaluation.plan import load_learned
 from foreseer.evaluation.rows import RULES
 from foreseer.integration.pipelines.load import load_pipeline
@@ -89,7 +89,7 @@ def reference_table(
     )
     pipe = load_pipeline(PIPELINE)
     pipe.set_progress_bar_config(disable=True)
-    page = bench(
+    page = compare_methods(
         pipe,
         class_items(num_samples, 10, first_item=FIRST_ITEM),
         ROOT / "bench",

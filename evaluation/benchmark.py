@@ -1,4 +1,4 @@
-"""`foreseer bench`: full run, few-step solvers, formulas and learned predictors, on equal terms."""
+"""Full run, few-step solvers, formulas and learned predictors, on equal terms."""
 
 import hashlib
 import json
@@ -19,25 +19,23 @@ from foreseer.evaluation.flops import StepFlops, first_call, step_flops
 from foreseer.evaluation.machine import collect_meta
 from foreseer.evaluation.page.curves import sheet
 from foreseer.evaluation.page.html import write_report
-from foreseer.evaluation.page.table import gaps, verdict
-from foreseer.evaluation.plan import COMMON_LISTS, Entry, load_learned, plan, spec_of
-from foreseer.evaluation.results import BenchRow, load_rows
+from foreseer.evaluation.plan import COMMON_LISTS, Entry, plan, spec_of
+from foreseer.evaluation.results import BenchRow
 from foreseer.evaluation.rows import RULES
 from foreseer.evaluation.runs import Samples, run_entry, score
 from foreseer.evaluation.store import ROWS_FILE, RowLog, load_samples, save_samples
 from foreseer.integration.host.denoisers import transformer_of
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.pipelines.load import opened
-from foreseer.integration.pipelines.pipeline_call import call_settings, guidance_of_call
+from foreseer.integration.pipelines.pipeline_call import guidance_of_call
 from foreseer.predictors.base import LinearPredictor, Predictor
 from foreseer.predictors.linear import L2P, tabulate
-from foreseer.trajectories.prompts import Item, asked_items, digest, generate_batch
+from foreseer.trajectories.prompts import Item, digest, generate_batch
 
 FIRST_ITEM = 10_000  # far from every item a recording starts with
 SHEET_SAMPLES = 8
 
 
-def bench(
+def compare_methods(
     pipe: Any,
     items: Sequence[Item],
     out: str | Path,
@@ -46,7 +44,7 @@ def bench(
     searched: Mapping[str, Sequence[int]] | None = None,
     methods: Sequence[str] | None = None,
     batch_size: int = 16,
-    command: str = "foreseer.evaluation.benchmark.bench",
+    command: str = "foreseer.evaluation.benchmark.compare_methods",
     rules: Mapping[str, Predictor | Mapping[str, Predictor]] = RULES,
     common: Sequence[str] = COMMON_LISTS,
     **settings: Any,
@@ -128,52 +126,6 @@ def rows_predictor(
     )
     predictor.spec = spec
     return predictor
-
-
-def bench_command(
-    pipeline: Any,
-    out: str,
-    budgets: Sequence[int],
-    num_samples: int,
-    guidance_scale: float | None,
-    num_inference_steps: int,
-    searched: str | None,
-    predictors: Sequence[Any] | Mapping[str, Any],
-    methods: Sequence[str] | None,
-    batch_size: int,
-    num_threads: int,
-    prompts: Any = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-) -> Path:
-    """`foreseer bench`; the arguments are those of `foreseer.commands.bench`.
-
-    Returns:
-        The HTML page.
-
-    Raises:
-        ValueError: see `bench` and `load_learned`.
-    """
-    options = dict(locals())
-    torch.set_num_threads(num_threads)
-    pipe = opened(pipeline, dtype, device)
-    page = bench(
-        pipe,
-        asked_items(pipe, prompts, num_samples, FIRST_ITEM),
-        out,
-        budgets,
-        load_learned(predictors),
-        json.loads(Path(searched).read_text()) if searched else None,
-        methods,
-        batch_size,
-        command_line(options),
-        **call_settings(pipe, num_inference_steps, guidance_scale, settings),
-    )
-    rows = load_rows(page.parent / "results.json")
-    print("\n".join([*(gap.sentence() for gap in gaps(rows)), verdict(rows)]))
-    print(f"The report lies in {page}.")
-    return page
 
 
 def command_line(options: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import foreseer as fs
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
 from foreseer.evaluation import benchmark
-from foreseer.evaluation.benchmark import bench, rows_predictor
+from foreseer.evaluation.benchmark import compare_methods, rows_predictor
 from foreseer.evaluation.flops import StepFlops, first_call, run_flops, step_flops
 from foreseer.evaluation.page.curves import traced
 from foreseer.evaluation.plan import Entry, plan
@@ -51,7 +51,7 @@ def rows_only(monkeypatch):
 
 def run(out, budgets=(3,), pipe=None, **options):
     options = {"methods": ["euler", "reuse"], "batch_size": 2, **options}
-    page = bench(pipe or tiny_pipeline(), ITEMS, out, budgets, **options, **SETTINGS)
+    page = compare_methods(pipe or tiny_pipeline(), ITEMS, out, budgets, **options, **SETTINGS)
     return load_rows(page.parent / "results.json")
 
 

@@ -11,9 +11,9 @@ import torch
 from tiny_hosts import items, pipeline, settings
 
 from foreseer.evaluation.measure import log_error
+from foreseer.fit_commands import search
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.training.anchor_search import search_command
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.lesa.lesa_fit import LesaModule
@@ -104,13 +104,11 @@ def test_a_pipeline_itself_and_another_dtype_can_be_given(made):
 def test_search_takes_a_pipeline_and_a_dtype(made, tmp_path):
     recording, folder = made
     call = {"num_anchors": [2], "methods": ["newton_1|output"], "num_samples": 2, "num_moves": 0}
-    found = search_command(recording, folder, str(tmp_path / "a.json"), **call)
-    other = search_command(
+    found = search(recording, folder, str(tmp_path / "a.json"), **call)
+    other = search(
         recording, folder, str(tmp_path / "b.json"), dtype="float32", device="cpu", **call
     )
-    given = search_command(
-        recording, pipeline(HOST).to(torch.bfloat16), str(tmp_path / "c.json"), **call
-    )
+    given = search(recording, pipeline(HOST).to(torch.bfloat16), str(tmp_path / "c.json"), **call)
     assert found.keys() == other.keys() and found == given
 
 

@@ -13,7 +13,13 @@ from source_files import PACKAGE, module_name, source_files
 ROOMS = "predictors checkpoints integration trajectories evaluation training distill"
 ORDER = tuple(ROOMS.split())
 PREDICTORS_OF_A_FIT = {"any_anchors", "continuous"}  # which bears the name of its predictor
-SHARED = ("__version__", "environment", "errors", "extras")  # of no room; commands are for none
+SHARED = (
+    "__version__",
+    "environment",
+    "errors",
+    "extras",
+    "moved",
+)  # of no room; commands are for none
 LIGHTNING = {"lightning", "pytorch_lightning"}
 HUGGING_FACE = {"diffusers", "transformers"}
 # Recipes of the bundled models; rivals are schedulers of diffusers, and so is the writer of videos.
@@ -100,6 +106,7 @@ def test_a_forbidden_import_is_found(path, line):
 def test_no_two_modules_have_one_name():
     names = [Path(path).stem for path in source_files() if not path.endswith("__init__.py")]
     assert {name for name in names if names.count(name) > 1} <= PREDICTORS_OF_A_FIT
+    assert not [name for name in names if name.endswith("_command")]  # rooms hold no commands
 
 
 @pytest.mark.parametrize("path", [path for path in source_files() if path.endswith("__init__.py")])

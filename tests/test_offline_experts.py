@@ -13,8 +13,8 @@ from foreseer.evaluation.offline import LEARNED, Remembered, TapGrams, offline_r
 from foreseer.evaluation.rows import RULES, expert_rows, formula_rows
 from foreseer.evaluation.search import beam_search, common_lists
 from foreseer.evaluation.verdict import estimate
+from foreseer.fit_commands import search
 from foreseer.integration.schedule import uniform, warped
-from foreseer.training.anchor_search import search_command
 from foreseer.trajectories.gram import accumulated_error, gram
 
 STARTS = [0, 4]  # of two transformers over ten steps
@@ -111,7 +111,7 @@ def test_inspect_estimates_what_the_verdict_of_a_fit_does():
 def test_a_search_in_closed_loop_is_refused_with_what_to_do(tmp_path):
     folder = str(recorded(tmp_path / "r", 2, expert_steps=[0, 3]))
     with pytest.raises(ValueError, match=r"steps \[0, 3\]; lists are tried .*`foreseer inspect`"):
-        search_command(folder, "none", str(tmp_path / "out.json"), [4], ["taylor_1|output"])
+        search(folder, "none", str(tmp_path / "out.json"), [4], ["taylor_1|output"])
     assert not (tmp_path / "out.json").exists()
 
 

@@ -16,13 +16,13 @@ from foreseer.checkpoints.format import SEGMENTS_FILE, load_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
 from foreseer.evaluation.measure import References
+from foreseer.fit_commands import refit as refit_command
 from foreseer.training.export import export_command, export_predictor
 from foreseer.training.readout import segment as readout_segment
 from foreseer.training.readout.readout_refit import refit_readout
 from foreseer.training.readout.segment import Part, extend_segment
 from foreseer.training.readout.shipped_sums import read_segments
 from foreseer.training.readout.sums import Total
-from foreseer.training.refit_command import refit_command
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.files.shards import read_shard, write_shard
 from foreseer.trajectories.recording import Recording
@@ -134,7 +134,7 @@ def test_recordings_are_added_together_as_one_after_the_other(place, tmp_path):
 
 def test_the_command_adds_and_says_so(place, tmp_path, capsys, monkeypatch):
     pipe = pipeline("dit_guided")
-    monkeypatch.setattr("foreseer.training.refit_command.opened_for", lambda *arguments: pipe)
+    monkeypatch.setattr("foreseer.training.refit.opened_for", lambda *arguments: pipe)
     words = ["refit", "--predictor", str(place / "predictor"), "--out", str(tmp_path / "new")]
     main([*words, "--recordings", f'["{place / "b"}"]', "--pipeline", "anything"])
     printed = capsys.readouterr().out

@@ -17,6 +17,7 @@ from foreseer.checkpoints.zoo import ZOO
 from foreseer.cli import main
 from foreseer.evaluation.rows import analytic_rows, expert_rows, least_squares_rows
 from foreseer.evaluation.weight_rows import rows_of
+from foreseer.fit_commands import refit as refit_command
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.experts import L2PExperts
 from foreseer.predictors.spectrum import equal_bands
@@ -24,7 +25,7 @@ from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PLeastSquares, open_loop_errors
 from foreseer.training.parts import L2PPartsLeastSquares, least_squares_parts
-from foreseer.training.refit_command import refit, refit_command
+from foreseer.training.refit import refit
 from foreseer.training.shipped import read_sums, trajectory_digests, write_sums
 from foreseer.trajectories.files.merge import merge
 from foreseer.trajectories.files.shards import read_shard, write_shard
@@ -74,7 +75,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def write(found: Any, out: Path) -> str:
-    """What `refit_command` writes, without its words."""
+    """What the command writes, without its words."""
     save_predictor(found.predictor, found.spec, out)
     write_sums(out, [found.sums], found.spec.recording_digest)
     return str(out)
@@ -225,7 +226,7 @@ def test_a_recording_of_another_kind_of_run_is_refused(place, changes, match, mo
         recording.header = dataclasses.replace(recording.header, **changes)
         return recording
 
-    monkeypatch.setattr("foreseer.training.refit_command.Recording", changed)
+    monkeypatch.setattr("foreseer.training.refit.Recording", changed)
     with pytest.raises(ValueError, match=match):
         refit(str(place / "predictor"), [str(place / "b")])
 

@@ -18,6 +18,7 @@ from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.measure import References, generate, log_error
 from foreseer.evaluation.rows import RULES, adams_bashforth_rows, least_squares_rows
 from foreseer.evaluation.verdict import Estimate, closed_loop_line, open_loop_line
+from foreseer.fit_commands import refit as refit_command
 from foreseer.integration.schedule import uniform
 from foreseer.predictors.base import History, Predictor, Step
 from foreseer.predictors.lesa import LesaPredictor
@@ -32,7 +33,6 @@ from foreseer.training.export import export_command
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares
 from foreseer.training.lesa.lesa_fit import LesaModule
 from foreseer.training.parts import L2PPartsLeastSquares
-from foreseer.training.refit_command import refit_command
 from foreseer.training.verdict_callbacks import NO_HELD_OUT
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.recorder import record

@@ -12,8 +12,8 @@ from tiny_pipelines import tiny_pipeline
 
 from foreseer.checkpoints.format import save_predictor
 from foreseer.cli import main
+from foreseer.evaluation.verified import table, verdict
 from foreseer.evaluation.verify import Check, final_latents, verify_pipeline
-from foreseer.evaluation.verify_command import table, verdict
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.pipeline_call import (

@@ -1,4 +1,4 @@
-"""`foreseer search`: the best anchors of every method for a number of evaluations.
+"""The best anchors of every method for a number of evaluations, in closed loop.
 
 Every method is given the same effort: the same candidate lists, as many lists from its own search
 on Grams, the same number of single moves, the same calibration samples.
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from foreseer.errors import RecordingError
-from foreseer.evaluation.measure import References, closed_loop_errors, log_error, opened_for
+from foreseer.evaluation.measure import References, closed_loop_errors, log_error
 from foreseer.evaluation.rows import RULES, least_squares_rows
 from foreseer.evaluation.search import Found, beam_search, closed_loop_search, common_lists
 from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
@@ -143,48 +143,39 @@ def solve(pipe: Any, solver: str, sigmas: Sequence[float], references: Reference
     return torch.cat(latents).cpu()
 
 
-def search_command(
-    recording: str,
-    pipeline: Any,
-    out: str,
-    num_anchors: Sequence[int],
-    methods: Sequence[str],
-    num_samples: int = 16,
-    num_moves: int = 8,
-    dtype: str | None = None,
-    device: str | None = None,
-) -> dict[str, list[int]]:
-    """Search every method at every budget and write the best lists; resumes after an interruption.
-
-    Args:
-        recording: folder of the recording.
-        pipeline: the pipeline it was made with, or its name.
-        out: JSON file: `method|tap|num_anchors` to a list of anchors.
-        num_anchors: budgets.
-        methods: `method|tap` of each, such as `ab2|none` or `taylor_1|hidden`.
-        num_samples: calibration samples.
-        num_moves: evaluations spent on moving single anchors.
-        dtype: dtype to load the pipeline in; None takes that of the recording.
-        device: where to put it; None takes a GPU where there is one.
+def check_one_transformer(recording: Recording) -> None:
+    """Raise unless one transformer made a recording.
 
     Raises:
-        ValueError: several transformers took turns in the recorded runs.
-        PredictorMismatch: the pipeline is not the recorded one.
+        ValueError: several took turns in its runs.
+    """
+    starts = recording.header.expert_steps
+    if len(starts) > 1:
+        raise ValueError(
+            f"{recording.folder} is of {len(starts)} transformers that start at the steps "
+            f"{starts}; lists are tried in closed loop for one only. `foreseer inspect` finds "
+            "lists for several, on their Grams."
+        )
+
+
+def search_lists(
+    pipe: Any, references: References, wanted: Sequence[str], num_moves: int, path: Path
+) -> dict[str, list[int]]:
+    """Search every list that a file does not hold yet, and write each as it is found.
+
+    Args:
+        pipe: the recorded pipeline.
+        references: calibration samples of the recording.
+        wanted: `method|tap|num_anchors` of each.
+        num_moves: evaluations spent on moving single anchors.
+        path: JSON file.
+
+    Raises:
         RecordingError: the file holds the lists of another search.
     """
-    source = Recording(recording)
-    if len(source.header.expert_steps) > 1:
-        raise ValueError(
-            f"{recording} is of {len(source.header.expert_steps)} transformers that start at the "
-            f"steps {source.header.expert_steps}; lists are tried in closed loop for one only. "
-            "`foreseer inspect` finds lists for several, on their Grams."
-        )
-    pipe = opened_for(source, pipeline, dtype, device)
-    references = References(source, source.items[:num_samples])
-    path, told = Path(out), f"{source.header.recipe_hash} {references.items} {num_moves}"
+    told = f"{references.recording.header.recipe_hash} {references.items} {num_moves}"
     made = xxhash.xxh3_128(told.encode()).hexdigest()
     found = begun(path, made)
-    wanted = [f"{method}|{n}" for n in num_anchors for method in methods]
     for key in tqdm(wanted, desc="search", unit="list"):
         if key in found:
             continue

@@ -1,8 +1,8 @@
-"""Any fit by one call: method, tap and anchors are chosen where they are not given."""
+"""The steps of `foreseer.fit`: what it is not given is chosen, then a module is fitted."""
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +12,36 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from foreseer.checkpoints.budgets import check_free_of_others, write_budgets
-from foreseer.checkpoints.folder import check_free
-from foreseer.evaluation.measure import opened_for
 from foreseer.evaluation.offline import FORECAST_TAPS
 from foreseer.predictors.base import Predictor
-from foreseer.training.choosing import Choice, choose, choose_method, recorded_pipeline
+from foreseer.training.choosing import Choice, choose
 from foreseer.training.export import export_predictor, validation_errors
 from foreseer.training.plumbing.progress import Progress, quiet
-from foreseer.training.recipes import SEVERAL, Recipe
+from foreseer.training.recipes import Recipe
 from foreseer.training.verdict_callbacks import CHECKPOINT_KEY
-from foreseer.trajectories.recording import Recording, split
+from foreseer.trajectories.recording import Recording
 
 ANY_TAP = ("lstsq", "gram")  # methods that take the tap of least error
 ERROR = "val/error_db"  # by which the kept epoch of a training is chosen
 
 
-def fit_budgets(
-    recordings: Sequence[str],
-    evaluations: int | Sequence[int] | None,
-    method: str | None,
+def fit_each(
+    fit: Callable[..., Predictor],
+    evaluations: Sequence[int],
     anchors: Sequence[int] | None,
-    tap: str | None,
-    pipeline: Any,
     out: str | None,
-    *options: Any,
-) -> Predictor | dict[int, Predictor]:
-    """A fit, or one for each of several evaluations; see `fit_predictor`.
+) -> dict[int, Predictor]:
+    """A fit for each of several evaluations, in one folder.
+
+    Args:
+        fit: makes one, given `evaluations` and `out`.
+        evaluations: different numbers of network evaluations.
+        anchors: as given; there may be none, since they are searched for each.
+        out: folder of all; None writes nothing.
 
     Raises:
-        ValueError: several evaluations are asked for and one list of anchors is given, or see
-            `fit_predictor`.
+        ValueError: numbers repeat, there are none, or anchors are given.
     """
-    if evaluations is None or isinstance(evaluations, int):
-        given = recordings, evaluations, method, anchors, tap, pipeline, out
-        return fit_predictor(*given, *options)
     budgets = sorted(set(evaluations))
     if anchors is not None or len(budgets) != len(evaluations) or not budgets:
         raise ValueError(
@@ -54,57 +50,24 @@ def fit_budgets(
         )
     if out is not None:
         check_free_of_others(out, budgets)
-    found: dict[int, Predictor] = {}
-    for budget in budgets:
-        folder = None if out is None else f"{out}/{budget}"
-        given = recordings, budget, method, None, tap, pipeline, folder
-        found[budget] = fit_predictor(*given, *options)
+    found = {n: fit(evaluations=n, out=None if out is None else f"{out}/{n}") for n in budgets}
     if out is not None:
-        write_budgets(out, {budget: each.spec for budget, each in found.items()})
+        write_budgets(out, {n: each.spec for n, each in found.items()})
     return found
 
 
-def fit_predictor(
-    recordings: Sequence[str],
-    evaluations: int | None,
-    method: str | None,
-    anchors: Sequence[int] | None,
-    tap: str | None,
-    pipeline: Any,
-    out: str | None,
-    validation_fraction: float,
-    seed: int,
-    options: Mapping[str, Any],
+def fitted(
+    recipe: Recipe, module: Any, data: lightning.LightningDataModule, seed: int, out: str | None
 ) -> Predictor:
-    """One fit; `foreseer.fit_commands.fit` tells of the arguments.
+    """Fit a module and write what it came to; the predictor, with its spec.
 
-    Raises:
-        ValueError: an argument is wrong, or the recording lacks what the method needs.
-        PredictorMismatch: the pipeline is not the recorded one.
+    Args:
+        recipe: of the method.
+        module: made by it.
+        data: made by it.
+        seed: of what is drawn.
+        out: folder of the predictor; None writes nothing.
     """
-    if out is not None:
-        check_free(out)  # before the fit, not after it
-    recording = Recording(recordings[0])
-    why = "as asked for"
-    if method is None:
-        method, why = choose_method(recording, pipeline is not None)
-    recipe = Recipe(method, options)
-    if recipe.runs_pipeline and "batch_size" in recipe.takes:
-        recipe.options.setdefault("batch_size", recording.header.recipe.get("batch_size", 1))
-    if len(recordings) > 1 and method != SEVERAL:
-        raise ValueError(
-            f"the method {method!r} is fitted on one recording, {len(recordings)} were given; join "
-            f"them with `foreseer merge`, or fit {SEVERAL!r}."
-        )
-    given: dict[str, Any] = {"recording": recordings[0], "recordings": list(recordings)}
-    if recipe.runs_pipeline:
-        name = recorded_pipeline(recording, method) if pipeline is None else pipeline
-        given["pipeline"] = opened_for(recording, name)
-    fitted_on = split(recording.items, (1 - validation_fraction, validation_fraction), seed)[0]
-    choice = chosen(recipe, recording, evaluations, anchors, tap, fitted_on)
-    print(f"{method} ({why}): {choice}", flush=True)
-    module = recipe.module(given | {"anchors": choice.anchors, "tap": choice.tap})
-    data = recipe.datamodule(recordings, choice.tap, validation_fraction, seed)
     metrics = train(recipe, module, data, seed)
     if out is not None:
         print(f"wrote {export_predictor(module, out, metrics)}", flush=True)

@@ -12,13 +12,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from vllm_omni.diffusion.cache import selector
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.worker import diffusion_model_runner
 
 import foreseer as fs
-from foreseer.integration.served import ServedNetwork
+from foreseer.checkpoints.spec import check_host, check_run
 
 NAME = "foreseer"
 
@@ -46,9 +47,12 @@ class ForeseerBackend(CacheBackend):
                 '"folder, zoo:name or owner/name"}\'.'
             )
         self.predictor = fs.load(name)
-        self.served: ServedNetwork | None = None
+        self.forecast: Any = None
+        self.scheduler: Any = None
         self.step = -1
         self.calls = 0  # of the step in progress
+        self.sigmas: list[float] = []
+        self.told: Any = None  # the tensor that `sigmas` were read off
 
     def enable(self, pipeline: Any) -> None:
         """Put the predictor around the transformer's forward.
@@ -62,9 +66,11 @@ class ForeseerBackend(CacheBackend):
                 f"{type(pipeline).__name__} has two transformers that take turns; this backend "
                 "serves pipelines with one. Run it without --cache-backend foreseer."
             )
-        network = pipeline.transformer
-        self.served = ServedNetwork(self.predictor, network, pipeline.scheduler)
-        network.forward = functools.partial(self._call, self.served, network.forward)
+        self.scheduler = pipeline.scheduler
+        self.forecast = fs.forecast_model(_compute, self.predictor, model=pipeline.transformer)
+        check_host(self.predictor.spec, {}, self.scheduler)
+        self.forecast.run.check()
+        pipeline.transformer.forward = functools.partial(self._call, pipeline.transformer.forward)
         self.enabled = True
 
     def refresh(self, pipeline: Any, num_inference_steps: int, verbose: bool = True) -> None:
@@ -75,22 +81,38 @@ class ForeseerBackend(CacheBackend):
             num_inference_steps: steps of the request.
             verbose: unused; there is nothing to tell.
         """
-        assert self.served is not None  # enabled
-        self.served.reset()
-        self.step, self.calls = -1, 0
+        self.forecast.run.reset()
+        self.step, self.calls, self.told = -1, 0, None
 
-    def _call(
-        self, served: ServedNetwork, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One call of the transformer, computed or forecast.
 
         Raises:
             PredictorMismatch: the request leaves the fit's grid, guidance, dtype or latents.
         """
-        index = served.scheduler.step_index or 0
+        index = self.scheduler.step_index or 0
         self.calls = self.calls + 1 if index == self.step else 0
         self.step = index
-        return served(index, self.calls, forward, *args, **kwargs)
+        x_t = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        call = functools.partial(forward, *args, **kwargs)
+        out = self.forecast(x_t, self._sigma(index), branches=(self.calls,), call=call)
+        return (out,) if kwargs.get("return_dict") is False else out
+
+    def _sigma(self, index: int) -> float:
+        if self.told is not self.scheduler.sigmas:
+            self.told = self.scheduler.sigmas
+            self.sigmas = self.told.tolist()  # once a run: it waits for the device
+            check_run(self.predictor.spec, self.predictor, self.sigmas[:-1])
+        return self.sigmas[index]
+
+
+def _compute(x_t: Tensor, sigma: float, call: Callable[[], Any]) -> Tensor:
+    """The velocity of a call of the transformer, however the call returns it."""
+    out = call()
+    if isinstance(out, Tensor):
+        return out
+    velocity: Tensor = out[0] if isinstance(out, tuple) else out.sample
+    return velocity
 
 
 def register() -> None:

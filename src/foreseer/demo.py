@@ -11,8 +11,7 @@ from pathlib import Path
 
 from foreseer.commands import inspect
 from foreseer.commands import record as record_trajectories
-from foreseer.evaluation.benchmark import FIRST_ITEM
-from foreseer.evaluation.benchmark import bench as compare_methods
+from foreseer.evaluation.benchmark import FIRST_ITEM, compare_methods
 from foreseer.evaluation.page.side_by_side import picture, side_by_side, told
 from foreseer.evaluation.page.table import verdict
 from foreseer.evaluation.plan import load_learned

@@ -4,6 +4,8 @@ As in commands.py, their signatures are the command lines and their docstrings t
 """
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -48,21 +50,42 @@ def fit(
         The predictor, with its `spec`, ready for `forecasting`; of a list of evaluations a
         dictionary of them.
     """
-    from foreseer.training.fits import fit_budgets
+    from foreseer.checkpoints.folder import check_free
+    from foreseer.evaluation.measure import opened_for
+    from foreseer.training.choosing import choose_method, recorded_pipeline
+    from foreseer.training.fits import chosen, fit_each, fitted
+    from foreseer.training.recipes import SEVERAL, Recipe
+    from foreseer.trajectories.recording import Recording, split
 
+    if not (evaluations is None or isinstance(evaluations, int)):
+        given = {"method": method, "tap": tap, "pipeline": pipeline, "seed": seed, **options}
+        one = partial(fit, recording, validation_fraction=validation_fraction, **given)
+        return fit_each(one, evaluations, anchors, out)
+    if out is not None:
+        check_free(out)  # before the fit, not after it
     several = recording if isinstance(recording, list | tuple) else [recording]
-    return fit_budgets(
-        [str(getattr(each, "folder", each)) for each in several],
-        evaluations,
-        method,
-        anchors,
-        tap,
-        pipeline,
-        out,
-        validation_fraction,
-        seed,
-        options,
-    )
+    folders = [folder_of(each) for each in several]
+    source, why = Recording(folders[0]), "as asked for"
+    if method is None:
+        method, why = choose_method(source, pipeline is not None)
+    recipe = Recipe(method, options)
+    if recipe.runs_pipeline and "batch_size" in recipe.takes:
+        recipe.options.setdefault("batch_size", source.header.recipe.get("batch_size", 1))
+    if len(folders) > 1 and method != SEVERAL:
+        raise ValueError(
+            f"the method {method!r} is fitted on one recording, {len(folders)} were given; join "
+            f"them with `foreseer merge`, or fit {SEVERAL!r}."
+        )
+    arguments: dict[str, Any] = {"recording": folders[0], "recordings": folders}
+    if recipe.runs_pipeline:
+        name = recorded_pipeline(source, method) if pipeline is None else pipeline
+        arguments["pipeline"] = opened_for(source, name)
+    fitted_on = split(source.items, (1 - validation_fraction, validation_fraction), seed)[0]
+    choice = chosen(recipe, source, evaluations, anchors, tap, fitted_on)
+    print(f"{method} ({why}): {choice}", flush=True)
+    module = recipe.module(arguments | {"anchors": choice.anchors, "tap": choice.tap})
+    data = recipe.datamodule(folders, choice.tap, validation_fraction, seed)
+    return fitted(recipe, module, data, seed, out)
 
 
 def search(
@@ -92,19 +115,21 @@ def search(
     Returns:
         The lists, by `method|tap|num_anchors`.
     """
-    from foreseer.training.anchor_search import search_command
+    from foreseer.evaluation.measure import References, opened_for
+    from foreseer.training.anchor_search import check_one_transformer, search_lists
+    from foreseer.trajectories.recording import Recording
 
-    return search_command(
-        recording=str(getattr(recording, "folder", recording)),
-        pipeline=pipeline,
-        out=out,
-        num_anchors=num_anchors,
-        methods=methods,
-        num_samples=num_samples,
-        num_moves=num_moves,
-        dtype=dtype,
-        device=device,
-    )
+    source = Recording(folder_of(recording))
+    check_one_transformer(source)
+    pipe = opened_for(source, pipeline, dtype, device)
+    references = References(source, source.items[:num_samples])
+    wanted = [f"{method}|{n}" for n in num_anchors for method in methods]
+    return search_lists(pipe, references, wanted, num_moves, Path(out))
+
+
+def folder_of(recording: Any) -> str:
+    """Folder or URL of a recording, given itself or by that."""
+    return str(getattr(recording, "folder", recording))
 
 
 def export(
@@ -158,9 +183,20 @@ def refit(
         pipeline: of a readout: folder of the pipeline, or `zoo:<name>`; None loads the one that
             the recordings name.
     """
-    from foreseer.training.refit_command import refit_command
+    from foreseer.checkpoints.format import load_predictor
+    from foreseer.predictors.readout import Readout
+    from foreseer.training.refit import write_readout, write_rows
 
-    refit_command(predictor, recordings, out, ridge, pipeline)
+    old = load_predictor(predictor)
+    if not isinstance(old, Readout):
+        write_rows(predictor, recordings, out, ridge)
+    elif ridge is None:
+        write_readout(old, predictor, recordings, out, pipeline)
+    else:
+        raise ValueError(
+            f"{predictor} is a Readout, whose fit chooses its own strengths: found ridge {ridge}, "
+            "expected none."
+        )
 
 
 def save(predictor: Any, folder: str) -> Any:

@@ -3,7 +3,9 @@
 As in commands.py, the signatures are the command lines and the docstrings the help text.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -83,8 +85,6 @@ def generate(
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
-    from pathlib import Path
-
     from foreseer.checkpoints.format import load_predictor
     from foreseer.evaluation.generate import draw_runs, steps_of, write_runs
     from foreseer.integration.pipelines.load import opened
@@ -147,10 +147,35 @@ def bench(
     Returns:
         Path of the page.
     """
-    given = dict(locals())
-    from foreseer.evaluation.benchmark import bench_command
+    options = dict(locals())
+    import torch
 
-    return bench_command(**given)
+    from foreseer.evaluation import benchmark
+    from foreseer.evaluation.page.table import gaps, verdict
+    from foreseer.evaluation.plan import load_learned
+    from foreseer.evaluation.results import load_rows
+    from foreseer.integration.pipelines.load import opened
+    from foreseer.integration.pipelines.pipeline_call import call_settings
+    from foreseer.trajectories.prompts import asked_items
+
+    torch.set_num_threads(num_threads)
+    pipe = opened(pipeline, dtype, device)
+    page = benchmark.compare_methods(
+        pipe,
+        asked_items(pipe, prompts, num_samples, benchmark.FIRST_ITEM),
+        out,
+        budgets,
+        load_learned(predictors),
+        json.loads(Path(searched).read_text()) if searched else None,
+        methods,
+        batch_size,
+        benchmark.command_line(options),
+        **call_settings(pipe, num_inference_steps, guidance_scale, settings),
+    )
+    rows = load_rows(page.parent / "results.json")
+    print("\n".join([*(gap.sentence() for gap in gaps(rows)), verdict(rows)]))
+    print(f"The report lies in {page}.")
+    return page
 
 
 def verify(
@@ -185,15 +210,13 @@ def verify(
         `Verified`: its `checks`, printed as a table with a verdict; true where none failed. The
         command ends with code 1 where one did.
     """
-    from foreseer.evaluation.verify_command import verify_pipeline_command
+    from foreseer.checkpoints.format import load_predictor
+    from foreseer.evaluation.verified import num_steps_of, one_call, verified
+    from foreseer.integration.pipelines.load import opened
 
-    return verify_pipeline_command(
-        pipeline=pipeline,
-        predictor=predictor,
-        prompts=prompts,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        settings=settings,
-        dtype=dtype,
-        device=device,
-    )
+    pipe = opened(pipeline, dtype, device)
+    loaded = load_predictor(predictor) if isinstance(predictor, str | Path) else predictor
+    steps = num_inference_steps or num_steps_of(loaded)
+    found = verified(pipe, one_call(pipe, prompts, steps, guidance_scale, settings), loaded)
+    print(found)
+    return found

@@ -1,18 +1,15 @@
-"""`foreseer verify --pipeline`: the checks of verify.py as a table and a verdict."""
+"""The checks of verify.py as a table and a verdict."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.verify import EXACT_TAPS, Check, verify_pipeline
 from foreseer.integration.host.trunk import UnsupportedHost
-from foreseer.integration.pipelines.load import opened
 from foreseer.integration.pipelines.pipeline_call import call_settings, first_samples, joined
 from foreseer.predictors.base import Predictor
 
@@ -37,32 +34,23 @@ class Verified:
         return f"{table(self.checks)}\n\n{verdict(self.checks)}"
 
 
-def verify_pipeline_command(
-    pipeline: Any,
-    predictor: Any = None,
-    prompts: str | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    settings: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-) -> Verified:
-    """Check a pipeline and print what came of it; `foreseer.pipeline_commands.verify` has more."""
-    pipe = opened(pipeline, dtype, device)
-    loaded = load_predictor(predictor) if isinstance(predictor, str | Path) else predictor
-    steps = num_inference_steps or num_steps_of(loaded)
-    run = one_call(pipe, prompts, steps, guidance_scale, settings)
+def verified(pipe: Any, run: Callable[[], Any], predictor: Predictor | None) -> Verified:
+    """Check a pipeline under a bar; one that cannot be hooked has failed the check `host`.
+
+    Args:
+        pipe: a pipeline with nothing attached.
+        run: calls it on one sample, the same inputs and noise every time.
+        predictor: to be run too.
+    """
     checks: list[Check] = []
     try:
         with tqdm(desc="verify", unit="check", leave=False) as bar:
-            for check in verify_pipeline(pipe, run, loaded):
+            for check in verify_pipeline(pipe, run, predictor):
                 checks.append(check)
                 bar.update()
     except UnsupportedHost as error:
         checks.append(Check("host", False, str(error)))
-    found = Verified(tuple(checks))
-    print(found)
-    return found
+    return Verified(tuple(checks))
 
 
 def num_steps_of(predictor: Predictor | None) -> int:

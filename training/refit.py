@@ -1,4 +1,4 @@
-"""Add recordings to a closed-form fit through its summed Grams: `foreseer refit`.
+"""Add recordings to a closed-form fit through its summed Grams.
 
 The old trajectories are needed no more: their sum is beside the predictor. The rows are the least
 squares of all trajectories together; rows that came from another fit, in closed loop say, are not
@@ -90,18 +90,10 @@ class Refit:
     estimate: Estimate
 
 
-def refit_command(
-    predictor: str,
-    recordings: Sequence[str],
-    out: str,
-    ridge: float | None = None,
-    pipeline: str | None = None,
+def write_rows(
+    predictor: str, recordings: Sequence[str], out: str, ridge: float | None = None
 ) -> None:
-    """Refit, write the predictor and say what came of it; see `refit` and `refit_readout`."""
-    old = load_predictor(predictor)
-    if isinstance(old, Readout):
-        _refit_readout(old, predictor, recordings, out, ridge, pipeline)
-        return
+    """Refit, write the predictor and say what came of it; see `refit`."""
     found = refit(predictor, recordings, ridge)
     folder = save_predictor(found.predictor, found.spec, out, _card(found))
     write_sums(folder, [found.sums], found.spec.recording_digest)
@@ -119,19 +111,18 @@ def refit_command(
     print(open_loop_line([found.estimate]))
 
 
-def _refit_readout(
-    old: Readout,
-    name: str,
-    recordings: Sequence[str],
-    out: str,
-    ridge: float | None,
-    pipeline: str | None,
+def write_readout(
+    old: Readout, name: str, recordings: Sequence[str], out: str, pipeline: Any
 ) -> None:
-    if ridge is not None:
-        raise ValueError(
-            f"{name} is a Readout, whose fit chooses its own strengths: found ridge {ridge}, "
-            "expected none."
-        )
+    """The same of a readout, whose new trajectories its pipeline runs; see `refit_readout`.
+
+    Args:
+        old: the readout.
+        name: its folder, or `zoo:<name>`.
+        recordings: folders or URLs.
+        out: folder of the new one.
+        pipeline: the recorded pipeline or its name; None loads the one that the recordings name.
+    """
     if not recordings:
         raise ValueError("no recordings were given; name the folders to add.")
     folder = locate(name, None, (MODEL_FILE, CONFIG_FILE, CARD_FILE, GRAMS_FILE, SEGMENTS_FILE))
