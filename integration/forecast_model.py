@@ -34,6 +34,7 @@ def forecast_model(
     sigmas: Sequence[float] | Tensor | None = None,
     anchors: Sequence[int] | None = None,
     guidance_scale: float | None = None,
+    scheduler: Any = None,
     memory_budget: int | None = None,
     evaluations: int | None = None,
 ) -> "ForecastModel":
@@ -57,6 +58,8 @@ def forecast_model(
         sigmas: those of the steps, with or without the 0 at the end; None takes the fit's.
         anchors: steps at which the network runs; None takes the predictor's own.
         guidance_scale: what the loop guides with; None where it does not say, and is not compared.
+        scheduler: what makes the steps, where that is a scheduler of diffusers; None where the loop
+            does not say, and it is not compared.
         memory_budget: bytes that cached features may take; None for what the device has.
         evaluations: which of several predictors.
 
@@ -64,7 +67,7 @@ def forecast_model(
         The function; its `report()` tells what the latest run did.
 
     Raises:
-        PredictorMismatch: the predictor was fitted on another model, grid or tap.
+        PredictorMismatch: the predictor was fitted on another model, sampler, grid or tap.
         UnsupportedHost: it reads hidden states and `model` is no module that shows them.
         ValueError: no anchors, sigmas or kind of output are known.
     """
@@ -80,7 +83,7 @@ def forecast_model(
     run = SigmaRun(
         forecaster,
         grid_of(predictor, sigmas, kind),
-        functools.partial(check_model, predictor, model),
+        functools.partial(check_model, predictor, model, scheduler),
     )
     run.check()
     return ForecastModel(model_fn, run, returns, kind, reader)
@@ -189,15 +192,16 @@ def output_forecaster(predictor: Predictor, anchors: Sequence[int] | None) -> Fo
     return checked_forecaster(None, predictor, anchors, "output")
 
 
-def check_model(predictor: Predictor, model: nn.Module | None) -> None:
+def check_model(predictor: Predictor, model: nn.Module | None, scheduler: Any = None) -> None:
     """Raise unless a network is the one a learned predictor was fitted on, as far as can be told.
 
     Args:
         predictor: the predictor; formulas go with any network.
         model: the network.
+        scheduler: see `forecast_model`.
 
     Raises:
-        PredictorMismatch: it is another.
+        PredictorMismatch: it is another, or the scheduler is.
         ValueError: a learned predictor, and no network to compare.
     """
     if predictor.spec is None:
@@ -209,7 +213,7 @@ def check_model(predictor: Predictor, model: nn.Module | None) -> None:
         )
     model = getattr(model, "_orig_mod", model)  # a compiled one
     if hasattr(model, "config") and not isinstance(model.config, type(None)):
-        check_host(predictor.spec, host_fingerprint(model), None)
+        check_host(predictor.spec, host_fingerprint(model), scheduler)
     else:
         count = sum(parameter.numel() for parameter in model.parameters())
-        check_host(predictor.spec, {"parameters": count}, None)
+        check_host(predictor.spec, {"parameters": count}, scheduler)

@@ -18,8 +18,6 @@ from foreseer.trajectories.datamodule import ItemsDataModule
 
 
 def main(recording: str, out: Path) -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
     world = int(os.environ.get("WORLD_SIZE", 1))
     module = module_of(recording, pipeline("dit_guided"))
     trainer = lightning.Trainer(
@@ -35,4 +33,6 @@ def main(recording: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
     main(sys.argv[1], Path(sys.argv[2]))

@@ -2,11 +2,13 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from nightly import nightly
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 if not EXAMPLES.exists():
@@ -28,15 +30,32 @@ def test_every_example_is_run_and_short():
         assert len(text.splitlines()) <= 60
 
 
+def check(name: str, printed: str) -> None:
+    lines = iter(printed.splitlines())
+    for pattern in PRINTS[name]:
+        assert any(re.fullmatch(pattern, line) for line in lines), (pattern, printed)
+
+
+PROGRAM = "forecast.py"  # is run as its reader runs it, the others in this process
+OTHERS = [name for name in PRINTS if name != PROGRAM]
+SOLVERS = "compare_with_solvers.py"  # takes as long as the others together
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PRINTS)
-def test_an_example_prints_what_it_promises(name, tmp_path):
-    command = [sys.executable, str(EXAMPLES / name), str(tmp_path / "out")]
+@pytest.mark.parametrize("name", nightly(OTHERS, [name for name in OTHERS if name != SOLVERS]))
+def test_an_example_prints_what_it_promises(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "out")])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    check(name, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_an_example_is_a_program(tmp_path):
+    command = [sys.executable, str(EXAMPLES / PROGRAM), str(tmp_path / "out")]
     alone = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = iter(done.stdout.splitlines())
-    for pattern in PRINTS[name]:
-        assert any(re.fullmatch(pattern, line) for line in lines), (pattern, done.stdout)
+    check(PROGRAM, done.stdout)

@@ -4,16 +4,14 @@ The stubs have the names and signatures of vllm-omni 0.30.0 and sglang 0.5.23, w
 not run; the networks, the scheduler and the loop are real, at tiny size.
 """
 
-import importlib.util
-import sys
 import tomllib
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from engine_stubs import ROOT, enabled, omni_runner, sglang_hook
 from tiny_hosts import STEPS, tiny_flux
 from torch import Tensor
 
@@ -23,7 +21,6 @@ from foreseer.integration.host.clock import flow_sigmas
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.predictors import L2P
 
-ROOT = Path(__file__).parent.parent / "integrations"
 pytestmark = pytest.mark.skipif(not ROOT.exists(), reason="integrations/ is of the checkout")
 ANCHORS = (0, 1, 4)
 
@@ -82,29 +79,6 @@ def predictor(tmp_path: Path) -> str:
     return str(fs.save(learned, str(tmp_path / "p")))
 
 
-def stub(monkeypatch: Any, name: str, **values: Any) -> Any:
-    """A module of that name, and the packages it lies in."""
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        path = ".".join(parts[:end])
-        if path not in sys.modules:
-            module = types.ModuleType(path)
-            module.__path__ = []  # type: ignore[attr-defined]
-            monkeypatch.setitem(sys.modules, path, module)
-            if end > 1:
-                setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], module)
-    vars(sys.modules[name]).update(values)
-    return sys.modules[name]
-
-
-def loaded(folder: str, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def told(run: Any) -> str:
     with pytest.raises(fs.PredictorMismatch) as caught:
         run()
@@ -118,59 +92,21 @@ def expected(predictor: str) -> Tensor:
         return pipe()
 
 
-class Config:
-    def __init__(self, **values: Any) -> None:
-        vars(self).update(values)
-
-    from_dict = classmethod(lambda cls, values: cls(**values))
-
-
-class CacheBackend:
-    def __init__(self, config: Any) -> None:
-        self.config, self.enabled = config, False
-
-    def is_enabled(self) -> bool:
-        return self.enabled
-
-
-def other_backend(cache_backend: Any, cache_config: Any) -> Any:
-    if cache_backend in (None, "none"):
-        return None
-    raise ValueError(f"Unsupported cache backend: {cache_backend}.")
-
-
 @pytest.fixture
 def omni(monkeypatch: Any) -> Any:
-    """The plugin for vLLM-Omni, on stubs; the module its runner takes backends from."""
-    base = "vllm_omni.diffusion"
-    stub(monkeypatch, f"{base}.cache.selector", get_cache_backend=other_backend)
-    stub(monkeypatch, f"{base}.cache.base", CacheBackend=CacheBackend)
-    stub(monkeypatch, f"{base}.data", DiffusionCacheConfig=Config)
-    name = f"{base}.worker.diffusion_model_runner"
-    runner = stub(monkeypatch, name, get_cache_backend=other_backend)
-    plugin = loaded("vllm_omni", "foreseer_vllm_omni")
-    plugin.register()
-    plugin.register()
-    return runner
-
-
-def enabled(omni: Any, predictor: str, pipe: Any) -> Any:
-    backend = omni.get_cache_backend("foreseer", {"predictor": predictor})
-    backend.enable(pipe)
-    backend.refresh(pipe, STEPS)
-    return backend
+    return omni_runner(monkeypatch)
 
 
 def test_vllm_omni_forecasts_what_a_pipeline_does_bit_for_bit(omni, predictor):
     pipe = Pipeline()
     plain = pipe()
-    backend = enabled(omni, predictor, pipe)
+    backend = enabled(omni, predictor, pipe, STEPS)
     assert backend.is_enabled()
     first = pipe()
     backend.refresh(pipe, STEPS)
     assert torch.equal(pipe(), first)
     assert torch.equal(first, expected(predictor)) and not torch.equal(first, plain)
-    assert backend.forecast.report().anchors == list(ANCHORS)
+    assert backend.served.forecast.report().anchors == list(ANCHORS)
 
 
 def test_vllm_omni_keeps_its_own_backends(omni):
@@ -202,56 +138,20 @@ def refuse_as_a_pipeline_does(predictor: str, attach: Any) -> None:
 
 def test_vllm_omni_refuses_in_the_words_of_a_pipeline(omni, predictor):
     def attach(pipe: Any) -> Any:
-        enabled(omni, predictor, pipe)
+        enabled(omni, predictor, pipe, STEPS)
         return pipe
 
     refuse_as_a_pipeline_does(predictor, attach)
 
 
-class Registry:
-    """Of the engine's: targets and what goes around them."""
-
-    def __init__(self) -> None:
-        self.hooks: dict[str, Any] = {}
-
-    def register(self, target: str, hook: Any, hook_type: str) -> None:
-        assert hook_type == "around"
-        self.hooks[target] = hook
-
-
 @pytest.fixture
 def sglang(monkeypatch: Any, predictor: str) -> Any:
-    """Puts the plugin for SGLang around a pipeline's network, as its registry would."""
-    runtime, context = "sglang.multimodal_gen.runtime", types.SimpleNamespace(now=None)
-    registry = Registry()
-    kinds = types.SimpleNamespace(AROUND="around")
-    name = f"{runtime}.managers.forward_context"
-    stub(monkeypatch, name, get_forward_context_or_none=lambda: context.now)
-    name = f"{runtime}.platforms.plugins"
-    stub(monkeypatch, name, HookRegistry=registry, HookType=kinds)
-    plugin = loaded("sglang", "foreseer_sglang")
-    monkeypatch.delenv("FORESEER_PREDICTOR", raising=False)
-    with pytest.raises(ValueError, match="FORESEER_PREDICTOR is not set"):
-        plugin.register()
-    monkeypatch.setenv("FORESEER_PREDICTOR", predictor)
-    plugin.register()
-    assert set(registry.hooks) == set(plugin.TARGETS)
+    """Gives what runs a pipeline under the plugin."""
+    hook = sglang_hook(monkeypatch, predictor)
 
     def attach(pipe: Any) -> Any:
-        network = pipe.transformer
-        own, hook = type(network).forward, registry.hooks[plugin.TARGETS[0]]
-        network.forward = lambda *args, **kwargs: hook(own, network, *args, **kwargs)
-
-        def run(**changes: Any) -> Tensor:
-            request = types.SimpleNamespace(extra={}, is_warmup=False, scheduler=pipe.scheduler)
-
-            def enter(step: int, branch: int) -> None:
-                request.is_cfg_negative = branch == 1
-                context.now = types.SimpleNamespace(current_timestep=step, forward_batch=request)
-
-            return pipe(enter=enter, **changes)
-
-        return run
+        enter = hook(pipe)
+        return lambda **changes: pipe(enter=enter, **changes)
 
     return attach
 

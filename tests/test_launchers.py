@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nightly import nightly
 from tiny_pipelines import tiny_pipeline
 
 from foreseer.cli import main
@@ -64,7 +65,7 @@ def hashes(folder: Path) -> dict[int, str]:
     return {item: entry.xxh3 for item, entry in Recording(folder).entries.items()}
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", nightly(LAUNCHERS, by_default=["torchrun"]))
 def test_two_processes_write_what_one_writes(
     name: str, pipeline: Path, alone: dict[int, str], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from nightly import nightly
 from source_files import PACKAGE, module_name, package_files, source_files
 
 import foreseer
@@ -87,13 +88,22 @@ def unpack_sdist(path: Path, folder: Path) -> Path:
     return next(folder.iterdir())
 
 
-@pytest.fixture(scope="module", params=["wheel", "wheel of the sdist", "editable"])
+@pytest.fixture(scope="module")
+def unpacked(tree, tmp_path_factory) -> Path:
+    """What the sdist holds."""
+    tmp = tmp_path_factory.mktemp("sdist")
+    return unpack_sdist(build(tree, "sdist", tmp / "built"), tmp / "unpacked")
+
+
+# `make test` itself installs the tree, and the wheel of the sdist.
+@pytest.fixture(
+    scope="module",
+    params=nightly(["wheel", "wheel of the sdist", "editable"], ["wheel of the sdist"]),
+)
 def installed(request, tree, tmp_path_factory) -> Path:
     """A folder that holds one kind of install, and nothing else."""
     tmp = tmp_path_factory.mktemp("install")
-    source = tree
-    if "sdist" in request.param:
-        source = unpack_sdist(build(tree, "sdist", tmp / "sdist"), tmp / "unpacked")
+    source = request.getfixturevalue("unpacked") if "sdist" in request.param else tree
     kind = "editable" if request.param == "editable" else "wheel"
     wheel = build(source, kind, tmp / "built")
     with zipfile.ZipFile(wheel) as archive:
@@ -133,8 +143,7 @@ def test_an_install_carries_the_licence_and_the_command(installed):
 
 
 @pytest.mark.slow
-def test_the_sdist_carries_tests_and_documents(tree, tmp_path):
-    unpacked = unpack_sdist(build(tree, "sdist", tmp_path / "sdist"), tmp_path / "unpacked")
+def test_the_sdist_carries_tests_and_documents(unpacked):
     files = ("LICENSE", "LOG.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "Makefile")
     for name in (*files, "pyproject.toml", "tests/earlier/version_2/recording/recording.json"):
         assert (unpacked / name).is_file()

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from diffusers import HunyuanVideo15Pipeline
+from nightly import nightly
 from recipe_cases import PIPELINES, with_few_text_tokens
 from source_files import PACKAGE
 
@@ -166,9 +167,10 @@ def run_of(tmp_path_factory) -> Callable[[str], Ran]:
 
 
 IN_WHEEL = "flux_dev"  # one recipe is enough to tell that all files are there
+BY_DEFAULT = (IN_WHEEL, "hunyuan_video15", TWO)  # pictures, videos, two transformers
 MODELS = [
-    pytest.param(model, marks=[] if model == IN_WHEEL else pytest.mark.slow)
-    for model in sorted(PIPELINES)
+    pytest.param(case, marks=pytest.mark.slow) if case in BY_DEFAULT[1:] else case
+    for case in nightly(sorted(PIPELINES), BY_DEFAULT)
 ]
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
 from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
-from torch import Tensor, nn
+from torch import nn
 
 import foreseer as fs
-from foreseer.checkpoints.spec import check_host, check_run
+from foreseer.integration.served import ServedNetwork
 
 PREDICTOR = "FORESEER_PREDICTOR"
 STATE = "_foreseer"  # the engine transfers no entry of a request that begins with "_"
@@ -53,32 +53,13 @@ class Forecasts:
         """
         context = get_forward_context_or_none()
         request = getattr(context, "forward_batch", None)
-        call = functools.partial(forward, network, *args, **kw)
         if context is None or request is None or request.is_warmup:
-            return call()
+            return forward(network, *args, **kw)
         if STATE not in request.extra:
-            request.extra[STATE] = self._begin(network, request.scheduler)
-        forecast, sigmas = request.extra[STATE]
-        x_t = kw["hidden_states"] if "hidden_states" in kw else args[0]
-        branch = (int(request.is_cfg_negative),)
-        sigma = sigmas[context.current_timestep]
-        out = forecast(x_t, sigma, branches=branch, call=call)
-        return (out,) if kw.get("return_dict") is False else out
-
-    def _begin(self, network: nn.Module, scheduler: Any) -> tuple[Any, list[float]]:
-        sigmas = scheduler.sigmas.tolist()
-        check_host(self.predictor.spec, {}, scheduler)
-        check_run(self.predictor.spec, self.predictor, sigmas[:-1])
-        return fs.forecast_model(_compute, self.predictor, model=network), sigmas
-
-
-def _compute(x_t: Tensor, sigma: float, call: Callable[[], Any]) -> Tensor:
-    """The velocity of a call of the network, however the call returns it."""
-    out = call()
-    if isinstance(out, Tensor):
-        return out
-    velocity: Tensor = out[0] if isinstance(out, tuple) else out.sample
-    return velocity
+            request.extra[STATE] = ServedNetwork(self.predictor, network, request.scheduler)
+        step, branch = context.current_timestep, int(request.is_cfg_negative)
+        call = functools.partial(forward, network)
+        return request.extra[STATE](step, branch, call, *args, **kw)
 
 
 def register() -> None:

@@ -12,14 +12,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from vllm_omni.diffusion.cache import selector
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.worker import diffusion_model_runner
 
 import foreseer as fs
-from foreseer.checkpoints.spec import check_host, check_run
+from foreseer.integration.served import ServedNetwork
 
 NAME = "foreseer"
 
@@ -47,12 +46,9 @@ class ForeseerBackend(CacheBackend):
                 '"folder, zoo:name or owner/name"}\'.'
             )
         self.predictor = fs.load(name)
-        self.forecast: Any = None
-        self.scheduler: Any = None
+        self.served: ServedNetwork | None = None
         self.step = -1
         self.calls = 0  # of the step in progress
-        self.sigmas: list[float] = []
-        self.told: Any = None  # the tensor that `sigmas` were read off
 
     def enable(self, pipeline: Any) -> None:
         """Put the predictor around the transformer's forward.
@@ -66,11 +62,9 @@ class ForeseerBackend(CacheBackend):
                 f"{type(pipeline).__name__} has two transformers that take turns; this backend "
                 "serves pipelines with one. Run it without --cache-backend foreseer."
             )
-        self.scheduler = pipeline.scheduler
-        self.forecast = fs.forecast_model(_compute, self.predictor, model=pipeline.transformer)
-        check_host(self.predictor.spec, {}, self.scheduler)
-        self.forecast.run.check()
-        pipeline.transformer.forward = functools.partial(self._call, pipeline.transformer.forward)
+        network = pipeline.transformer
+        self.served = ServedNetwork(self.predictor, network, pipeline.scheduler)
+        network.forward = functools.partial(self._call, self.served, network.forward)
         self.enabled = True
 
     def refresh(self, pipeline: Any, num_inference_steps: int, verbose: bool = True) -> None:
@@ -81,38 +75,22 @@ class ForeseerBackend(CacheBackend):
             num_inference_steps: steps of the request.
             verbose: unused; there is nothing to tell.
         """
-        self.forecast.run.reset()
-        self.step, self.calls, self.told = -1, 0, None
+        assert self.served is not None  # enabled
+        self.served.reset()
+        self.step, self.calls = -1, 0
 
-    def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(
+        self, served: ServedNetwork, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """One call of the transformer, computed or forecast.
 
         Raises:
             PredictorMismatch: the request leaves the fit's grid, guidance, dtype or latents.
         """
-        index = self.scheduler.step_index or 0
+        index = served.scheduler.step_index or 0
         self.calls = self.calls + 1 if index == self.step else 0
         self.step = index
-        x_t = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        call = functools.partial(forward, *args, **kwargs)
-        out = self.forecast(x_t, self._sigma(index), branches=(self.calls,), call=call)
-        return (out,) if kwargs.get("return_dict") is False else out
-
-    def _sigma(self, index: int) -> float:
-        if self.told is not self.scheduler.sigmas:
-            self.told = self.scheduler.sigmas
-            self.sigmas = self.told.tolist()  # once a run: it waits for the device
-            check_run(self.predictor.spec, self.predictor, self.sigmas[:-1])
-        return self.sigmas[index]
-
-
-def _compute(x_t: Tensor, sigma: float, call: Callable[[], Any]) -> Tensor:
-    """The velocity of a call of the transformer, however the call returns it."""
-    out = call()
-    if isinstance(out, Tensor):
-        return out
-    velocity: Tensor = out[0] if isinstance(out, tuple) else out.sample
-    return velocity
+        return served(index, self.calls, forward, *args, **kwargs)
 
 
 def register() -> None:
