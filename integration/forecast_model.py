@@ -58,8 +58,7 @@ def forecast_model(
         sigmas: those of the steps, with or without the 0 at the end; None takes the fit's.
         anchors: steps at which the network runs; None takes the predictor's own.
         guidance_scale: what the loop guides with; None where it does not say, and is not compared.
-        scheduler: what makes the steps, where that is a scheduler of diffusers; None where the loop
-            does not say, and it is not compared.
+        scheduler: of diffusers, where that makes the steps; None where none is to be compared.
         memory_budget: bytes that cached features may take; None for what the device has.
         evaluations: which of several predictors.
 
@@ -80,11 +79,8 @@ def forecast_model(
     forecaster.memory_budget = memory_budget
     forecaster.settings = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     reader = Reader(model, forecaster) if predictor.reads else None
-    run = SigmaRun(
-        forecaster,
-        grid_of(predictor, sigmas, kind),
-        functools.partial(check_model, predictor, model, scheduler),
-    )
+    check = functools.partial(check_model, predictor, model, scheduler)
+    run = SigmaRun(forecaster, grid_of(predictor, sigmas, kind), check)
     run.check()
     return ForecastModel(model_fn, run, returns, kind, reader)
 
