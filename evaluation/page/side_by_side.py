@@ -7,7 +7,7 @@ Shapes: B samples, C channels, H height, W width.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ def side_by_side(
             seconds.append(clock() - started)
         return images, min(seconds)
 
-    clock = time.process_time if pipe.device.type == "cpu" else time.perf_counter
+    clock = clock_of(pipe)
     found = [Drawn(*timed(f"all {steps} steps"), steps, steps)]
     for name in predictors:
         predictor = load_predictor(name)
@@ -84,6 +84,11 @@ def side_by_side(
         found.append(Drawn(*drawn, len(run.report().anchors), steps))
     pipe.set_progress_bar_config(disable=True)
     return found
+
+
+def clock_of(pipe: Any) -> Callable[[], float]:
+    """What tells a pipeline's seconds: of the processor where it runs on it, else the clock."""
+    return time.process_time if pipe.device.type == "cpu" else time.perf_counter
 
 
 def told(runs: Sequence[Drawn]) -> str:

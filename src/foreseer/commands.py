@@ -7,6 +7,8 @@ function needs it imports when it is called, so that help answers at once.
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from foreseer.extras import require
+
 
 def record(
     pipeline: Any,
@@ -186,17 +188,40 @@ def merge(out: str, recordings: Sequence[str]) -> None:
     print(f"{out}: {added} trajectories added from {len(recordings)} recordings, {total} in all")
 
 
-def demo(out: str = "runs/demo", pipeline: str = "zoo:fashion_dit", all: bool = False) -> None:
+def demo(
+    out: str = "runs/demo",
+    pipeline: str | None = None,
+    all: bool = False,
+    web: bool = False,
+    predictor: str | None = None,
+    port: int | None = None,
+) -> None:
     """Pictures by the bundled predictors, then record, fit, draw and compare your own, on a CPU.
 
     Args:
         out: folder of the demonstration's files and report; finished stages in it are not redone.
-        pipeline: folder of a class-to-image pipeline, or a bundled one, to fit your own on.
+        pipeline: folder of a class-to-image pipeline, or a bundled one, to fit your own on; for the
+            page one that draws prompts. None takes a bundled one.
         all: also the long stages: layer by layer, and the fit in closed loop.
+        web: instead of all that a page in the browser, on which prompts are drawn in full and
+            forecast.
+        predictor: of the page's pipeline: a folder, hub name or `zoo:<name>`; None takes those
+            bundled with it.
+        port: of the page; None takes a free one.
     """
+    if not web and (predictor is not None or port is not None):
+        raise ValueError("--predictor and --port are those of the page; add --web.")
+    if web and (all or out != "runs/demo"):
+        raise ValueError("--all and --out are those of the stages; leave them out, or --web.")
+    if web:
+        require("web", "foreseer demo --web")
     print("loading PyTorch and diffusers (about 10 s)", flush=True)
+    if web:
+        from foreseer.web import serve
+
+        return serve(pipeline, predictor, port)
     from pathlib import Path
 
     from foreseer.demo import MORE, STAGES, run_stages
 
-    run_stages(Path(out), pipeline, STAGES | MORE if all else STAGES)
+    run_stages(Path(out), pipeline or "zoo:fashion_dit", STAGES | MORE if all else STAGES)

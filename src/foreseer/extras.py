@@ -15,6 +15,7 @@ OF_EXTRAS = {
         "tensorboard": "tensorboard",
         "torchmetrics": "torchmetrics",
     },
+    "web": {"gradio": "gradio"},
 }
 """For each extra: the packages in pyproject.toml, by the name they are imported by."""
 
