@@ -11,7 +11,7 @@ from test_refit import SETTINGS, made
 import foreseer as fs
 from foreseer.checkpoints.budgets import BUDGETS_FILE, read_budgets
 from foreseer.checkpoints.config import CheckpointError
-from foreseer.checkpoints.format import load_predictor
+from foreseer.checkpoints.format import load_predictor, load_predictors
 from foreseer.cli import main
 
 
@@ -45,6 +45,16 @@ def test_a_fit_of_several_evaluations_is_one_folder_of_which_one_is_taken(fitted
         for name in (found, str(folder), folder):
             assert torch.equal(drawn(pipe, name, evaluations=evaluations), expected)
         assert torch.equal(fs.load(folder, evaluations=evaluations).weight, predictor.weight)
+
+
+def test_all_of_a_folder_are_had_at_once_and_one_by_its_anchors(fitted):
+    found, folder = fitted
+    loaded = load_predictors(folder)
+    assert list(loaded) == [2, 3]
+    assert all(torch.equal(loaded[each].weight, found[each].weight) for each in found)
+    assert list(load_predictors(folder / "3")) == [3]
+    with pytest.raises(CheckpointError, match="no folder .*nowhere"):
+        load_predictors(folder / "nowhere")
 
 
 def test_the_card_says_what_each_is_worth(fitted):

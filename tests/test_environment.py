@@ -92,7 +92,7 @@ def git(folder: Path, *words: str) -> str:
 def test_the_commit_is_that_of_a_source_tree_and_not_of_a_repository_around_it(tmp_path):
     package = tmp_path / "src" / "foreseer"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "environment.py"):
+    for name in ("__init__.py", "environment.py", "moved.py"):
         source = Path(foreseer.__file__).parent / name
         (package / name).write_bytes(source.read_bytes())
     code = "from foreseer.environment import commit; print(commit())"

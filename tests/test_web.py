@@ -151,7 +151,13 @@ def test_runs_wait_for_each_other_also_for_that_of_a_visitor_who_left(comparison
     assert most == [1] * 8
 
 
-def test_two_visitors_at_once_get_their_own_pictures(comparison):
+def test_two_visitors_at_once_get_their_own_pictures(comparison, monkeypatch):
+    run = web.Comparison.run
+
+    def black_in_full(self, *given, full=False, **more):
+        return web.Drawn(black(), 2.0, 50, 50) if full else run(self, *given, **more)
+
+    monkeypatch.setattr(web.Comparison, "run", black_in_full)
     made = web.page(comparison.pipe, comparison.predictors)
     address = web.launched(made, None)
     try:
@@ -159,11 +165,10 @@ def test_two_visitors_at_once_get_their_own_pictures(comparison):
         visitors = [Client(address, verbose=False) for _ in range(2)]
         asked = [("sunflower", 4, 0), ("rocket", 11, 7)]
         jobs = [v.submit(*a, api_name="/draw") for v, a in zip(visitors, asked, strict=True)]
-        for job, (prompt, evaluations, seed) in zip(jobs, asked, strict=True):
-            paths, words = job.result(timeout=120)
-            *_, (alone, _) = comparison.draw(prompt, evaluations, seed)
-            for path, picture in zip(paths, alone, strict=True):
-                assert np.array_equal(np.asarray(Image.open(path)), np.asarray(picture))
+        given = [job.result(timeout=120) for job in jobs]
+        for (paths, words), (prompt, evaluations, seed) in zip(given, asked, strict=True):
+            alone = comparison.run(prompt, comparison.predictors[evaluations], seed=seed)
+            assert np.array_equal(np.asarray(Image.open(paths[1])), np.asarray(web.enlarged(alone)))
             assert f"{evaluations} of 50 steps computed" in words
         with pytest.raises(Exception, match="no predictor for 7 evaluations"):
             visitors[0].predict("sunflower", 7, 0, api_name="/draw")
