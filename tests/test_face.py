@@ -14,6 +14,7 @@ from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.evaluation.plan import load_learned
 from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.pipelines.load import opened
 from foreseer.integration.report import Report
 from foreseer.trajectories.files.header import RecordingError
 from foreseer.trajectories.files.shards import CorruptShard
@@ -73,6 +74,16 @@ def test_the_errors_are_of_one_kind_and_what_they_were():
 
 
 # ----------------------------------------------------------------------------------------- the road
+
+
+def test_a_dtype_is_torchs_or_its_name(tmp_path):
+    tiny_pipe().save_pretrained(tmp_path)
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert fs.load_pipeline(str(tmp_path), dtype).transformer.dtype is torch.bfloat16
+        assert opened(tmp_path, dtype).transformer.dtype is torch.bfloat16
+    for wrong in ("bf16", "nn", torch.int8):
+        with pytest.raises(ValueError, match="dtype is .*expected 'float32', 'bfloat16'"):
+            fs.load_pipeline(str(tmp_path), wrong)
 
 
 def test_a_recording_says_what_it_is_and_where_its_pipeline_was_from(recording):

@@ -13,13 +13,8 @@ from source_files import PACKAGE, module_name, source_files
 ROOMS = "predictors checkpoints integration trajectories evaluation training distill"
 ORDER = tuple(ROOMS.split())
 PREDICTORS_OF_A_FIT = {"any_anchors", "continuous"}  # which bears the name of its predictor
-SHARED = (
-    "__version__",
-    "environment",
-    "errors",
-    "extras",
-    "moved",
-)  # of no room; commands are for none
+# Modules of no room that rooms import; commands are none of them.
+SHARED = ("__version__", "environment", "errors", "extras", "moved")
 LIGHTNING = {"lightning", "pytorch_lightning"}
 HUGGING_FACE = {"diffusers", "transformers"}
 # Recipes of the bundled models; rivals are schedulers of diffusers, and so is the writer of videos.

@@ -180,6 +180,10 @@ MISTAKES = {
         "anchors end at 43.*below num_steps=8",
     ),
     "a dtype is misspelled": (f"{GENERATE} --dtype bf16", "'bfloat16'.*Got value: bf16"),
+    "a dtype of a search is misspelled": (
+        "search --recording recording --pipeline pipe --dtype bf16",
+        "dtype is 'bf16', expected 'float32', 'bfloat16' or 'float16'",
+    ),
     "a command is misspelled": (
         "recrod --out new",
         "unknown command 'recrod'; did you mean 'record'",

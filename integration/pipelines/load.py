@@ -29,21 +29,24 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FACTORY = re.compile(r"(?!zoo:)([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
-def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: str | None = "cpu") -> Any:
+def load_pipeline(
+    name: str, dtype: torch.dtype | str = torch.float32, device: str | None = "cpu"
+) -> Any:
     """A pipeline in diffusers format, of safetensors only: no pickle and no code of its own is run.
 
     Args:
         name: a folder, `zoo:<name>` for a bundled one, a hub repository `owner/name`, or
             `package.module:factory` for a function of yours that makes one.
-        dtype: dtype of the weights; a factory that takes no `dtype` decides itself.
+        dtype: dtype of the weights, or its name; a factory that takes no `dtype` decides itself.
         device: where to put it; None takes a GPU where there is one; a factory that takes no
             `device` decides itself.
 
     Raises:
         FileNotFoundError: the folder is missing, is no pipeline, or has no safetensors.
         ValueError: it asks for code of its own, its index is malformed, or there is no such
-            factory, or it makes no pipeline.
+            factory, or it makes no pipeline; or torch has no such dtype or device here.
     """
+    dtype = floating(dtype)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
@@ -68,7 +71,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32, device: str | N
     return pipe.to(device)
 
 
-def opened(pipeline: Any, dtype: str = "float32", device: str | None = None) -> Any:
+def opened(pipeline: Any, dtype: torch.dtype | str = "float32", device: str | None = None) -> Any:
     """A pipeline, given itself or by its name.
 
     Args:
@@ -81,7 +84,7 @@ def opened(pipeline: Any, dtype: str = "float32", device: str | None = None) -> 
         ValueError: see `load_pipeline`.
     """
     if isinstance(pipeline, str | os.PathLike):
-        return load_pipeline(os.fspath(pipeline), getattr(torch, dtype), device)
+        return load_pipeline(os.fspath(pipeline), dtype, device)
     return pipeline
 
 
@@ -114,6 +117,20 @@ def _made(module: str, function: str, wanted: dict[str, Any]) -> Any:
             "transformer and a scheduler."
         )
     return pipe
+
+
+def floating(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype of weights, given itself or by its name.
+
+    Raises:
+        ValueError: torch has none of that name, or it is not of floating point.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"dtype is {str(dtype)!r}, expected 'float32', 'bfloat16' or 'float16', or torch's own."
+        )
+    return found
 
 
 def check_device(device: str) -> None:

@@ -59,7 +59,7 @@ def record(
         bands: also store the Grams of so many equal frequency bands of a tap: `gram/<tap>/bands`.
         groups: JSON file with a list per tap, the group of every channel, as in {"hidden": [0, 1]};
             their Grams are stored as `gram/<tap>/groups`.
-        dtype: dtype a pipeline given by name is loaded in.
+        dtype: dtype a pipeline given by name is loaded in; in Python also torch's own.
         device: where to; None takes this process's own GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
 

@@ -4,7 +4,7 @@ As in commands.py, the signatures are the command lines and the docstrings the h
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ def inspect(
             by argument of the pipeline, of which the first row is taken.
         guidance_scale: guidance strength; None leaves the pipeline's default.
         num_inference_steps: sampler steps S.
-        dtype: dtype a pipeline given by name is loaded in.
+        dtype: dtype a pipeline given by name is loaded in; in Python also torch's own.
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
 
@@ -50,7 +50,7 @@ def inspect(
 
 def generate(
     pipeline: Any,
-    predictor: str | None = None,
+    predictor: Any = None,
     evaluations: int | None = None,
     class_labels: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
     prompts: str | Sequence[str] | None = None,
@@ -81,7 +81,7 @@ def generate(
             MP4 for videos.
         compare: also draw the full run, show both and their difference, and print the error and
             how many times faster the forecast was.
-        dtype: dtype a pipeline given by name is loaded in.
+        dtype: dtype a pipeline given by name is loaded in; in Python also torch's own.
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
     """
@@ -94,7 +94,9 @@ def generate(
         raise ValueError(
             "compare needs a predictor to compare with the full run: --predictor FOLDER"
         )
-    loaded = None if predictor is None else load_predictor(predictor, evaluations=evaluations)
+    loaded = predictor
+    if isinstance(predictor, str | Path):
+        loaded = load_predictor(predictor, evaluations=evaluations)
     pipe = opened(pipeline, dtype, device)
     asked = samples(pipe, prompts, class_labels)
     steps = num_inference_steps or steps_of(loaded)
@@ -110,7 +112,7 @@ def bench(
     num_samples: int = 64,
     guidance_scale: float | None = None,
     num_inference_steps: int = 50,
-    searched: str | None = None,
+    searched: str | Mapping[str, Sequence[int]] | None = None,
     predictors: Sequence[Any] = (),
     methods: Sequence[str] | None = None,
     batch_size: int = 16,
@@ -134,13 +136,13 @@ def bench(
         guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
             one that draws classes.
         num_inference_steps: sampler steps S of the full run.
-        searched: JSON file of searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps.
+        searched: searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps, or a JSON file.
         predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER; in Python also predictors,
             or what `fit` returned for several budgets.
         methods: list of solvers and formulas to run; None runs all.
         batch_size: samples drawn at once.
         num_threads: threads torch uses.
-        dtype: dtype a pipeline given by name is loaded in.
+        dtype: dtype a pipeline given by name is loaded in; in Python also torch's own.
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
 
@@ -166,7 +168,7 @@ def bench(
         out,
         budgets,
         load_learned(predictors),
-        json.loads(Path(searched).read_text()) if searched else None,
+        json.loads(Path(searched).read_text()) if isinstance(searched, str | Path) else searched,
         methods,
         batch_size,
         benchmark.command_line(options),
@@ -202,7 +204,7 @@ def verify(
             by argument of the pipeline, of which the first row is taken.
         guidance_scale: guidance strength; None leaves the pipeline's default.
         num_inference_steps: sampler steps S; None takes the predictor's, or 8.
-        dtype: dtype a pipeline given by name is loaded in.
+        dtype: dtype a pipeline given by name is loaded in; in Python also torch's own.
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
 
