@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_accelerate_available, logging
@@ -24,6 +25,10 @@ from foreseer.moved import MOVED
 
 OURS = {each.__name__: each for each in (PixelDiTPipeline, PixelFluxPipeline, StudentPipeline)}
 INDEX_FILE = "model_index.json"
+DTYPE = (
+    "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+)
+"""Keyword of `from_pretrained`; the other one is left out without a word."""
 MAX_INDEX_BYTES = 1_000_000
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FACTORY = re.compile(r"(?!zoo:)([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
@@ -155,7 +160,7 @@ def check_device(device: str) -> None:
 def _from_hub(name: str, dtype: torch.dtype) -> Any:
     try:
         return DiffusionPipeline.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            name, **{DTYPE: dtype}, use_safetensors=True, trust_remote_code=False
         )
     except OSError as error:
         if "safetensors" in str(error):
@@ -187,7 +192,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
     # Without accelerate it cannot be had, and diffusers would warn; Wan in half precision needs it.
     return _class_of(index).from_pretrained(
         folder,
-        dtype=dtype,
+        **{DTYPE: dtype},
         low_cpu_mem_usage=is_accelerate_available(),
         use_safetensors=True,
         trust_remote_code=False,

@@ -118,6 +118,10 @@ def inspect(
     """
     from pathlib import Path
 
+    from foreseer.extras import require
+
+    require("train", "foreseer inspect of a recording")
+
     from foreseer.evaluation.inspection import inspect_recording
     from foreseer.trajectories.files.storage import is_url
     from foreseer.trajectories.recording import Recording

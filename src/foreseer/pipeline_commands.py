@@ -150,6 +150,9 @@ def bench(
         Path of the page.
     """
     options = dict(locals())
+    from foreseer.extras import require
+
+    require("train", "foreseer bench")
     import torch
 
     from foreseer.evaluation import benchmark
