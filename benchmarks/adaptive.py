@@ -31,7 +31,7 @@ from foreseer.integration.adaptive import FirstBlock, Schedule, SpeCa, TeaCache
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.polynomial import Taylor
+from foreseer.predictors.rules import Taylor
 from foreseer.trajectories.prompts import Item, class_items, generate_batch
 
 RESULT = Path("benchmarks/results/adaptive.json")

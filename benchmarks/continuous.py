@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from foreseer.evaluation.weight_rows import rows_of
 from jaxtyping import Float
 from jsonargparse import auto_cli
 from torch import Tensor
@@ -26,7 +27,6 @@ from torch import Tensor
 from foreseer.evaluation.benchmark import FIRST_ITEM
 from foreseer.evaluation.measure import References, closed_loop_errors
 from foreseer.evaluation.rows import analytic_rows, least_squares_rows
-from foreseer.evaluation.weight_rows import rows_of
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.predictors.any_anchors import L2PGram, regrid

@@ -37,7 +37,7 @@ from foreseer.evaluation.runs import Samples, run_entry, score
 from foreseer.integration.host.denoisers import transformer_of
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.export import export_predictor

@@ -43,7 +43,7 @@ from foreseer.evaluation.verify import (
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.denoisers import transformers_of
 from foreseer.integration.session import Session
-from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.rules import Reuse
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PLeastSquares
 from foreseer.trajectories.datamodule import GramDataModule

@@ -24,7 +24,7 @@ from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.schedule import diffusers_interval
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 
 NUM_BLOCKS = 12
 NUM_STEPS = 9

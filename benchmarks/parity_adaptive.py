@@ -8,7 +8,7 @@ from parity_steps import calls_per_step, ran
 
 from foreseer.integration.adaptive import FirstBlock
 from foreseer.integration.forecasting import forecasting
-from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.rules import Reuse
 
 THRESHOLDS = (0.1, 0.2, 0.4)
 

@@ -27,8 +27,7 @@ from parity_states import cache_dit_state, differing, distance, state_forecasts,
 from parity_taps import tail_forecasts
 
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.foca import Foca2Point, FocaRecursive
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Foca2Point, FocaRecursive, Reuse, Taylor
 
 NAME = f"cache-dit {cache_dit.__version__}"
 STATE_ANCHORS = (0, 1, 2, *range(6, 50, 4))

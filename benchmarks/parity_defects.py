@@ -22,7 +22,7 @@ from parity_steps import calls_per_step, ran
 from torch import Tensor
 
 from foreseer.integration.forecasting import forecasting
-from foreseer.predictors.polynomial import Taylor
+from foreseer.predictors.rules import Taylor
 
 NAME = f"diffusers {diffusers.__version__}"
 WIDER = {"height": 96}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.schedule import diffusers_interval, magcache
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 
 NAME = f"diffusers {diffusers.__version__}"
 ANCHORS = diffusers_interval(NUM_STEPS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foreseer.integration.schedule import diffusers_interval
 from foreseer.predictors.base import History, Predictor, Step
-from foreseer.predictors.polynomial import Taylor
+from foreseer.predictors.rules import Taylor
 
 NUM_STEPS = 50
 DIFFUSERS_ANCHORS = diffusers_interval(NUM_STEPS)

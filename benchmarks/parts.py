@@ -21,13 +21,11 @@ from foreseer.evaluation.metrics import psnr, summarise
 from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.runs import run_forecast
 from foreseer.integration.pipelines.load import load_pipeline
-from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.hermite import HiCache
 from foreseer.predictors.linear import L2P, tabulate
-from foreseer.predictors.parted import parted_l2p
+from foreseer.predictors.parted import FreqCa, parted_l2p
 from foreseer.predictors.partition import ChannelGroups, Partition, tabulate_parts
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import HiCache, Reuse, Taylor
 from foreseer.predictors.spectrum import Bands, equal_bands
 from foreseer.training.clusters import cluster_channels, fit_hyca, random_groups
 from foreseer.training.l2p import spec_of

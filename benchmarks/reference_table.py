@@ -31,10 +31,9 @@ from foreseer.evaluation.plan import load_learned
 from foreseer.evaluation.rows import RULES
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import PUBLISHED_L2P, uniform
-from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.continuous import L2PContinuous
-from foreseer.predictors.parted import parted_l2p
+from foreseer.predictors.parted import FreqCa, parted_l2p
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.spectrum import equal_bands
 from foreseer.training.clusters import cluster_channels, fit_hyca

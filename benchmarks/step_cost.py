@@ -24,7 +24,7 @@ from foreseer.integration.host.denoisers import transformer_of
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Taylor
+from foreseer.predictors.rules import Taylor
 from foreseer.trajectories.prompts import class_items, generate_batch
 
 RESULT = Path(__file__).parent / "results" / "step_cost.json"

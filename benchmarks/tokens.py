@@ -33,7 +33,7 @@ from foreseer.integration.partial_forecasting import PartialReport, partially
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy, TokenPolicy
 from foreseer.trajectories.prompts import class_items, generate_batch
 

@@ -79,6 +79,17 @@ def _is_grid(value: Any) -> bool:
     return sizes and math.prod(value) <= MAX_TOKENS
 
 
+def _is_partition(value: Any) -> bool:
+    """What a partition describes itself by; which arguments go together, its class says."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not is_name(value.get("class")):
+        return False
+    own = {name: each for name, each in value.items() if name != "class"}
+    return own.keys() <= OF_PARTITIONS and all(ARGUMENT_RULES[n][0](v) for n, v in own.items())
+
+
+OF_PARTITIONS = {"edges", "grid", "transform", "labels"}
 BOOLEAN: Rule = (lambda v: isinstance(v, bool), "true or false")
 NAME: Rule = (is_name, "a name")
 
@@ -113,6 +124,10 @@ ARGUMENT_RULES: dict[str, Rule] = {
     "num_heads": _whole(1, 1024),
     "num_steps": _whole(1, MAX_STEPS),
     "order": _whole(0, 3),
+    "partition": (
+        _is_partition,
+        f"null, or a class with some of {sorted(OF_PARTITIONS)}, each as of its kind",
+    ),
     "past": _whole(0, MAX_ANCHORS_READ),
     "patch": _whole(1, MAX_CHANNELS),
     "rank": _whole(1, MAX_CHANNELS),

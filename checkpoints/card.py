@@ -6,12 +6,7 @@ from typing import Any
 from foreseer.checkpoints.call_settings import at_step, readable_setting
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.hybrid import HyCa
-from foreseer.predictors.lesa import LesaPredictor
-from foreseer.predictors.lesa_values import LesaValues
-from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.parted import L2PBands, PartedL2P
-from foreseer.predictors.readout import Readout
+from foreseer.predictors.rules import SHOWN
 
 MEASURES = {
     "psnr_db": ("PSNR of the samples against the full run, dB (higher is better)", 1),
@@ -22,7 +17,9 @@ MEASURES = {
 }
 """Text and direction of the measurements a card explains, by key in `PredictorSpec.metrics`."""
 
-RIVALS = {"start": "start of the fit", "reuse": "reuse", "taylor_1": "Taylor 1"}
+RIVALS = {"start": "start of the fit"} | {
+    name: name.replace("_", " ").replace("taylor", "Taylor") for name in SHOWN
+}
 """Rivals every card names, by the suffix of their keys."""
 
 NOT_MEASURED = "not measured"
@@ -89,16 +86,16 @@ def model_card(predictor: Predictor, spec: PredictorSpec) -> str:
         Markdown with a YAML head.
     """
     return CARD.format(
-        head=card_head(type(predictor).__name__, _tag(predictor), {len(spec.anchors): spec}),
+        head=card_head(type(predictor).__name__, predictor.tag, {len(spec.anchors): spec}),
         title=type(predictor).__name__,
-        form=_form(predictor),
+        form=predictor.form,
         host_class=spec.host.get("class", "an unnamed model"),
         num_steps=len(spec.sigmas),
         num_anchors=len(spec.anchors),
         num_forecasts=len(spec.sigmas) - len(spec.anchors),
         tap=spec.tap,
         num_branches=spec.num_branches,
-        size=_size(predictor),
+        size=predictor.size(),
         answers=answers([spec]),
         verdict=verdict(spec.metrics),
         guidance_scale=spec.guidance_scale,
@@ -253,35 +250,3 @@ def _number(value: Any) -> str:
     if value is None:
         return NOT_MEASURED
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _form(predictor: Predictor) -> str:
-    if isinstance(predictor, DiscaPredictor):
-        return "a small transformer's view of the step's tokens and"
-    if isinstance(predictor, Readout):
-        return "what was read off the last hidden state, and weighted sums of"
-    return f"{'curves' if isinstance(predictor, LesaValues) else 'weighted sums'} of"
-
-
-def _tag(predictor: Predictor) -> str:
-    if isinstance(predictor, DiscaPredictor):
-        return "disca"
-    if isinstance(predictor, Readout):
-        return "readout"
-    if isinstance(predictor, LesaPredictor):
-        return "lesa"
-    return "hyca" if isinstance(predictor, HyCa) else "l2p"
-
-
-def _size(predictor: Predictor) -> str:
-    """What was fitted: weights, over parts where there are any, or the choice of solvers."""
-    if isinstance(predictor, HyCa):
-        solvers = enumerate(predictor.solvers)
-        return "; ".join(f"{predictor.labels.count(i)} channels: {name}" for i, name in solvers)
-    if isinstance(predictor, DiscaPredictor):
-        return f"{sum(p.numel() for p in predictor.parameters())} parameters"
-    num_weights = sum(int((rows != 0).sum()) for rows in predictor.state_dict().values())
-    if not isinstance(predictor, PartedL2P):
-        return f"{num_weights} non-zero weights"
-    kind = "frequency bands" if isinstance(predictor, L2PBands) else "channel groups"
-    return f"{num_weights} non-zero weights over {predictor.partition.num_parts} {kind}"

@@ -14,7 +14,7 @@ from foreseer.checkpoints.strict import MalformedFile, parse_json, read_plain
 from foreseer.checkpoints.upgrade import PREDICTOR, NewerVersion, upgraded
 from foreseer.errors import CheckpointError as CheckpointError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_STEPS = 4096

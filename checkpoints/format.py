@@ -33,31 +33,10 @@ from foreseer.checkpoints.golden import check_golden, golden_pair
 from foreseer.checkpoints.hub import locate
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.checkpoints.strict import DTYPE_CODES, MalformedFile, parse_header, read_plain
-from foreseer.predictors.any_anchors import L2PGram
+from foreseer.predictors import LEARNED
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.continuous import L2PContinuous
-from foreseer.predictors.experts import L2PExperts
-from foreseer.predictors.hybrid import HyCa
-from foreseer.predictors.lesa import LesaPredictor
-from foreseer.predictors.lesa_values import LesaValues
-from foreseer.predictors.linear import L2P
-from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.parted import L2PBands, L2PGroups
-from foreseer.predictors.readout import Readout
 
-CLASSES: dict[str, type[Predictor]] = {
-    "L2P": L2P,
-    "L2PBands": L2PBands,
-    "L2PGroups": L2PGroups,
-    "HyCa": HyCa,
-    "L2PGram": L2PGram,
-    "L2PContinuous": L2PContinuous,
-    "L2PExperts": L2PExperts,
-    "LesaPredictor": LesaPredictor,
-    "LesaValues": LesaValues,
-    "DiscaPredictor": DiscaPredictor,
-    "Readout": Readout,
-}
+CLASSES: dict[str, type[Predictor]] = {kind.__name__: kind for kind in LEARNED}
 """The predictors a checkpoint may hold."""
 
 MAX_MODEL_BYTES = 2**30
@@ -90,7 +69,7 @@ def save_predictor(
     name = type(predictor).__name__
     if CLASSES.get(name) is not type(predictor):
         raise CheckpointError(f"cannot save a {name}; expected one of {sorted(CLASSES)}.")
-    arguments = {argument: getattr(predictor, argument) for argument in argument_names(name)}
+    arguments = predictor.arguments()
     state = {STATE_PREFIX + n: t.detach().cpu() for n, t in predictor.state_dict().items()}
     check_entries(_entries(state), _expected_state(name, arguments, str(folder)), str(folder))
     check_finite(state, str(folder))

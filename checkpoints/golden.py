@@ -12,10 +12,9 @@ from torch import Tensor
 from foreseer.checkpoints.arguments import REFUSALS
 from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.predictors.base import History, Predictor, Reading, Step
+from foreseer.predictors.base import SMALLEST, History, Predictor, Reading, Step
 
 GOLDEN_SEED = 20260
-NUM_TOKENS, NUM_CHANNELS = 2, 4
 TOLERANCE = 1e-5  # relative; float32 sums of another processor or torch release agree to about 1e-6
 
 
@@ -30,12 +29,7 @@ def golden_pair(
 
 def _shapes(predictor: Predictor, spec: PredictorSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(K, B, N, D) and (F, B, N, D) of a pair: as small as the predictor takes."""
-    partition = getattr(predictor, "partition", None)
-    channels = "patch" if predictor.reads else "width"
-    token_shape = (NUM_TOKENS, getattr(predictor, channels, NUM_CHANNELS))
-    if partition is not None:
-        token_shape = partition.smallest
-    rest = (spec.num_branches, *token_shape)
+    rest = (spec.num_branches, *predictor.smallest)
     num_anchors = len(spec.anchors)
     return (num_anchors, *rest), (len(spec.sigmas) - num_anchors, *rest)
 
@@ -66,16 +60,16 @@ def replay(
 
 def _read(predictor: Predictor, step: Step, feature: Tensor, history: History) -> Reading | None:
     """What the predictor reads off a made-up hidden state."""
-    width, rows = int(getattr(predictor, "width", 1)), len(feature)
-    angles = torch.arange(rows * NUM_TOKENS * width, dtype=torch.float32, device=feature.device)
-    hidden = (angles + step.index).sin().reshape(rows, NUM_TOKENS, width)
-    read = predictor.read(hidden, step, (1, 1, NUM_TOKENS), history.carried)
+    width, rows = predictor.width, len(feature)
+    angles = torch.arange(rows * SMALLEST[0] * width, dtype=torch.float32, device=feature.device)
+    hidden = (angles + step.index).sin().reshape(rows, SMALLEST[0], width)
+    read = predictor.read(hidden, step, (1, 1, SMALLEST[0]), history.carried)
     return None if read is None else Reading(read.values.to(feature), read.carried)
 
 
 def _asked(predictor: Predictor, step: Step, tokens: Float[Tensor, "B N D"]) -> Step:
     """The step with made-up tokens and modulation, for a predictor that asks for them."""
-    width = int(getattr(predictor, "modulation_width", 1))
+    width = predictor.modulation_width
     angles = torch.arange(len(tokens) * width, dtype=torch.float32, device=tokens.device)
     modulation = (angles + step.index).sin().reshape(len(tokens), width)
     return replace(step, tokens=tokens, modulation=modulation)

@@ -73,7 +73,28 @@ def _past_from_3(values: Values) -> Values:
     return values | {"arguments": {"past": 0} | arguments}
 
 
-PREDICTOR: dict[int, Upgrade] = {1: _predictor_from_1, 2: _settings_from_2, 3: _past_from_3}
+PARTS = {"L2PBands": "Bands", "L2PGroups": "ChannelGroups"}
+OF_ROWS = ("num_steps", "anchors", "num_branches", "expert_steps")
+
+
+def _rows_from_4(values: Values) -> Values:
+    """2026-11-29: one class of rows, of one transformer or several, of the whole or of parts."""
+    name, given = values.get("predictor_class"), values.get("arguments")
+    if not isinstance(given, dict) or name not in ("L2P", "L2PExperts", *PARTS):
+        return values
+    arguments: Values = {"expert_steps": [0], "partition": None} | given
+    if name in PARTS:
+        own = {n: arguments.pop(n) for n in list(arguments) if n not in (*OF_ROWS, "partition")}
+        arguments["partition"] = {"class": PARTS[name]} | own
+    return values | {"predictor_class": "L2P", "arguments": arguments}
+
+
+PREDICTOR: dict[int, Upgrade] = {
+    1: _predictor_from_1,
+    2: _settings_from_2,
+    3: _past_from_3,
+    4: _rows_from_4,
+}
 """Of the `config.json` of a predictor checkpoint."""
 
 RECORDING: dict[int, Upgrade] = {1: _recording_from_1, 2: _settings_from_2}

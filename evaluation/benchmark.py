@@ -21,14 +21,14 @@ from foreseer.evaluation.page.curves import sheet
 from foreseer.evaluation.page.html import write_report
 from foreseer.evaluation.plan import COMMON_LISTS, Entry, plan, spec_of
 from foreseer.evaluation.results import BenchRow
-from foreseer.evaluation.rows import RULES
 from foreseer.evaluation.runs import Samples, run_entry, score
 from foreseer.evaluation.store import ROWS_FILE, RowLog, load_samples, save_samples
 from foreseer.integration.host.denoisers import transformer_of
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.pipelines.pipeline_call import guidance_of_call
 from foreseer.predictors.base import LinearPredictor, Predictor
-from foreseer.predictors.linear import L2P, tabulate
+from foreseer.predictors.linear import L2P
+from foreseer.predictors.rules import RULES
 from foreseer.trajectories.prompts import Item, digest, generate_batch
 
 FIRST_ITEM = 10_000  # far from every item a recording starts with
@@ -203,7 +203,7 @@ def rule_key(entry: Entry, sigmas: Sequence[float]) -> tuple[str, tuple[int, ...
     """What decides a formula's samples: tap, anchors and weights to 12 digits; None for others."""
     if entry.kind != "formula" or not isinstance(entry.predictor, LinearPredictor):
         return None
-    weights = tabulate(entry.predictor, entry.anchors, sigmas)
+    weights = entry.predictor.rows(entry.anchors, sigmas)
     return entry.tap, entry.anchors, weights.round(decimals=12).numpy().tobytes()
 
 

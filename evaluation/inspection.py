@@ -25,7 +25,7 @@ from foreseer.evaluation.page.heat import Weights, forecast_weights
 from foreseer.evaluation.page.inspect_markdown import inspect_markdown
 from foreseer.evaluation.page.inspect_page import Answer, inspect_page
 from foreseer.evaluation.page.plots import plot_timeline
-from foreseer.trajectories.gram import cosines, step_errors
+from foreseer.trajectories.gram import cosines, relative_errors
 from foreseer.trajectories.recording import Recording
 
 BUDGETS = (11, 8, 6)
@@ -205,7 +205,8 @@ def error_panels(
         row = best_row(here, learned=False)
         curves: dict[str, list[tuple[int, float]]] = {}
         for method in dict.fromkeys(found.method for found in here):
-            errors = step_errors(grams.held, grams.rows(method, row.anchors)).mean((0, 1))
+            table = grams.rows(method, row.anchors).unsqueeze(-3)
+            errors = relative_errors(grams.held.unsqueeze(-3), table).mean((0, 1))
             curves[method] = list(enumerate(errors.tolist()))
         panels[f"{grams.tap}, anchors {' '.join(map(str, row.anchors))}"] = curves
     return panels

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foreseer.evaluation.rows import RULES, expert_rows, formula_rows
 from foreseer.evaluation.search import beam_search, common_lists
 from foreseer.integration.schedule import uniform
 from foreseer.predictors.base import History, LinearPredictor, Step
-from foreseer.trajectories.gram import accumulated_error, spread, step_errors
+from foreseer.predictors.rules import RULES
+from foreseer.predictors.solve import least_squares_rows
+from foreseer.trajectories.gram import accumulated_error, relative_errors, spread
 
 LEARNED = "l2p_lstsq"
 MAX_TRAJECTORIES = 64  # averages over more look the same and take longer
@@ -111,8 +112,8 @@ class TapGrams:
     def rows(self, method: str, anchors: Anchors) -> Float[Tensor, "branches S S"]:
         """The weights of a formula, or the least-squares fit on the even trajectories."""
         if method == LEARNED:
-            return expert_rows(self.fit, anchors, self.expert_steps)
-        return formula_rows(RULES[method], anchors, self.sigmas, self.expert_steps)[None]
+            return least_squares_rows(self.fit.sum(0), anchors, expert_steps=self.expert_steps)
+        return RULES[method].rows(anchors, self.sigmas, self.expert_steps)[:, 0]
 
     def best(self, method: str, lists: Iterable[Anchors]) -> Anchors:
         """The list of least accumulated error on the even trajectories."""
@@ -127,7 +128,7 @@ class TapGrams:
         """The errors of a method on the odd trajectories."""
         rows = self.rows(method, anchors)
         forecast = [t for t in range(len(self.sigmas)) if t not in anchors]
-        errors = step_errors(self.held, rows)[..., forecast]
+        errors = relative_errors(self.held.unsqueeze(-3), rows.unsqueeze(-3))[..., forecast]
         drift = accumulated_error(self.held, rows, self.sigmas).square()
         scale = _scale(self.held)
         return OfflineRow(

@@ -9,10 +9,10 @@ from typing import Any
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.evaluation.rows import RULES
 from foreseer.evaluation.solvers import SOLVERS
 from foreseer.integration.schedule import PUBLISHED_L2P, check_anchors, uniform, warped
 from foreseer.predictors.base import Predictor
+from foreseer.predictors.rules import RULES
 
 FORMULA_TAPS = ("output", "hidden")
 COMMON_LISTS = ("uniform", "published", "warped")

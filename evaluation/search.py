@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foreseer.integration.schedule import PUBLISHED_L2P, check_anchors, warped
 from foreseer.predictors.base import History, LinearPredictor, Step
-from foreseer.predictors.experts import expert_start
+from foreseer.predictors.linear import expert_start
 
 GAMMAS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
 

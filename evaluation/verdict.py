@@ -10,19 +10,15 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.evaluation.offline import LEVEL_DB, LOSS_DB
-from foreseer.evaluation.rows import RULES, adams_bashforth_rows, formula_rows
-from foreseer.evaluation.weight_rows import rows_of
-from foreseer.predictors.linear import L2P
-from foreseer.predictors.parted import PartedL2P
+from foreseer.evaluation.rows import formula_tables
+from foreseer.predictors.rules import SHOWN
 from foreseer.trajectories.gram import accumulated_error, spread
 
-SHOWN = ("reuse", "taylor_1")  # formulas that a card shows besides the best one
 BENCH = "foreseer bench --predictors '[FOLDER]' --budgets '{budgets}' ... measures PSNR and solvers"
 EXACT = 1e-30  # smallest squared error that is told from none: 300 dB
 
@@ -103,27 +99,13 @@ def _formula_tables(
     anchors: tuple[int, ...], sigmas: tuple[float, ...], expert_steps: tuple[int, ...]
 ) -> dict[str, Float[Tensor, "1 S S"] | Float[Tensor, "S S"]]:
     """The rows of every formula, and of Adams-Bashforth-2 where one transformer runs."""
-    tables = {name: formula_rows(r, anchors, sigmas, expert_steps) for name, r in RULES.items()}
-    if len(expert_steps) == 1:
-        tables["ab2"] = adams_bashforth_rows(anchors, sigmas)
-    return tables
+    return formula_tables(anchors, sigmas, expert_steps)
 
 
 def _piled_up(grams: Tensor, rows: Tensor, sigmas: Sequence[float]) -> float:
     """Squared accumulated error, summed over parts and trajectories, mean over branches, steps."""
     squares = accumulated_error(grams.double(), rows, sigmas).square()  # (n, branches, P, S)
     return float(squares.sum(2).mean((1, 2)).sum())
-
-
-def row_table(
-    predictor: Any, anchors: Sequence[int], sigmas: Sequence[float]
-) -> Float[Tensor, "branches P S S"]:
-    """The rows of any predictor that is fitted on Grams."""
-    if isinstance(predictor, PartedL2P):
-        return predictor.weight
-    if isinstance(predictor, L2P):
-        return predictor.weight[:, None]
-    return rows_of(predictor, anchors, sigmas)[:, None]
 
 
 def open_loop_line(estimates: Sequence[Estimate]) -> str:

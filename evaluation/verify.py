@@ -23,7 +23,7 @@ from foreseer.integration.host.denoisers import others_of, transformers_of
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor, Step
-from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.rules import Reuse
 
 Run = Callable[[], Any]
 EXACT_TAPS = ("output", "hidden")  # `residual` adds, so that it is exact up to rounding only

@@ -12,7 +12,7 @@ from torch import Tensor
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.base import History, LinearPredictor, Step
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 
 
 class HalfTaylor(LinearPredictor):

@@ -26,7 +26,7 @@ from foreseer.integration.partial import PartialTrunk, Pick
 from foreseer.integration.report import Report
 from foreseer.integration.session import Session
 from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
-from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.rules import Reuse
 from foreseer.predictors.tokens import TokenPolicy
 
 

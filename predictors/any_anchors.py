@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.predictors.base import History, LinearPredictor, Step
-from foreseer.predictors.polynomial import lagrange_weights
+from foreseer.predictors.ladder import lagrange_weights
+from foreseer.predictors.solve import closed_form
 
-FLOOR = 1e-12  # keeps the system solvable without a ridge, relative to each feature's norm
 MAX_SOLVED = 10_000  # weights kept; an adaptive schedule meets ever new lists of anchors
 
 
@@ -39,6 +39,7 @@ class L2PGram(LinearPredictor):
 
     learned = True
     any_anchors = True
+    from_grams = True
 
     def __init__(
         self,
@@ -83,36 +84,23 @@ class L2PGram(LinearPredictor):
         if key not in self.solved:
             if len(self.solved) >= MAX_SOLVED:
                 self.solved.clear()
-            self.solved[key] = solve_weights(self.gram, history.steps, step.index, self.ridge)
+            gram = self.gram.detach().cpu().double()
+            found = closed_form(gram, history.steps, [step.index], [self.ridge])
+            self.solved[key] = found[0, ..., 0]
         return self.solved[key][list(step.branches)].mT
+
+    def refitted(
+        self, total: Float[Tensor, "branches P S S"], count: int, strength: float
+    ) -> "L2PGram":
+        """One with the mean of a sum, see the base class."""
+        new = L2PGram(self.num_steps, self.num_branches, strength, self.window)
+        new.set_gram(total[:, 0] / count)
+        return new
 
 
 def forget_solved(module: L2PGram, keys: Any) -> None:
     """Forget the weights of the Gram that `load_state_dict` has just replaced."""
     module.solved.clear()
-
-
-def solve_weights(
-    gram: Float[Tensor, "branches S S"], anchors: Sequence[int], step: int, ridge: float
-) -> Float[Tensor, "branches K"]:
-    """Weights of the features at `anchors`, oldest first, that forecast `step` best.
-
-    Args:
-        gram: mean Gram of each branch.
-        anchors: earlier steps whose features are known.
-        step: the step to forecast.
-        ridge: strength relative to each feature's squared norm.
-    """
-    known = list(anchors)
-    total = gram.detach().cpu().double()
-    inner = total[:, known][:, :, known]
-    scale = inner.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
-    normal = inner * scale[:, :, None] * scale[:, None, :]
-    normal = normal + (ridge + FLOOR) * torch.eye(len(known), dtype=torch.float64)
-    error = total[:, known, step] - inner[:, :, -1]
-    weights = torch.linalg.solve(normal, error * scale) * scale
-    weights[:, -1] += 1.0
-    return weights
 
 
 def regrid(predictor: L2PGram, sigmas: Sequence[float], new_sigmas: Sequence[float]) -> L2PGram:

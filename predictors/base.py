@@ -6,125 +6,21 @@ batch first; (B, N, D) stands for it.
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Grid: TypeAlias = tuple[int, int, int]
-"""Frames (1 of a picture), height and width in tokens."""
+from foreseer.predictors.history import Grid as Grid
+from foreseer.predictors.history import History as History
+from foreseer.predictors.history import Reading as Reading
+from foreseer.predictors.history import Step as Step
+from foreseer.predictors.partition import Partition
+from foreseer.predictors.sums import combine
 
-
-@dataclass(frozen=True)
-class Step:
-    """One evaluation slot of the sampler.
-
-    Args:
-        index: counted upward from 0 (pure noise) to `num_steps - 1`.
-        sigma: flow time of the step, 1 to 0.
-        num_steps: steps of the whole run.
-        branches: branch number of each equal part of the batch axis: `(0,)` without guidance,
-            `(0, 1)` when both guidance branches share one call, `(1,)` in the second of two calls.
-        expert: number of the transformer called, where the pipeline has several, in the order in
-            which they run.
-        x_t: the network's input at this step, only for predictors that list it in `needs`.
-        tokens: what enters the first block at this step, likewise.
-        modulation: the host's modulation vector at this step, likewise.
-    """
-
-    index: int
-    sigma: float
-    num_steps: int
-    branches: tuple[int, ...] = (0,)
-    expert: int = 0
-    x_t: Tensor | None = None
-    tokens: Tensor | None = None
-    modulation: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a predictor read off the hidden state of an anchor.
-
-    Args:
-        values: what it tells of the forecasts up to the next anchor: elements of every token's
-            patch of the output, `(B, M, P)`; in a history they are laid out like the features.
-        carried: what it adds to what later anchors read, `(B, *rest)`; None for nothing.
-    """
-
-    values: Tensor
-    carried: Tensor | None = None
-
-
-@dataclass
-class History:
-    """The features at the newest anchors, oldest first, with their steps.
-
-    Args:
-        window: features kept; None keeps all.
-        reading: what the predictor read off the hidden state of the newest anchor, in the features'
-            shape; None where it reads nothing.
-        carried: what was read so far adds to what later anchors read; None for nothing.
-    """
-
-    window: int | None = None
-    steps: list[int] = field(default_factory=list)
-    sigmas: list[float] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)
-    reading: Tensor | None = None
-    carried: Tensor | None = None
-
-    def push(self, step: Step, feature: Tensor, reading: Reading | None = None) -> None:
-        """Add the feature computed at an anchor and forget what falls out of the window.
-
-        Args:
-            step: the anchor.
-            feature: its feature.
-            reading: what was read off its hidden state; it replaces that of the anchor before.
-
-        Raises:
-            ValueError: the step does not follow the newest one.
-        """
-        if self.steps and step.index <= self.steps[-1]:
-            raise ValueError(
-                f"step {step.index} was pushed after step {self.steps[-1]}; call reset() between "
-                "runs."
-            )
-        self.steps.append(step.index)
-        self.sigmas.append(step.sigma)
-        self.features.append(feature)
-        self.reading = None
-        if reading is not None:
-            self.reading, self.carried = reading.values, reading.carried
-        if self.window is not None:
-            keep = slice(max(0, len(self.steps) - self.window), None)
-            self.steps, self.sigmas = self.steps[keep], self.sigmas[keep]
-            self.features = self.features[keep]
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.steps, self.sigmas, self.features = [], [], []
-        self.reading = self.carried = None
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "History":
-        """A history of the same steps with every tensor changed.
-
-        Args:
-            change: from a tensor to what takes its place.
-        """
-        features = [change(feature) for feature in self.features]
-        read = [t if t is None else change(t) for t in (self.reading, self.carried)]
-        return History(self.window, list(self.steps), list(self.sigmas), features, *read)
-
-    def state_bytes(self) -> int:
-        """Bytes of the features held, and of what was read."""
-        held = [*self.features, *(t for t in (self.reading, self.carried) if t is not None)]
-        return sum(f.numel() * f.element_size() for f in held)
-
-    def __len__(self) -> int:
-        return len(self.steps)
+SMALLEST = (2, 4)
+"""Tokens and channels of a feature for predictors that take any."""
 
 
 class Predictor(nn.Module):
@@ -141,8 +37,14 @@ class Predictor(nn.Module):
             are then only the list it takes when none is given.
         any_grid: whether a learned predictor serves other grids than the one in its spec;
             `check_grid` says which.
+        from_grams: whether summed Grams determine it: `refitted`.
         spec: what it was fitted on, a `PredictorSpec`; None of a formula, and of a learned one that
             was only built.
+        tag: of its model card.
+        form: what it makes of what the network computed, in the card's words.
+        num_branches: guidance branches it tells apart.
+        width: channels of the hidden state it is given, if it `reads` or `needs` one.
+        modulation_width: of the modulation vector it is given, if it `needs` one.
     """
 
     window: int | None = None
@@ -151,7 +53,51 @@ class Predictor(nn.Module):
     learned: bool = False
     any_anchors: bool = False
     any_grid: bool = False
+    from_grams: bool = False
     spec: Any = None
+    tag: str = "l2p"
+    form: str = "weighted sums of"
+    num_branches: int = 1
+    width: int = 1
+    modulation_width: int = 1
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, as what JSON holds: what a file keeps beside the state."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names}
+
+    def size(self) -> str:
+        """How much was fitted, in words."""
+        weights = sum(int((rows != 0).sum()) for rows in self.state_dict().values())
+        return f"{weights} non-zero weights"
+
+    @property
+    def smallest(self) -> tuple[int, int]:
+        """Tokens and channels of a small feature that it takes."""
+        return SMALLEST
+
+    def rows(
+        self, anchors: Sequence[int], sigmas: Sequence[float], expert_steps: Sequence[int] = (0,)
+    ) -> Float[Tensor, "branches P S S"] | None:
+        """W of F_hat_t = sum_p P_p sum_s W[branch, p, t, s] F_s, on given anchors.
+
+        The row of an anchor is its unit row. P is 1 of the whole feature; a formula has one branch,
+        which stands for all. What a predictor adds to the sum (constants, curves, what it reads) is
+        left out.
+
+        Args:
+            anchors: steps at which the network runs.
+            sigmas: flow time of every step.
+            expert_steps: first step of each transformer, starting with 0; none knows another's
+                features.
+
+        Returns:
+            The rows; None where a forecast is no weighted sum.
+
+        Raises:
+            ValueError: a learned predictor is for other anchors or another run.
+        """
+        return None
 
     def extra_repr(self) -> str:
         """What tells this one from others: its circumstances, or its class's own arguments."""
@@ -199,57 +145,90 @@ class Predictor(nn.Module):
 
 
 class LinearPredictor(Predictor):
-    """Base of everything of the form F_hat = sum_k c_k F_k.
+    """Base of everything of the form F_hat = sum_p P_p sum_k c_pk F_k.
 
     A rule implements only `coefficients`. Sums run in float32; the history keeps the model's dtype.
+
+    Attributes:
+        partition: the projectors P_p where parts of a feature have weights of their own; None of
+            the whole feature.
     """
+
+    partition: Partition | None = None
 
     def coefficients(
         self, history: History, step: Step
-    ) -> Float[Tensor, " K"] | Float[Tensor, "K branches"]:
+    ) -> Float[Tensor, " K"] | Float[Tensor, "K branches"] | Float[Tensor, "P K branches"]:
         """Weights of the features in `history`, oldest first.
 
         Returns:
-            One weight per feature, or one per feature and entry of `step.branches`.
+            One weight per feature; or one per feature and entry of `step.branches`; or, with a
+            partition, per part, feature and branch, where one branch stands for all.
         """
         raise NotImplementedError
 
     def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
-        """sum_k c_k F_k, see the base class."""
+        """sum_p P_p sum_k c_pk F_k, see the base class.
+
+        Raises:
+            ValueError: the history is empty, or its features cannot be split.
+        """
         if not len(history):
             raise ValueError("the history is empty: a forecast needs at least one anchor.")
-        return combine(self.coefficients(history, step), history.features)
+        weights = self.coefficients(history, step)
+        if self.partition is None:
+            return combine(weights, history.features)
+        return self.partition.combine(weights, history.features)
+
+    @property
+    def smallest(self) -> tuple[int, int]:
+        """Tokens and channels, see the base class."""
+        return SMALLEST if self.partition is None else self.partition.smallest
+
+    def rows(
+        self, anchors: Sequence[int], sigmas: Sequence[float], expert_steps: Sequence[int] = (0,)
+    ) -> Float[Tensor, "branches P S S"]:
+        """The weights as rows, see the base class."""
+        return walked_rows(self, self.coefficients, anchors, sigmas, expert_steps)
+
+    def refitted(
+        self, total: Float[Tensor, "branches P S S"], count: int, strength: float
+    ) -> "LinearPredictor":
+        """Another like this one with the closed form of summed Grams; asked if `from_grams`.
+
+        Args:
+            total: summed Grams of all its parts.
+            count: of how many trajectories.
+            strength: of the ridge toward reuse.
+        """
+        raise NotImplementedError
 
 
-def combine(
-    weights: Float[Tensor, " K"] | Float[Tensor, "K branches"], features: list[Tensor]
-) -> Float[Tensor, " B *shape"]:
-    """sum_k w_k F_k in float32 or wider, returned in the features' dtype.
-
-    Args:
-        weights: one weight per feature, or one per feature and equal part of the batch axis.
-        features: tensors of one shape, batch first.
-    """
-    newest = features[-1]
-    dtype = torch.promote_types(newest.dtype, torch.float32)
-    if weights.ndim == 2 and weights.shape[1] > 1:
-        parts = [torch.chunk(feature, weights.shape[1]) for feature in features]
-        rows = [combine(w, [p[i] for p in parts]) for i, w in enumerate(weights.unbind(1))]
-        return torch.cat(rows)
-    total: Tensor | None = None
-    product: Tensor | None = None  # one buffer for all terms: fresh memory costs more than the sum
-    values = weights.flatten() if weights.requires_grad else weights.flatten().tolist()
-    for value, feature in zip(values, features, strict=True):
-        if isinstance(value, float) and value == 0.0:
+@torch.no_grad()
+def walked_rows(
+    predictor: Predictor,
+    coefficients: Callable[[History, Step], Tensor],
+    anchors: Sequence[int],
+    sigmas: Sequence[float],
+    expert_steps: Sequence[int],
+) -> Float[Tensor, "branches P S S"]:
+    """`Predictor.rows`, by asking for the weights of every step of a run without features."""
+    size, num_steps = predictor.num_branches, len(sigmas)
+    partition = getattr(predictor, "partition", None)
+    parts = 1 if partition is None else partition.num_parts
+    rows = torch.zeros(size, parts, num_steps, num_steps, dtype=torch.float64)
+    history = History(predictor.window)
+    for t, sigma in enumerate(sigmas):
+        step = Step(t, sigma, num_steps, tuple(range(size)))
+        if t in expert_steps:
+            history.reset()
+        if t in anchors:
+            history.push(step, torch.empty(0))
+            rows[..., t, t] = 1.0
             continue
-        term = feature.to(dtype)
-        if total is None:
-            total = term * value
-        elif term.requires_grad or not isinstance(value, float):
-            total = total + term * value
-        else:
-            product = torch.mul(term, value, out=product)
-            total.add_(product)
-    if total is None:
-        return torch.zeros_like(newest)
-    return total.to(newest.dtype)
+        weights = coefficients(history, step).double().cpu()
+        weights = weights if weights.ndim > 1 else weights[:, None]  # (K, branches)
+        rows[:, :, t, history.steps] = (weights if weights.ndim == 3 else weights[None]).movedim(
+            2, 0
+        )
+    return rows

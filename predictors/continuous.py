@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.predictors.base import History, LinearPredictor, Step
-from foreseer.predictors.polynomial import lagrange_weights
+from foreseer.predictors.ladder import lagrange_weights
 
 
 class L2PContinuous(LinearPredictor):

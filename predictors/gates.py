@@ -63,3 +63,17 @@ def time_differences(sigmas: Sequence[float]) -> Float[Tensor, "S T"]:
     """Flow time of every step minus that of every step and of the end of the run, 0; float64."""
     times = torch.tensor([*sigmas, 0.0], dtype=torch.float64, device="cpu")
     return times[:-1, None] - times
+
+
+def check_stages(boundaries: Sequence[float], taps: Sequence[int]) -> None:
+    """Raise unless there is a number of taps for every stage.
+
+    Raises:
+        ValueError: the boundaries do not fall, or another number of taps, or none.
+    """
+    falling = all(a > b for a, b in itertools.pairwise(boundaries))
+    if not falling or len(taps) != len(boundaries) + 1 or min(taps) < 1:
+        raise ValueError(
+            f"found boundaries {list(boundaries)} and taps {list(taps)}, expected falling "
+            "boundaries and one number of taps >= 1 more than there are boundaries."
+        )

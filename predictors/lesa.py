@@ -8,7 +8,6 @@ are ours.
 
 import contextlib
 import copy
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -16,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foreseer.predictors.base import History, Predictor, Step, combine
-from foreseer.predictors.gates import GATES, build_gate, time_differences
+from foreseer.predictors.base import History, Predictor, Step, walked_rows
+from foreseer.predictors.gates import GATES, build_gate, check_stages, time_differences
 from foreseer.predictors.kept_values import same_values, values_of
+from foreseer.predictors.sums import combine
 
 MAX_FOLDED = 1000  # lists of anchors whose rows are kept; an adaptive schedule meets ever new ones
 
@@ -50,6 +50,7 @@ class LesaPredictor(Predictor):
     """
 
     learned = True
+    tag = "lesa"
 
     def __init__(
         self,
@@ -160,6 +161,12 @@ class LesaPredictor(Predictor):
         row = self._row_at(history, step)
         return row[:, 1:].mT, row[:, 0]
 
+    def rows(
+        self, anchors: Sequence[int], sigmas: Sequence[float], expert_steps: Sequence[int] = (0,)
+    ) -> Float[Tensor, "branches P S S"] | None:
+        """The weights with the recursion folded onto the anchors, see the base class."""
+        return walked_rows(self, lambda *at: self.affine(*at)[0], anchors, sigmas, expert_steps)
+
     def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
         """The forecast, see the base class.
 
@@ -269,20 +276,6 @@ class LesaPredictor(Predictor):
             constant[0] = 1.0
             z = z + self.offset[:, stage, None].double() * constant
         return queue[-1] + alpha[:, None].double() * z
-
-
-def check_stages(boundaries: Sequence[float], taps: Sequence[int]) -> None:
-    """Raise unless there is a number of taps for every stage.
-
-    Raises:
-        ValueError: the boundaries do not fall, or another number of taps, or none.
-    """
-    falling = all(a > b for a, b in itertools.pairwise(boundaries))
-    if not falling or len(taps) != len(boundaries) + 1 or min(taps) < 1:
-        raise ValueError(
-            f"found boundaries {list(boundaries)} and taps {list(taps)}, expected falling "
-            "boundaries and one number of taps >= 1 more than there are boundaries."
-        )
 
 
 def _units(count: int, weight: Tensor) -> list[Float[Tensor, "branches R"]]:

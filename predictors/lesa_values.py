@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.kept_values import same_values, values_of
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.predictors.partition import wide_dtype
 from foreseer.predictors.splines import SplineNet
+from foreseer.predictors.sums import wide_dtype
 
 
 class LesaValues(LesaPredictor):
@@ -43,6 +43,8 @@ class LesaValues(LesaPredictor):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    form = "curves of"
 
     def __init__(
         self,

@@ -1,23 +1,29 @@
-"""L2P: a learned row of weights per step over earlier features, per guidance branch.
+"""L2P: learned rows of weights over earlier features, per guidance branch and part of the feature.
 
-Shapes: S sampling steps, K history length.
-Source: L2P, arXiv 2604.26365: F_hat_t = sum_{j<t} W[t, j] F_j.
+Shapes: S sampling steps, P parts, K history length.
+Source: L2P, arXiv 2604.26365: F_hat_t = sum_{j<t} W[t, j] F_j; rows per part are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.predictors.base import History, LinearPredictor, Step
+from foreseer.predictors.partition import Partition
+from foreseer.predictors.solve import least_squares_rows
+from foreseer.predictors.spectrum import partition_from
 
 
 class L2P(LinearPredictor):
-    """F_hat_t = sum_a W[branch, t, a] F_a over the anchors a < t.
+    """F_hat_t = sum_p P_p sum_a W[branch, p, t, a] F_a over the anchors a < t.
 
     arXiv 2604.26365, folded onto anchors. Starts as plain reuse of the newest anchor. A branch the
-    rows do not have is an error, never a guess.
+    rows do not have is an error, never a guess. Without a partition there is one row for the whole
+    feature, and `weight` has no axis p. Of several transformers (Wan 2.2 runs one at high noise and
+    another at low noise, whose features have nothing in common) each has rows over its own anchors.
 
     A schedule may compute further steps. After such a step b, until the next of the rows' anchors,
     the forecast is moved by what it was wrong at b: F_hat_t + F_b - F_hat_b, exact at b. This is
@@ -25,16 +31,27 @@ class L2P(LinearPredictor):
 
     Args:
         num_steps: sampling steps S.
-        anchors: steps at which the network runs, starting with 0.
+        anchors: steps at which the network runs, the first of every transformer among them.
         num_branches: guidance branches.
+        expert_steps: first step of each transformer, starting with 0.
+        partition: parts with rows of their own (`Bands`, `ChannelGroups`), or what `describe` told
+            of them; None of the whole feature.
 
     Raises:
-        ValueError: the anchors are not a schedule of a run of `num_steps`.
+        ValueError: the anchors are not a schedule of such a run, or see `partition_from`.
     """
 
     learned = True
+    from_grams = True
 
-    def __init__(self, num_steps: int, anchors: Sequence[int], num_branches: int = 1) -> None:
+    def __init__(
+        self,
+        num_steps: int,
+        anchors: Sequence[int],
+        num_branches: int = 1,
+        expert_steps: Sequence[int] = (0,),
+        partition: Partition | Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         anchors = list(anchors)
         if not anchors or anchors != sorted(set(anchors)) or anchors[0] != 0:
@@ -44,22 +61,97 @@ class L2P(LinearPredictor):
                 f"anchors end at {anchors[-1]} and num_branches is {num_branches}, expected "
                 f"anchors below num_steps={num_steps} and at least one branch."
             )
+        missing = sorted({0, *expert_steps} - set(anchors))
+        if missing or list(expert_steps) != sorted(set(expert_steps)):
+            raise ValueError(
+                f"expert_steps are {list(expert_steps)} and the anchors {anchors}; expected "
+                "rising steps starting with 0, all of them anchors: what one transformer computed "
+                f"says nothing about the next (missing: {missing})."
+            )
         self.num_steps = num_steps
         self.anchors = tuple(anchors)
         self.num_branches = num_branches
+        self.expert_steps = tuple(expert_steps)
+        self.partition = partition_from(partition) if isinstance(partition, Mapping) else partition
         reuse = torch.zeros(num_steps, num_steps, dtype=torch.float64)
         for t in range(1, num_steps):
             reuse[t, max(a for a in anchors if a < t)] = 1.0
-        self.weight: Float[Tensor, "branches S S"]
-        self.register_buffer("weight", reuse.repeat(num_branches, 1, 1))
+        lead = (
+            (num_branches,) if self.partition is None else (num_branches, self.partition.num_parts)
+        )
+        self.weight: Float[Tensor, "branches *parts S S"]
+        self.register_buffer("weight", reuse.repeat(*lead, 1, 1))
 
-    def coefficients(self, history: History, step: Step) -> Float[Tensor, "K branches"]:
-        """The learned row of each branch at this step.
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments; the partition as it describes itself."""
+        own = super().arguments()
+        if self.partition is not None and "partition" in own:
+            own["partition"] = self.partition.describe()
+        return own
+
+    def size(self) -> str:
+        """How many weights, and over what parts."""
+        if self.partition is None:
+            return super().size()
+        return f"{super().size()} over {self.partition.num_parts} {self.partition.kind}"
+
+    def coefficients(
+        self, history: History, step: Step
+    ) -> Float[Tensor, "K branches"] | Float[Tensor, "P K branches"]:
+        """The learned row of each branch, and part, at this step.
 
         Raises:
             ValueError: a branch or step the rows do not have, or another history than theirs.
         """
-        return rows_at(self.weight, self.anchors, history, step).mT
+        first = expert_start(self.expert_steps, step.index)
+        own = [anchor for anchor in self.anchors if anchor >= first]
+        return rows_at(self.weight, own, history, step).movedim(0, -1)
+
+    def refitted(
+        self, total: Float[Tensor, "branches P S S"], count: int, strength: float
+    ) -> "L2P":
+        """The least-squares rows of a sum, see the base class.
+
+        Raises:
+            ValueError: a part is zero at an anchor in every trajectory.
+        """
+        new = type(self)(**self.arguments())
+        new.set_rows(fitted_rows(total, self.anchors, strength, self.expert_steps))
+        return new
+
+    def set_rows(self, rows: Float[Tensor, "branches P S S"]) -> None:
+        """Make these rows the predictor's; P is 1 of the whole feature."""
+        self.weight.copy_(rows.detach().reshape(self.weight.shape))
+
+
+def fitted_rows(
+    total: Float[Tensor, "branches P S S"],
+    anchors: Sequence[int],
+    strength: float = 1e-4,
+    expert_steps: Sequence[int] = (0,),
+) -> Float[Tensor, "branches P S S"]:
+    """`least_squares_rows` of every part, each of which must be there.
+
+    Args:
+        total: Grams of the parts, summed over trajectories.
+        anchors: steps at which the network runs.
+        strength: of the ridge, see `least_squares_rows`.
+        expert_steps: first step of each transformer, starting with 0.
+
+    Raises:
+        ValueError: a part is zero at an anchor in every trajectory.
+    """
+    norms = total.diagonal(dim1=-2, dim2=-1)[..., list(anchors)].sum(0)  # (P, anchors)
+    if empty := (norms <= 0).any(-1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the parts {empty} are zero at an anchor in every trajectory; merge them with others."
+        )
+    return least_squares_rows(total, anchors, strength, expert_steps)
+
+
+def expert_start(expert_steps: Sequence[int], index: int) -> int:
+    """First step of the transformer that runs at a step."""
+    return max(step for step in expert_steps if step <= index)
 
 
 def rows_at(
@@ -98,31 +190,6 @@ def rows_at(
         weights = weights - rows[..., newest, :]
         weights[..., newest] += 1.0
     return weights[..., history.steps]
-
-
-def tabulate(
-    rule: LinearPredictor, anchors: Sequence[int], sigmas: Sequence[float]
-) -> Float[Tensor, "S S"]:
-    """The weights of any linear rule on given anchors, as rows over all steps.
-
-    The row of an anchor is its unit row.
-
-    Args:
-        rule: the rule.
-        anchors: steps at which the network runs.
-        sigmas: flow time of every step.
-    """
-    num_steps = len(sigmas)
-    table = torch.zeros(num_steps, num_steps, dtype=torch.float64)
-    history = History(rule.window)
-    for t in range(num_steps):
-        step = Step(t, sigmas[t], num_steps)
-        if t in anchors:
-            history.push(step, torch.empty(0))
-            table[t, t] = 1.0
-        else:
-            table[t, history.steps] = rule.coefficients(history, step).detach().double().flatten()
-    return table
 
 
 def fold(weight: Float[Tensor, "*lead S S"], anchors: Sequence[int]) -> Float[Tensor, "*lead S S"]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foreseer.predictors.base import History, Predictor, Step
+from foreseer.predictors.base import SMALLEST, History, Predictor, Step
 
 NUM_FREQUENCIES = 16
 HIGHEST_FREQUENCY = 30.0  # radians per unit of flow time
@@ -44,6 +44,8 @@ class DiscaPredictor(Predictor):
     needs = frozenset({"tokens", "modulation"})
     learned = True
     any_anchors = True
+    tag = "disca"
+    form = "a small transformer's view of the step's tokens and"
 
     def __init__(
         self,
@@ -88,6 +90,15 @@ class DiscaPredictor(Predictor):
         if residual:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
+
+    def size(self) -> str:
+        """Its parameters."""
+        return f"{sum(p.numel() for p in self.parameters())} parameters"
+
+    @property
+    def smallest(self) -> tuple[int, int]:
+        """Tokens and channels, see the base class."""
+        return SMALLEST[0], self.width
 
     def forward(self, history: History, step: Step) -> Float[Tensor, "B N D"]:
         """The forecast, see the base class.

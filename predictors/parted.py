@@ -1,132 +1,122 @@
-"""L2P with a row of weights per part of the feature: per frequency band or per channel group.
+"""Fixed rules per part of a feature: FreqCa per frequency band, HyCa per group of channels.
 
-Shapes: S sampling steps, P parts, K history length.
-Source: the rows are L2P's (arXiv 2604.26365); a row per part is ours.
+Shapes: P parts, K history length.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.predictors.base import History, Step
-from foreseer.predictors.linear import L2P, rows_at
-from foreseer.predictors.partition import ChannelGroups, PartedPredictor, Partition
+from foreseer.predictors.base import History, LinearPredictor, Step
+from foreseer.predictors.partition import ChannelGroups, Partition
+from foreseer.predictors.rules import (
+    BDF2,
+    AdamsBashforth2,
+    AdamsMoulton,
+    HiCache,
+    Reuse,
+    RungeKutta2,
+    Taylor,
+)
 from foreseer.predictors.spectrum import Bands
 
 
-class PartedL2P(PartedPredictor):
-    """F_hat_t = sum_p P_p sum_a W[branch, p, t, a] F_a over the anchors a < t.
-
-    Starts as plain reuse of the newest anchor; with equal rows in all parts it is L2P.
+class PartedRules(LinearPredictor):
+    """Base of F_hat = sum_p P_p sum_k c_k(rule_p) F_k.
 
     Args:
-        num_steps: sampling steps S.
-        anchors: steps at which the network runs, starting with 0.
-        num_branches: guidance branches.
         partition: the parts.
-
-    Raises:
-        ValueError: the anchors are not a schedule of a run of `num_steps`.
+        rules: the rule of each.
     """
 
-    learned = True
+    def __init__(self, partition: Partition, rules: Sequence[LinearPredictor]) -> None:
+        super().__init__()
+        self.partition = partition
+        self.rules = list(rules)
+        self.window = max(rule.window or 1 for rule in self.rules)
 
-    def __init__(
-        self, num_steps: int, anchors: Sequence[int], num_branches: int, partition: Partition
-    ) -> None:
-        super().__init__(partition)
-        plain = L2P(num_steps, anchors, num_branches)
-        self.num_steps = plain.num_steps
-        self.anchors = plain.anchors
-        self.num_branches = plain.num_branches
-        self.window = plain.window
-        self.weight: Float[Tensor, "branches P S S"]
-        self.register_buffer("weight", plain.weight[:, None].repeat(1, partition.num_parts, 1, 1))
-
-    def part_coefficients(self, history: History, step: Step) -> Float[Tensor, "P K branches"]:
-        """The learned rows of each branch at this step.
-
-        Raises:
-            ValueError: a branch or step the rows do not have, or another history than theirs.
-        """
-        return rows_at(self.weight, self.anchors, history, step).permute(1, 2, 0)
+    def coefficients(self, history: History, step: Step) -> Float[Tensor, "P K 1"]:
+        """The weights of every part's rule over its own window, with zeros for older features."""
+        weights = torch.zeros(len(self.rules), len(history), 1, dtype=torch.float64)
+        for row, rule in zip(weights, self.rules, strict=True):
+            window = slice(-(rule.window or 1), None)
+            newest = History(rule.window, history.steps[window], history.sigmas[window])
+            own = rule.coefficients(newest, step)
+            row[-len(own) :, 0] = own
+        return weights
 
 
-class L2PBands(PartedL2P):
-    """L2P with a row per frequency band.
+class FreqCa(PartedRules):
+    """F_hat = F_0 + P_high[(c_0 - 1) F_0 + c_1 F_1 + c_2 F_2], c of second-order HiCache.
+
+    arXiv 2510.08669; the released code's order 0 below 0.1 of the highest radius, order 2 at
+    contraction 0.71 above. The release transforms every anchor, and takes the grid for a square;
+    here one transform of the increment per forecast gives the same, on any grid.
 
     Args:
-        num_steps: sampling steps S.
-        anchors: steps at which the network runs, starting with 0.
-        num_branches: guidance branches.
-        edges: radii between the bands, see `Bands`.
         grid: (height, width) in tokens, or (frames, height, width).
-        transform: `dct` or `fft`.
+        transform: `dct` (the release for FLUX) or `fft` (in two dimensions; the release for
+            Qwen-Image runs it over the flattened tokens).
+        low_radius: radius below which a frequency is reused, in (0, 1).
+        contraction: HiCache's sigma for the high band.
 
     Raises:
-        ValueError: see `L2P` and `Bands`.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
         self,
-        num_steps: int,
-        anchors: Sequence[int],
-        num_branches: int,
-        edges: Sequence[float],
         grid: Sequence[int],
         transform: str = "dct",
+        low_radius: float = 0.1,
+        contraction: float = 0.71,
     ) -> None:
-        bands = Bands(edges, grid, transform)
-        super().__init__(num_steps, anchors, num_branches, bands)
-        self.edges, self.grid, self.transform = bands.edges, bands.grid, bands.transform
+        super().__init__(Bands([low_radius], grid, transform), [Reuse(), HiCache(2, contraction)])
 
 
-class L2PGroups(PartedL2P):
-    """L2P with a row per channel group.
+POOL: dict[str, LinearPredictor] = {
+    "reuse": Reuse(),
+    "taylor_1": Taylor(1),
+    "rk2": RungeKutta2(),
+    "ab2": AdamsBashforth2(),
+    "bdf2": BDF2(),
+    "adams_moulton": AdamsMoulton(),
+}
+"""The solvers to choose from: HyCa's, and reuse, which is not in its pool."""
+
+
+class HyCa(PartedRules):
+    """F_hat = sum_g P_g sum_k c_k(solver_g) F_k, P_g the channels of group g.
+
+    arXiv 2510.04188, of which there is no released code. The groups and their solvers are chosen
+    once, on recorded trajectories of one model: see `foreseer.training.clusters.fit_hyca`.
 
     Args:
-        num_steps: sampling steps S.
-        anchors: steps at which the network runs, starting with 0.
-        num_branches: guidance branches.
         labels: the group of every channel, see `ChannelGroups`.
+        solvers: the name in `POOL` of every group's solver.
 
     Raises:
-        ValueError: see `L2P` and `ChannelGroups`.
+        ValueError: a solver is unknown, or there is not one per group.
     """
 
-    def __init__(
-        self, num_steps: int, anchors: Sequence[int], num_branches: int, labels: Sequence[int]
-    ) -> None:
+    learned = True
+    tag = "hyca"
+
+    def __init__(self, labels: Sequence[int], solvers: Sequence[str]) -> None:
         groups = ChannelGroups(labels)
-        super().__init__(num_steps, anchors, num_branches, groups)
+        unknown = sorted(set(solvers) - set(POOL))
+        if unknown or len(solvers) != groups.num_parts:
+            raise ValueError(
+                f"solvers are {list(solvers)} for {groups.num_parts} groups, expected one of "
+                f"{sorted(POOL)} per group."
+            )
+        super().__init__(groups, [POOL[name] for name in solvers])
         self.labels = groups.labels
+        self.solvers = tuple(solvers)
 
-
-def parted_l2p(
-    num_steps: int, anchors: Sequence[int], num_branches: int, partition: Partition
-) -> L2PBands | L2PGroups:
-    """The L2P of a partition, at its start."""
-    arguments = {name: value for name, value in partition.describe().items() if name != "class"}
-    kind: type[L2PBands] | type[L2PGroups]
-    kind = L2PBands if isinstance(partition, Bands) else L2PGroups
-    return kind(num_steps, anchors, num_branches, **arguments)
-
-
-def partition_from(description: dict[str, Any]) -> Partition:
-    """The partition that `describe` told of.
-
-    Raises:
-        ValueError: it names no partition, or lacks an argument.
-    """
-    known: dict[str, type[Bands] | type[ChannelGroups]]
-    known = {"Bands": Bands, "ChannelGroups": ChannelGroups}
-    arguments = {name: value for name, value in description.items() if name != "class"}
-    name = description.get("class")
-    if name not in known:
-        raise ValueError(f"found the partition {name!r}, expected one of {sorted(known)}.")
-    try:
-        return known[name](**arguments)
-    except TypeError as error:
-        raise ValueError(f"{name} does not take {sorted(arguments)}: {error}") from error
+    def size(self) -> str:
+        """The solver of every group."""
+        solvers = enumerate(self.solvers)
+        return "; ".join(f"{self.labels.count(i)} channels: {name}" for i, name in solvers)

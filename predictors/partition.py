@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.predictors.base import History, Predictor, Step, combine
+from foreseer.predictors.sums import combine, wide_dtype
 
 
 class Partition:
@@ -21,8 +21,10 @@ class Partition:
     Attributes:
         num_parts: number of projectors, P.
         smallest: (N, D) of the smallest token feature that can be split.
+        kind: what the parts are called.
     """
 
+    kind: str
     num_parts: int
     smallest: tuple[int, int]
 
@@ -69,37 +71,6 @@ class Partition:
         return self.weigh([combine(rows, wide) for rows in weights]).to(features[-1].dtype)
 
 
-class PartedPredictor(Predictor):
-    """Base of F_hat = sum_p P_p sum_k c_pk F_k: one linear rule per part of a partition.
-
-    Args:
-        partition: the parts.
-    """
-
-    def __init__(self, partition: Partition) -> None:
-        super().__init__()
-        self.partition = partition
-
-    def part_coefficients(self, history: History, step: Step) -> Float[Tensor, "P K branches"]:
-        """Weights of the features in `history`, oldest first, for every part.
-
-        Returns:
-            One weight per part, feature and entry of `step.branches`; the last axis is 1 where all
-            branches share their weights.
-        """
-        raise NotImplementedError
-
-    def forward(self, history: History, step: Step) -> Float[Tensor, " B *shape"]:
-        """The forecast, see the base class.
-
-        Raises:
-            ValueError: the history is empty, or its features cannot be split.
-        """
-        if not len(history):
-            raise ValueError("the history is empty: a forecast needs at least one anchor.")
-        return self.partition.combine(self.part_coefficients(history, step), history.features)
-
-
 class ChannelGroups(Partition):
     """Groups of channels: of the last axis of tokens (B, N, D), of axis 1 of maps (B, C, H, W).
 
@@ -109,6 +80,8 @@ class ChannelGroups(Partition):
     Raises:
         ValueError: a group is empty, or a label is no number >= 0.
     """
+
+    kind = "channel groups"
 
     def __init__(self, labels: Sequence[int]) -> None:
         self.labels = tuple(labels)
@@ -171,31 +144,6 @@ class ChannelGroups(Partition):
     def describe(self) -> dict[str, Any]:
         """The constructor's arguments and the class."""
         return {"class": "ChannelGroups", "labels": list(self.labels)}
-
-
-def tabulate_parts(
-    rule: PartedPredictor, anchors: Sequence[int], sigmas: Sequence[float]
-) -> Float[Tensor, "P S S"]:
-    """The weights of a training-free rule on given anchors, as rows over all steps, per part.
-
-    The row of an anchor is its unit row.
-    """
-    num_steps = len(sigmas)
-    table = torch.zeros(rule.partition.num_parts, num_steps, num_steps, dtype=torch.float64)
-    history = History(rule.window)
-    for t in range(num_steps):
-        step = Step(t, sigmas[t], num_steps)
-        if t in anchors:
-            history.push(step, torch.empty(0))
-            table[:, t, t] = 1.0
-        else:
-            table[:, t, history.steps] = rule.part_coefficients(history, step)[:, :, 0].double()
-    return table
-
-
-def wide_dtype(feature: Tensor) -> torch.dtype:
-    """Float32, or the feature's dtype where that is wider."""
-    return torch.promote_types(feature.dtype, torch.float32)
 
 
 def _channel_axis(feature: Tensor) -> int:

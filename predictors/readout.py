@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foreseer.predictors.base import Grid, History, Reading, Step, combine
-from foreseer.predictors.experts import L2PExperts, expert_start
+from foreseer.predictors.base import SMALLEST, Grid, History, Reading, Step
+from foreseer.predictors.linear import L2P, expert_start
+from foreseer.predictors.sums import combine
 
 STORED = torch.bfloat16  # half of a file's bytes; a rounding of 2^-9 of a correction
 
 
-class Readout(L2PExperts):
+class Readout(L2P):
     """F_hat[b,t] = sum_a W[b,t,a] F[b,a] + U[k] * h[b,k] + c[k] up to anchor k + 1.
 
     h[b,k] = sum_{q <= Q} V[k,q] norm(H[b,a_{k-q}]) on the `output` tap; a_k is the last anchor
@@ -49,6 +50,9 @@ class Readout(L2PExperts):
     """
 
     reads = True
+    from_grams = False
+    tag = "readout"
+    form = "what was read off the last hidden state, and weighted sums of"
 
     def __init__(
         self,
@@ -77,6 +81,11 @@ class Readout(L2PExperts):
         self.register_buffer("inner", torch.zeros(count, rank, (1 + past) * width, dtype=STORED))
         self.register_buffer("outer", torch.zeros(count, patch, rank, side, side, dtype=STORED))
         self.register_buffer("constant", torch.zeros(count, patch))
+
+    @property
+    def smallest(self) -> tuple[int, int]:
+        """Tokens and channels, see the base class."""
+        return SMALLEST[0], self.patch
 
     def set_readout(
         self,

@@ -3,14 +3,15 @@
 Shapes: B batch, N tokens, D channels, P bands, S sampling steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.predictors.partition import Partition, wide_dtype
+from foreseer.predictors.partition import ChannelGroups, Partition
+from foreseer.predictors.sums import wide_dtype
 
 
 class Bands(Partition):
@@ -28,6 +29,8 @@ class Bands(Partition):
     Raises:
         ValueError: an argument is out of range, or a band holds no frequency of this grid.
     """
+
+    kind = "frequency bands"
 
     def __init__(self, edges: Sequence[float], grid: Sequence[int], transform: str = "dct") -> None:
         self.edges = tuple(float(edge) for edge in edges)
@@ -177,3 +180,21 @@ def _along(maps: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     for axis, matrix in zip(range(-len(matrices), 0), matrices, strict=True):
         maps = (maps.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)
     return maps
+
+
+def partition_from(description: Mapping[str, Any]) -> Partition:
+    """The partition that `describe` told of.
+
+    Raises:
+        ValueError: it names no partition, or lacks an argument.
+    """
+    known: dict[str, type[Bands] | type[ChannelGroups]]
+    known = {"Bands": Bands, "ChannelGroups": ChannelGroups}
+    arguments = {name: value for name, value in description.items() if name != "class"}
+    name = description.get("class")
+    if name not in known:
+        raise ValueError(f"found the partition {name!r}, expected one of {sorted(known)}.")
+    try:
+        return known[name](**arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {sorted(arguments)}: {error}") from error

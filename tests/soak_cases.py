@@ -27,13 +27,12 @@ from foreseer.integration.partial_forecasting import attach_partially
 from foreseer.integration.schedule import interval, warped
 from foreseer.integration.session import Session
 from foreseer.predictors.any_anchors import L2PGram
-from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.hermite import HiCache
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.parted import L2PGroups
-from foreseer.predictors.polynomial import Newton, Reuse, Taylor
+from foreseer.predictors.parted import FreqCa
+from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.rules import HiCache, Newton, Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
 from foreseer.trajectories.collector import Recorder
 
@@ -171,7 +170,9 @@ LEARNED: dict[str, tuple[Make, str]] = {  # how each is made, and its tap
     "l2p_output": (lambda p, s, g: random_rows(L2P(len(g), ANCHORS, branches(s))), "output"),
     "l2p_hidden": (lambda p, s, g: random_rows(L2P(len(g), ANCHORS, branches(s))), "hidden"),
     "l2p_groups": (
-        lambda p, s, g: random_rows(L2PGroups(len(g), ANCHORS, branches(s), [0, 1] * 8)),
+        lambda p, s, g: random_rows(
+            L2P(len(g), ANCHORS, branches(s), partition=ChannelGroups([0, 1] * 8))
+        ),
         "hidden",
     ),
     "gram": (lambda p, s, g: random_gram(L2PGram(len(g), branches(s))), "hidden"),

@@ -24,7 +24,7 @@ from foreseer.integration.host.call_rows import take_rows
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 
 ANCHORS = (0, 1, 4)
 PROBES = {"teacache": TeaCache, "first_block": FirstBlock}

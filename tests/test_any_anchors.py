@@ -6,13 +6,12 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from row_cases import rows_fitted, rows_of
 from tiny_hosts import items, pipeline, run, seeded, spec_for
 from tiny_hosts import settings as call_settings
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.evaluation.rows import least_squares_rows
-from foreseer.evaluation.weight_rows import rows_of
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.any_anchors import L2PGram, interpolation, regrid
 from foreseer.predictors.base import History, Step
@@ -54,7 +53,7 @@ def history_at(steps: tuple[int, ...], window: int | None = None) -> History:
 @pytest.mark.parametrize("anchors", LISTS)
 @pytest.mark.parametrize("ridge", [0.0, 1e-4, 1e-1])
 def test_its_rows_are_those_of_the_least_squares_fit_on_the_same_anchors(anchors, ridge):
-    expected = least_squares_rows(gram(features()), anchors, ridge)
+    expected = rows_fitted(gram(features()), anchors, ridge)
     found = rows_of(fitted(ridge), anchors, SIGMAS)
     limit = 1e-10 if ridge else 1e-6  # without a ridge the system's condition is about 1e5
     torch.testing.assert_close(found, expected, atol=limit, rtol=0)

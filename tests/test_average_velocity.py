@@ -23,7 +23,7 @@ from foreseer.integration.pipelines.average_velocity import (
     conditioner_for,
 )
 from foreseer.integration.pipelines.load import load_pipeline
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 
 BATCH = 3
 

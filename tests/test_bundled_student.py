@@ -8,7 +8,7 @@ from foreseer.evaluation.metrics import psnr
 from foreseer.evaluation.solvers import sampling_with, solver_scheduler
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.load import load_pipeline
-from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.rules import Reuse
 
 pytestmark = pytest.mark.slow
 LABELS = [0, 2, 3, 5, 6, 8]

@@ -11,8 +11,7 @@ from test_composition import ANCHORS, facts
 from torch import Tensor
 
 from foreseer.integration.forecasting import attach, forecasting
-from foreseer.predictors.hermite import HiCache
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import HiCache, Reuse, Taylor
 
 every_family = pytest.mark.parametrize("name", ["flux", "sd3", "wan", "qwenimage", "dit", "zimage"])
 every_tap = pytest.mark.parametrize("tap", ["output", "hidden"])

@@ -24,7 +24,7 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.clock import flow_sigmas
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Taylor
+from foreseer.predictors.rules import Taylor
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 
@@ -92,7 +92,13 @@ def test_the_files_hold_the_documented_keys(tmp_path):
         "versions",
         "model_sha256",
     }
-    assert config["arguments"] == {"num_steps": 8, "anchors": [0, 1, 3, 6], "num_branches": 2}
+    assert config["arguments"] == {
+        "num_steps": 8,
+        "anchors": [0, 1, 3, 6],
+        "num_branches": 2,
+        "expert_steps": [0],
+        "partition": None,
+    }
     assert config["schema_version"] == SCHEMA_VERSION
 
 

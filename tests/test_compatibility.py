@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from row_cases import rows_fitted
 from tiny_hosts import items, pipeline, settings
 
 from foreseer.checkpoints import config, upgrade
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.checkpoints.zoo import bundled
-from foreseer.evaluation.rows import least_squares_rows
 from foreseer.predictors.readout import Readout
 from foreseer.training.shipped import read_sums
 from foreseer.trajectories.files import header
@@ -57,7 +57,7 @@ def test_every_version_has_an_example_and_a_way_to_the_next():
 def test_a_predictor_of_an_earlier_release_has_the_rows_of_its_recording(folder):
     predictor = load_predictor(folder / "predictor")  # which replays its golden pair
     grams = Recording(folder / "recording").stack("gram/output")
-    rows = least_squares_rows(grams, predictor.spec.anchors)
+    rows = rows_fitted(grams, predictor.spec.anchors)
     torch.testing.assert_close(predictor.weight, rows, atol=1e-9, rtol=0)  # other LAPACKs round so
     assert (predictor.spec.branch_steps, predictor.spec.expert_steps) == ((), (0,))
     assert predictor.spec.guidance == written(folder / "predictor" / "config.json")["spec"].get(

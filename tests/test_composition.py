@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from foreseer.integration.controller import Controller
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.session import Session
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 
 EVERY = FAMILIES | MORE
 ANCHORS = (0, 1, 4)

@@ -23,7 +23,7 @@ from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.trajectories.collector import Recorder
 
 WEIGHTS = r"another host: (number of parameters|weights)"

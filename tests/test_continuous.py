@@ -8,16 +8,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_cases import rows_of
 from tiny_hosts import items, pipeline, run, seeded, spec_for
 from tiny_hosts import settings as call_settings
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.evaluation.weight_rows import rows_of
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.continuous import L2PContinuous, basis, exponents, sigma_at
-from foreseer.predictors.polynomial import Newton
+from foreseer.predictors.rules import Newton
 from foreseer.training.continuous import (
     L2PContinuousModule,
     SeveralGrams,

@@ -4,17 +4,16 @@ import pytest
 import torch
 from lightning import Trainer
 from recording_cases import small_header
+from row_cases import errors_of, rows_fitted, rows_of
 
-from foreseer.evaluation.rows import expert_rows, formula_rows, least_squares_rows, segments
-from foreseer.evaluation.weight_rows import rows_of
 from foreseer.predictors.any_anchors import L2PGram
-from foreseer.predictors.polynomial import Taylor
+from foreseer.predictors.rules import Taylor
+from foreseer.predictors.solve import segments
 from foreseer.training.cross_validation import RIDGES, cross_validate, left_out_errors
-from foreseer.training.l2p import L2PLeastSquares, open_loop_errors
-from foreseer.training.parts import least_squares_parts, part_errors
+from foreseer.training.l2p import L2PLeastSquares
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.files.writer import RecordingWriter
-from foreseer.trajectories.gram import gram
+from foreseer.trajectories.gram import gram, relative_errors
 
 STEPS, ANCHORS, NUM = 12, [0, 1, 4, 8], 7
 SIGMAS = [1 - i / STEPS for i in range(STEPS)]
@@ -39,8 +38,8 @@ def test_left_out_errors_are_those_of_refits_without_each_trajectory(ridge):
     grams = grams_of()
     found = left_out_errors(grams.sum(0), grams, ANCHORS, [1.0, ridge])[1]
     for place in range(NUM):
-        rows = least_squares_rows(without(grams, place)[:, :, 0], ANCHORS, ridge)
-        expected = open_loop_errors(grams[place : place + 1, :, 0], rows).mean()
+        rows = rows_fitted(without(grams, place)[:, :, 0], ANCHORS, ridge)
+        expected = errors_of(grams[place : place + 1, :, 0], rows).mean()
         # c^T G c cancels to about 1e-16 of G, so errors of 1e-2 are good to 1e-12 relative; the
         # ridge bounds what solving adds.
         assert float(found[place]) == pytest.approx(float(expected), rel=1e-9)
@@ -50,8 +49,8 @@ def test_without_a_ridge_they_agree_as_far_as_the_condition_lets_them():
     grams = grams_of()
     found = left_out_errors(grams.sum(0), grams, ANCHORS, [0.0])[0]
     for place in range(NUM):
-        rows = least_squares_rows(without(grams, place)[:, :, 0], ANCHORS, 0.0)
-        expected = open_loop_errors(grams[place : place + 1, :, 0], rows).mean()
+        rows = rows_fitted(without(grams, place)[:, :, 0], ANCHORS, 0.0)
+        expected = errors_of(grams[place : place + 1, :, 0], rows).mean()
         assert float(found[place]) == pytest.approx(float(expected), rel=1e-7)
 
 
@@ -59,8 +58,8 @@ def test_parts_are_solved_apart_and_their_errors_add_up():
     grams = grams_of(parts=3)
     found = left_out_errors(grams.sum(0), grams, ANCHORS, [1e-4])[0]
     for place in range(NUM):
-        rows = least_squares_parts(without(grams, place), ANCHORS, 1e-4)
-        expected = part_errors(grams[place : place + 1], rows).mean()
+        rows = rows_fitted(without(grams, place), ANCHORS, 1e-4)
+        expected = relative_errors(grams[place : place + 1], rows).mean()
         assert float(found[place]) == pytest.approx(float(expected), rel=1e-9)
 
 
@@ -68,8 +67,8 @@ def test_several_transformers_see_their_own_anchors():
     grams, starts = grams_of(), [0, 4]
     found = left_out_errors(grams.sum(0), grams, ANCHORS, [1e-4], starts)[0]
     for place in range(NUM):
-        rows = expert_rows(without(grams, place)[:, :, 0], ANCHORS, starts, 1e-4)
-        expected = open_loop_errors(grams[place : place + 1, :, 0], rows).mean()
+        rows = rows_fitted(without(grams, place)[:, :, 0], ANCHORS, 1e-4, starts)
+        expected = errors_of(grams[place : place + 1, :, 0], rows).mean()
         assert float(found[place]) == pytest.approx(float(expected), rel=1e-9)
 
 
@@ -80,7 +79,7 @@ def test_a_window_is_that_of_the_predictor_that_solves_while_sampling():
     for place in range(NUM):
         predictor.set_gram(without(grams, place)[:, :, 0].mean(0))
         rows = rows_of(predictor, ANCHORS, SIGMAS)
-        expected = open_loop_errors(grams[place : place + 1, :, 0], rows).mean()
+        expected = errors_of(grams[place : place + 1, :, 0], rows).mean()
         assert float(found[place]) == pytest.approx(float(expected), rel=1e-9)
 
 
@@ -91,7 +90,7 @@ def test_segments_cover_every_forecast_step_once():
 
 
 def test_a_formula_begins_anew_with_every_transformer():
-    rows = formula_rows(Taylor(1), ANCHORS, SIGMAS, (0, 4))
+    rows = Taylor(1).rows(ANCHORS, SIGMAS, (0, 4))[0, 0]
     assert not rows[4:, :4].any()
     assert rows[5, 4] == 1.0  # one anchor so far: reuse
     assert rows[9, 8] > 1.0
@@ -136,10 +135,10 @@ def test_a_bad_shard_is_named_and_dropping_it_restores_the_fit(kind):
 
     def error(*places: int) -> float:
         kept = spoiled[[i for i in range(20) if i not in places]][:, :, 0]
-        return float(open_loop_errors(fresh, least_squares_rows(kept, ANCHORS)).mean())
+        return float(errors_of(fresh, rows_fitted(kept, ANCHORS)).mean())
 
-    clean = least_squares_rows(without(grams, 5)[:, :, 0], ANCHORS)
-    restored = least_squares_rows(without(spoiled, 5)[:, :, 0], ANCHORS)
+    clean = rows_fitted(without(grams, 5)[:, :, 0], ANCHORS)
+    restored = rows_fitted(without(spoiled, 5)[:, :, 0], ANCHORS)
     assert torch.equal(restored, clean)
     assert error() > 1.3 * error(5)
 
@@ -176,7 +175,7 @@ def test_a_fit_without_a_ridge_takes_the_cross_validated_one(tmp_path, capsys):
     data = GramDataModule(tmp_path / "recording", validation_fraction=0.0)
     trainer.fit(module, datamodule=data)
     expected = cross_validate(grams[:, :, None].sum(0), chunked(grams[:, :, None], 64), ANCHORS)
-    rows = least_squares_rows(grams, ANCHORS, expected.ridge)
+    rows = rows_fitted(grams, ANCHORS, expected.ridge)
     torch.testing.assert_close(module.predictor.weight, rows, rtol=1e-9, atol=1e-9)
     assert float(trainer.callback_metrics["train/ridge"]) == pytest.approx(expected.ridge)
     assert f"least at {expected.ridge:g}" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from foreseer import commands, demo
 from foreseer.cli import main
 from foreseer.demo import Stage
 from foreseer.evaluation import offline
-from foreseer.evaluation.rows import RULES
+from foreseer.predictors.rules import RULES
 
 TWO = ("reuse", "taylor_1")  # formulas that are searched for, in place of all
 FILES = (

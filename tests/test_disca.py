@@ -14,7 +14,7 @@ from foreseer.checkpoints.format import load_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.rules import Reuse
 from foreseer.training.disca import disca_fit as disca
 from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.disca.gan import Adversary, Seen

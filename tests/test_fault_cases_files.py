@@ -18,13 +18,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundErro
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from recording_cases import record
+from row_cases import rows_fitted
 from safetensors.torch import load_file, save_file
 from tiny_hosts import STEPS, adding_pipeline, pipeline, run, tiny_dit
 from tiny_hosts import spec_for as host_spec
 
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.evaluation.rows import least_squares_rows
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import History, Step
@@ -194,7 +194,7 @@ def test_case_07_a_predictor_of_another_model_is_refused_at_attach(fault):
 def test_case_19_a_history_of_low_rank_gives_finite_weights(ridge, width, constant):
     features = torch.randn(1, 1, 1 if constant else 8, width).expand(1, 1, 8, width)
     grams, anchors = gram(features), [0, 1, 2, 3, 4]  # five anchors, three numbers at most
-    rows = least_squares_rows(grams, anchors, ridge)
+    rows = rows_fitted(grams, anchors, ridge)
     assert torch.isfinite(rows).all()
     forecast = rows[0, 5:] @ features[0, 0].double()
     if constant:

@@ -21,7 +21,7 @@ from foreseer.integration.memory import most_bytes
 from foreseer.integration.partial import PartialTrunk
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Newton, Reuse, Taylor
+from foreseer.predictors.rules import Newton, Reuse, Taylor
 
 pytestmark = pytest.mark.fault
 ANCHORS = (0, 1, 4)

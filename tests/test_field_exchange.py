@@ -12,7 +12,7 @@ from tiny_hosts import items, pipeline, run, settings, spec_for, tiny_dit, tiny_
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Taylor
+from foreseer.predictors.rules import Taylor
 from foreseer.trajectories.recorder import record
 
 pytestmark = pytest.mark.fault

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.partial_forecasting import partially
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy
 
 pytestmark = [pytest.mark.fault, pytest.mark.filterwarnings("ignore:SpeCa")]

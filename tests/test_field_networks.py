@@ -8,12 +8,12 @@ import torch
 from families import MORE, call
 from families.family import noise
 from field_pipelines import IDEOGRAM
+from row_cases import rows_fitted
 from tiny_hosts import pipeline as tiny
 from tiny_hosts import run, tiny_flux
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.evaluation.rows import expert_rows
 from foreseer.evaluation.verify import (
     check_abort,
     check_detached,
@@ -23,7 +23,7 @@ from foreseer.evaluation.verify import (
 )
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.denoisers import others_of, transformers_of
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.training.l2p import rows_predictor, spec_of
 from foreseer.trajectories.inspect_pipeline import inspected
 from foreseer.trajectories.prompts import Item
@@ -77,7 +77,7 @@ def test_field_networks_a_fit_has_a_branch_for_each(tap, tmp_path):
     assert (header.num_branches, header.expert_steps) == (2, [0])
     predictor = rows_predictor(header, ANCHORS)
     grams = Recording(folder).stack(f"gram/{tap}")
-    predictor.weight.copy_(expert_rows(grams, ANCHORS, header.expert_steps))
+    predictor.weight.copy_(rows_fitted(grams, ANCHORS, expert_steps=header.expert_steps))
     save_predictor(predictor, spec_of(header, tap, ANCHORS, 4), tmp_path / "p")
     full = call(IDEOGRAM, pipe, (7, 8))
     with forecasting(pipe, load_predictor(tmp_path / "p")) as attached:

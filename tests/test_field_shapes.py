@@ -16,7 +16,7 @@ from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.trajectories.collector import Recorder
 
 pytestmark = [pytest.mark.fault, pytest.mark.filterwarnings("ignore:SpeCa")]

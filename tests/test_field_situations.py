@@ -28,7 +28,7 @@ from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.trajectories.recorder import record
 
 pytestmark = pytest.mark.fault

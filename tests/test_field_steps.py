@@ -11,7 +11,7 @@ from tiny_hosts import STEPS, bare_pipeline, pipeline, run
 
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
 

@@ -15,7 +15,7 @@ from foreseer.integration.adaptive import FirstBlock, SpeCa
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.partial_forecasting import partially
 from foreseer.integration.session import Session
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy
 from foreseer.trajectories.collector import Recorder
 

@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from lesa_training_cases import ANCHORS, STEPS, factory, trainer_for
+from row_cases import errors_of, rows_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_hosts import items, pipeline, settings
 
 from foreseer.evaluation.page.sheet import SMALLEST
-from foreseer.evaluation.weight_rows import weight_rows
 from foreseer.predictors.base import Step
-from foreseer.predictors.linear import L2P, tabulate
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.polynomial import Taylor
 from foreseer.training import fit_figures
 from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.closed_loop import L2PClosedLoop
@@ -22,7 +21,7 @@ from foreseer.training.disca import disca_fit as disca
 from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.fit_figures import NUM_SAMPLES, SAMPLES, StepMeans
 from foreseer.training.fit_report import FitReport
-from foreseer.training.l2p import L2PAdam, L2PLeastSquares, open_loop_errors
+from foreseer.training.l2p import L2PAdam, L2PLeastSquares
 from foreseer.training.lesa.lesa_fit import LesaModule
 from foreseer.training.plumbing.board import Board
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
@@ -71,7 +70,7 @@ def test_least_squares_draws_its_held_out_errors(recording, tmp_path, monkeypatc
     assert {ERRORS, LISTS, "figures/fit_report"} | WEIGHTS == set(found.Tags()["images"])
     ((label, points),) = drawn[0].items()
     held_out = Recording(recording).stack("gram/hidden", data.val_items)
-    errors = open_loop_errors(held_out, module.predictor.weight).mean((0, 1))
+    errors = errors_of(held_out, module.predictor.weight).mean((0, 1))
     assert label == "held-out features, open loop"
     assert [step for step, _ in points] == list(range(STEPS))
     assert [error for _, error in points] == pytest.approx(errors.tolist(), rel=1e-9)
@@ -153,12 +152,10 @@ def test_step_means_count_every_batch():
 
 def test_weights_are_those_a_run_would_use():
     sigmas, anchors = [1 - t / STEPS for t in range(STEPS)], list(ANCHORS)
-    formula = weight_rows(Taylor(1), anchors, sigmas)
-    assert torch.equal(formula, tabulate(Taylor(1), anchors, sigmas)[None])
     learned = L2P(STEPS, anchors, 2)
-    assert torch.equal(weight_rows(learned, anchors, sigmas), learned.weight)
     lesa = factory()(sigmas, 2)  # untrained: reuse
     forecast = [t for t in range(STEPS) if t not in anchors]  # rows of anchors are not used
-    rows = weight_rows(lesa, anchors, sigmas)
+    rows = rows_of(lesa, anchors, sigmas)
+    assert torch.equal(rows_of(learned, anchors, sigmas)[:, forecast], learned.weight[:, forecast])
     assert torch.equal(rows[:, forecast], learned.weight[:, forecast])
-    assert weight_rows(DiscaPredictor(8, 8, 1), anchors, sigmas) is None
+    assert DiscaPredictor(8, 8, 1).rows(anchors, sigmas) is None

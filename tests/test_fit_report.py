@@ -6,11 +6,11 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from row_cases import rows_fitted
 from source_files import PACKAGE
 from tiny_pipelines import tiny_pipeline
 
 from foreseer.cli import main
-from foreseer.evaluation.rows import least_squares_rows
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.linear import L2P
 from foreseer.training.fit_report import FitReport, closed_loop_state_errors, fit_report
@@ -41,7 +41,7 @@ def recording(pipeline, tmp_path_factory) -> Recording:
 
 def test_an_oracle_is_never_worse_than_what_it_bounds(recording, tmp_path):
     fitted_on, held_out = recording.items[:8], recording.items[8:]
-    rows = least_squares_rows(recording.stack("gram/output", fitted_on), ANCHORS)
+    rows = rows_fitted(recording.stack("gram/output", fitted_on), ANCHORS)
     curves = fit_report(recording, held_out, rows, ANCHORS, "output", None, tmp_path)
     assert list(curves) == ["oracle_all", "oracle_anchors", "open_loop"]
     by_step = zip(*curves.values(), strict=True)

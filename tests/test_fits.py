@@ -14,28 +14,27 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from lightning.pytorch.loggers import CSVLogger
+from row_cases import errors_of, rows_fitted, tabulate
 from tiny_hosts import LinearInTime, items, pipeline, seeded, tiny_dit
 
 from foreseer.evaluation.measure import References, closed_loop_errors, generate, log_error
 from foreseer.evaluation.rows import (
-    RULES,
     adams_bashforth_rows,
     analytic_rows,
-    least_squares_rows,
     published_loss,
     reuse_weight,
 )
 from foreseer.integration.host.clock import flow_sigmas
 from foreseer.integration.linear_sampler import NonAffineScheduler
 from foreseer.predictors.base import History, Step
-from foreseer.predictors.linear import L2P, fold, tabulate
-from foreseer.predictors.polynomial import Newton, Reuse
+from foreseer.predictors.linear import L2P, fold
+from foreseer.predictors.rules import RULES, Newton, Reuse
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.gauss_newton import UNIT, Quadratics, directions, feature_bases, linearise
-from foreseer.training.l2p import L2PAdam, L2PLeastSquares, open_loop_errors
+from foreseer.training.l2p import L2PAdam, L2PLeastSquares
 from foreseer.training.tracking import guidance_weights, track
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
-from foreseer.trajectories.gram import gram, open_loop_error, projection_fidelity
+from foreseer.trajectories.gram import gram, projection_fidelity
 from foreseer.trajectories.prompts import generate_batch
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
@@ -73,15 +72,15 @@ def smooth_features(trajectories: int = 3, branches: int = 2, elements: int = 40
 
 def test_least_squares_on_one_trajectory_leaves_the_residual_of_its_projection():
     grams = gram(smooth_features(trajectories=1))
-    rows = least_squares_rows(grams, ANCHORS, ridge=0.0)
+    rows = rows_fitted(grams, ANCHORS, ridge=0.0)
     fidelity = projection_fidelity(grams, ANCHORS)
-    errors = open_loop_errors(grams, rows)
+    errors = errors_of(grams, rows)
     torch.testing.assert_close(errors[..., 1:], 1 - fidelity[..., 1:], atol=1e-7, rtol=0)
 
 
 def test_least_squares_is_what_lstsq_finds_on_the_features_of_all_trajectories():
     features = smooth_features()
-    rows = least_squares_rows(gram(features), ANCHORS, ridge=0.0)
+    rows = rows_fitted(gram(features), ANCHORS, ridge=0.0)
     for t in (2, 5, 9):
         history = [a for a in ANCHORS if a < t]
         for b in range(2):
@@ -94,14 +93,12 @@ def test_least_squares_is_what_lstsq_finds_on_the_features_of_all_trajectories()
 def test_an_endless_ridge_is_reuse_and_rows_lie_on_anchors():
     grams = gram(smooth_features())
     reuse = tabulate(Reuse(), ANCHORS, [1.0] * STEPS)
-    rows = least_squares_rows(grams, ANCHORS, ridge=1e9)
+    rows = rows_fitted(grams, ANCHORS, ridge=1e9)
     torch.testing.assert_close(rows, reuse.repeat(2, 1, 1), atol=1e-8, rtol=0)
-    rows = least_squares_rows(grams, ANCHORS)
+    rows = rows_fitted(grams, ANCHORS)
     assert not rows[..., [s for s in range(STEPS) if s not in ANCHORS]].any()
-    with pytest.raises(ValueError, match="found 0 trajectories"):
-        least_squares_rows(grams[:0], ANCHORS)
     with pytest.raises(ValueError, match="ridge -1"):
-        least_squares_rows(grams, ANCHORS, ridge=-1.0)
+        rows_fitted(grams, ANCHORS, ridge=-1.0)
 
 
 def test_the_published_loss_and_its_gradient_are_those_of_explicit_features():
@@ -119,12 +116,15 @@ def test_the_published_loss_and_its_gradient_are_those_of_explicit_features():
     torch.testing.assert_close(on_grams.grad, explicit.grad, atol=1e-12, rtol=1e-10)
 
 
-def test_open_loop_errors_are_those_of_single_steps():
-    grams = gram(smooth_features())
+def test_relative_errors_are_those_of_the_features():
+    features = smooth_features()
+    grams = gram(features)
     rows = analytic_rows(ANCHORS, [1 - s / STEPS for s in range(STEPS)])["taylor_2"].repeat(2, 1, 1)
-    errors = open_loop_errors(grams, rows)
+    errors = errors_of(grams, rows)
     for t in range(STEPS):
-        torch.testing.assert_close(errors[..., t], open_loop_error(grams, rows[:, t], t))
+        forecast = torch.einsum("bs,nbsm->nbm", rows[:, t], features)
+        direct = (features[:, :, t] - forecast).norm(dim=-1) / features[:, :, t].norm(dim=-1)
+        torch.testing.assert_close(errors[..., t], direct, atol=1e-9, rtol=1e-9)
     assert not errors[..., list(ANCHORS)].any()
 
 
@@ -219,12 +219,12 @@ def test_a_quadratic_is_the_squared_error_it_stands_for():
 
 def test_the_step_reaches_a_solution_that_exists():
     found, solution = quadratics(noise=0.0)
-    torch.testing.assert_close(found.solve(ridge=1e-12), solution, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.solve(strength=1e-12), solution, atol=1e-6, rtol=0)
 
 
 def test_the_step_is_a_minimum_of_the_mean_logarithm():
     found, _ = quadratics(noise=1.0)
-    z = found.solve(ridge=1e-12)
+    z = found.solve(strength=1e-12)
     best = float(found.at(z).log().sum())
     for seed in range(20):
         near = z + 0.05 * torch.randn(3, dtype=torch.float64, generator=seeded(seed))
@@ -233,7 +233,9 @@ def test_the_step_is_a_minimum_of_the_mean_logarithm():
 
 def test_an_endless_ridge_stays_and_batches_join():
     found, _ = quadratics(noise=1.0)
-    torch.testing.assert_close(found.solve(ridge=1e9), torch.zeros(3).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        found.solve(strength=1e9), torch.zeros(3).double(), atol=1e-6, rtol=0
+    )
     halves = [
         Quadratics(found.constant[s], found.linear[s], found.curvature[s])
         for s in (slice(0, 2), slice(2, 5))
@@ -283,7 +285,7 @@ def test_one_step_suffices_where_the_sample_is_linear_in_the_rows(recording):
         linearise(pipe, rows, moves, "output", ANCHORS, batch, final, **CALL)
         for batch, final in zip(reference.batches, finals, strict=True)
     ]
-    z = Quadratics.join(parts).solve(ridge=1e-6)
+    z = Quadratics.join(parts).solve(strength=1e-6)
     moved = rows + sum(float(c) * move.rows for c, move in zip(z, moves, strict=True))
     assert reference.error(moved) < reference.error(rows) - 30
 
@@ -452,7 +454,7 @@ def test_the_closed_form_beats_every_formula_on_what_it_was_fitted_on(recording,
     norms = grams.diagonal(dim1=-2, dim2=-1)
 
     def squared(rows):
-        return (open_loop_errors(grams, rows).square() * norms).sum((0, 1))
+        return (errors_of(grams, rows).square() * norms).sum((0, 1))
 
     found = squared(module.predictor.weight)
     for name, rows in analytic_rows(ANCHORS, module.spec().sigmas).items():

@@ -24,9 +24,8 @@ from tiny_hosts import (
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
-from foreseer.predictors.hermite import HiCache
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Newton, Reuse, Taylor
+from foreseer.predictors.rules import HiCache, Newton, Reuse, Taylor
 
 ANCHORS = (0, 1, 4)
 TAPS = ("output", "hidden", "residual")

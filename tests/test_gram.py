@@ -4,16 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_cases import errors_of
 from tiny_hosts import seeded
 
+from foreseer.predictors.solve import ridge
 from foreseer.trajectories.gram import (
     cosine_to_previous,
     explained,
     gram,
-    open_loop_error,
     projection_fidelity,
     relative_change,
-    solve_psd,
+    relative_errors,
+    squared_errors,
 )
 
 STEPS, ELEMENTS = 7, 60
@@ -66,16 +68,24 @@ def test_the_open_loop_error_is_that_of_the_features(t, seed):
     weights[:, :t] = torch.randn(2, t, dtype=torch.float64, generator=seeded(seed + 1))
     forecast = torch.einsum("bs,bsm->bm", weights, random)
     direct = (random[:, t] - forecast).norm(dim=-1) / random[:, t].norm(dim=-1)
-    found = open_loop_error(gram(random), weights, t)
-    torch.testing.assert_close(found, direct, atol=1e-9, rtol=1e-9)
+    rows = torch.eye(STEPS, dtype=torch.float64).repeat(2, 1, 1)
+    rows[:, t] = weights
+    found = errors_of(gram(random), rows)
+    assert not found[:, [s for s in range(STEPS) if s != t]].any()
+    torch.testing.assert_close(found[:, t], direct, atol=1e-9, rtol=1e-9)
 
 
-def test_the_open_loop_error_keeps_the_callers_weights(features):
-    weights = torch.zeros(STEPS, dtype=torch.float64)
-    weights[2] = 1.0
-    before = weights.clone()
-    assert open_loop_error(gram(features), weights, 2).allclose(torch.zeros(3, 2).double())
-    assert torch.equal(weights, before)
+def test_the_error_of_parts_is_that_of_the_sum_of_what_they_miss(features):
+    halves = torch.stack([gram(half) for half in features.chunk(2, dim=-1)], 2)  # (n, b, P, S, S)
+    rows = torch.randn(2, 2, STEPS, STEPS, dtype=torch.float64, generator=seeded(3))
+    forecasts = [
+        torch.einsum("bts,nbsm->nbtm", rows[:, part], half)
+        for part, half in enumerate(features.chunk(2, dim=-1))
+    ]
+    missed = (features - torch.cat(forecasts, -1)).norm(dim=-1)
+    torch.testing.assert_close(relative_errors(halves, rows), missed / features.norm(dim=-1))
+    squares = squared_errors(halves, rows).sum(2)
+    torch.testing.assert_close(squares, missed.square())
 
 
 @pytest.mark.parametrize("anchors", [None, (0, 2, 3)])
@@ -108,6 +118,6 @@ def test_a_singular_system_gets_its_least_squares_solution(scale, seed):
     basis = torch.randn(3, ELEMENTS, dtype=torch.float64, generator=seeded(seed))
     basis = torch.cat([basis, basis[:1] * scale])  # rank 3 of 4, steps of very different size
     target = torch.randn(ELEMENTS, dtype=torch.float64, generator=seeded(seed + 1))
-    weights = solve_psd(basis @ basis.T, basis @ target)
+    weights = ridge(basis @ basis.T, (basis @ target)[:, None], 0.0)[:, 0]
     projected = basis[:3].T @ torch.linalg.lstsq(basis[:3].T, target[:, None]).solution[:, 0]
     torch.testing.assert_close(weights @ basis, projected, atol=1e-8, rtol=0)

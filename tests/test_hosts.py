@@ -7,10 +7,10 @@ import torch
 from diffusers import ConsisIDTransformer3DModel
 from families import FAMILIES, MORE, call
 from families.family import noise, tiny
+from row_cases import rows_fitted
 from torch import nn
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
-from foreseer.evaluation.rows import expert_rows
 from foreseer.evaluation.verify import (
     Replay,
     check_abort,
@@ -25,7 +25,7 @@ from foreseer.integration.host.proof import prove
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.host.trunk_facts import TRUNK_FACTS, Trunk
 from foreseer.integration.session import Session
-from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.rules import Reuse
 from foreseer.training.l2p import rows_predictor, spec_of
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
@@ -174,7 +174,7 @@ def fitted(recording, tap, anchors, folder):
     header = recording.header
     predictor = rows_predictor(header, anchors)
     grams = recording.stack(f"gram/{tap}")
-    predictor.weight.copy_(expert_rows(grams, anchors, header.expert_steps))
+    predictor.weight.copy_(rows_fitted(grams, anchors, expert_steps=header.expert_steps))
     save_predictor(predictor, spec_of(header, tap, anchors, len(recording)), folder)
     return load_predictor(folder)
 
@@ -199,7 +199,7 @@ def test_a_predictor_of_two_transformers_keeps_to_their_steps(tmp_path):
     pipe, recording = recorded("wan22", tmp_path / "r")
     assert recording.header.expert_steps == [0, 3]
     predictor = fitted(recording, "hidden", [0, 2, 3, 5], tmp_path / "p")
-    assert type(predictor).__name__ == "L2PExperts"
+    assert type(predictor).__name__ == "L2P"
     assert not predictor.weight[:, 3:, :3].any()
     with pytest.raises(ValueError, match="all of them anchors"):
         rows_predictor(recording.header, [0, 2, 5])

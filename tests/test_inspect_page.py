@@ -13,7 +13,7 @@ from foreseer.commands import inspect
 from foreseer.evaluation.motion import motion
 from foreseer.evaluation.page.inspect_markdown import inspect_markdown
 from foreseer.evaluation.page.inspect_page import inspect_page
-from foreseer.evaluation.rows import RULES
+from foreseer.predictors.rules import RULES
 from foreseer.trajectories.gram import cosines, gram
 
 EVIL = "<b>|`&\"'"

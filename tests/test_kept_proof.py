@@ -16,7 +16,7 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.host_facts import facts_of
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.partial_forecasting import partially
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import RandomPolicy
 
 HOST = "dit_guided"

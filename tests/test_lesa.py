@@ -16,7 +16,7 @@ from foreseer.predictors.gates import build_gate
 from foreseer.predictors.kan import with_pykan
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
-from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.rules import Reuse
 
 GATES = ["kan", "mlp", "table"]
 ANCHORS = (0, 1, 4, 7)

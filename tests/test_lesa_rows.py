@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lesa_cases import SIGMAS, STEPS, feature_at, history_on, lesa, lesa_values, step_at
+from row_cases import tabulate
 
 from foreseer.predictors.base import History
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.predictors.lesa_rows import as_l2p
-from foreseer.predictors.linear import tabulate
-from foreseer.predictors.polynomial import Reuse
+from foreseer.predictors.linear import L2P
+from foreseer.predictors.rules import Reuse
 
 GATES = ["kan", "mlp", "table"]
 ANCHORS = (0, 1, 4, 7)
@@ -79,7 +79,8 @@ def test_a_table_in_place_of_the_gate_changes_no_bit(gate):
 @pytest.mark.parametrize("feedback", [True, False])
 def test_without_constants_it_is_a_linear_rule(feedback):
     predictor = lesa(bias=False, feedback=feedback)
-    linear = as_l2p(predictor, ANCHORS)
+    linear = L2P(STEPS, ANCHORS, predictor.num_branches)
+    linear.set_rows(predictor.rows(ANCHORS, SIGMAS))
     history = History(predictor.window)
     whole = History()
     for index in range(STEPS):
@@ -93,17 +94,18 @@ def test_without_constants_it_is_a_linear_rule(feedback):
 
 
 def test_at_its_start_its_rows_are_those_of_reuse():
-    rows = as_l2p(lesa(None, num_branches=1), ANCHORS).weight[0]
+    rows = tabulate(lesa(None, num_branches=1), ANCHORS, SIGMAS)
     expected = tabulate(Reuse(), ANCHORS, SIGMAS)
     forecasts = [t for t in range(STEPS) if t not in ANCHORS]
     assert torch.equal(rows[forecasts], expected[forecasts])
 
 
-def test_what_is_not_linear_is_no_rule():
-    with pytest.raises(ValueError, match="bias=False"):
-        as_l2p(lesa(), ANCHORS)
-    with pytest.raises(ValueError, match="no linear rule"):
-        as_l2p(lesa_values(), ANCHORS)
+def test_what_is_added_to_the_sum_is_left_out_of_the_rows():
+    for predictor in (lesa(bias=True), lesa_values()):
+        rows = predictor.rows(ANCHORS, SIGMAS)
+        weights = predictor.affine(history_on((0, 1, 4), predictor.window), step_at(6, (0, 1)))[0]
+        kept = [0, 1, 4][-len(weights) :]
+        torch.testing.assert_close(rows[:, 0, 6, kept].mT, weights.detach())
 
 
 def test_an_anchor_more_takes_the_place_of_a_forecast():

@@ -21,14 +21,14 @@ from foreseer.integration.host.time_facts import modulation_width
 from foreseer.integration.memory import available_bytes, readable
 from foreseer.integration.partial_forecasting import partially
 from foreseer.predictors.any_anchors import L2PGram
-from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import Step
 from foreseer.predictors.continuous import L2PContinuous
-from foreseer.predictors.hybrid import HyCa
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.parted import L2PBands, L2PGroups
-from foreseer.predictors.polynomial import Newton, Reuse, Taylor
+from foreseer.predictors.parted import FreqCa, HyCa
+from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.rules import Newton, Reuse, Taylor
+from foreseer.predictors.spectrum import Bands
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
 
 ANCHORS = (0, 1, 3, 5, 6)
@@ -46,8 +46,8 @@ LEARNED: dict[str, Callable[[Any, tuple[float, ...]], Any]] = {
     "l2p_gram": lambda pipe, sigmas: L2PGram(STEPS, 2),
     "l2p_gram_window": lambda pipe, sigmas: L2PGram(STEPS, 2, window=3),
     "l2p_continuous": lambda pipe, sigmas: L2PContinuous([sigmas], 2, order=2),
-    "l2p_bands": lambda pipe, sigmas: L2PBands(STEPS, ANCHORS, 2, [0.4], [2, 2]),
-    "l2p_groups": lambda pipe, sigmas: L2PGroups(STEPS, ANCHORS, 2, LABELS),
+    "l2p_bands": lambda pipe, sigmas: L2P(STEPS, ANCHORS, 2, partition=Bands([0.4], [2, 2])),
+    "l2p_groups": lambda pipe, sigmas: L2P(STEPS, ANCHORS, 2, partition=ChannelGroups(LABELS)),
     "freqca": lambda pipe, sigmas: FreqCa([2, 2]),
     "hyca": lambda pipe, sigmas: HyCa(LABELS, ["ab2", "reuse"]),
     "lesa": lambda pipe, sigmas: lesa(sigmas=sigmas),

@@ -20,7 +20,7 @@ from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.evaluation.verify import Replay, check_tap, final_latents
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.session import Session
-from foreseer.predictors.polynomial import Newton, Reuse, Taylor
+from foreseer.predictors.rules import Newton, Reuse, Taylor
 from foreseer.training.continuous import L2PContinuousModule
 from foreseer.trajectories.collector import Recorder
 from foreseer.trajectories.files.header import RecordingError

@@ -8,7 +8,7 @@ from tiny_hosts import pipeline, seeded
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import History, Predictor, Step
 from foreseer.predictors.neural import AdaLNBlock, DiscaPredictor
-from foreseer.predictors.polynomial import Newton, Reuse
+from foreseer.predictors.rules import Newton, Reuse
 
 STEPS = 8
 WIDTH, MODULATION = 16, 16

@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 from recording_cases import small_header
+from row_cases import errors_of, tabulate
 from torch import Tensor
 
 from foreseer.cli import main
@@ -22,11 +23,10 @@ from foreseer.evaluation.offline import (
     offline_rows,
     verdict,
 )
-from foreseer.evaluation.rows import RULES
 from foreseer.evaluation.search import beam_search
 from foreseer.predictors.base import History, Step
-from foreseer.predictors.linear import tabulate
-from foreseer.trajectories.gram import accumulated_error, gram, open_loop_error, spread, step_errors
+from foreseer.predictors.rules import RULES
+from foreseer.trajectories.gram import accumulated_error, gram, spread
 from foreseer.trajectories.recording import RecordingWriter
 
 SIGMAS = [1.0, 0.95, 0.85, 0.8, 0.7, 0.55, 0.4, 0.3, 0.15, 0.1]
@@ -70,7 +70,7 @@ def test_a_run_that_evaluates_every_step_has_no_error():
     for rule in RULES.values():
         rows = tabulate(rule, every, SIGMAS)
         assert accumulated_error(grams, rows, SIGMAS).max() == 0
-        assert step_errors(grams, rows).max() == 0
+        assert errors_of(grams, rows).max() == 0
 
 
 def test_taylor_1_is_exact_on_a_feature_that_moves_in_a_line():
@@ -89,9 +89,11 @@ def test_taylor_1_is_exact_on_a_feature_that_moves_in_a_line():
 
 def test_errors_of_all_steps_are_the_error_of_each_step():
     grams, rows = gram(smooth(2)), tabulate(RULES["taylor_2"], ANCHORS, SIGMAS)
-    found = step_errors(grams, rows)
+    found = errors_of(grams, rows)
     for t in (2, 5, 9):
-        torch.testing.assert_close(found[..., t], open_loop_error(grams, rows[t].clone(), t))
+        c = torch.eye(len(rows), dtype=torch.float64)[t] - rows[t]
+        direct = torch.einsum("s,...st,t->...", c, grams, c).clamp_min(0) / grams[..., t, t]
+        torch.testing.assert_close(found[..., t], direct.sqrt())
 
 
 def test_the_spread_leaves_out_what_never_changes():

@@ -6,15 +6,16 @@ import re
 
 import pytest
 import torch
+from row_cases import rows_fitted
 from test_offline import RUN_STEPS, SIGMAS, recorded, smooth
 
 from foreseer.cli import main
 from foreseer.evaluation.offline import LEARNED, Remembered, TapGrams, offline_rows
-from foreseer.evaluation.rows import RULES, expert_rows, formula_rows
 from foreseer.evaluation.search import beam_search, common_lists
 from foreseer.evaluation.verdict import estimate
 from foreseer.fit_commands import search
 from foreseer.integration.schedule import uniform, warped
+from foreseer.predictors.rules import RULES
 from foreseer.trajectories.gram import accumulated_error, gram
 
 STARTS = [0, 4]  # of two transformers over ten steps
@@ -63,7 +64,7 @@ def test_a_wide_beam_finds_the_list_that_trying_all_of_them_finds(name, starts, 
     grams, rule = gram(smooth(3)), RULES[name]
 
     def error(anchors: tuple[int, ...]) -> float:
-        rows = formula_rows(rule, anchors, SIGMAS, starts)
+        rows = rule.rows(anchors, SIGMAS, starts)[0, 0]
         return float(accumulated_error(grams, rows, SIGMAS).square().mean())
 
     lists = [(0, *rest) for rest in itertools.combinations(range(1, 10), num_anchors - 1)]
@@ -93,7 +94,7 @@ def test_no_transformer_is_forecast_from_anothers_features():
         assert not grams.rows(row.method, row.anchors)[:, 4:, :4].any()
     assert {row.anchors for row in rows if row.anchors_name == "uniform"} == {(0, 2, 4, 6, 8)}
     learned = grams.rows(LEARNED, rows[0].anchors)
-    assert torch.equal(learned, expert_rows(grams.fit, rows[0].anchors, STARTS))
+    assert torch.equal(learned, rows_fitted(grams.fit, rows[0].anchors, expert_steps=STARTS))
 
 
 def test_inspect_estimates_what_the_verdict_of_a_fit_does():

@@ -5,7 +5,7 @@ import torch
 from tiny_hosts import seeded
 
 from foreseer.predictors.base import History, Step
-from foreseer.predictors.polynomial import Taylor
+from foreseer.predictors.rules import Taylor
 
 pytest.importorskip("cache_dit")
 calibrators = pytest.importorskip("cache_dit.caching.cache_contexts.calibrators.taylorseer")

@@ -10,7 +10,7 @@ from tiny_hosts import pipeline, run, seeded
 
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import History, Step
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 
 STEPS = 12
 ANCHORS = (0, 1, 2, 4, 9)  # interval 5, warm-up 3, as the hook counts them

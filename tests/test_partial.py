@@ -32,7 +32,7 @@ from foreseer.integration.partial import PartialTrunk
 from foreseer.integration.partial_forecasting import attach_partially, partially
 from foreseer.predictors.base import History
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.token_clusters import take
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
 

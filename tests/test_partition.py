@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreseer.predictors.parted import partition_from
 from foreseer.predictors.partition import ChannelGroups, Partition
-from foreseer.predictors.spectrum import Bands, cosine_matrix, equal_bands
+from foreseer.predictors.spectrum import Bands, cosine_matrix, equal_bands, partition_from
 
 GRIDS = [(4, 4), (5, 3), (1, 7), (8, 6), (3, 4, 5)]
 TRANSFORMS = ["dct", "fft"]

@@ -12,14 +12,11 @@ from foreseer.checkpoints.card import model_card
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.predictors.bands import FreqCa
 from foreseer.predictors.base import History, Predictor, Step
-from foreseer.predictors.hermite import HiCache
-from foreseer.predictors.hybrid import POOL, HyCa
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.parted import L2PBands, L2PGroups, PartedL2P
-from foreseer.predictors.partition import tabulate_parts
-from foreseer.predictors.polynomial import Taylor
+from foreseer.predictors.parted import POOL, FreqCa, HyCa
+from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.rules import HiCache, Taylor
 from foreseer.predictors.spectrum import Bands
 
 STEPS, ANCHORS, GRID, WIDTH = 8, (0, 1, 3, 6), (3, 4), 6
@@ -38,13 +35,13 @@ def at(index: int, branches: tuple[int, ...] = (0,)) -> Step:
     return Step(index, 1 - index / STEPS, STEPS, branches)
 
 
-def parted(kind: str, num_branches: int = 2) -> PartedL2P:
+def parted(kind: str, num_branches: int = 2) -> L2P:
     if kind == "groups":
-        return L2PGroups(STEPS, ANCHORS, num_branches, LABELS)
-    return L2PBands(STEPS, ANCHORS, num_branches, [0.3, 0.6], GRID, kind)
+        return L2P(STEPS, ANCHORS, num_branches, partition=ChannelGroups(LABELS))
+    return L2P(STEPS, ANCHORS, num_branches, partition=Bands([0.3, 0.6], GRID, kind))
 
 
-def randomised(kind: str) -> PartedL2P:
+def randomised(kind: str) -> L2P:
     predictor = parted(kind)
     rows = [random_predictor(STEPS, ANCHORS, 2, seed).weight for seed in range(3)]
     predictor.weight.copy_(torch.stack(rows, 1))
@@ -174,7 +171,7 @@ def test_it_refuses_what_l2p_refuses(kind):
     with pytest.raises(ValueError, match="empty"):
         predictor(History(), at(4))
     with pytest.raises(ValueError, match="rising steps"):
-        L2PGroups(STEPS, (1, 2), 1, LABELS)
+        L2P(STEPS, (1, 2), 1, partition=ChannelGroups(LABELS))
 
 
 @every_kind
@@ -185,7 +182,7 @@ def test_another_width_or_grid_is_refused_at_the_first_forecast(kind):
 
 def test_a_forecast_of_the_rules_equals_their_table():
     rule = FreqCa(GRID)
-    table = tabulate_parts(rule, (0, 2, 5), [1 - s / STEPS for s in range(STEPS)])
+    table = rule.rows((0, 2, 5), [1 - s / STEPS for s in range(STEPS)])[0]
     history = history_of((0, 2, 5), window=3)
     combined = [
         sum(w * f for w, f in zip(rows[[0, 2, 5]].float(), history.features, strict=True))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from row_cases import errors_of, rows_fitted, tabulate
 from source_files import PACKAGE
 from test_commands import words
 from test_recorder import Interrupted, fail, hashes, stop_at
@@ -16,10 +17,8 @@ from tiny_hosts import CALLS_PER_STEP, items, pipeline, settings
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.cli import main
-from foreseer.evaluation.rows import least_squares_rows
 from foreseer.integration.forecasting import forecasting
-from foreseer.predictors.hybrid import POOL
-from foreseer.predictors.linear import L2P, tabulate
+from foreseer.predictors.parted import POOL
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.spectrum import Bands, equal_bands
 from foreseer.training.clusters import (
@@ -30,16 +29,10 @@ from foreseer.training.clusters import (
     random_groups,
 )
 from foreseer.training.export import export_command, export_predictor
-from foreseer.training.l2p import open_loop_errors
-from foreseer.training.parts import (
-    L2PPartsLeastSquares,
-    least_squares_parts,
-    part_errors,
-    part_squares,
-    stack_part_grams,
-)
+from foreseer.training.parts import L2PPartsLeastSquares, stack_part_grams
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.files.shards import read_shard
+from foreseer.trajectories.gram import relative_errors, squared_errors
 from foreseer.trajectories.partitions import token_grid
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording, RecordingError, RecordingWriter
@@ -204,30 +197,30 @@ def test_more_parts_never_fit_worse_at_ridge_zero(partition, seed):
     features = smooth(seed)
     one = grams_of(ChannelGroups([0] * 6), features)
     more = grams_of(partition, features)
-    error_one = part_squares(one, least_squares_parts(one, ANCHORS, 0.0)).sum()
-    error_more = part_squares(more, least_squares_parts(more, ANCHORS, 0.0)).sum()
+    error_one = squared_errors(one, rows_fitted(one, ANCHORS, 0.0)).sum()
+    error_more = squared_errors(more, rows_fitted(more, ANCHORS, 0.0)).sum()
     assert error_more <= error_one * (1 + 1e-9)
 
 
 def test_one_part_is_the_plain_fit_and_its_error():
     grams = grams_of(ChannelGroups([0] * 6), smooth(0))
-    rows = least_squares_parts(grams, ANCHORS)
-    plain = least_squares_rows(grams[:, :, 0], ANCHORS)
+    rows = rows_fitted(grams, ANCHORS)
+    plain = rows_fitted(grams[:, :, 0], ANCHORS)
     assert torch.equal(rows[:, 0], plain)
-    torch.testing.assert_close(part_errors(grams, rows), open_loop_errors(grams[:, :, 0], plain))
+    torch.testing.assert_close(relative_errors(grams, rows), errors_of(grams[:, :, 0], plain))
 
 
 def test_the_error_on_grams_is_that_of_the_forecasts():
     features = smooth(1)
     partition = equal_bands(2, (2, 2))
     grams = grams_of(partition, features)
-    rows = least_squares_parts(grams, ANCHORS)
+    rows = rows_fitted(grams, ANCHORS)
     maps = features[2, 1]  # (S, N, D)
     combined = [sum(rows[1, p, 5, a].float() * maps[a][None] for a in ANCHORS) for p in range(2)]
     forecast = partition.weigh(combined)[0]
     target = features[2, 1, 5]
     error = (target - forecast).norm() / target.norm()
-    torch.testing.assert_close(part_errors(grams, rows)[2, 1, 5].float(), error)
+    torch.testing.assert_close(relative_errors(grams, rows)[2, 1, 5].float(), error)
 
 
 def test_a_part_that_is_zero_at_an_anchor_is_refused():
@@ -235,7 +228,7 @@ def test_a_part_that_is_zero_at_an_anchor_is_refused():
     features[..., 0] = 0
     grams = grams_of(ChannelGroups([0, 1, 1, 1, 1, 1]), features)
     with pytest.raises(ValueError, match=r"parts \[0\] are zero"):
-        least_squares_parts(grams, ANCHORS)
+        rows_fitted(grams, ANCHORS)
 
 
 @pytest.fixture(scope="module", params=["bands", "groups"])
@@ -253,7 +246,7 @@ def fitted(request, recording) -> tuple[L2PPartsLeastSquares, Path]:
 def test_the_module_fits_the_rows_of_every_part(fitted, recording):
     module, _ = fitted
     grams = recording.stack(f"gram/hidden/{module.hparams['partition']}")
-    assert torch.equal(module.predictor.weight, least_squares_parts(grams, ANCHORS))
+    assert torch.equal(module.predictor.weight, rows_fitted(grams, ANCHORS))
     assert module.spec().num_trajectories == 6
 
 
@@ -326,7 +319,7 @@ def test_the_solver_of_each_group_has_the_least_error_of_the_pool(recording):
     for group, solver in enumerate(chosen):
         errors = {
             name: float(
-                part_squares(
+                squared_errors(
                     grams[:, :, [group]],
                     tabulate(rule, ANCHORS, recording.header.sigmas)[None, None],
                 ).sum()
@@ -363,7 +356,3 @@ def test_the_shipped_fits_read_the_grams_of_the_partition_they_fit(name):
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     assert data["tap"] == f"{model['tap']}/{model['partition']}"
     assert data["folder"] == model["recording"]
-
-
-def test_a_parted_l2p_is_no_l2p(fitted):
-    assert not isinstance(fitted[0].predictor, L2P)  # its rows have another shape

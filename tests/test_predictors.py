@@ -6,16 +6,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_cases import tabulate
 
 from foreseer.integration.schedule import PUBLISHED_L2P
 from foreseer.predictors.base import History, LinearPredictor, Step, combine
 from foreseer.predictors.bounded import GapBounded
-from foreseer.predictors.damped import Damped
-from foreseer.predictors.foca import Foca2Point, FocaRecursive
-from foreseer.predictors.hermite import HiCache, ScaledTaylor
-from foreseer.predictors.linear import L2P, fold, tabulate
-from foreseer.predictors.multistep import BDF2, AdamsBashforth2, AdamsMoulton, RungeKutta2
-from foreseer.predictors.polynomial import Newton, Reuse, Taylor
+from foreseer.predictors.linear import L2P, fold
+from foreseer.predictors.rules import (
+    BDF2,
+    AdamsBashforth2,
+    AdamsMoulton,
+    Damped,
+    Foca2Point,
+    FocaRecursive,
+    HiCache,
+    Newton,
+    Reuse,
+    RungeKutta2,
+    ScaledTaylor,
+    Taylor,
+)
 
 ANCHORS = (0, 2, 5, 9, 14)
 NUM_STEPS = 20

@@ -22,7 +22,7 @@ from foreseer.integration.host.layout import Layout, find_grid, find_layout
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.session import Session
 from foreseer.predictors.base import History, Step
-from foreseer.predictors.experts import L2PExperts
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout, neighbourhood
 
 ANCHORS = (0, 2, 5)
@@ -74,13 +74,13 @@ def forecasts_of(pipe, predictor, anchors=ANCHORS):
 HOSTS = {"dit_guided": 4, "flux_embedded": 16, "flux_two_calls": 16}
 
 
-def quiet(host: str, anchors: tuple[int, ...] = ANCHORS) -> tuple[Readout, L2PExperts]:
+def quiet(host: str, anchors: tuple[int, ...] = ANCHORS) -> tuple[Readout, L2P]:
     """A readout that reads nothing, though it has directions, and L2P of the same rows."""
     branches = 1 if host == "flux_embedded" else 2
     predictor = awake(Readout(STEPS, anchors, branches, (0,), 16, HOSTS[host], 3))
     predictor.outer.zero_()
     predictor.constant.zero_()
-    rows = L2PExperts(STEPS, anchors, branches)
+    rows = L2P(STEPS, anchors, branches)
     rows.weight.copy_(predictor.weight)
     return predictor, rows
 

@@ -225,7 +225,7 @@ def test_what_is_recorded_is_what_the_recipe_says(ran):
 
 def test_the_predictor_is_of_its_class_and_its_forecasts_are_finite(ran):
     predictor = load_predictor(str(ran.out / f"l2p_{BUDGET}"))
-    assert type(predictor).__name__ == ("L2PExperts" if ran.model == "wan22_t2v" else "L2P")
+    assert type(predictor).__name__ == ("L2P" if ran.model == "wan22_t2v" else "L2P")
     spec, pipe = predictor.spec, ran.pipe
     assert len(spec.anchors) == BUDGET and {*spec.expert_steps} <= {*spec.anchors}
     with forecasting(pipe, predictor) as run:

@@ -10,21 +10,21 @@ import torch
 from checkpoint_cases import tiny_pipe
 from peft import LoraConfig, inject_adapter_in_model
 from recording_cases import small_header
+from row_cases import errors_of, rows_fitted, rows_of
 
 from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.zoo import ZOO
 from foreseer.cli import main
-from foreseer.evaluation.rows import analytic_rows, expert_rows, least_squares_rows
-from foreseer.evaluation.weight_rows import rows_of
+from foreseer.evaluation.rows import analytic_rows
 from foreseer.fit_commands import refit as refit_command
 from foreseer.integration.forecasting import forecasting
-from foreseer.predictors.experts import L2PExperts
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.spectrum import equal_bands
 from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.export import export_predictor
-from foreseer.training.l2p import L2PLeastSquares, open_loop_errors
-from foreseer.training.parts import L2PPartsLeastSquares, least_squares_parts
+from foreseer.training.l2p import L2PLeastSquares
+from foreseer.training.parts import L2PPartsLeastSquares
 from foreseer.training.refit import refit
 from foreseer.training.shipped import read_sums, trajectory_digests, write_sums
 from foreseer.trajectories.files.merge import merge
@@ -59,7 +59,7 @@ def lora_pipe() -> Any:
 def least_squares(recording: str, out: Path) -> str:
     """A predictor fitted in closed form on all of a recording, exported with its sums."""
     module = L2PLeastSquares(recording, ANCHORS, ridge=RIDGE)
-    module.set_rows(least_squares_rows(Recording(recording).stack("gram/output"), ANCHORS, RIDGE))
+    module.set_rows(rows_fitted(Recording(recording).stack("gram/output"), ANCHORS, RIDGE))
     module.num_trajectories.fill_(len(Recording(recording)))
     return str(export_predictor(module, out, {"psnr_db": 30.0}))
 
@@ -87,7 +87,7 @@ def test_all_ways_of_adding_are_one_fit_on_everything(place, tmp_path):
     first = write(refit(str(place / "predictor"), [b], RIDGE), tmp_path / "first")
     one_by_one = refit(first, [c], RIDGE)
     grams = torch.cat([Recording(each).stack("gram/output") for each in (a, b, c)])
-    expected = least_squares_rows(grams, ANCHORS, RIDGE)
+    expected = rows_fitted(grams, ANCHORS, RIDGE)
     for found in (together, one_by_one):
         torch.testing.assert_close(found.predictor.weight, expected, **CLOSE)
         total = found.sums.grams["gram/output"]
@@ -108,15 +108,15 @@ def test_the_errors_are_those_of_trajectories_that_were_not_fitted_on(place):
     errors = []
     for left in range(len(new)):
         kept = torch.cat([old, new[:left], new[left + 1 :]])
-        rows = least_squares_rows(kept, ANCHORS, RIDGE)
-        errors.append(open_loop_errors(new[left : left + 1], rows).mean())
+        rows = rows_fitted(kept, ANCHORS, RIDGE)
+        errors.append(errors_of(new[left : left + 1], rows).mean())
     metrics = found.spec.metrics
     assert metrics["open_loop_error"] == pytest.approx(float(sum(errors)) / len(new), rel=1e-8)
     formulas = analytic_rows(ANCHORS, found.spec.sigmas)
     for name in ("reuse", "taylor_1"):
-        expected = open_loop_errors(new, formulas[name].repeat(2, 1, 1)).mean()
+        expected = errors_of(new, formulas[name].repeat(2, 1, 1)).mean()
         assert metrics[f"open_loop_error_{name}"] == pytest.approx(float(expected), rel=1e-8)
-    before = open_loop_errors(new, load_predictor(place / "predictor").weight).mean()
+    before = errors_of(new, load_predictor(place / "predictor").weight).mean()
     assert metrics["before_open_loop_error"] == pytest.approx(float(before), rel=1e-8)
     assert "psnr_db" not in metrics  # of the old rows
 
@@ -244,7 +244,7 @@ def test_the_predictor_for_any_anchors_gets_the_mean_of_everything(place, tmp_pa
     torch.testing.assert_close(found.predictor.gram, mean, rtol=1e-13, atol=0)
     assert found.predictor.window == 2 and found.predictor.ridge == found.validation.ridge
     rows = rows_of(module.predictor, ANCHORS, found.spec.sigmas)
-    before = float(open_loop_errors(stacked[1], rows).mean())
+    before = float(errors_of(stacked[1], rows).mean())
     assert found.spec.metrics["before_open_loop_error"] == pytest.approx(before)
     load_predictor(write(found, tmp_path / "new"))
 
@@ -256,12 +256,12 @@ def test_rows_of_parts_are_solved_on_the_grams_of_the_parts(tmp_path):
     ]
     module = L2PPartsLeastSquares(recordings[0], ANCHORS, "hidden", "bands")
     module.predictor.weight.copy_(
-        least_squares_parts(Recording(recordings[0]).stack("gram/hidden/bands"), ANCHORS)
+        rows_fitted(Recording(recordings[0]).stack("gram/hidden/bands"), ANCHORS)
     )
     export_predictor(module, tmp_path / "predictor", {})
     found: Any = refit(str(tmp_path / "predictor"), recordings[1:], RIDGE)
     grams = torch.cat([Recording(each).stack("gram/hidden/bands") for each in recordings])
-    expected = least_squares_parts(grams, ANCHORS, RIDGE)
+    expected = rows_fitted(grams, ANCHORS, RIDGE)
     torch.testing.assert_close(found.predictor.weight, expected, **CLOSE)
     assert set(found.sums.grams) == {"gram/hidden", "gram/hidden/bands"}
     write(found, tmp_path / "new")
@@ -294,11 +294,11 @@ def test_rows_of_several_transformers_stay_apart(tmp_path):
     ]
     grams = torch.cat([Recording(each).stack("gram/output") for each in recordings])
     module = L2PLeastSquares(recordings[0], anchors)
-    module.set_rows(expert_rows(grams[:4], anchors, [0, 3], RIDGE))
+    module.set_rows(rows_fitted(grams[:4], anchors, RIDGE, [0, 3]))
     export_predictor(module, tmp_path / "predictor", {})
     found: Any = refit(str(tmp_path / "predictor"), recordings[1:], RIDGE)
-    assert type(found.predictor) is L2PExperts
-    expected = expert_rows(grams, anchors, [0, 3], RIDGE)
+    assert type(found.predictor) is L2P
+    expected = rows_fitted(grams, anchors, RIDGE, [0, 3])
     torch.testing.assert_close(found.predictor.weight, expected, **CLOSE)
     assert not found.predictor.weight[:, 3:, :3].any()
     load_predictor(write(found, tmp_path / "new"))
@@ -316,7 +316,7 @@ def test_rows_fitted_in_closed_loop_are_not_replaced_by_least_squares(budget):
 def test_rows_of_any_usual_ridge_count_as_the_closed_form(place, tmp_path, ridge):
     grams = Recording(str(place / "a")).stack("gram/output")
     module = L2PLeastSquares(str(place / "a"), ANCHORS)
-    module.set_rows(least_squares_rows(grams[:4], ANCHORS, ridge))  # one was held out
+    module.set_rows(rows_fitted(grams[:4], ANCHORS, ridge))  # one was held out
     export_predictor(module, tmp_path / "predictor", {})
     refit(str(tmp_path / "predictor"), [str(place / "b")], RIDGE)
 

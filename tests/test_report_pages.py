@@ -9,6 +9,7 @@ import pytest
 import torch
 from html_pages import check_page, read_page
 from PIL import Image
+from row_cases import tabulate
 from test_report import META, row
 
 from foreseer.evaluation.page.charts import Axes, Curve, Scale, line_chart, looks
@@ -16,8 +17,8 @@ from foreseer.evaluation.page.compare import LARGEST, comparison, encoded
 from foreseer.evaluation.page.heat import HeatAxes, heat_map, timeline, weight_map
 from foreseer.evaluation.page.html import write_report
 from foreseer.evaluation.page.template import Section, page, sortable, tile
-from foreseer.predictors.linear import L2P, tabulate
-from foreseer.predictors.polynomial import Taylor
+from foreseer.predictors.linear import L2P
+from foreseer.predictors.rules import Taylor
 
 EVIL = "</script><img src=x onerror=alert(1)>&\"'|`"
 AXES = Axes("evaluations", "dB")

@@ -7,17 +7,27 @@ import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
 from hypothesis import given
 from hypothesis import strategies as st
+from row_cases import tabulate
 
-from foreseer.evaluation.rows import RULES
 from foreseer.integration.schedule import PUBLISHED_L2P, uniform
 from foreseer.predictors.base import History, LinearPredictor, Step
 from foreseer.predictors.bounded import GapBounded
-from foreseer.predictors.damped import Damped
-from foreseer.predictors.foca import Foca2Point, FocaRecursive
-from foreseer.predictors.hermite import HiCache, ScaledTaylor
-from foreseer.predictors.linear import L2P, tabulate
-from foreseer.predictors.multistep import BDF2, AdamsBashforth2, AdamsMoulton, RungeKutta2
-from foreseer.predictors.polynomial import Newton, Reuse, Taylor
+from foreseer.predictors.linear import L2P
+from foreseer.predictors.rules import (
+    BDF2,
+    RULES,
+    AdamsBashforth2,
+    AdamsMoulton,
+    Damped,
+    Foca2Point,
+    FocaRecursive,
+    HiCache,
+    Newton,
+    Reuse,
+    RungeKutta2,
+    ScaledTaylor,
+    Taylor,
+)
 
 SIGMAS = [(1 - s / 50) ** 1.5 for s in range(50)]
 FULL_SLOPE = math.sqrt(0.5)

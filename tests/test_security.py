@@ -18,7 +18,7 @@ from recording_cases import record
 from safetensors.torch import load_file, save_file
 from test_fault_cases_files import Bomb, change_config, seal
 
-from foreseer.checkpoints.arguments import ARGUMENT_RULES
+from foreseer.checkpoints.arguments import ARGUMENT_RULES, OF_PARTITIONS
 from foreseer.checkpoints.format import (
     CLASSES,
     CheckpointError,
@@ -154,32 +154,43 @@ def test_json_that_is_not_strict_is_refused(text) -> None:
 
 def test_every_argument_of_every_class_has_a_limit() -> None:
     taken = {name for known in CLASSES for name in argument_names(known)}
-    assert taken == ARGUMENT_RULES.keys()
+    assert taken | OF_PARTITIONS == ARGUMENT_RULES.keys()
 
 
+BANDS = {"class": "Bands", "edges": [0.5], "transform": "dct"}
+L2P_OF = {
+    "num_steps": 8,
+    "anchors": [0],
+    "num_branches": 1,
+    "expert_steps": [0],
+    "partition": None,
+}
 HUGE: dict[str, tuple[str, dict[str, Any]]] = {
-    "steps": ("L2P", {"num_steps": 10**9, "anchors": [0], "num_branches": 1}),
+    "steps": ("L2P", L2P_OF | {"num_steps": 10**9}),
     "window": ("L2PGram", {"num_steps": 8, "num_branches": 2, "ridge": 0.1, "window": 10**12}),
     "grid": (
-        "L2PBands",
+        "L2P",
         {
             "num_steps": 8,
             "anchors": [0, 1, 3, 6],
             "num_branches": 2,
-            "edges": [0.5],
-            "grid": [2**20, 2**20],
-            "transform": "dct",
+            "expert_steps": [0],
+            "partition": {
+                "class": "Bands",
+                "edges": [0.5],
+                "grid": [2**20, 2**20],
+                "transform": "dct",
+            },
         },
     ),
     "long grid": (
-        "L2PBands",
+        "L2P",
         {
             "num_steps": 8,
             "anchors": [0, 1, 3, 6],
             "num_branches": 2,
-            "edges": [0.5],
-            "grid": [1, 2**20],
-            "transform": "dct",
+            "expert_steps": [0],
+            "partition": BANDS | {"grid": [1, 2**20]},
         },
     ),
     "labels": ("HyCa", {"labels": [0, 10**9], "solvers": ["reuse"]}),

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from row_cases import errors_of
 
 from foreseer.integration.schedule import uniform
 from foreseer.predictors.linear import fold
-from foreseer.training.l2p import open_loop_errors
 from foreseer.training.lesa.linear_equivalent import fit_linear_equivalent, stage_of
 from foreseer.training.lesa.stages import best_stages, find_stages, stage_costs, stage_starts
 from foreseer.training.lesa.windows import Quadratic, add_sample, from_grams, solve, window_steps
@@ -151,7 +151,7 @@ def test_its_rows_have_its_loss_and_fold_onto_anchors():
     anchors = (0, 3, 6)
     fitted = fit_linear_equivalent(from_grams(grams, 4, anchors), [0, 5])
     rows = fitted.rows()
-    squared = open_loop_errors(grams, rows).square() * grams.diagonal(dim1=-2, dim2=-1)
+    squared = errors_of(grams, rows).square() * grams.diagonal(dim1=-2, dim2=-1)
     forecast = [t for t in range(STEPS) if t not in anchors]
     assert float(squared[..., forecast].sum()) == pytest.approx(fitted.losses[-1], rel=1e-8)
     folded = fold(rows, anchors)

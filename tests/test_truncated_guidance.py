@@ -12,7 +12,7 @@ from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.call_rows import Conditions, take_rows
 from foreseer.integration.session import Session
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.gauss_newton import directions, feature_bases, linearise
 from foreseer.training.tracking import check_guidance, track

@@ -11,18 +11,19 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from row_cases import rows_fitted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_hosts import items, pipeline, settings
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.measure import References, generate, log_error
-from foreseer.evaluation.rows import RULES, adams_bashforth_rows, least_squares_rows
+from foreseer.evaluation.rows import adams_bashforth_rows
 from foreseer.evaluation.verdict import Estimate, closed_loop_line, open_loop_line
 from foreseer.fit_commands import refit as refit_command
 from foreseer.integration.schedule import uniform
 from foreseer.predictors.base import History, Predictor, Step
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.predictors.polynomial import Reuse, Taylor
+from foreseer.predictors.rules import RULES, Reuse, Taylor
 from foreseer.predictors.spectrum import equal_bands
 from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.closed_loop import L2PClosedLoop
@@ -291,7 +292,7 @@ def test_a_refit_is_judged_on_trajectories_it_was_solved_without(folder, tmp_pat
         kept = [item for item in range(8) if item != left]
         without = L2PLeastSquares(place, ANCHORS, "hidden", ridge=1e-3)
         total = Recording(place).stack("gram/hidden", kept).double().sum(0)
-        without.set_rows(least_squares_rows(total[None], ANCHORS, 1e-3))
+        without.set_rows(rows_fitted(total[None], ANCHORS, 1e-3))
         one = (Recording(place), [left], "hidden", ANCHORS)
         squares["mine"].append(piled_up(without.predictor, *one))
         squares[rival].append(piled_up(RULES[rival], *one))

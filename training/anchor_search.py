@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 
 from foreseer.errors import RecordingError
 from foreseer.evaluation.measure import References, closed_loop_errors, log_error
-from foreseer.evaluation.rows import RULES, least_squares_rows
 from foreseer.evaluation.search import Found, beam_search, closed_loop_search, common_lists
 from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
-from foreseer.predictors.linear import tabulate
+from foreseer.predictors.rules import RULES
+from foreseer.predictors.solve import least_squares_rows
 from foreseer.training.plumbing.progress import QUIET_SECONDS
 from foreseer.training.readout.readout_runs import held_out_error
 from foreseer.training.tracking import track
@@ -95,22 +95,25 @@ def evaluator(
         )
         return float(errors.mean())
 
+    def formula(name: str, anchors: tuple[int, ...]) -> Float[Tensor, "branches S S"]:
+        return RULES[name].rows(anchors, sigmas)[:, 0].repeat(branches, 1, 1)
+
     def of_solver(anchors: tuple[int, ...]) -> float:
         latents = solve(pipe, method, [sigmas[a] for a in anchors], references)
         return float(log_error(latents, references.finals).mean())
 
     def of_formula(anchors: tuple[int, ...]) -> float:
-        return of_rows(anchors, tabulate(RULES[method], anchors, sigmas).repeat(branches, 1, 1))
+        return of_rows(anchors, formula(method, anchors))
 
     def of_tracking(anchors: tuple[int, ...]) -> float:
-        start = tabulate(RULES["newton_1"], anchors, sigmas).repeat(branches, 1, 1)
+        start = formula("newton_1", anchors)
         rows, _ = track(
             pipe, references.batches, references.states, anchors, start, **references.settings
         )
         return of_rows(anchors, rows)
 
     def of_least_squares(anchors: tuple[int, ...]) -> float:
-        return of_rows(anchors, least_squares_rows(grams, anchors))
+        return of_rows(anchors, least_squares_rows(grams.sum(0), anchors))
 
     def of_readout(anchors: tuple[int, ...]) -> float:
         items = references.items

@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.evaluation.weight_rows import rows_of
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.training.closed_form import ClosedForm, HeldOut
 from foreseer.training.fit_figures import HELD_OUT, log_figures
-from foreseer.training.l2p import open_loop_errors, open_recording, spec_of
+from foreseer.training.l2p import open_recording, spec_of
+from foreseer.trajectories.gram import relative_errors
 
 
 class L2PGramModule(ClosedForm):
@@ -93,5 +93,5 @@ class L2PGramModule(ClosedForm):
         self, grams: Float[Tensor, "n branches S S"]
     ) -> Float[Tensor, "n branches S"]:
         """Relative error of the forecasts on the module's anchors."""
-        rows = rows_of(self.predictor, self.anchors, self.recording.header.sigmas)
-        return open_loop_errors(grams, rows)
+        rows = self.predictor.rows(self.anchors, self.recording.header.sigmas)
+        return relative_errors(grams.unsqueeze(-3), rows)

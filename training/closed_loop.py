@@ -23,7 +23,7 @@ from foreseer.training.gauss_newton import (
     feature_bases,
     linearise,
 )
-from foreseer.training.l2p import L2PModule, open_loop_errors
+from foreseer.training.l2p import L2PModule
 from foreseer.training.tracking import check_branches, track
 from foreseer.training.verdict_callbacks import StartVerdict, Verdict
 from foreseer.trajectories.gram_sums import sum_grams
@@ -195,7 +195,7 @@ class L2PClosedLoop(L2PModule):
         self.log("val/gain_over_start_db", self.start_error - self.best_error, prog_bar=True)
         if draws_now(self):
             grams = self.recording.stack(f"gram/{self.tap}", self.validation.items)
-            errors = open_loop_errors(grams, self.predictor.weight).mean((0, 1))
+            errors = self.open_loop_errors(grams).mean((0, 1))
             log_figures(self, self.predictor.anchors, {HELD_OUT: errors})
             self.samples.log(self, self.predictor)
 

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.predictors.hybrid import POOL, HyCa
-from foreseer.predictors.linear import tabulate
+from foreseer.predictors.parted import POOL, HyCa
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.training.l2p import spec_of
-from foreseer.training.parts import part_squares, stack_part_grams
+from foreseer.training.parts import stack_part_grams
+from foreseer.trajectories.gram import squared_errors
 from foreseer.trajectories.recording import Recording
 
 MOST_GROUPS = 6
@@ -73,9 +73,8 @@ def best_solvers(
     total = grams.sum((0, 1))[None, None]  # the error is linear in the Gram
     errors = []
     for rule in POOL.values():
-        rows = tabulate(rule, anchors, recording.header.sigmas)
-        rows = rows.expand(1, groups.num_parts, -1, -1)
-        errors.append(part_squares(total, rows).sum((0, 1, 3)))
+        rows = rule.rows(anchors, recording.header.sigmas)
+        errors.append(squared_errors(total, rows).sum((0, 1, 3)))
     names = list(POOL)
     return [names[choice] for choice in torch.stack(errors).argmin(0).tolist()]
 

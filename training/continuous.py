@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from foreseer.checkpoints.call_settings import first_difference
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.evaluation.weight_rows import rows_of
 from foreseer.integration.schedule import check_anchors
+from foreseer.predictors import solve
 from foreseer.predictors.continuous import L2PContinuous
 from foreseer.training.closed_form import ClosedForm, HeldOut
 from foreseer.training.fit_figures import log_figures
-from foreseer.training.l2p import open_loop_errors, open_recording, spec_of
+from foreseer.training.l2p import open_recording, spec_of
 from foreseer.trajectories.datamodule import GramDataModule
+from foreseer.trajectories.gram import relative_errors
 
 FEWEST, MOST = 5, 12  # anchors of the lists fitted on
 VALIDATION_LISTS = 4
@@ -142,7 +143,9 @@ class L2PContinuousModule(ClosedForm):
         sigmas = self.headers[place].sigmas
         errors = []
         for anchors in anchor_lists(len(sigmas), VALIDATION_LISTS, self.seed + 1):
-            errors.append(open_loop_errors(grams, rows_of(self.predictor, anchors, sigmas)))
+            errors.append(
+                relative_errors(grams.unsqueeze(-3), self.predictor.rows(anchors, sigmas))
+            )
         return torch.stack(errors).mean(0)
 
 
@@ -226,10 +229,8 @@ def fit_continuous(
         for anchors in anchor_lists(len(sigmas), num_lists, seed):
             add_equations(equations, predictor, gram, sigmas, anchors)
     for order, (normal, right) in equations.items():
-        scale = normal.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
-        scaled = normal * scale[:, :, None] * scale[:, None, :]
-        scaled = scaled + (ridge + 1e-12) * torch.eye(scaled.shape[-1], dtype=torch.float64)
-        predictor.set_correction(order, torch.linalg.solve(scaled, right * scale) * scale)
+        found = solve.ridge(normal, right[..., None], ridge)
+        predictor.set_correction(order, found[..., 0])
 
 
 def add_equations(

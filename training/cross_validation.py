@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.evaluation.rows import segments
-from foreseer.predictors.any_anchors import FLOOR
+from foreseer.predictors.solve import closed_form, segments
 
 RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 STANDS_OUT = 4.0
@@ -141,19 +140,15 @@ def left_out_errors(
     """
     norms = grams.diagonal(dim1=-2, dim2=-1).sum(2)  # (n, branches, S)
     errors = torch.zeros(len(ridges), *norms.shape, dtype=torch.float64)
+    rest = total - grams
     for history, steps in segments(anchors, total.shape[-1], expert_steps, window):
-        rest = (total - grams)[..., history, :]
-        inner, own = rest[..., history], grams[..., history, :]
-        scale = inner.diagonal(dim1=-2, dim2=-1)[..., None].clamp_min(0).rsqrt()  # (n, b, P, K, 1)
-        normal = torch.nan_to_num(inner * scale * scale.mT, 0.0, 0.0, 0.0)
-        values, vectors = torch.linalg.eigh(normal)
-        error = (rest[..., steps] - inner[..., -1:]) * scale  # (n, b, P, K, T)
-        projected = vectors.mT @ error
-        for place, ridge in enumerate(ridges):
-            weights = vectors @ (projected / (values + ridge + FLOOR)[..., None]) * scale
-            weights[..., -1, :] += 1.0
-            cross, bent = own[..., steps], own[..., history] @ weights
-            squared = grams.diagonal(dim1=-2, dim2=-1)[..., steps]
-            squared = squared + (weights * (bent - 2 * cross)).sum(-2)
-            errors[place][..., steps] = (squared.clamp_min(0).sum(2) / norms[..., steps]).sqrt()
-    return torch.nan_to_num(errors.mean((2, 3)), torch.inf, torch.inf)
+        weights = closed_form(rest, history, steps, ridges)  # (R, n, branches, P, K, T)
+        cross, bent = (
+            grams[..., history, :][..., steps],
+            grams[..., history, :][..., history] @ weights,
+        )
+        squared = grams.diagonal(dim1=-2, dim2=-1)[..., steps]
+        squared = squared + (weights * (bent - 2 * cross)).sum(-2)
+        errors[..., steps] = (squared.clamp_min(0).sum(-2) / norms[..., steps]).sqrt()
+    nothing_left = rest.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1) <= 0
+    return torch.nan_to_num(errors.mean((2, 3)).masked_fill(nothing_left, torch.inf), torch.inf)

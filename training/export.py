@@ -23,8 +23,8 @@ from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.continuous import L2PContinuous
 from foreseer.predictors.kan import with_pykan, without_pykan
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.parted import parted_l2p
 from foreseer.predictors.readout import Readout
 from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.continuous import L2PContinuousModule
@@ -189,7 +189,7 @@ def predictor_of(settings: dict[str, Any], headers: Sequence[Header]) -> Predict
         return L2PContinuous(grids, num_branches, **settings["arguments"])
     if (name := settings.get("partition")) is not None:
         partition = recorded_partition(header, settings["tap"], name)
-        return parted_l2p(num_steps, settings["anchors"], num_branches, partition)
+        return L2P(num_steps, settings["anchors"], num_branches, partition=partition)
     return rows_predictor(header, settings["anchors"])
 
 

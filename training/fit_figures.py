@@ -19,7 +19,6 @@ from foreseer.evaluation.page.analysis import step_error_figure, weights_figure
 from foreseer.evaluation.page.heat import forecast_weights
 from foreseer.evaluation.page.plots import timeline_figure
 from foreseer.evaluation.page.sheet import Row, sheet
-from foreseer.evaluation.weight_rows import weight_rows
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor, Step
@@ -88,10 +87,10 @@ def log_figures(
     board.add_figure(ERRORS, step_error_figure(curves), epoch)
     lists = {f"{len(anchors)} evaluations": anchors}
     board.add_figure(ANCHORS, timeline_figure(lists, len(sigmas)), epoch)
-    rows = weight_rows(module.predictor, anchors, sigmas)
-    if rows is None or len(anchors) == len(sigmas):
+    rows = module.predictor.rows(anchors, sigmas, module.recording.header.expert_steps)
+    if rows is None or rows.shape[1] > 1 or len(anchors) == len(sigmas):
         return
-    for branch, matrix in enumerate(rows):
+    for branch, matrix in enumerate(rows[:, 0]):
         figure = weights_figure(*forecast_weights(matrix, anchors), anchors)
         board.add_figure(f"{WEIGHTS}{branch}", figure, epoch)
 

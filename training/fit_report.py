@@ -20,9 +20,9 @@ from foreseer.evaluation.page.analysis import plot_step_errors, step_error_figur
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
-from foreseer.training.l2p import L2PModule, open_loop_errors
+from foreseer.training.l2p import L2PModule
 from foreseer.training.verdict_callbacks import held_out
-from foreseer.trajectories.gram import projection_fidelity
+from foreseer.trajectories.gram import projection_fidelity, relative_errors
 from foreseer.trajectories.prompts import generate_batch
 from foreseer.trajectories.recording import Recording
 
@@ -41,7 +41,7 @@ Curve = list[tuple[int, float]]
 def fit_report(
     recording: Recording,
     items: Sequence[int],
-    rows: Float[Tensor, "branches S S"],
+    rows: Float[Tensor, "branches P S S"],
     anchors: Sequence[int],
     tap: str,
     closed_loop: Curve | None,
@@ -77,7 +77,7 @@ def fit_report(
     curves = {
         "oracle_all": _curve(1 - projection_fidelity(grams)),
         "oracle_anchors": _curve(1 - projection_fidelity(grams, anchors)),
-        "open_loop": _curve(open_loop_errors(grams, rows)),
+        "open_loop": _curve(relative_errors(grams.unsqueeze(-3), rows)),
     }
     if closed_loop is not None:
         curves["closed_loop"] = closed_loop
@@ -188,7 +188,8 @@ class FitReport(Callback):
         pipe, closed_loop = getattr(pl_module, "pipe", None), None
         if pipe is not None:
             closed_loop = closed_loop_state_errors(pipe, predictor, tap, recording, items)
-        rows, anchors = predictor.weight, predictor.anchors
+        anchors = predictor.anchors
+        rows = predictor.rows(anchors, recording.header.sigmas)
         curves = fit_report(recording, items, rows, anchors, tap, closed_loop, self.out)
         if isinstance(trainer.logger, TensorBoardLogger):
             figure = step_error_figure(labelled(curves))

@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 from foreseer.integration.controller import Controller
 from foreseer.integration.host.call_rows import Narrowed
 from foreseer.integration.session import Session
-from foreseer.predictors.base import Step, combine
+from foreseer.predictors.base import Step
+from foreseer.predictors.solve import ridge
+from foreseer.predictors.sums import combine
 from foreseer.training.tracking import whitening
 from foreseer.trajectories.prompts import Item, generate_batch
 
@@ -57,7 +59,7 @@ class Quadratics:
         bent = torch.einsum("p,npq,q->n", z, self.curvature, z)
         return torch.maximum(self.constant + 2 * self.linear @ z + bent, 0.02 * self.constant)
 
-    def solve(self, ridge: float, num_rounds: int = 30) -> Float[Tensor, " P"]:
+    def solve(self, strength: float, num_rounds: int = 30) -> Float[Tensor, " P"]:
         """The z that minimises sum_i log q_i(z) with a relative ridge, by reweighted least squares.
 
         log q is concave in q, so weights 1 / q_i at the last z give a majorant to minimise.
@@ -66,8 +68,8 @@ class Quadratics:
         for _ in range(num_rounds):
             weights = self.at(z).reciprocal()
             normal = torch.einsum("n,npq->pq", weights, self.curvature)
-            shrink = ridge * normal.diagonal().mean() * torch.eye(len(z), dtype=torch.float64)
-            z = torch.linalg.solve(normal + shrink, -(weights @ self.linear))
+            right, unit = -(weights @ self.linear)[:, None], normal.diagonal().mean()
+            z = ridge(normal, right, strength, units=unit.expand(len(z)))[:, 0]
         return z
 
     @staticmethod

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from foreseer.checkpoints.call_settings import as_settings
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.evaluation.rows import expert_rows, published_loss, reuse_weight
+from foreseer.evaluation.rows import published_loss, reuse_weight
 from foreseer.integration.pipelines.load import HUB_NAME
-from foreseer.predictors.experts import L2PExperts
-from foreseer.predictors.linear import L2P, fold
+from foreseer.predictors.linear import L2P, fitted_rows, fold
 from foreseer.training.closed_form import ClosedForm, HeldOut
 from foreseer.training.cross_validation import CrossValidation, cross_validate
 from foreseer.training.fit_figures import HELD_OUT, log_figures
 from foreseer.training.plumbing.resuming import Resumable
 from foreseer.training.verdict_callbacks import OpenLoopVerdict
 from foreseer.trajectories.files.header import Header
+from foreseer.trajectories.gram import relative_errors
 from foreseer.trajectories.recording import Recording
 
 
@@ -61,7 +61,7 @@ class L2PModule(Resumable):
 
     def set_rows(self, rows: Float[Tensor, "branches S S"]) -> None:
         """Make these rows the predictor's."""
-        self.predictor.weight.copy_(rows.detach())
+        self.predictor.set_rows(rows)
 
     def spec(self) -> PredictorSpec:
         """What the predictor was fitted on."""
@@ -77,6 +77,13 @@ class L2PModule(Resumable):
         """Forget the last epoch's errors."""
         self.held_out = HeldOut()
 
+    def open_loop_errors(
+        self, grams: Float[Tensor, "n branches S S"]
+    ) -> Float[Tensor, "n branches S"]:
+        """Relative error of every step's forecast from recorded features."""
+        rows = self.predictor.rows(self.predictor.anchors, self.recording.header.sigmas)
+        return relative_errors(grams.unsqueeze(-3), rows)
+
     def log_step_errors(self) -> None:
         """Log the held-out open-loop error of every forecast step, and their mean; draw both."""
         errors = self.held_out.by_step
@@ -86,10 +93,7 @@ class L2PModule(Resumable):
 
 def rows_predictor(header: Header, anchors: Sequence[int]) -> L2P:
     """The predictor of a recording's rows: of one transformer, or of each of several."""
-    num_steps, num_branches = len(header.sigmas), header.num_branches
-    if len(header.expert_steps) == 1:
-        return L2P(num_steps, anchors, num_branches)
-    return L2PExperts(num_steps, anchors, num_branches, header.expert_steps)
+    return L2P(len(header.sigmas), anchors, header.num_branches, header.expert_steps)
 
 
 def open_recording(folder: str, tap: str, experts: bool = False) -> Recording:
@@ -158,15 +162,6 @@ def base_model(pipeline: str) -> dict[str, str]:
     return {"base_model": pipeline} if named else {}
 
 
-def open_loop_errors(
-    grams: Float[Tensor, "n branches S S"], rows: Float[Tensor, "branches S S"]
-) -> Float[Tensor, "n branches S"]:
-    """||F_t - sum_s rows[t, s] F_s|| / ||F_t|| of every step; 0 where a row is its own unit row."""
-    c = torch.eye(rows.shape[-1], dtype=rows.dtype) - rows
-    squared = torch.einsum("bts,nbsu,btu->nbt", c, grams.to(rows.dtype), c)
-    return (squared.clamp_min(0) / grams.diagonal(dim1=-2, dim2=-1)).sqrt()
-
-
 class L2PAdam(L2PModule):
     """The published recipe on Grams: all earlier steps, reuse init, full-batch Adam.
 
@@ -209,7 +204,7 @@ class L2PAdam(L2PModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out error of the folded rows."""
-        self.held_out.add(open_loop_errors(batch["gram"], self.predictor.weight))
+        self.held_out.add(self.open_loop_errors(batch["gram"]))
 
     def on_validation_epoch_end(self) -> None:
         """Log it."""
@@ -252,9 +247,9 @@ class L2PLeastSquares(ClosedForm, L2PModule):
             found = self.cross_validation(batch["gram"][0])
             self.print("\n".join(found.lines()))
             ridge = found.ridge
-        rows = expert_rows(batch["gram"], self.predictor.anchors, steps, ridge)
-        self.set_rows(rows)
-        error = open_loop_errors(batch["gram"], rows).mean()
+        total = batch["gram"].sum(0).unsqueeze(-3)
+        self.predictor.set_rows(fitted_rows(total, self.predictor.anchors, ridge, steps))
+        error = self.open_loop_errors(batch["gram"]).mean()
         self.log_dict({"train/open_loop_error": error, "train/ridge": ridge}, batch_size=1)
 
     def cross_validation(self, total: Float[Tensor, "branches S S"]) -> CrossValidation:
@@ -273,7 +268,7 @@ class L2PLeastSquares(ClosedForm, L2PModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out error."""
-        self.held_out.add(open_loop_errors(batch["gram"], self.predictor.weight))
+        self.held_out.add(self.open_loop_errors(batch["gram"]))
 
     def on_validation_epoch_end(self) -> None:
         """Log it."""

@@ -13,55 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.evaluation.rows import least_squares_rows
-from foreseer.predictors.parted import parted_l2p, partition_from
+from foreseer.predictors.linear import L2P, fitted_rows
 from foreseer.predictors.partition import Partition
+from foreseer.predictors.spectrum import partition_from
 from foreseer.training.closed_form import ClosedForm, HeldOut
 from foreseer.training.fit_figures import HELD_OUT, log_figures
 from foreseer.training.l2p import open_recording, spec_of
 from foreseer.trajectories.files.header import Header
-from foreseer.trajectories.gram import part_grams
+from foreseer.trajectories.gram import part_grams, relative_errors
 from foreseer.trajectories.recording import Recording
-
-
-def least_squares_parts(
-    grams: Float[Tensor, "n branches P S S"], anchors: Sequence[int], ridge: float = 1e-4
-) -> Float[Tensor, "branches P S S"]:
-    """Rows on anchors that minimise the summed squared error of every part, shrunk toward reuse.
-
-    Args:
-        grams: Grams of the parts, per trajectory and branch.
-        anchors: steps at which the network runs, starting with 0.
-        ridge: strength relative to the squared norm of each feature's part, >= 0.
-
-    Raises:
-        ValueError: a part is zero at an anchor, there is no trajectory, or the ridge is negative.
-    """
-    norms = grams.diagonal(dim1=-2, dim2=-1)[..., list(anchors)].sum((0, 1))  # (P, anchors)
-    if empty := (norms <= 0).any(-1).nonzero().flatten().tolist():
-        raise ValueError(
-            f"the parts {empty} are zero at an anchor in every trajectory; merge them with others."
-        )
-    parts = grams.unbind(2)
-    return torch.stack([least_squares_rows(part, anchors, ridge) for part in parts], 1)
-
-
-def part_errors(
-    grams: Float[Tensor, "n branches P S S"], rows: Float[Tensor, "#branches P S S"]
-) -> Float[Tensor, "n branches S"]:
-    """||F_t - sum_p P_p sum_s rows[p, t, s] F_s|| / ||F_t|| of every step; 0 at anchors."""
-    norms = grams.diagonal(dim1=-2, dim2=-1).sum(2)
-    return (part_squares(grams, rows).sum(2) / norms).sqrt()
-
-
-def part_squares(
-    grams: Float[Tensor, "n branches P S S"], rows: Float[Tensor, "#branches P S S"]
-) -> Float[Tensor, "n branches P S"]:
-    """The squared error of every part and step: c^T G c with c = e_t - row t."""
-    c = torch.eye(rows.shape[-1], dtype=rows.dtype) - rows
-    c = c.expand(grams.shape[1], -1, -1, -1)
-    squared = torch.einsum("bpts,nbpsu,bptu->nbpt", c, grams.to(rows.dtype), c)
-    return squared.clamp_min(0)
 
 
 def recorded_partition(header: Header, tap: str, name: str) -> Partition:
@@ -150,7 +110,7 @@ class L2PPartsLeastSquares(ClosedForm):
         )
         self.tap = tap
         self.ridge = ridge
-        self.predictor = parted_l2p(len(header.sigmas), anchors, header.num_branches, parts)
+        self.predictor = L2P(len(header.sigmas), anchors, header.num_branches, partition=parts)
         self.num_trajectories: Tensor
         self.register_buffer("num_trajectories", torch.tensor(0))
 
@@ -166,9 +126,9 @@ class L2PPartsLeastSquares(ClosedForm):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Solve for the rows of every part; the error is that of all trajectories together."""
-        rows = least_squares_parts(batch["gram"], self.predictor.anchors, self.ridge)
-        self.predictor.weight.copy_(rows)
-        error = part_errors(batch["gram"], rows).mean()
+        rows = fitted_rows(batch["gram"].sum(0), self.predictor.anchors, self.ridge)
+        self.predictor.set_rows(rows)
+        error = relative_errors(batch["gram"], rows).mean()
         self.log("train/open_loop_error", error, batch_size=1)
 
     def on_validation_epoch_start(self) -> None:
@@ -177,7 +137,7 @@ class L2PPartsLeastSquares(ClosedForm):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out error."""
-        self.held_out.add(part_errors(batch["gram"], self.predictor.weight))
+        self.held_out.add(relative_errors(batch["gram"], self.predictor.weight))
 
     def on_validation_epoch_end(self) -> None:
         """Log it, and draw it; parts have rows of their own, which are not drawn."""

@@ -9,7 +9,6 @@ Shapes: n trajectories, P parts (1 of the whole feature), S sampling steps.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,27 +28,20 @@ from foreseer.checkpoints.format import (
 from foreseer.checkpoints.hub import locate
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.measure import opened_for
-from foreseer.evaluation.rows import RULES, formula_rows
 from foreseer.evaluation.verdict import Estimate, open_loop_line
-from foreseer.evaluation.weight_rows import rows_of
-from foreseer.predictors.any_anchors import L2PGram
-from foreseer.predictors.base import Predictor
-from foreseer.predictors.experts import L2PExperts
-from foreseer.predictors.linear import L2P
-from foreseer.predictors.parted import L2PBands, L2PGroups, PartedL2P
+from foreseer.predictors import LEARNED
+from foreseer.predictors.base import LinearPredictor, Predictor
 from foreseer.predictors.readout import Readout
+from foreseer.predictors.rules import RULES, SHOWN
 from foreseer.training.choosing import recorded_pipeline
 from foreseer.training.cross_validation import RIDGES, CrossValidation, cross_validate
 from foreseer.training.extends import check_extends, check_one_host, extended_spec
-from foreseer.training.left_out import leave_one_out, solved
-from foreseer.training.parts import part_errors
+from foreseer.training.left_out import leave_one_out
 from foreseer.training.readout.readout_refit import refit_readout
 from foreseer.training.shipped import ShippedSums, read_sums, write_sums
+from foreseer.trajectories.gram import relative_errors
 from foreseer.trajectories.gram_sums import GramBatches
 from foreseer.trajectories.recording import Recording
-
-FROM_GRAMS = (L2P, L2PExperts, L2PGram, L2PBands, L2PGroups)
-"""The predictors that one sum of Grams determines."""
 
 OTHER_FIT = 0.2
 """How far, in open-loop errors of the closed form, rows may be from it to count as such a fit. Fits
@@ -57,8 +49,6 @@ on three of four trajectories or more are up to 0.07 away, bundled closed-loop f
 
 USUAL_RIDGES = (*RIDGES, 3e-3, 3e-2, 3e-1, 1.0, 3.0)
 """Of closed forms that rows are compared with; the steps are fine enough to be 0.05 apart."""
-
-RIVALS = ("reuse", "taylor_1")
 
 HOSTS = """
 ## Summed Grams
@@ -102,7 +92,7 @@ def write_rows(
     print(
         f"relative error on the {added} added: {metrics['open_loop_error']:.5f} with ridge "
         f"{metrics['ridge']:g}, before {metrics['before_open_loop_error']:.5f}; "
-        + ", ".join(f"{rival} {metrics[f'open_loop_error_{rival}']:.5f}" for rival in RIVALS)
+        + ", ".join(f"{rival} {metrics[f'open_loop_error_{rival}']:.5f}" for rival in SHOWN)
     )
     print(
         f"{out}: {added} trajectories of {', '.join(map(str, recordings))} added to "
@@ -155,16 +145,17 @@ def refit(name: str, recordings: Sequence[str | Path], ridge: float | None = Non
         ValueError: the predictor is of a kind or fit that no sum determines, a recording is of
             other circumstances, or some of its trajectories are in the sums already.
     """
-    old: Any = load_predictor(name)
-    if type(old) not in FROM_GRAMS:
+    old = load_predictor(name)
+    if not isinstance(old, LinearPredictor) or not old.from_grams:
         raise ValueError(
             f"{name} is a {type(old).__name__}, expected one of "
-            f"{[kind.__name__ for kind in FROM_GRAMS]}: a sum of Grams determines no other. Fit it "
+            f"{[kind.__name__ for kind in LEARNED if kind.from_grams]}: a sum of Grams determines "
+            "no other. Fit it "
             "on the recordings with `foreseer fit`."
         )
     if not recordings:
         raise ValueError("no recordings were given; name the folders to add.")
-    parts = old.partition if isinstance(old, PartedL2P) else None
+    parts = old.partition
     folder = locate(name, None, (MODEL_FILE, CONFIG_FILE, CARD_FILE, GRAMS_FILE))
     sums = read_sums(folder, old.spec, None if parts is None else parts.num_parts)
     gram = list(sums.grams)[-1]  # of the parts, where there are any
@@ -181,9 +172,9 @@ def refit(name: str, recordings: Sequence[str | Path], ridge: float | None = Non
         old.spec.anchors,
         RIDGES if ridge is None else [ridge],
         old.spec.expert_steps,
-        old.window if isinstance(old, L2PGram) else None,
+        old.window,
     )
-    new = solved(old, total, sums.count, validation.ridge)
+    new = old.refitted(total, sums.count, validation.ridge)
     metrics = {
         "open_loop_error": float(validation.errors[_place(validation)].mean()),
         "ridge": validation.ridge,
@@ -216,27 +207,28 @@ def _with_parts(gram: Tensor, parted: bool) -> Tensor:
     return gram if parted else gram.unsqueeze(-3)
 
 
-def check_closed_form(name: str, old: Any, total: Float[Tensor, "branches P S S"]) -> None:
+def check_closed_form(
+    name: str, old: LinearPredictor, total: Float[Tensor, "branches P S S"]
+) -> None:
     """Raise unless a predictor's rows are about the closed form of its own sum.
 
     Args:
         name: of the predictor.
-        old: of one of `FROM_GRAMS`, with `spec`.
+        old: determined by Grams, with `spec`.
         total: its summed Grams.
 
     Raises:
         ValueError: they come from another fit.
     """
-    if isinstance(old, L2PGram):
+    if old.any_anchors:
         return  # solves while sampling
-    parted = isinstance(old, PartedL2P)
-    rows, unit = _with_parts(old.weight, parted), torch.eye(total.shape[-1], dtype=torch.float64)
+    run = old.spec.anchors, old.spec.sigmas, old.spec.expert_steps
+    rows, unit = old.rows(*run), torch.eye(total.shape[-1], dtype=torch.float64)
     distances = []
-    for ridge in USUAL_RIDGES:
-        closed: Any = solved(old, total, 1, ridge)
-        form = _with_parts(closed.weight, parted)
-        apart = part_errors(total[None], unit + form - rows).mean()  # of the two forecasts
-        distances.append(float(apart / part_errors(total[None], form).mean().clamp_min(1e-6)))
+    for strength in USUAL_RIDGES:
+        form = old.refitted(total, 1, strength).rows(*run)
+        apart = relative_errors(total, unit + form - rows).mean()  # of the two forecasts
+        distances.append(float(apart / relative_errors(total, form).mean().clamp_min(1e-6)))
     if min(distances) > OTHER_FIT:
         raise ValueError(
             f"the forecasts of {name} are {min(distances):.2f} open-loop errors away from those of "
@@ -247,23 +239,18 @@ def check_closed_form(name: str, old: Any, total: Float[Tensor, "branches P S S"
 
 
 def formula_errors(
-    old: Any, chunks: Iterator[tuple[list[str], Float[Tensor, "n branches P S S"]]]
+    old: LinearPredictor, chunks: Iterator[tuple[list[str], Float[Tensor, "n branches P S S"]]]
 ) -> dict[str, float]:
     """Mean relative errors of the old predictor and the formulas, measured as the new one's."""
     anchors, sigmas, steps = old.spec.anchors, old.spec.sigmas, old.spec.expert_steps
-    if isinstance(old, L2PGram):
-        rows = {"before_open_loop_error": rows_of(old, anchors, sigmas)[:, None]}
-    else:
-        before = _with_parts(old.weight, isinstance(old, PartedL2P))
-        rows = {"before_open_loop_error": before}
-    for rival in RIVALS:
-        table = formula_rows(RULES[rival], anchors, sigmas, steps)
-        rows[f"open_loop_error_{rival}"] = table.expand_as(rows["before_open_loop_error"])
+    rows = {"before_open_loop_error": old.rows(anchors, sigmas, steps)}
+    for rival in SHOWN:
+        rows[f"open_loop_error_{rival}"] = RULES[rival].rows(anchors, sigmas, steps)
     totals, count = dict.fromkeys(rows, 0.0), 0
     for _, grams in chunks:
         count += len(grams)
         for name, table in rows.items():
-            totals[name] += float(part_errors(grams, table).mean((1, 2)).sum())
+            totals[name] += float(relative_errors(grams, table).mean((1, 2)).sum())
     return {name: total / count for name, total in totals.items()}
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from foreseer.integration.controller import Controller
 from foreseer.integration.linear_sampler import SamplerMap, pristine, probe
 from foreseer.integration.session import Session
+from foreseer.predictors import solve
 from foreseer.predictors.base import Step
 from foreseer.trajectories.files.header import Header
 from foreseer.trajectories.prompts import Item, generate_batch
@@ -264,11 +265,8 @@ def _solve(
     if end == anchor + 1 or not bool((normal.diagonal() > 0).all()):
         empty = torch.zeros(branches * num_known, 0, dtype=torch.float64)
         return torch.zeros(branches, num_known, dtype=torch.float64), empty
-    scale = normal.diagonal().rsqrt()
-    unit = normal * scale[:, None] * scale[None, :]
-    right = torch.einsum("pnm,nm->p", regressors, error) / error.numel() * scale
-    eye = torch.eye(len(unit), dtype=torch.float64)
-    delta = torch.linalg.solve(unit + ridge * eye, right) * scale
+    right = torch.einsum("pnm,nm->p", regressors, error) / error.numel()
+    delta = solve.ridge(normal, right[:, None], ridge)
     return delta.view(branches, num_known), whitening(normal)
 
 

@@ -15,19 +15,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from foreseer.evaluation.measure import References, closed_loop_errors, predictor_errors
-from foreseer.evaluation.rows import RULES, adams_bashforth_rows, analytic_rows, formula_rows
-from foreseer.evaluation.verdict import (
-    Estimate,
-    closed_loop_line,
-    estimate,
-    open_loop_line,
-    row_table,
-)
+from foreseer.evaluation.rows import adams_bashforth_rows, analytic_rows
+from foreseer.evaluation.verdict import Estimate, closed_loop_line, estimate, open_loop_line
 from foreseer.integration.schedule import uniform
+from foreseer.predictors.rules import RULES, RUN
 from foreseer.trajectories.gram_sums import GramBatches
 
 BUDGETS = (11, 8, 6)  # at which a predictor for any anchors is judged, beside its own list
-RIVALS = ("reuse", "taylor_1", "taylor_2")  # run, with ab2, for fits that choose among no formulas
 CHECKPOINT_KEY = "verdict"
 ERROR = "test_error_db"  # what checkpoints and cards call the error that a verdict is by
 NO_HELD_OUT = "verdict: none, no trajectory is held out; raise validation_fraction."
@@ -86,7 +80,7 @@ class OpenLoopVerdict(Verdict):
         batches = GramBatches(module.recording, name, held_out(trainer))
         found = []
         for anchors in lists:
-            rows = row_table(module.predictor, anchors, header.sigmas)
+            rows = module.predictor.rows(anchors, header.sigmas)
             grams = (batch["gram"] for batch in batches)
             chunks = ((gram if parts else gram.unsqueeze(2), rows) for gram in grams)
             found.append(estimate(chunks, anchors, header.sigmas, header.expert_steps))
@@ -135,9 +129,9 @@ class RivalsVerdict(Verdict):
         return float(errors.mean())
 
     def tables(self, module: Any) -> dict[str, Float[Tensor, "S S"]]:
-        """The rows of the formulas: each of `RIVALS`, and Adams-Bashforth-2."""
+        """The rows of the formulas: each of `RUN`, and Adams-Bashforth-2."""
         anchors, sigmas = anchors_of(module), module.recording.header.sigmas
-        tables = {name: formula_rows(RULES[name], anchors, sigmas) for name in RIVALS}
+        tables = {name: RULES[name].rows(anchors, sigmas)[0, 0] for name in RUN}
         return tables | {"ab2": adams_bashforth_rows(anchors, sigmas)}
 
     def measured(self, trainer: lightning.Trainer, module: Any) -> dict[str, float]:

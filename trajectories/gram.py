@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.predictors.partition import Partition
+from foreseer.predictors.solve import ridge
 
 GRAM_COLUMNS = 2048  # widened to float64 at once: 0.8 MB for 50 steps, which fits a cache
 
@@ -101,53 +102,33 @@ def explained(
 ) -> Float[Tensor, " *lead"]:
     """g^T G_hh^+ g: the squared norm of F_t's projection on the features of `history`."""
     g = grams[..., history, t]
-    weights = solve_psd(grams[..., history, :][..., history], g)
+    weights = ridge(grams[..., history, :][..., history], g[..., None], 0.0)[..., 0]
     return (g * weights).sum(-1)
 
 
-def solve_psd(
-    matrix: Float[Tensor, "*lead K K"], right: Float[Tensor, "*lead K"], cutoff: float = 1e-12
-) -> Float[Tensor, "*lead K"]:
-    """The least-norm solution of matrix x = right.
-
-    Directions with eigenvalues below `cutoff` of the largest are left out. The matrix is scaled to
-    a unit diagonal first, so that steps of any size count alike.
-    """
-    scale = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
-    values, vectors = torch.linalg.eigh(matrix * scale[..., :, None] * scale[..., None, :])
-    keep = values > cutoff * values[..., -1:]
-    inverse = torch.where(keep, values, torch.inf).reciprocal()
-    projected = (vectors.mT @ (right * scale)[..., None]).squeeze(-1)
-    return (vectors @ (inverse * projected)[..., None]).squeeze(-1) * scale
-
-
-def open_loop_error(
-    grams: Float[Tensor, "*lead S S"], weights: Float[Tensor, "*lead2 S"], t: int
-) -> Float[Tensor, " *lead"]:
-    """||F_t - sum_s w_s F_s|| / ||F_t||: c^T G c with c = e_t - w.
+def squared_errors(
+    grams: Float[Tensor, "*lead P S S"], rows: Float[Tensor, "*lead2 P S S"]
+) -> Float[Tensor, "*lead P S"]:
+    """||P_p (F_t - sum_s rows[p, t, s] F_s)||^2 of every part and step: c^T G c, c = e_t - row t.
 
     Args:
-        grams: Gram matrices.
-        weights: a weight per step (zero at steps not used), broadcast against the leading axes.
-        t: the forecast step.
-    """
-    c = -weights.double()
-    c[..., t] += 1
-    squared = torch.einsum("...s,...st,...t->...", c, grams, c)
-    return (squared.clamp_min(0) / grams[..., t, t]).sqrt()
-
-
-def step_errors(
-    grams: Float[Tensor, "*lead S S"], rows: Float[Tensor, "*lead2 S S"]
-) -> Float[Tensor, "*lead S"]:
-    """`open_loop_error` of every step at once; 0 at an anchor.
-
-    Args:
-        grams: Gram matrices.
+        grams: Gram matrices of the parts.
         rows: weights of every step (of an anchor its unit row), broadcast against leading axes.
     """
-    c = rows.double() - torch.eye(rows.shape[-1], dtype=torch.float64)
-    return norms(grams, c) / grams.diagonal(dim1=-2, dim2=-1).sqrt()
+    return _squares(grams, rows.double() - torch.eye(rows.shape[-1], dtype=torch.float64))
+
+
+def relative_errors(
+    grams: Float[Tensor, "*lead P S S"], rows: Float[Tensor, "*lead2 P S S"]
+) -> Float[Tensor, "*lead S"]:
+    """||F_t - F_hat_t|| / ||F_t|| of every step, F_hat forecast by rows; 0 at an anchor.
+
+    Args:
+        grams: Gram matrices of the parts, P = 1 of the whole feature.
+        rows: weights of every step, see `Predictor.rows`.
+    """
+    norms = grams.diagonal(dim1=-2, dim2=-1).sum(-2)
+    return (squared_errors(grams, rows).sum(-2) / norms).sqrt()
 
 
 def accumulated_error(
@@ -166,7 +147,7 @@ def accumulated_error(
     """
     c = rows.double() - torch.eye(rows.shape[-1], dtype=torch.float64)
     euler_steps = torch.tensor([*sigmas, 0.0], dtype=torch.float64).diff()
-    return norms(grams, (euler_steps[:, None] * c).cumsum(-2))
+    return _squares(grams, (euler_steps[:, None] * c).cumsum(-2)).sqrt()
 
 
 def spread(grams: Float[Tensor, "*lead S S"]) -> Float[Tensor, " *lead"]:
@@ -178,8 +159,8 @@ def spread(grams: Float[Tensor, "*lead S S"]) -> Float[Tensor, " *lead"]:
     return squared.clamp_min(0).sqrt()
 
 
-def norms(
+def _squares(
     grams: Float[Tensor, "*lead S S"], weights: Float[Tensor, "*lead2 T S"]
 ) -> Float[Tensor, "*lead T"]:
-    """||sum_s w_s F_s|| for every row w."""
-    return ((weights @ grams) * weights).sum(-1).clamp_min(0).sqrt()
+    """||sum_s w_s F_s||^2 for every row w."""
+    return ((weights @ grams) * weights).sum(-1).clamp_min(0)

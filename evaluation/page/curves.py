@@ -16,11 +16,11 @@ from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.results import BenchRow
 from foreseer.evaluation.runs import Samples, run_entry, run_plain
 from foreseer.evaluation.solvers import sampling_with, solver_scheduler
-from foreseer.evaluation.weight_rows import weight_rows
 from foreseer.integration.host.clock import Clock
+from foreseer.predictors.rules import RUN
 from foreseer.trajectories.prompts import Item
 
-SHEET_METHODS = ("euler", "ab2", "dpmpp_2m", "unipc", "reuse", "taylor_1", "taylor_2")
+SHEET_METHODS = ("euler", "ab2", "dpmpp_2m", "unipc", *RUN)
 Curve = list[tuple[int, float]]
 
 
@@ -151,10 +151,10 @@ def weights_of(
     learned = [entry for entry in entries if entry.kind == "learned"]
     for entry in [*learned, *formulas[:1]]:
         anchors = entry.anchors
-        rows = weight_rows(entry.predictor, anchors, sigmas) if entry.predictor else None
-        if rows is None or len(anchors) == len(sigmas):
+        rows = entry.predictor.rows(anchors, sigmas) if entry.predictor else None
+        if rows is None or rows.shape[1] > 1 or len(anchors) == len(sigmas):
             continue
-        for branch, matrix in enumerate(rows):
+        for branch, matrix in enumerate(rows[:, 0]):
             name = f", branch {branch}" if len(rows) > 1 else ""
             found[f"{entry.method}, {entry.tap}{name}"] = (matrix, anchors)
     return found

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foreseer.predictors.solve import ridge
+
 
 @dataclass(frozen=True)
 class Quadratic:
@@ -131,7 +133,4 @@ def solve(
     normal: Float[Tensor, "*lead K K"], right: Float[Tensor, "*lead K"]
 ) -> Float[Tensor, "*lead K"]:
     """A minimiser of each quadratic, zero along directions that hold nothing (padded windows)."""
-    scale = normal.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
-    scaled = normal * scale[..., :, None] * scale[..., None, :]
-    inverse = torch.linalg.pinv(scaled, hermitian=True, rtol=1e-12)
-    return (inverse @ (right * scale)[..., None])[..., 0] * scale
+    return ridge(normal, right[..., None], 0.0)[..., 0]

@@ -15,7 +15,7 @@ from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.measure import References, opened_for, predictor_errors
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Grid
-from foreseer.predictors.experts import L2PExperts
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout
 from foreseer.training.closed_form import ClosedForm
 from foreseer.training.fit_figures import SampleLog
@@ -84,7 +84,7 @@ class ReadoutFit(ClosedForm):
         self.save_hyperparameters(told | {"arguments": None})  # known once the network has run
         self.tap, self.anchors = TAP, list(anchors)
         sizes = len(header.sigmas), anchors, header.num_branches, header.expert_steps
-        self.rows = L2PExperts(*sizes)  # those of the formula that each segment started at
+        self.rows = L2P(*sizes)  # those of the formula that each segment started at
         self.predictor: Readout | None = None
         self.pipe: Any = None
         self.pipeline, self.place = pipeline, (dtype, device)
@@ -271,7 +271,7 @@ class ReadoutFit(ClosedForm):
         if self.keep_sums:
             self.sums |= segment_tensors({anchor: found})
 
-    def _error(self, predictor: L2PExperts) -> float:
+    def _error(self, predictor: L2P) -> float:
         """Mean error in dB of the held-out samples."""
         references = self.validation
         errors = predictor_errors(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foreseer.predictors.base import Grid
 from foreseer.predictors.readout import STORED, neighbourhood
+from foreseer.predictors.solve import ridge
 from foreseer.training.readout.sums import SegmentSums, Solved, Total, solve
 
 ROWS_RIDGE = 1e-3  # of the rows toward their formula, relative to the diagonal
@@ -185,10 +186,7 @@ def _rows(
     best = min(errors, key=errors.__getitem__)
     start = formulas[best].to(inner)
     known, right = inner[:-1, :-1], inner[:-1, -1] - inner[:-1, :-1] @ start
-    scale = known.diagonal().clamp_min(1e-300).rsqrt()
-    unit = known * scale[:, None] * scale
-    unit.diagonal().add_(ROWS_RIDGE)
-    return best, start + scale * torch.linalg.solve(unit, scale * right)
+    return best, start + ridge(known, right[:, None], ROWS_RIDGE)[:, 0]
 
 
 def _directions(
@@ -216,10 +214,7 @@ def _directions(
         cross = products[1] if cross is None else cross + products[1]
     assert normal is not None and cross is not None
     total([normal, cross])
-    scale = normal.diagonal().clamp_min(1e-300).rsqrt()
-    unit = normal * scale[:, None] * scale
-    unit.diagonal().add_(DIRECTIONS_RIDGE)
-    b = scale[:, None] * torch.linalg.solve(unit, scale[:, None] * cross)
+    b = ridge(normal, cross, DIRECTIONS_RIDGE)
     vectors = torch.linalg.eigh(b.T @ normal @ b).eigenvectors
     v = b @ vectors[:, -min(rank, *b.shape) :]
     power = (v * (normal @ v)).sum(0)

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.evaluation.rows import RULES, adams_bashforth_rows, formula_rows
-from foreseer.predictors.experts import L2PExperts, expert_start
+from foreseer.evaluation.rows import formula_tables
+from foreseer.predictors.linear import L2P, expert_start
 from foreseer.predictors.readout import normalised
 from foreseer.training.readout.segment import Part
 from foreseer.training.readout.sums import NUM_FOLDS
@@ -45,12 +45,8 @@ class SegmentParts:
     @cached_property
     def tables(self) -> dict[str, Float[Tensor, "S S"]]:
         """The rows of every formula."""
-        sigmas, rows = self.recording.header.sigmas, self.walk.rows
-        experts = rows.expert_steps
-        tables = {n: formula_rows(r, rows.anchors, sigmas, experts) for n, r in RULES.items()}
-        if len(experts) == 1:
-            tables["ab2"] = adams_bashforth_rows(rows.anchors, sigmas)
-        return tables
+        rows = self.walk.rows
+        return formula_tables(rows.anchors, self.recording.header.sigmas, rows.expert_steps)
 
     def known(self, anchor: int) -> list[int]:
         """The anchors up to one, of its transformer."""
@@ -146,9 +142,7 @@ class SegmentParts:
         return torch.einsum("b,b...->b...", self.guidance(step).to(wide), wide)
 
 
-def sizes_of(
-    rows: L2PExperts, visited: Visited, rank: int, neighbours: bool, past: int
-) -> dict[str, Any]:
+def sizes_of(rows: L2P, visited: Visited, rank: int, neighbours: bool, past: int) -> dict[str, Any]:
     """Arguments of a `Readout` for the host that computed a batch.
 
     Args:

@@ -15,7 +15,7 @@ from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.format import SEGMENTS_FILE
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.checkpoints.strict import MalformedFile, read_header
-from foreseer.predictors.experts import expert_start
+from foreseer.predictors.linear import expert_start
 from foreseer.predictors.readout import Readout
 from foreseer.training.readout.segment import Segment
 from foreseer.training.readout.sums import Total

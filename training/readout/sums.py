@@ -13,6 +13,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from foreseer.predictors.solve import ridge
+
 NUM_FOLDS = 5
 INFINITE = float("inf")
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
@@ -104,16 +106,16 @@ class Solved:
     total: "Total"
 
 
-def solve(sums: SegmentSums, ridge: float, known: "Total | None" = None) -> Solved:
+def solve(sums: SegmentSums, rows_strength: float, known: "Total | None" = None) -> Solved:
     """Rows by ridge toward the start and the readout by ridge toward zero, together.
 
-    min sum w || y - u^T delta - R z ||^2 + ridge || delta ||^2 + strength || R ||^2, both relative
-    to the diagonals. The strength is the one with the least error on the folds left out; where none
-    is below that of the rows alone, nothing is read.
+    min sum w || y - u^T delta - R z ||^2 + rows_strength || delta ||^2 + strength || R ||^2, both
+    relative to the diagonals. The strength is the one with the least error on the folds left out;
+    where none is below that of the rows alone, nothing is read.
 
     Args:
         sums: of the segment.
-        ridge: of the rows.
+        rows_strength: ridge of the rows.
         known: sums of other trajectories, which are solved for too and choose nothing.
     """
     folds = [fold for fold in range(NUM_FOLDS) if sums.count[fold] > 0]
@@ -122,10 +124,10 @@ def solve(sums: SegmentSums, ridge: float, known: "Total | None" = None) -> Solv
         rest = Total.of(sums, [other for other in folds if other != fold], known)
         judge = Total.of(sums, [fold])
         for strength in errors:
-            errors[strength] += judge.error(*rest.solve(ridge, strength)) / len(folds)
+            errors[strength] += judge.error(*rest.solve(rows_strength, strength)) / len(folds)
     best = min(errors, key=errors.__getitem__)
     total = Total.of(sums, folds, known)
-    delta, readout = total.solve(ridge, best)
+    delta, readout = total.solve(rows_strength, best)
     return Solved(delta, readout, best, errors[INFINITE], errors[best], total)
 
 
@@ -147,7 +149,7 @@ class Total:
         return cls(*found)
 
     def solve(
-        self, ridge: float, strength: float
+        self, rows_strength: float, strength: float
     ) -> tuple[Float[Tensor, " Q"], Float[Tensor, "D P"]]:
         """The minimum over rows and readout together.
 
@@ -157,18 +159,10 @@ class Total:
         pulled = torch.zeros_like(self.cross)
         left = self.inner
         if strength < INFINITE:
-            scale = self.normal.diagonal().clamp_min(1e-300).rsqrt()
-            unit = self.normal * scale[:, None] * scale
-            unit.diagonal().add_(strength)
-            right = scale[:, None] * self.cross.flatten(1)
-            pulled = scale[:, None] * torch.cholesky_solve(right, torch.linalg.cholesky(unit))
-            pulled = pulled.view_as(self.cross)
+            pulled = ridge(self.normal, self.cross.flatten(1), strength).view_as(self.cross)
             left = left - torch.einsum("dvp,dwp->vw", self.cross, pulled)
-        scale = self.inner.diagonal()[:-1].clamp_min(1e-300).rsqrt()
-        unit = left[:-1, :-1] * scale[:, None] * scale
-        unit = (unit + unit.T) / 2
-        unit.diagonal().add_(ridge)
-        delta = scale * torch.linalg.solve(unit, scale * left[:-1, -1])
+        known, right = (left + left.T)[:-1, :-1] / 2, left[:-1, -1:]
+        delta = ridge(known, right, rows_strength, units=self.inner.diagonal()[:-1])[:, 0]
         return delta, pulled[:, -1] - torch.einsum("dqp,q->dp", pulled[:, :-1], delta)
 
     def error(self, delta: Float[Tensor, " Q"], readout: Float[Tensor, "D P"]) -> float:

@@ -21,7 +21,7 @@ from foreseer.integration.controller import Controller
 from foreseer.integration.host.layout import Layout
 from foreseer.integration.linear_sampler import SamplerMap, pristine, probe
 from foreseer.predictors.base import History, Step
-from foreseer.predictors.experts import L2PExperts, expert_start
+from foreseer.predictors.linear import L2P, expert_start
 from foreseer.predictors.readout import Readout, normalised
 from foreseer.training.tracking import check_guidance, guidance_weights
 from foreseer.trajectories.prompts import Item, generate_batch
@@ -110,7 +110,7 @@ class Walk(Controller):
     taps = frozenset({"output", "hidden"})
     wants_layout = True
 
-    def __init__(self, rows: L2PExperts, scheduler: Any, past: int = 0) -> None:
+    def __init__(self, rows: L2P, scheduler: Any, past: int = 0) -> None:
         self.rows = rows
         self.past = past
         self.predictor: Readout | None = None
