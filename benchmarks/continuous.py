@@ -19,18 +19,18 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from foreseer.evaluation.weight_rows import rows_of
 from jaxtyping import Float
 from jsonargparse import auto_cli
 from torch import Tensor
 
 from foreseer.evaluation.benchmark import FIRST_ITEM
 from foreseer.evaluation.measure import References, closed_loop_errors
-from foreseer.evaluation.rows import analytic_rows, least_squares_rows
+from foreseer.evaluation.rows import analytic_rows
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.predictors.any_anchors import L2PGram, regrid
 from foreseer.predictors.continuous import L2PContinuous
+from foreseer.predictors.solve import least_squares_rows
 from foreseer.training.continuous import fit_continuous
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record as record_trajectories
@@ -188,18 +188,20 @@ def rows_by_method(
     sigmas = grid_sigmas(grid)
     formulas = analytic_rows(anchors, sigmas)
     rows = {name: formulas[name].repeat(2, 1, 1) for name in FORMULAS}
-    rows["l2p_lstsq"] = least_squares_rows(grams(grid, tap), anchors)
+    rows["l2p_lstsq"] = least_squares_rows(grams(grid, tap).sum(0), anchors)
     other = LEFT_OUT[grid][0]
     gram = L2PGram(GRIDS[other][0], 2)
     gram.set_gram(grams(other, tap).double().mean(0))
-    rows["gram_regridded"] = rows_of(regrid(gram, grid_sigmas(other), sigmas), anchors, sigmas)
+    regridded = regrid(gram, grid_sigmas(other), sigmas)
+    rows["gram_regridded"] = regridded.rows(anchors, sigmas)[:, 0]
     rows["continuous"] = continuous_rows(grid, tap, anchors, order, degree)
     return rows
 
 
 def continuous_rows(grid: str, tap: str, anchors: Sequence[int], order: int, degree: int) -> Rows:
     """Rows of the continuous predictor fitted on the other grids."""
-    return rows_of(continuous(LEFT_OUT[grid], tap, order, degree), anchors, grid_sigmas(grid))
+    predictor = continuous(LEFT_OUT[grid], tap, order, degree)
+    return predictor.rows(anchors, grid_sigmas(grid))[:, 0]
 
 
 @cache

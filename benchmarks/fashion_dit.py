@@ -18,10 +18,10 @@ import torch
 from jsonargparse import auto_cli
 
 import foreseer as fs
-from foreseer.evaluation.rows import RULES
 from foreseer.evaluation.solvers import SOLVERS
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import PUBLISHED_L2P, uniform, warped
+from foreseer.predictors.rules import RULES
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.export import export_predictor
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares, L2PModule

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from foreseer.evaluation.offline import LEARNED, OfflineRow, TapGrams
-from foreseer.evaluation.rows import RULES
+from foreseer.predictors.rules import RULES
 from foreseer.trajectories.recording import Recording
 
 ERRORS = ("open_loop_error", "integrated_error", "accumulated_error")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from foreseer.evaluation.rows import RULES, least_squares_rows
-from foreseer.predictors.linear import tabulate
+from foreseer.predictors.rules import RULES
+from foreseer.predictors.solve import least_squares_rows
 from foreseer.trajectories.gram import accumulated_error, spread
 from foreseer.trajectories.recording import Recording
 
@@ -38,9 +38,9 @@ def offline_learned(recording: str, results: str) -> None:
         unit = float(spread(held).square().mean().sqrt())
         for text in lists:
             anchors = tuple(map(int, text.split()))
-            tables = {"l2p_lstsq": least_squares_rows(fitted, anchors)}
+            tables = {"l2p_lstsq": least_squares_rows(fitted.sum(0), anchors)}
             for name in FORMULAS:
-                rule = tabulate(RULES[name], anchors, sigmas)
+                rule = RULES[name].rows(anchors, sigmas)[:, 0]
                 tables[name] = rule.repeat(source.header.num_branches, 1, 1)
             estimate = {}
             for name, table in tables.items():

@@ -22,14 +22,15 @@ from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.runs import run_forecast
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.linear import L2P, tabulate
-from foreseer.predictors.parted import FreqCa, parted_l2p
-from foreseer.predictors.partition import ChannelGroups, Partition, tabulate_parts
+from foreseer.predictors.linear import L2P, fitted_rows
+from foreseer.predictors.partition import ChannelGroups, Partition
+from foreseer.predictors.per_part import FreqCa
 from foreseer.predictors.rules import HiCache, Reuse, Taylor
 from foreseer.predictors.spectrum import Bands, equal_bands
 from foreseer.training.clusters import cluster_channels, fit_hyca, random_groups
 from foreseer.training.l2p import spec_of
-from foreseer.training.parts import least_squares_parts, part_errors, stack_part_grams
+from foreseer.training.parts import stack_part_grams
+from foreseer.trajectories.gram import relative_errors
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
@@ -79,7 +80,7 @@ def parts(
         for name, predictor, partition, table, size in methods(fit, anchors, grams):
             entry = Entry(name, "learned", TAP, "given", anchors, predictor)
             samples = run_forecast(pipe, entry, batches, lambda evaluations: None, **settings)
-            errors = part_errors(part_grams_of(test, partition, grams), table)
+            errors = relative_errors(part_grams_of(test, partition, grams), table)
             forecast = [t for t in range(fit.header.num_steps) if t not in anchors]
             rows.append(
                 {
@@ -106,20 +107,19 @@ def methods(
     header = fit.header
     plain = {"reuse": Reuse(), "taylor_2": Taylor(2), "freqca_high": HiCache(2, 0.71)}
     for name, rule in plain.items():
-        yield name, rule, WHOLE, tabulate(rule, anchors, header.sigmas)[None, None], 0
+        yield name, rule, WHOLE, rule.rows(anchors, header.sigmas), 0
     for transform in ("dct", "fft"):
         freqca = FreqCa(GRID, transform)
-        table = tabulate_parts(freqca, anchors, header.sigmas)[None]
+        table = freqca.rows(anchors, header.sigmas)
         yield f"freqca_{transform}", freqca, freqca.partition, table, 0
     hyca = fit_hyca(fit, anchors, TAP)
-    table = tabulate_parts(hyca, anchors, header.sigmas)[None]
+    table = hyca.rows(anchors, header.sigmas)
     yield "hyca", hyca, hyca.partition, table, hyca.partition.num_parts
     for name, partition in partitions(fit).items():
-        table = least_squares_parts(part_grams_of(fit, partition, grams), anchors)
-        learned: Any = L2P(header.num_steps, anchors, header.num_branches)
-        if partition is not WHOLE:
-            learned = parted_l2p(header.num_steps, anchors, header.num_branches, partition)
-        learned.weight.copy_(table[:, 0] if partition is WHOLE else table)
+        table = fitted_rows(part_grams_of(fit, partition, grams).sum(0), anchors)
+        parts = None if partition is WHOLE else partition
+        learned = L2P(header.num_steps, anchors, header.num_branches, partition=parts)
+        learned.set_rows(table)
         learned.spec = spec_of(header, TAP, anchors, len(fit))
         history = sum(sum(a < t for a in anchors) for t in range(50) if t not in anchors)
         size = header.num_branches * partition.num_parts * history

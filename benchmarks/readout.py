@@ -35,7 +35,6 @@ from foreseer.cli import main
 from foreseer.evaluation.benchmark import FIRST_ITEM
 from foreseer.evaluation.metrics import paired, psnr, ssim, summarise
 from foreseer.evaluation.plan import Entry
-from foreseer.evaluation.rows import RULES
 from foreseer.evaluation.runs import run_entry
 from foreseer.evaluation.solvers import SOLVERS
 from foreseer.evaluation.timing import attach_overhead, forecast_step_ratio
@@ -43,6 +42,7 @@ from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
+from foreseer.predictors.rules import RULES
 from foreseer.training.export import export_predictor
 from foreseer.training.readout import sums as readout_sums
 from foreseer.training.readout.readout_fit import ReadoutFit

@@ -28,18 +28,19 @@ from parts import GRID
 from foreseer.checkpoints.format import save_predictor
 from foreseer.evaluation.benchmark import FIRST_ITEM, compare_methods
 from foreseer.evaluation.plan import load_learned
-from foreseer.evaluation.rows import RULES
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import PUBLISHED_L2P, uniform
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.continuous import L2PContinuous
-from foreseer.predictors.parted import FreqCa, parted_l2p
+from foreseer.predictors.linear import L2P, fitted_rows
 from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.per_part import FreqCa
+from foreseer.predictors.rules import RULES
 from foreseer.predictors.spectrum import equal_bands
 from foreseer.training.clusters import cluster_channels, fit_hyca
 from foreseer.training.continuous import fit_continuous
 from foreseer.training.l2p import spec_of
-from foreseer.training.parts import least_squares_parts, stack_part_grams
+from foreseer.training.parts import stack_part_grams
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
@@ -167,9 +168,9 @@ def fit_parts(label: str, anchors: tuple[int, ...]) -> None:
         if out.exists():
             continue
         partition = make()
-        predictor = parted_l2p(header.num_steps, anchors, header.num_branches, partition)
+        predictor = L2P(header.num_steps, anchors, header.num_branches, partition=partition)
         grams = stack_part_grams(fit, "hidden", partition)
-        predictor.weight.copy_(least_squares_parts(grams, anchors))
+        predictor.set_rows(fitted_rows(grams.sum(0), anchors))
         save_predictor(predictor, spec, out)
 
 

@@ -19,8 +19,8 @@ from foreseer.evaluation.page.html import write_report
 from foreseer.evaluation.page.table import best_rows
 from foreseer.evaluation.plan import Entry, spec_of
 from foreseer.evaluation.results import BenchRow, load_meta, load_rows
-from foreseer.evaluation.rows import RULES
 from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.predictors.rules import RULES
 from foreseer.trajectories.prompts import class_items
 
 ROWS = Path(__file__).parent / "results" / "reference_table.json"

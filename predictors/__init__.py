@@ -5,7 +5,9 @@ one learned family. A predictor is public once it is named here, and may be in a
 `LEARNED`.
 """
 
-from foreseer import __version__ as __version__
+from importlib import import_module
+from typing import Any
+
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
 from foreseer.predictors.bounded import GapBounded
@@ -14,8 +16,8 @@ from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.parted import FreqCa, HyCa
 from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.per_part import FreqCa, HyCa
 from foreseer.predictors.readout import Readout
 from foreseer.predictors.rules import (
     BDF2,
@@ -33,6 +35,8 @@ from foreseer.predictors.rules import (
 )
 from foreseer.predictors.spectrum import Bands
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
+
+from .. import __version__ as __version__
 
 LEARNED: tuple[type[Predictor], ...] = (
     L2P,
@@ -79,3 +83,10 @@ __all__ = [
     "Step",
     "Taylor",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A class of version 0.2 that `L2P` has taken in."""
+    if name not in ("L2PBands", "L2PExperts", "L2PGroups"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("foreseer.predictors.earlier"), name)

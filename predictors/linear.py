@@ -119,8 +119,8 @@ class L2P(LinearPredictor):
         new.set_rows(fitted_rows(total, self.anchors, strength, self.expert_steps))
         return new
 
-    def set_rows(self, rows: Float[Tensor, "branches P S S"]) -> None:
-        """Make these rows the predictor's; P is 1 of the whole feature."""
+    def set_rows(self, rows: Float[Tensor, "branches *parts S S"]) -> None:
+        """Make these rows the predictor's, with or without the axis of a single part."""
         self.weight.copy_(rows.detach().reshape(self.weight.shape))
 
 

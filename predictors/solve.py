@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-CUTOFF = 1e-12  # of the largest eigenvalue: a direction of a float64 Gram that holds rounding alone
+CUTOFF = 1e-12  # of the largest eigenvalue: directions below hold the rounding of float64 alone
 
 
 def ridge(
@@ -43,7 +43,7 @@ def ridge(
         return ridges(normal, right, [0.0], units)[0]
     scale = _scale(normal, units)
     unit = normal * scale * scale.mT
-    unit.diagonal(dim1=-2, dim2=-1).add_(strength)
+    unit.diagonal(dim1=-2, dim2=-1).add_(strength + CUTOFF)
     return scale * torch.linalg.solve(unit, scale * right)
 
 
@@ -67,7 +67,7 @@ def ridges(
     limit = CUTOFF * values[..., -1:]
     found = []
     for strength in strengths:
-        at = values + strength if strength else values.where(values > limit, torch.inf)
+        at = values + strength + CUTOFF if strength else values.where(values > limit, torch.inf)
         found.append(scale * (vectors @ (projected / at[..., None])))
     return torch.stack(found)
 

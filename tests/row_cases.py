@@ -1,4 +1,4 @@
-"""Rows and errors of whole features, without the axis of parts that the library's functions have."""
+"""Rows and errors of whole features, without the axis of parts that library functions have."""
 
 from collections.abc import Sequence
 

@@ -30,8 +30,8 @@ from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.parted import FreqCa
 from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.per_part import FreqCa
 from foreseer.predictors.rules import HiCache, Newton, Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
 from foreseer.trajectories.collector import Recorder

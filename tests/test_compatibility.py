@@ -15,10 +15,14 @@ import torch
 from row_cases import rows_fitted
 from tiny_hosts import items, pipeline, settings
 
+from foreseer import predictors
 from foreseer.checkpoints import config, upgrade
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.checkpoints.zoo import bundled
+from foreseer.predictors.linear import L2P
+from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.readout import Readout
+from foreseer.predictors.spectrum import Bands
 from foreseer.training.shipped import read_sums
 from foreseer.trajectories.files import header
 from foreseer.trajectories.files.header import RecordingError
@@ -77,6 +81,35 @@ def test_a_readout_of_version_3_reads_its_last_anchor_alone(tmp_path):
     changed(folder / "config.json", schema_version=3, arguments=arguments)
     again = load_predictor(folder)
     assert again.past == 0 and torch.equal(again.inner, predictor.inner)
+
+
+ROWS_OF_VERSION_4 = {
+    "L2PExperts": ({"expert_steps": (0, 1)}, {"expert_steps": [0, 1]}),
+    "L2PBands": (
+        {"partition": Bands([0.5], [2, 3], "fft")},
+        {"edges": [0.5], "grid": [2, 3], "transform": "fft"},
+    ),
+    "L2PGroups": ({"partition": ChannelGroups([0, 1, 1])}, {"labels": [0, 1, 1]}),
+}
+
+
+@pytest.mark.parametrize("name", ROWS_OF_VERSION_4)
+def test_rows_of_version_4_that_had_a_class_of_their_own_are_read(name, tmp_path):
+    now, then = ROWS_OF_VERSION_4[name]
+    spec = load_predictor(NEWEST / "predictor").spec
+    spec = dataclasses.replace(spec, expert_steps=now.get("expert_steps", (0,)))
+    predictor = L2P(8, spec.anchors, 2, **now)
+    predictor.weight += torch.randn_like(predictor.weight)
+    folder = save_predictor(predictor, spec, tmp_path / "p")
+    arguments = {"num_steps": 8, "anchors": list(spec.anchors), "num_branches": 2} | then
+    old = {"schema_version": 4, "predictor_class": name, "arguments": arguments}
+    changed(folder / "config.json", **old)
+    again = load_predictor(folder)  # which replays the golden pair
+    assert type(again) is L2P and again.arguments() == predictor.arguments()
+    assert torch.equal(again.weight, predictor.weight)
+    with pytest.warns(DeprecationWarning, match=rf"{name}\(...\) is L2P\("):
+        same = getattr(predictors, name)(8, spec.anchors, 2, *then.values())
+    assert same.arguments() == predictor.arguments()
 
 
 @each

@@ -186,9 +186,9 @@ def set_in(*path, value):
 
 CONFIG_FAULTS = {
     "newer schema": (set_in("schema_version", value=9), "schema_version 9, .* upgrade foreseer"),
-    "no version": (set_in("schema_version", value=0), "schema_version is 0, expected 4"),
+    "no version": (set_in("schema_version", value=0), "schema_version is 0, expected 5"),
     "no schema": (lambda c: c.pop("schema_version"), r"lacks \['schema_version'\]"),
-    "schema true": (set_in("schema_version", value=True), "schema_version is True, expected 4"),
+    "schema true": (set_in("schema_version", value=True), "schema_version is True, expected 5"),
     "unknown class": (
         set_in("predictor_class", value="os.system"),
         r"predictor_class is 'os.system', expected one of \[.*'L2P'.*\]; upgrade foreseer",
@@ -200,7 +200,7 @@ CONFIG_FAULTS = {
         r"spec has the unknown keys \['lora'\]",
     ),
     "missing spec key": (lambda c: c["spec"].pop("sigmas"), r"lacks \['sigmas'\]"),
-    "no argument": (lambda c: c["arguments"].pop("anchors"), r"arguments are \['num_branches',"),
+    "no argument": (lambda c: c["arguments"].pop("anchors"), r"arguments are \['expert_steps',"),
     "more arguments": (set_in("arguments", "device", value="meta"), "'device', .* L2P takes"),
     "string for number": (
         set_in("spec", "guidance_scale", value="3"),

@@ -41,7 +41,7 @@ def recording(pipeline, tmp_path_factory) -> Recording:
 
 def test_an_oracle_is_never_worse_than_what_it_bounds(recording, tmp_path):
     fitted_on, held_out = recording.items[:8], recording.items[8:]
-    rows = rows_fitted(recording.stack("gram/output", fitted_on), ANCHORS)
+    rows = rows_fitted(recording.stack("gram/output", fitted_on), ANCHORS)[:, None]
     curves = fit_report(recording, held_out, rows, ANCHORS, "output", None, tmp_path)
     assert list(curves) == ["oracle_all", "oracle_anchors", "open_loop"]
     by_step = zip(*curves.values(), strict=True)
@@ -83,7 +83,9 @@ def test_a_fit_without_held_out_trajectories_is_refused_before_it_starts(recordi
     with pytest.raises(ValueError, match="raise validation_fraction"):
         trainer(tmp_path).fit(module, datamodule=data)
     with pytest.raises(ValueError, match="needs held-out trajectories"):
-        fit_report(recording, [], module.predictor.weight, ANCHORS, "output", None, tmp_path)
+        fit_report(
+            recording, [], module.predictor.weight[:, None], ANCHORS, "output", None, tmp_path
+        )
 
 
 @pytest.mark.parametrize(("config", "curves"), [("l2p_lstsq", 3), ("l2p_adam", 3), ("l2p", 4)])

@@ -28,8 +28,8 @@ from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.parted import HyCa
 from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.per_part import HyCa
 from foreseer.predictors.readout import Readout
 from foreseer.predictors.spectrum import Bands
 from foreseer.trajectories.files.header import Header

@@ -25,8 +25,8 @@ from foreseer.predictors.base import Step
 from foreseer.predictors.continuous import L2PContinuous
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.parted import FreqCa, HyCa
 from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.per_part import FreqCa, HyCa
 from foreseer.predictors.rules import Newton, Reuse, Taylor
 from foreseer.predictors.spectrum import Bands
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy

@@ -14,8 +14,8 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.predictors.base import History, Predictor, Step
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.parted import POOL, FreqCa, HyCa
 from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.per_part import POOL, FreqCa, HyCa
 from foreseer.predictors.rules import HiCache, Taylor
 from foreseer.predictors.spectrum import Bands
 

@@ -18,8 +18,9 @@ from tiny_hosts import CALLS_PER_STEP, items, pipeline, settings
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.cli import main
 from foreseer.integration.forecasting import forecasting
-from foreseer.predictors.parted import POOL
+from foreseer.predictors.linear import fitted_rows
 from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.per_part import POOL
 from foreseer.predictors.spectrum import Bands, equal_bands
 from foreseer.training.clusters import (
     best_solvers,
@@ -228,7 +229,7 @@ def test_a_part_that_is_zero_at_an_anchor_is_refused():
     features[..., 0] = 0
     grams = grams_of(ChannelGroups([0, 1, 1, 1, 1, 1]), features)
     with pytest.raises(ValueError, match=r"parts \[0\] are zero"):
-        rows_fitted(grams, ANCHORS)
+        fitted_rows(grams.sum(0), ANCHORS)
 
 
 @pytest.fixture(scope="module", params=["bands", "groups"])

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.predictors.parted import POOL, HyCa
 from foreseer.predictors.partition import ChannelGroups
+from foreseer.predictors.per_part import POOL, HyCa
 from foreseer.training.l2p import spec_of
 from foreseer.training.parts import stack_part_grams
 from foreseer.trajectories.gram import squared_errors

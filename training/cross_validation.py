@@ -151,4 +151,5 @@ def left_out_errors(
         squared = squared + (weights * (bent - 2 * cross)).sum(-2)
         errors[..., steps] = (squared.clamp_min(0).sum(-2) / norms[..., steps]).sqrt()
     nothing_left = rest.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1) <= 0
-    return torch.nan_to_num(errors.mean((2, 3)).masked_fill(nothing_left, torch.inf), torch.inf)
+    means = errors.mean((2, 3)).masked_fill(nothing_left, torch.inf)
+    return torch.nan_to_num(means, torch.inf, torch.inf)

@@ -107,7 +107,7 @@ def explained(
 
 
 def squared_errors(
-    grams: Float[Tensor, "*lead P S S"], rows: Float[Tensor, "*lead2 P S S"]
+    grams: Float[Tensor, "*lead P S S"], rows: Float[Tensor, "*lead2 #P S S"]
 ) -> Float[Tensor, "*lead P S"]:
     """||P_p (F_t - sum_s rows[p, t, s] F_s)||^2 of every part and step: c^T G c, c = e_t - row t.
 
@@ -119,7 +119,7 @@ def squared_errors(
 
 
 def relative_errors(
-    grams: Float[Tensor, "*lead P S S"], rows: Float[Tensor, "*lead2 P S S"]
+    grams: Float[Tensor, "*lead P S S"], rows: Float[Tensor, "*lead2 #P S S"]
 ) -> Float[Tensor, "*lead S"]:
     """||F_t - F_hat_t|| / ||F_t|| of every step, F_hat forecast by rows; 0 at an anchor.
 
