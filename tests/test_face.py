@@ -146,8 +146,8 @@ def full_recording(tmp_path_factory) -> fs.Recording:
 @pytest.mark.parametrize(
     ("method", "kind", "options"),
     [
-        ("bands", "L2PBands", {}),
-        ("groups", "L2PGroups", {}),
+        ("bands", "L2P", {}),
+        ("groups", "L2P", {}),
         ("continuous", "L2PContinuous", {}),
         ("lesa", "LesaPredictor", {"closed_loop_epochs": 1, "batch_size": 4}),
         ("disca", "DiscaPredictor", {"mse_epochs": 1, "closed_epochs": 0, "num_heads": 1}),
