@@ -9,6 +9,7 @@ Shapes: n trajectories, P parts (1 of the whole feature), S sampling steps.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
