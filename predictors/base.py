@@ -17,7 +17,7 @@ from foreseer.predictors.history import History as History
 from foreseer.predictors.history import Reading as Reading
 from foreseer.predictors.history import Step as Step
 from foreseer.predictors.partition import Partition
-from foreseer.predictors.sums import combine
+from foreseer.predictors.weighted import combine
 
 SMALLEST = (2, 4)
 """Tokens and channels of a feature for predictors that take any."""

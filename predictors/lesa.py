@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from foreseer.predictors.base import History, Predictor, Step, walked_rows
 from foreseer.predictors.gates import GATES, build_gate, check_stages, time_differences
 from foreseer.predictors.kept_values import same_values, values_of
-from foreseer.predictors.sums import combine
+from foreseer.predictors.weighted import combine
 
 MAX_FOLDED = 1000  # lists of anchors whose rows are kept; an adaptive schedule meets ever new ones
 

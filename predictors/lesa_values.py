@@ -16,7 +16,7 @@ from foreseer.predictors.base import History, Step
 from foreseer.predictors.kept_values import same_values, values_of
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.splines import SplineNet
-from foreseer.predictors.sums import wide_dtype
+from foreseer.predictors.weighted import wide_dtype
 
 
 class LesaValues(LesaPredictor):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.predictors.sums import combine, wide_dtype
+from foreseer.predictors.weighted import combine, wide_dtype
 
 
 class Partition:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foreseer.predictors.base import SMALLEST, Grid, History, Reading, Step
 from foreseer.predictors.linear import L2P, expert_start
-from foreseer.predictors.sums import combine
+from foreseer.predictors.weighted import combine
 
 STORED = torch.bfloat16  # half of a file's bytes; a rounding of 2^-9 of a correction
 

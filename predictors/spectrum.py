@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.predictors.partition import ChannelGroups, Partition
-from foreseer.predictors.sums import wide_dtype
+from foreseer.predictors.weighted import wide_dtype
 
 
 class Bands(Partition):

@@ -22,7 +22,7 @@ from foreseer.integration.host.call_rows import Narrowed
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Step
 from foreseer.predictors.solve import ridge
-from foreseer.predictors.sums import combine
+from foreseer.predictors.weighted import combine
 from foreseer.training.tracking import whitening
 from foreseer.trajectories.prompts import Item, generate_batch
 
