@@ -67,7 +67,7 @@ test-wheel: .venv-test/.installed
 	|| { cat build/log; exit 1; }
 	$(TEST) $(PIP_INSTALL) --no-deps --force-reinstall dist/foreseer-*.whl dist/foreseer_zoo-*.whl
 	@set -e; elsewhere=$$(mktemp -d); trap 'rm -rf "$$elsewhere"' EXIT; \
-	cp -r tests pyproject.toml "$$elsewhere"; cd "$$elsewhere"; \
+	cp -r tests examples pyproject.toml "$$elsewhere"; cd "$$elsewhere"; \
 	"$(CURDIR)/$(TEST)" -c "import foreseer; f = foreseer.__file__; print('testing', f); \
 	assert 'site-packages' in f" ; \
 	"$(CURDIR)/$(TEST)" $(PYTEST) -m "not (slow or fault or nightly)" \

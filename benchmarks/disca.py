@@ -13,6 +13,7 @@ Writes benchmarks/results/disca.json: rows of `foreseer bench` with `num_network
 
 import functools
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -26,6 +27,9 @@ from fashion_dit import HELD_OUT
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "bundled_models"))
+from judge import load_classifier
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.benchmark import FIRST_ITEM
@@ -41,7 +45,6 @@ from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.export import export_predictor
-from foreseer.training.judge import load_classifier
 from foreseer.training.l2p import L2PLeastSquares
 from foreseer.training.lesa.lesa_fit import LesaModule
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
@@ -247,7 +250,7 @@ def bench(
     Args:
         num_samples: held-out (label, seed) pairs behind PSNR.
         judged: images behind the class accuracy, the first of which are those samples.
-        classifier: checkpoint of the classifier (configs/teacher/judge.yaml).
+        classifier: checkpoint of the classifier (examples/bundled_models/judge.yaml).
         students: students to compare at every number of steps, NAME=FOLDER; forecasts run on the
             bundled one.
         parts: what to run; all other rows come from earlier starts.

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import torch
+from flow_fields import Mixture, ring
+from ring_student import Recipe, interval_error, train_on
 from tqdm.auto import tqdm
 
 from foreseer.distill.few_steps import few_steps
-from foreseer.distill.fields import Mixture, ring
 from foreseer.distill.meanflow import AlphaFlowTarget, MeanFlowTarget
-from foreseer.distill.ring import Recipe, interval_error, train_on
 from foreseer.distill.times import MeanFlowTimes, RestrictedTimes
 
 OUT = Path(__file__).parent / "results" / "rmf_ring.json"

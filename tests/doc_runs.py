@@ -36,7 +36,7 @@ LONG = ("docs/readout.md", "docs/faq.md", "docs/l2p.md", "docs/pipelines.md", "d
 
 PARSED = {
     r"^npm pack": "74 MB; tests/test_text_teacher.py reads a package of that form",
-    r"^python -m foreseer.training.t(eacher_export|ext_judge)": "tests/test_text_teacher.py",
+    r"^python examples/bundled_models/(export_teacher|text_judge)": "tests/test_text_teacher.py",
     r"^foreseer record --config configs/record/emoji_flux": "minutes; tests/test_text_host.py",
     r"^foreseer (refit|fit) .*(runs/readout_more|keep_sums)": "tests/test_readout_refit.py",
     r"^foreseer fit --config configs/fit/emoji": "minutes; tests/test_text_host.py fits all kinds",
@@ -46,7 +46,7 @@ PARSED = {
     r"^python benchmarks/": "minutes to hours; the script exists and compiles",
     r"^python -m foreseer.distill.student_export": "needs a student trained for half an hour",
     r"^foreseer distill": "half an hour; tests/training_crash_cases.py trains them at tiny size",
-    r"^foreseer teacher": "hours; tests/training_crash_cases.py trains it at tiny size",
+    r"^python examples/bundled_models/train.py": "hours; tests/training_crash_cases.py, tiny",
     r"^foreseer demo": "five minutes; tests/test_demo.py runs it at tiny size",
     r"^(torchrun|accelerate|srun|sbatch|for) ": "several processes; tests/test_launchers.py",
     r"^foreseer fit .*--trainer.devices 2": "two processes; tests/test_ddp.py trains so",

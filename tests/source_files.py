@@ -23,6 +23,6 @@ def source_files() -> list[str]:
 
 
 def module_name(path: str) -> str:
-    """`foreseer.training.teacher` for `training/teacher.py`."""
+    """`foreseer.training.l2p` for `training/l2p.py`."""
     parts = ["foreseer", *Path(path).with_suffix("").parts]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -13,14 +13,17 @@ CONFIGS = [
 ]
 
 
+RECIPES = sorted((Path(__file__).parents[1] / "examples/bundled_models").glob("*.yaml"))
+
+
 def command_words(path: str) -> list[str]:
-    """The command a config is for: its folder names it; `teacher` takes the Trainer's word.
+    """The command a config is for: its folder names it.
 
     In a recipe the file names it, and `call.yaml` comes first: it is of all commands that draw.
     """
     folder, name = path.split("/")[1], Path(path).stem
     if folder != "recipes":
-        return [folder, "fit"] if folder == "teacher" else [folder]
+        return [folder]
     if name == "fit":
         return ["fit"]
     call = PACKAGE / Path(path).with_name("call.yaml")
@@ -44,15 +47,18 @@ def test_a_shipped_config_parses(path, capsys, tmp_path, monkeypatch):
     assert given.keys() <= parsed.keys()
 
 
-def test_the_bundled_models_recipe_is_shipped():
-    assert "configs/teacher/fashion_dit.yaml" in CONFIGS
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_bundled_models_recipe_parses(path, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = yaml.safe_load(path.read_text())
+    assert given.keys() <= parse(["fit", "--config", str(path)], capsys).keys()
 
 
 def test_a_misspelled_argument_of_a_class_is_refused_by_name(capsys, tmp_path):
-    good = (PACKAGE / "configs/teacher/fashion_dit.yaml").read_text()
+    good = next(p for p in RECIPES if p.stem == "fashion_dit").read_text()
     bad = tmp_path / "bad.yaml"
     bad.write_text(good.replace("num_layers", "num_lyers"))
     with pytest.raises(SystemExit) as stop:
-        main(["teacher", "fit", "--config", str(bad), "--print_config"])
+        main(["fit", "--config", str(bad), "--print_config"])
     assert stop.value.code == 2
     assert "num_lyers" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_a_command_that_is_not_run_is_parsed(command, folder, capsys, monkeypatc
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
     elif words[0] == "npm":
-        assert words[-1] in (PACKAGE / "training/emoji.py").read_text()
+        assert words[-1] in (ROOT / "examples/bundled_models/emoji.py").read_text()
     elif words[0] == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         found = re.search(r"\[([\w,]+)\]", words[-1])

@@ -17,13 +17,7 @@ PREDICTORS_OF_A_FIT = {"any_anchors", "continuous"}  # which bears the name of i
 SHARED = ("__version__", "environment", "errors", "extras", "moved")
 LIGHTNING = {"lightning", "pytorch_lightning"}
 HUGGING_FACE = {"diffusers", "transformers"}
-# Recipes of the bundled models; rivals are schedulers of diffusers, and so is the writer of videos.
-DIFFUSERS = {
-    "training/teacher.py",
-    "training/text_teacher.py",
-    "evaluation/solvers.py",
-    "evaluation/generate.py",
-}
+DIFFUSERS = {"evaluation/solvers.py", "evaluation/generate.py"}  # rivals, and files of videos
 # Import names that differ from the package's name.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit_learn", "kan": "pykan"}
 

@@ -8,11 +8,11 @@ import lightning
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from judge import ClassifierModule, class_agreement, judge_teacher
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
-from foreseer.training.judge import ClassifierModule, class_agreement, judge_teacher
 
 
 def tiny_pipeline(cls=PixelDiTPipeline) -> PixelDiTPipeline:

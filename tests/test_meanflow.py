@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from flow_fields import Gaussian, ring
 
-from foreseer.distill.fields import Gaussian, ring
 from foreseer.distill.guidance import Conditions
 from foreseer.distill.meanflow import (
     AlphaFlowTarget,

@@ -7,6 +7,7 @@ import pytest
 from tiny_text import tiny_text_pipeline
 
 from foreseer.checkpoints.zoo import ZOO
+from foreseer.cli import main
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.sentence_encoder import SentenceEncoder
 from foreseer.moved import MOVED
@@ -40,3 +41,11 @@ def test_bundled_pipelines_name_the_modules_of_today():
 def test_other_names_are_missing_as_before():
     with pytest.raises(ModuleNotFoundError, match="foreseer.training.nothing"):
         importlib.import_module("foreseer.training.nothing")
+
+
+def test_a_recipe_of_a_bundled_model_says_where_it_is_now():
+    with pytest.raises(ModuleNotFoundError, match="examples/bundled_models/train.py fit"):
+        importlib.import_module("foreseer.training.teacher")
+    with pytest.raises(SystemExit) as stop:
+        main(["teacher", "fit"])
+    assert stop.value.code == 2

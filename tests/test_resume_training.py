@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from dit_teacher import TeacherModule
 from lightning.pytorch.trainer.states import TrainerFn
 from nightly import nightly, selected
 from source_files import PACKAGE
@@ -17,9 +18,9 @@ from test_teacher import tiny_teacher
 from training_crash_cases import CASES
 
 from foreseer.training.plumbing.resuming import RANDOM_STATE, close_epoch
-from foreseer.training.teacher import TeacherModule
 
 HERE = Path(__file__).parent
+RECIPES = HERE.parent / "examples" / "bundled_models"
 SOLVED = {
     "l2p",
     "l2p_batches",
@@ -56,10 +57,11 @@ def report(
 def test_every_shipped_training_is_killed() -> None:
     shipped = {
         f"{folder}/{path.stem}"
-        for folder in ("fit", "distill", "teacher")
+        for folder in ("fit", "distill")
         for path in (PACKAGE / "configs" / folder).glob("*.yaml")
     }
-    assert {case.config for case in CASES.values()} == shipped
+    recipes = {f"bundled_models/{path.stem}" for path in RECIPES.glob("*.yaml")}
+    assert {case.config for case in CASES.values()} == shipped | recipes
 
 
 @pytest.mark.fault

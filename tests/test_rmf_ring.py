@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from flow_fields import ring
+from ring_student import Recipe, interval_error, train_on
 
 from foreseer.distill.few_steps import few_steps
-from foreseer.distill.fields import ring
 from foreseer.distill.meanflow import MeanFlowTarget
-from foreseer.distill.ring import Recipe, interval_error, train_on
 from foreseer.distill.times import RestrictedTimes
 
 pytestmark = pytest.mark.slow

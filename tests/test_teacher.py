@@ -6,25 +6,25 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import dit_teacher as teacher
 import lightning
 import pytest
 import torch
+from dit_teacher import TeacherModule, class_grid
+from export_teacher import export_teacher, save_weights
+from fashion_mnist import FashionMNIST, load_split
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from sample_grid import SampleGrid
 from torch.utils.data import DataLoader, TensorDataset
 
-import foreseer
 from foreseer.cli import main
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
-from foreseer.training import teacher
-from foreseer.training.fashion_mnist import FashionMNIST, load_split
 from foreseer.training.plumbing import callbacks
-from foreseer.training.plumbing.callbacks import ClockCosine, SampleGrid
-from foreseer.training.teacher import TeacherModule, class_grid
-from foreseer.training.teacher_export import export_teacher, save_weights
+from foreseer.training.plumbing.callbacks import ClockCosine
 
-CONFIGS = Path(foreseer.__file__).parent / "configs" / "teacher"
+CONFIGS = Path(__file__).parents[1] / "examples" / "bundled_models"
 
 
 def tiny_teacher(**changes) -> TeacherModule:

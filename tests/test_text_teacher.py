@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emoji import CaptionedEmoji, Picture, has_two_sides, read_pictures, split
+from export_teacher import export_teacher
 from PIL import Image
+from text_judge import content_words, judge_text_teacher, retrieval, sharing
+from text_teacher import TextTeacherModule, zeroed_layers
 
 from foreseer.cli import main
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.sentence_encoder import SentenceEncoder, encode, plain
-from foreseer.training.emoji import CaptionedEmoji, Picture, has_two_sides, read_pictures, split
-from foreseer.training.teacher_export import export_teacher
-from foreseer.training.text_judge import content_words, judge_text_teacher, retrieval, sharing
-from foreseer.training.text_teacher import TextTeacherModule, zeroed_layers
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "teacher"
+CONFIGS = Path(__file__).parents[1] / "examples" / "bundled_models"
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "flag", "heart", "cat", "dog", "fish", "tree", "star", "book", "cup")
 

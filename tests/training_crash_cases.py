@@ -64,14 +64,13 @@ class Case:
     @property
     def resumes(self) -> bool:
         """Whether the same command goes on from the last checkpoint."""
-        return self.config != "teacher/judge"
+        return self.config != "bundled_models/judge"
 
     @property
     def words(self) -> list[str]:
         """The command."""
         kind = self.config.partition("/")[0]
-        commands = {"fit": ["fit"], "distill": ["distill"], "teacher": ["teacher", "fit"]}
-        return [*commands[kind], "--config", "training.yaml"]
+        return ["distill" if kind == "distill" else "fit", "--config", "training.yaml"]
 
 
 ONCE = [Kill("batch", 0), Kill("write", 0), Kill("saved", 0)]  # trainings of one step
@@ -180,13 +179,13 @@ CASES = {
     "two_branches": Case("distill/two_branches", CLOCK[::2], DISTILL),
     "two_branches_rmf": Case("distill/two_branches_rmf", CLOCK[::2], DISTILL),
     "teacher": Case(
-        "teacher/fashion_dit",
+        "bundled_models/fashion_dit",
         CLOCK,
         TEACHER | {"data.init_args.batch_size": 4},
     ),
-    "text_teacher": Case("teacher/emoji_flux", CLOCK[::2], TEXT_TEACHER),
+    "text_teacher": Case("bundled_models/emoji_flux", CLOCK[::2], TEXT_TEACHER),
     "text_teacher_2": Case(
-        "teacher/emoji_flux_2",
+        "bundled_models/emoji_flux_2",
         CLOCK[:1],
         TEXT_TEACHER | {"trainer.callbacks.0.init_args.decay_minutes": 3 / 60},
     ),
@@ -198,7 +197,7 @@ CASES = {
     "emoji_lesa": Case("fit/emoji_lesa", EPOCHS[:2], OURS),
     "emoji_disca": Case("fit/emoji_disca", EPOCHS[:2], TWO_PHASES),
     "judge": Case(
-        "teacher/judge",
+        "bundled_models/judge",
         [Kill("batch", 0, 3), Kill("batch", 2, 1), Kill("write", 2)],
         {"model.init_args.width": 2, "data.init_args.batch_size": 4},
     ),
@@ -233,24 +232,30 @@ def make_sources(folder: Path) -> dict[str, Any]:
     }
 
 
+def shipped(config: str) -> Path:
+    """The file of a configuration: of the package, or of the bundled models' recipes."""
+    home = Path(__file__).parents[1] / "examples"
+    return (home if config.startswith("bundled_models") else PACKAGE / "configs") / f"{config}.yaml"
+
+
 def configuration(case: Case, sources: dict[str, Any], folder: Path) -> str:
     """The shipped configuration at tiny size, as YAML."""
-    content = yaml.safe_load((PACKAGE / f"configs/{case.config}.yaml").read_text())
+    content = yaml.safe_load(shipped(case.config).read_text())
     kind = case.config.partition("/")[0]
     named = dict(sources)
     if kind == "distill":
         named["data.init_args.folder"] = "runs/teacher_runs"
         named["data.init_args.pipeline"] = str(folder / "tiny")
         named["model.init_args.pipeline"] = str(folder / "tiny")
-    if kind == "teacher":
+    if kind == "bundled_models":
         named["data.init_args.folder"] = str(folder)
-        if not case.config.startswith("teacher/emoji_flux"):
+        if not case.config.startswith("bundled_models/emoji_flux"):
             content["data"].setdefault("init_args", {})["folder"] = ""
     for path, value in (QUIET | named | case.changes).items():
         put(content, path.split("."), value, path in case.changes or path in QUIET)
     if "model.init_args.anchors" in QUIET and kind != "fit":
         content["model"].get("init_args", {}).pop("anchors", None)
-    if kind != "teacher":
+    if kind != "bundled_models":
         content["trainer"]["logger"] = False  # the teacher's grids need one
     for callback in content["trainer"]["callbacks"]:
         keeps = callback["init_args"]

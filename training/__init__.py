@@ -8,4 +8,4 @@ from foreseer.extras import require
 
 from .. import __version__ as __version__
 
-require("train", "foreseer.training (fits, searches, benchmarks)")
+require("train", "foreseer.training (fits and searches)")

@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 from foreseer import commands, fit_commands, pipeline_commands
 from foreseer.errors import meant
 from foreseer.extras import require
+from foreseer.moved import RECIPES_MOVED
 from foreseer.refusing import RESUMING, refusing
 from foreseer.words import by_trainer, flagged, linked, packaged
 
 TRAINER_WORDS = {
     "validate": "Run a trained predictor over the validation split (LightningCLI).",
     "distill": "Distil a guided model into a few-step student, stage by stage (LightningCLI).",
-    "teacher": "Train the bundled model by its own recipe: foreseer teacher fit (LightningCLI).",
 }
 PIPELINE = "--pipeline"
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -82,8 +82,6 @@ def run(words: list[str]) -> None:
         function = FUNCTIONS[of_pipeline if named and of_pipeline in FUNCTIONS else word]
         asked = {"-h", "--help"} & set(rest)  # whatever else, also where a value is missing
         run_function(function, ["--help"] if asked else rest)
-    elif word == "teacher":
-        run_trainer(rest, "foreseer teacher")
     elif word == "distill":
         run_trainer(["fit", *rest], "foreseer distill")
     elif word in TRAINER_WORDS:
@@ -206,6 +204,9 @@ def command_line(words: list[str]) -> Iterator[None]:
 
 def refuse(word: str) -> NoReturn:
     """Exit with code 2: no command, or one that does not exist."""
+    if word == "teacher":  # of version 0.2
+        print(f"foreseer teacher: {RECIPES_MOVED}", file=sys.stderr)
+        raise SystemExit(2)
     found = f"unknown command {word!r}" if word else "no command"
     hint = meant(word, [*FUNCTIONS, *TRAINER_WORDS]).removesuffix(".")
     told = f"foreseer: {found}{hint}; name one of the commands above."

@@ -130,6 +130,18 @@ MOVED = {
 }
 """Old name of a module inside `foreseer`, and its name now."""
 
+RECIPES = frozenset(
+    f"training.{name}"
+    for name in (
+        "emoji fashion_mnist flow_teacher judge teacher teacher_card teacher_export text_card "
+        "text_judge text_teacher"
+    ).split()
+)
+RECIPES_MOVED = (
+    "the recipes of the bundled models are no longer part of the package; in the repository: "
+    "python examples/bundled_models/train.py fit --config examples/bundled_models/fashion_dit.yaml"
+)
+
 
 class MovedFinder(MetaPathFinder, Loader):
     """Import what an old name stands for, and warn."""
@@ -139,6 +151,8 @@ class MovedFinder(MetaPathFinder, Loader):
     ) -> ModuleSpec | None:
         """A loader for a moved module; `None` for every other name."""
         package, _, name = fullname.partition(".")
+        if package == "foreseer" and name in RECIPES:
+            raise ModuleNotFoundError(f"{fullname}: {RECIPES_MOVED}", name=fullname)
         return spec_from_loader(fullname, self) if package == "foreseer" and name in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> None:

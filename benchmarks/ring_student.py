@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from flow_fields import Mixture
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from foreseer.distill.fields import Mixture
 from foreseer.distill.guidance import Conditions
 from foreseer.distill.meanflow import MeanFlowTarget, Target, expand
 from foreseer.distill.points import Points

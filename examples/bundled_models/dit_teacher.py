@@ -8,11 +8,11 @@ Source: Liu et al., arXiv 2209.03003 (rectified flow); Esser et al., arXiv 2403.
 
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from flow_teacher import FlowTeacher, initialise_linear
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
-from foreseer.training.flow_teacher import FlowTeacher, initialise_linear
 
 
 class TeacherModule(FlowTeacher):

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from emoji import ARCHIVE, Picture, read_pictures, split
 from jaxtyping import Bool, Float
+from text_card import judge_table, write_card
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -18,8 +20,6 @@ from foreseer.checkpoints.zoo import resolve
 from foreseer.evaluation.generate import draw
 from foreseer.extras import MissingExtra
 from foreseer.integration.pipelines.load import load_pipeline
-from foreseer.training.emoji import ARCHIVE, Picture, read_pictures, split
-from foreseer.training.text_card import judge_table, write_card
 
 FEATURE_SIDE = 96  # pixels a picture is enlarged to before its features are taken
 BATCH = 32

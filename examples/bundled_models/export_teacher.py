@@ -7,15 +7,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import teacher_card
+import text_card
 import torch
 import yaml
+from dit_teacher import TeacherModule
 from PIL import Image
+from text_teacher import TextTeacherModule
 from torch import Tensor
 
 from foreseer import __version__
-from foreseer.training import teacher_card, text_card
-from foreseer.training.teacher import TeacherModule
-from foreseer.training.text_teacher import TextTeacherModule
 
 KINDS = {each.__name__: each for each in (TeacherModule, TextTeacherModule)}
 CARDS = {"TeacherModule": teacher_card.write_card, "TextTeacherModule": text_card.write_card}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from flow_teacher import FlowTeacher, initialise_linear
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -17,7 +18,6 @@ from foreseer.integration.pipelines.pixel_flux_pipeline import (
     unpack,
 )
 from foreseer.integration.pipelines.sentence_encoder import NUM_TOKENS, WIDTH, SentenceEncoder
-from foreseer.training.flow_teacher import FlowTeacher, initialise_linear
 
 HEAD_CHANNELS = 64
 ROTARY_AXES = (8, 28, 28)  # channels of a head turned by text position, row, column

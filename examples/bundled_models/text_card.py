@@ -67,7 +67,7 @@ whole configuration is in `recipe.yaml`, counts and versions are in `training.js
 - The pictures are Noto emoji (Apache 2.0), from the npm package emoji-datasource-google 16.0.0.
 """
 
-NOT_JUDGED = "Not measured yet; `python -m foreseer.training.text_judge` fills this in."
+NOT_JUDGED = "Not measured yet; `python examples/bundled_models/text_judge.py` fills this in."
 
 
 def write_card(folder: Path) -> None:

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import yaml
-
-from foreseer.training.fashion_mnist import CLASS_NAMES
+from fashion_mnist import CLASS_NAMES
 
 CARD = """---
 license: apache-2.0
@@ -67,7 +66,7 @@ versions are in `training.json`.
   and the probability is not part of the saved configuration.
 """
 
-NOT_JUDGED = "Not measured yet; `python -m foreseer.training.judge` fills this in."
+NOT_JUDGED = "Not measured yet; `python examples/bundled_models/judge.py` fills this in."
 
 
 def write_card(folder: Path) -> None:

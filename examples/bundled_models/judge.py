@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 
 import torch
+from fashion_mnist import CLASS_NAMES, DEFAULT_FOLDER, load_split
 from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from teacher_card import judge_table, write_card
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
-from foreseer.training.fashion_mnist import CLASS_NAMES, DEFAULT_FOLDER, load_split
 from foreseer.training.plumbing.resuming import Resumable
-from foreseer.training.teacher_card import judge_table, write_card
 
 
 class ClassifierModule(Resumable):
