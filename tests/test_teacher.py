@@ -262,7 +262,7 @@ def test_the_shipped_recipe_trains_and_exports(tmp_path, monkeypatch):
     sizes = ["--model.num_layers=1", "--model.num_attention_heads=1"]
     length = ["--trainer.max_steps=3", "--trainer.log_every_n_steps=1"]
     config = ["--config", str(CONFIGS / "fashion_dit.yaml"), f"--data.folder={tmp_path}"]
-    main(["teacher", "fit", *config, *sizes, *length])
+    main(["fit", *config, *sizes, *length])
     checkpoint = tmp_path / "runs" / "teacher" / "fashion_dit" / "last.ckpt"
     out = tmp_path / "out"
     export_teacher(str(checkpoint), str(out))

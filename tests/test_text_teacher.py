@@ -205,7 +205,7 @@ def test_the_shipped_recipe_trains_resumes_and_exports(archive, tmp_path, monkey
     data = [f"--data.archive={archive}", "--data.sample_size=16", "--data.batch_size=8"]
     config = ["--config", str(CONFIGS / "emoji_flux.yaml"), "--trainer.log_every_n_steps=1"]
     for steps in (2, 3):  # the second command goes on from the first one's checkpoint
-        main(["teacher", "fit", *config, *sizes, *data, f"--trainer.max_steps={steps}"])
+        main(["fit", *config, *sizes, *data, f"--trainer.max_steps={steps}"])
     checkpoint = tmp_path / "runs" / "teacher" / "emoji_flux" / "last.ckpt"
     out = tmp_path / "out"
     export_teacher(str(checkpoint), str(out))
