@@ -116,7 +116,6 @@ def inspect(
     Returns:
         Paths of the plots, the Markdown and the page; none of an empty recording.
     """
-    require("train", "foreseer inspect")
     from pathlib import Path
 
     from foreseer.extras import require

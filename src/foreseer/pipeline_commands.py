@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from foreseer.extras import require
-
 
 def inspect(
     pipeline: Any,
@@ -157,7 +155,6 @@ def bench(
     require("train", "foreseer bench")
     import torch
 
-    require("train", "foreseer bench")
     from foreseer.evaluation import benchmark
     from foreseer.evaluation.page.table import gaps, verdict
     from foreseer.evaluation.plan import load_learned
