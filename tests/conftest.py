@@ -3,11 +3,21 @@
 import gc
 import os
 import random
+import re
 
 import hypothesis
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+
+# Files that put together what others test on its own. Checks of shapes and types are a third of
+# their time, so they are for the others, and for these in `make test-all`.
+SITUATIONS = re.compile(
+    r"test_(bench|bundled|comfyui|composition|demo|docs|examples|face|fault|field|fit_|integrations"
+    r"|mistakes|modes|modular|offline|readme|recipes|refit|readout_refit|search|security|solvers_hosts"
+    r"|storage|text_host|truncated|verdict|verify)"
+)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -23,6 +33,15 @@ def imports_out_of_the_collectors_sight():
     """A collection looks through a million objects of imports, and every training asks for one."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_where_they_are_the_subject(request):
+    """Shapes and types are checked, but in files of situations unless all tests run."""
+    unchecked = request.config.option.markexpr and SITUATIONS.match(request.path.name)
+    jaxtyping.config.update("jaxtyping_disable", bool(unchecked))
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)
