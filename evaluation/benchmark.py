@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from foreseer.evaluation.flops import StepFlops, first_call, step_flops
 from foreseer.evaluation.machine import collect_meta
 from foreseer.evaluation.page.curves import sheet
 from foreseer.evaluation.page.html import write_report
-from foreseer.evaluation.plan import COMMON_LISTS, Entry, plan, spec_of
+from foreseer.evaluation.plan import Entry, plan, spec_of
 from foreseer.evaluation.results import BenchRow
 from foreseer.evaluation.runs import Samples, run_entry, score
 from foreseer.evaluation.store import ROWS_FILE, RowLog, load_samples, save_samples
 from foreseer.integration.host.denoisers import transformer_of
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.pipelines.pipeline_call import guidance_of_call
+from foreseer.integration.schedule import COMMON
 from foreseer.predictors.base import LinearPredictor, Predictor
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import RULES
@@ -46,7 +47,7 @@ def compare_methods(
     batch_size: int = 16,
     command: str = "foreseer.evaluation.benchmark.compare_methods",
     rules: Mapping[str, Predictor | Mapping[str, Predictor]] = RULES,
-    common: Sequence[str] = COMMON_LISTS,
+    common: Collection[str] = COMMON,
     **settings: Any,
 ) -> Path:
     """Run every method of a plan (bench_plan.py) on the same items and write the report.

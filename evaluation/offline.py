@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foreseer.evaluation.search import beam_search, common_lists
+from foreseer.evaluation.search import beam_search, start_lists
 from foreseer.integration.schedule import uniform
 from foreseer.predictors.base import History, LinearPredictor, Step
 from foreseer.predictors.rules import RULES
@@ -162,7 +162,7 @@ def offline_rows(
     """
     num_steps, starts = len(grams.sigmas), grams.expert_steps
     longest = max(2, round(MEAN_GAPS * num_steps / num_anchors))
-    common = common_lists(num_anchors, num_steps, starts)
+    common = start_lists(num_anchors, num_steps, starts)
     best: dict[str, Anchors] = {}
     for name, rule in rules.items():
         found = beam_search(grams.fit, grams.sigmas, num_anchors, rule, WIDTH, longest, starts)

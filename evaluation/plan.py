@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,11 @@ from typing import Any
 from foreseer.checkpoints.format import load_predictor
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.solvers import SOLVERS
-from foreseer.integration.schedule import PUBLISHED_L2P, check_anchors, uniform, warped
+from foreseer.integration.schedule import COMMON, check_anchors, common_lists
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.rules import RULES
 
 FORMULA_TAPS = ("output", "hidden")
-COMMON_LISTS = ("uniform", "published", "warped")
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,12 @@ def plan(
     searched: Mapping[str, Sequence[int]],
     methods: Sequence[str] | None = None,
     rules: Mapping[str, Predictor | Mapping[str, Predictor]] = RULES,
-    common: Sequence[str] = COMMON_LISTS,
+    common: Collection[str] = COMMON,
 ) -> list[Entry]:
     """Every entry of a benchmark, largest budget first.
 
-    Solvers and formulas run on the common lists (`uniform`, `published` for 50 steps, `warped`
-    where its anchors are distinct), on the lists of all learned predictors, and on the one searched
-    for them. A learned predictor runs on the anchors it was fitted for.
+    Solvers and formulas run on the common lists, on the lists of all learned predictors, and on
+    the one searched for them. A learned predictor runs on the anchors it was fitted for.
 
     Args:
         budgets: numbers of network evaluations.
@@ -103,7 +101,7 @@ def plan(
     entries = []
     for budget in sorted(set(budgets), reverse=True):
         fitted = [entry for entry in own if len(entry.anchors) == budget]
-        lists = [one for one in _common_lists(budget, num_steps) if one[0] in common]
+        lists = [one for one in common_lists(budget, num_steps).items() if one[0] in common]
         lists += [(entry.anchors_name, entry.anchors) for entry in fitted]
         entries += fitted
         for method in chosen:
@@ -126,17 +124,6 @@ def _by_tap(rule: Predictor | Mapping[str, Predictor]) -> dict[str, Predictor | 
     return dict.fromkeys(FORMULA_TAPS, rule)
 
 
-def _common_lists(budget: int, num_steps: int) -> list[tuple[str, tuple[int, ...]]]:
-    lists = [("uniform", uniform(budget, num_steps))]
-    if num_steps == 50 and budget in PUBLISHED_L2P:
-        lists.append(("published", PUBLISHED_L2P[budget]))
-    try:
-        lists.append(("warped", warped(budget, num_steps)))
-    except ValueError:  # two of its anchors fall on one step: there is no such list
-        return lists
-    return lists
-
-
 def _own_entries(
     budgets: Sequence[int], num_steps: int, learned: Mapping[str, Predictor]
 ) -> list[Entry]:
@@ -149,7 +136,8 @@ def _own_entries(
                 f"the predictor {name} has {len(anchors)} anchors, budgets are {list(budgets)}; "
                 f"add {len(anchors)} to the budgets or leave it out."
             )
-        same = {known: label for label, known in reversed(_common_lists(len(anchors), num_steps))}
+        shared = common_lists(len(anchors), num_steps)
+        same = {known: label for label, known in reversed(shared.items())}
         label = same.get(anchors, "searched")
         entries.append(Entry(_method(name), "learned", spec.tap, label, anchors, predictor))
     return entries

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from foreseer.checkpoints.page import Benchmark
+from foreseer.integration.schedule import COMMON
 
 KINDS = ("solver", "formula", "learned", "full")
 TAPS = ("output", "hidden", "none")
-ANCHOR_NAMES = ("uniform", "published", "warped", "searched", "given", "all")
+ANCHOR_NAMES = (*COMMON, "searched", "given", "all")
 INFINITE_KEY = "infinite"  # JSON has no inf: it is written as null and its key is named here
 
 

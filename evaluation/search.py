@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.integration.schedule import PUBLISHED_L2P, check_anchors, warped
+from foreseer.integration.schedule import check_anchors, common_lists, warped
 from foreseer.predictors.base import History, LinearPredictor, Step
 from foreseer.predictors.linear import expert_start
 
@@ -174,18 +174,17 @@ def _diverse(
     return [entry for kept in by_last.values() for entry in kept]
 
 
-def common_lists(
+def start_lists(
     num_anchors: int, num_steps: int = 50, expert_steps: Sequence[int] = (0,)
 ) -> list[tuple[int, ...]]:
-    """Lists every method is tried on: warped by each gamma, and the published one if there is."""
+    """Lists that every search tries: warped by each gamma, and the common ones."""
     lists = []
     for gamma in GAMMAS:
         try:
             lists.append(warped(num_anchors, num_steps, gamma, expert_steps))
         except ValueError:  # two anchors fell on one step: this gamma is too strong for the budget
             continue
-    if num_steps == 50 and num_anchors in PUBLISHED_L2P and len(expert_steps) == 1:
-        lists.append(PUBLISHED_L2P[num_anchors])
+    lists += common_lists(num_anchors, num_steps, expert_steps).values()
     return list(dict.fromkeys(lists))
 
 

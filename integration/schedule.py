@@ -1,6 +1,6 @@
 """Which steps are anchors: lists, and the rules that make them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 PUBLISHED_L2P = {
     11: (0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44),
@@ -47,6 +47,44 @@ def warped(
         ],
         num_steps,
     )
+
+
+def published(
+    num_anchors: int, num_steps: int = 50, expert_steps: Sequence[int] = (0,)
+) -> tuple[int, ...]:
+    """The list of `PUBLISHED_L2P`.
+
+    Raises:
+        ValueError: there is none of so many anchors and steps, or for several transformers.
+    """
+    if num_steps != 50 or len(expert_steps) > 1 or num_anchors not in PUBLISHED_L2P:
+        raise ValueError(
+            f"found {num_anchors} anchors, {num_steps} steps and {len(expert_steps)} "
+            f"transformer(s); the published lists are of {sorted(PUBLISHED_L2P)} anchors for 50 "
+            "steps of one."
+        )
+    return PUBLISHED_L2P[num_anchors]
+
+
+COMMON: dict[str, Callable[..., tuple[int, ...]]] = {
+    "uniform": uniform,
+    "published": published,
+    "warped": warped,
+}
+"""Lists that every method is measured on and that searches start from, by their name in tables."""
+
+
+def common_lists(
+    num_anchors: int, num_steps: int = 50, expert_steps: Sequence[int] = (0,)
+) -> dict[str, tuple[int, ...]]:
+    """Those of `COMMON` that there are of so many anchors."""
+    found = {}
+    for name, make in COMMON.items():
+        try:
+            found[name] = make(num_anchors, num_steps, expert_steps=expert_steps)
+        except ValueError:  # it has none of so many anchors
+            continue
+    return found
 
 
 def _shares(num_anchors: int, lengths: Sequence[int]) -> list[int]:

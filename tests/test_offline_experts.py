@@ -11,7 +11,7 @@ from test_offline import RUN_STEPS, SIGMAS, recorded, smooth
 
 from foreseer.cli import main
 from foreseer.evaluation.offline import LEARNED, Remembered, TapGrams, offline_rows
-from foreseer.evaluation.search import beam_search, common_lists
+from foreseer.evaluation.search import beam_search, start_lists
 from foreseer.evaluation.verdict import estimate
 from foreseer.fit_commands import search
 from foreseer.integration.schedule import uniform, warped
@@ -53,7 +53,7 @@ def test_fewer_anchors_than_transformers_are_refused():
 
 def test_every_common_list_holds_the_starts_and_none_is_the_published_one():
     for num_anchors in (2, 6, 11):
-        lists = common_lists(num_anchors, 50, [0, 13])
+        lists = start_lists(num_anchors, 50, [0, 13])
         assert lists and {len(one) for one in lists} == {num_anchors}
         assert all({0, 13} <= {*one} for one in lists)
 

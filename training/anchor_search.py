@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from foreseer.errors import RecordingError
 from foreseer.evaluation.measure import References, closed_loop_errors, log_error
-from foreseer.evaluation.search import Found, beam_search, closed_loop_search, common_lists
+from foreseer.evaluation.search import Found, beam_search, closed_loop_search, start_lists
 from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
 from foreseer.predictors.rules import RULES
 from foreseer.predictors.solve import least_squares_rows
@@ -62,7 +62,7 @@ def search_anchors(
     sigmas = recording.header.sigmas
     rule = RULES.get(method, RULES["newton_1"])
     grams = recording.stack(f"gram/{tap if tap != 'none' else 'output'}")
-    lists = common_lists(num_anchors, len(sigmas))
+    lists = start_lists(num_anchors, len(sigmas))
     lists += beam_search(grams, sigmas, num_anchors, rule)[:NUM_OPEN_LOOP]
     evaluate, starts = evaluator(pipe, references, method, tap), list(dict.fromkeys(lists))
     options: dict[str, Any] = {"desc": f"{method} {tap}", "unit": "list", "leave": False}
