@@ -1,4 +1,4 @@
-"""Names of modules of version 0.2 are the modules of today, with a warning that says which."""
+"""Earlier names of modules are the modules of today, with a warning that says which."""
 
 import importlib
 import sys
@@ -16,7 +16,7 @@ from foreseer.moved import MOVED
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
 def test_an_earlier_name_is_the_module_of_today(old, new, monkeypatch):
     monkeypatch.delitem(sys.modules, f"foreseer.{old}", raising=False)
-    with pytest.warns(DeprecationWarning, match=rf"foreseer\.{old} is foreseer\.{new} since"):
+    with pytest.warns(DeprecationWarning, match=rf"foreseer\.{old} is foreseer\.{new} now"):
         found = importlib.import_module(f"foreseer.{old}")
     assert found is importlib.import_module(f"foreseer.{new}")
 

@@ -1,4 +1,4 @@
-"""Modules by the names they had in version 0.2: they work, with a warning that says the new name.
+"""Modules by the names they had before they were sorted into rooms: they work, with a warning that says the new name.
 
 YAML files name classes by their module (`foreseer.training.callbacks.ClockCosine`), and people keep
 YAML files. `import foreseer` puts a finder behind Python's own, which is asked only for names that
@@ -162,7 +162,7 @@ class MovedFinder(MetaPathFinder, Loader):
         """Put the module of today under the old name, so that its classes exist once."""
         old = module.__name__
         new = f"foreseer.{MOVED[old.removeprefix('foreseer.')]}"
-        text = f"{old} is {new} since version 0.3; change the name in your YAML or import."
+        text = f"{old} is {new} now: change the name in your YAML or import."
         warnings.warn(text, DeprecationWarning, stacklevel=2)
         sys.modules[old] = import_module(new)
 
