@@ -32,7 +32,13 @@ from foreseer.checkpoints.folder import check_free, replace_file
 from foreseer.checkpoints.golden import check_golden, golden_pair
 from foreseer.checkpoints.hub import locate
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.checkpoints.strict import DTYPE_CODES, MalformedFile, parse_header, read_plain
+from foreseer.checkpoints.strict import (
+    DTYPE_CODES,
+    MalformedFile,
+    check_header,
+    read_plain,
+    refused_by_library,
+)
 from foreseer.predictors import LEARNED
 from foreseer.predictors.base import Predictor
 
@@ -236,13 +242,14 @@ def _read_model(
     """The tensors of a file, its limits, hash, names, shapes, dtypes and values checked."""
     try:
         content = read_plain(path, MAX_MODEL_BYTES)
-        entries = parse_header(io.BytesIO(content), len(content))
+        check_header(io.BytesIO(content), len(content))
+        with refused_by_library():
+            tensors = parse_tensors(content)
         if (found := hashlib.sha256(content).hexdigest()) != sha256:
             raise MalformedFile(f"SHA-256 is {found}, {CONFIG_FILE} says {sha256} (flipped bits)")
-        tensors = parse_tensors(content)
-    except (MalformedFile, safetensors.SafetensorError) as error:
+    except MalformedFile as error:
         raise CheckpointError(f"{path}: {error}; {AGAIN}") from error
-    state = {n: (entry["dtype"], entry["shape"]) for n, entry in entries.items()}
+    state = _entries(tensors)
     golden = {name: ("F32", state.get(name, ("F32", []))[1]) for name in GOLDEN_NAMES}
     check_entries(state, expected | golden, str(path))
     check_finite(tensors, str(path))

@@ -5,10 +5,13 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from foreseer.errors import ForeseerError
 
@@ -16,7 +19,7 @@ MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 4096
 MAX_NAME_LENGTH = 256
 MAX_AXES = 8
-MAX_NUMBERS = 2**63 - 1
+MAX_NUMBERS = 2**60
 MAX_DEPTH = 16
 """Levels of lists and objects inside each other in any JSON that is read."""
 
@@ -30,7 +33,6 @@ DTYPE_CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-ITEM_BYTES = {code: dtype.itemsize for dtype, code in DTYPE_CODES.items()}
 ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -38,8 +40,8 @@ class MalformedFile(ForeseerError, ValueError):
     """A file that cannot be trusted; the message says what is wrong, not where."""
 
 
-def read_header(path: Path, size: int | None = None) -> dict[str, dict[str, Any]]:
-    """The entry of every tensor (`dtype`, `shape`, `data_offsets`), sorted by name.
+def read_header(path: Path, size: int | None = None) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of every tensor, as the file names them, sorted by name.
 
     Args:
         path: the file.
@@ -54,13 +56,17 @@ def read_header(path: Path, size: int | None = None) -> dict[str, dict[str, Any]
         if size is not None and found != size:
             kind = "truncated" if found < size else "has trailing bytes"
             raise MalformedFile(f"{kind}: {found} bytes, expected {size}")
-        return parse_header(file, found)
+        check_header(file, found)
+    with refused_by_library(), safe_open(path, framework="pt") as opened:
+        slices = {name: opened.get_slice(name) for name in sorted(opened.keys())}
+        return {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
 
 
-def parse_header(file: io.BufferedIOBase, found: int) -> dict[str, dict[str, Any]]:
-    """The header at the start of a file of `found` bytes, see `read_header`.
+def check_header(file: io.BufferedIOBase, found: int) -> None:
+    """Raise where the header at the start of a file of `found` bytes is over a limit.
 
-    Nothing is allocated for a tensor: its bytes must be in the file, which must hold nothing else.
+    What it says of bytes is for the library to check, which refuses overlaps, holes and shapes of
+    another size; it takes headers of 100 MB and any names, each as often as it likes.
 
     Raises:
         MalformedFile: see `read_header`.
@@ -78,16 +84,26 @@ def parse_header(file: io.BufferedIOBase, found: int) -> dict[str, dict[str, Any
         raise MalformedFile(f"malformed header ({str(error)[:200]})") from error
     if not isinstance(entries, dict):
         raise MalformedFile(f"malformed header: it is a {type(entries).__name__}, no object")
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise MalformedFile("malformed header: __metadata__ is no object of strings")
+    entries.pop("__metadata__", None)
     if len(entries) > MAX_TENSORS:
         raise MalformedFile(f"header lists {len(entries)} tensors, the limit is {MAX_TENSORS}")
-    end = _end_of_tensors(entries)
-    if 8 + length + end != found:
-        kind = "truncated" if found < 8 + length + end else "has trailing bytes"
-        raise MalformedFile(f"{kind}: {found} bytes, its header says {8 + length + end}")
-    return dict(sorted(entries.items()))
+    for name, entry in entries.items():
+        _check_entry(name, entry)
+
+
+@contextmanager
+def refused_by_library() -> Iterator[None]:
+    """Turn what safetensors says of a file into `MalformedFile`.
+
+    Raises:
+        MalformedFile: the header does not describe the bytes that follow it.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise MalformedFile(
+            f"truncated, has trailing bytes or a damaged header ({str(error)[:200]})"
+        ) from error
 
 
 def read_plain(path: Path, limit: int) -> bytes:
@@ -162,20 +178,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def _end_of_tensors(entries: dict[str, Any]) -> int:
-    """Bytes of all tensors, which must follow each other without a hole or an overlap."""
-    spans = sorted((*_span(name, entry), name) for name, entry in entries.items())
-    end = 0
-    for first, last, name in spans:
-        if first != end:
-            kind = "a hole" if first > end else "an overlap"
-            raise MalformedFile(f"malformed header: {kind} before tensor {name}")
-        end = last
-    return end
-
-
-def _span(name: str, entry: Any) -> tuple[int, int]:
-    """Where the bytes of a tensor begin and end, as its shape and dtype say they must."""
+def _check_entry(name: str, entry: Any) -> None:
     if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
         raise MalformedFile(
             f"malformed header: a tensor is called {name[:40]!r}, expected 1 to {MAX_NAME_LENGTH} "
@@ -183,27 +186,15 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
         )
     if not isinstance(entry, dict) or entry.keys() != ENTRY_KEYS:
         raise MalformedFile(f"malformed header: tensor {name} has not the keys of a tensor")
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in ITEM_BYTES:
+    code, shape = entry["dtype"], entry["shape"]
+    if code not in DTYPE_CODES.values():
         raise MalformedFile(
             f"malformed header: tensor {name} has the dtype {str(code)[:20]!r}, expected one of "
-            f"{list(ITEM_BYTES)}"
+            f"{list(DTYPE_CODES.values())}"
         )
-    if not _are_sizes(shape) or len(shape) > MAX_AXES:
-        raise MalformedFile(f"malformed header: tensor {name} has no shape of {MAX_AXES} axes")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise MalformedFile(f"malformed header: tensor {name} has no two data_offsets")
-    if math.prod(max(size, 1) for size in shape) * ITEM_BYTES[code] > MAX_NUMBERS:
-        raise MalformedFile(f"malformed header: the shape of tensor {name} is beyond 2^63 bytes")
-    if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[code]:
+    sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if not sizes or len(shape) > MAX_AXES or math.prod(max(n, 1) for n in shape) > MAX_NUMBERS:
         raise MalformedFile(
-            f"malformed header: tensor {name} is {code} {shape}, which is not the size of its "
-            "data_offsets"
+            f"malformed header: tensor {name} has no shape of at most {MAX_AXES} axes and 2^60 "
+            "numbers"
         )
-    return offsets[0], offsets[1]
-
-
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        type(value) is int and 0 <= value <= MAX_NUMBERS for value in values
-    )

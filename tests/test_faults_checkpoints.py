@@ -56,12 +56,12 @@ def change_tensors(folder: Path, change) -> None:
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -100, -1])
 def test_a_truncated_file_is_refused(folder, keep):
     (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:keep])
-    refused(folder, r"model\.safetensors: truncated: .* export the predictor again")
+    refused(folder, r"model\.safetensors: truncated.*.* export the predictor again")
 
 
 def test_trailing_bytes_are_refused(folder):
     (folder / MODEL).write_bytes((folder / MODEL).read_bytes() + b"\0")
-    refused(folder, "has trailing bytes: .* its header says")
+    refused(folder, "has trailing bytes .*file not fully covered")
 
 
 def test_no_flipped_bit_is_ever_loaded(folder):

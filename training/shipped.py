@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -155,8 +154,7 @@ def read_sums(folder: Path, spec: PredictorSpec, num_parts: int | None = None) -
             f"{folder} has no {GRAMS_FILE}, expected the summed Grams of its trajectories; {AGAIN}"
         )
     try:
-        entries = read_header(path)
-        names = _check_entries(entries, spec, num_parts, str(path))
+        names = _check_entries(read_header(path), spec, num_parts, str(path))
         told = shard_metadata(path)
         if told.get(DIGEST) != spec.recording_digest:
             raise MalformedFile(
@@ -177,22 +175,21 @@ def read_sums(folder: Path, spec: PredictorSpec, num_parts: int | None = None) -
 
 
 def _check_entries(
-    entries: dict[str, dict[str, Any]], spec: PredictorSpec, num_parts: int | None, where: str
+    found: dict[str, tuple[str, list[int]]], spec: PredictorSpec, num_parts: int | None, where: str
 ) -> list[str]:
     """Names of the sums, after checking that the file holds what the predictor needs, no more."""
-    if TRAJECTORIES not in entries:
+    if TRAJECTORIES not in found:
         raise CheckpointError(
             f"{where} does not say of which trajectories it is, so that some could be added twice; "
             f"an earlier release wrote it, or there are several grids: {AGAIN}"
         )
     whole, steps = f"gram/{spec.tap}", len(spec.sigmas)
-    expected = {whole: ["F64", [spec.num_branches, steps, steps]], COUNT: ["I64", []]}
-    parts = [name for name in entries if name.startswith(f"{whole}/")]
+    expected = {whole: ("F64", [spec.num_branches, steps, steps]), COUNT: ("I64", [])}
+    parts = [name for name in found if name.startswith(f"{whole}/")]
     if num_parts is not None:
         if len(parts) != 1:
             raise MalformedFile(f"found the Grams of the parts {parts}, expected one partition")
-        expected[parts[0]] = ["F64", [spec.num_branches, num_parts, steps, steps]]
-    found = {name: [entry["dtype"], entry["shape"]] for name, entry in entries.items()}
+        expected[parts[0]] = ("F64", [spec.num_branches, num_parts, steps, steps])
     code, shape = found.pop(TRAJECTORIES)
     sound = code == "I64" and len(shape) == 2 and shape[1] == 2
     if found != expected or not sound or not 1 <= shape[0] <= MAX_TRAJECTORIES:

@@ -94,9 +94,7 @@ def read_segments(folder: Path, predictor: Readout, spec: PredictorSpec) -> dict
             + AGAIN
         )
     try:
-        entries = read_header(path)
-        found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-        expected = _shapes(predictor)
+        found, expected = read_header(path), _shapes(predictor)
         if found != expected:
             raise MalformedFile(f"it holds {str(found)[:400]}, expected {str(expected)[:400]}")
         if (told := shard_metadata(path).get(DIGEST)) != spec.recording_digest:
@@ -114,7 +112,7 @@ def read_segments(folder: Path, predictor: Readout, spec: PredictorSpec) -> dict
     return segments_of(tensors, predictor)
 
 
-def _shapes(predictor: Readout) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _shapes(predictor: Readout) -> dict[str, tuple[str, list[int]]]:
     """Dtype and shape of every tensor of the file of a readout."""
     anchors = predictor.anchors
     tokens = 9 if predictor.neighbours else 1
@@ -132,4 +130,4 @@ def _shapes(predictor: Readout) -> dict[str, tuple[str, tuple[int, ...]]]:
             f"{anchor}/cross": (width, known + 1, patch),
             f"{anchor}/inner": (known + 1, known + 1),
         }
-    return {name: ("F64", shape) for name, shape in shapes.items()}
+    return {name: ("F64", list(shape)) for name, shape in shapes.items()}

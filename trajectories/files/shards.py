@@ -234,11 +234,7 @@ def _opened(
     wanted = present if names is None else list(names)
     if missing := [name for name in wanted if name not in present]:
         raise ValueError(f"shard {path} (item {item}) has no tensor {missing}; it holds {present}.")
-    try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CorruptShard(path, item, f"refused by safetensors ({error})") from error
-    with file:
+    with safe_open(path, framework="pt") as file:
         stored = (file.metadata() or {}).get("item")
         if item is not None and stored is not None and stored != str(item):
             raise CorruptShard(path, item, f"the shard holds item {stored}")
