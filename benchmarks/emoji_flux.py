@@ -30,7 +30,7 @@ from foreseer.cli import main
 from foreseer.evaluation.benchmark import FIRST_ITEM, compare_methods
 from foreseer.evaluation.generate import draw, save_panels, titles
 from foreseer.evaluation.metrics import psnr
-from foreseer.evaluation.page.plots import plot_pareto
+from foreseer.evaluation.page.figures import pareto
 from foreseer.evaluation.page.table import markdown_table, short_table, verdict
 from foreseer.evaluation.plan import load_learned
 from foreseer.evaluation.results import load_meta, load_rows, save_meta, save_rows
@@ -187,7 +187,8 @@ def publish(budgets: Sequence[int] = BUDGETS) -> None:
     save_meta(replace(meta, command="python benchmarks/emoji_flux.py bench, publish"), RESULT)
     table = f"{verdict(rows)}\n\n{short_table(rows, BUDGETS)}\n{markdown_table(rows)}"
     RESULT.with_suffix(".md").write_text(table)
-    plot_pareto(rows, RESULT.with_name("emoji_flux_pareto.png"))
+    for name, chart in pareto(rows).items():
+        chart.save(RESULT.with_name(f"emoji_flux_{name}.png"))
 
 
 @torch.no_grad()

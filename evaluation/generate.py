@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from foreseer.evaluation.metrics import psnr
-from foreseer.evaluation.page.plots import DIFFERENCE_GAIN
-from foreseer.evaluation.page.sheet import Row, sheet
+from foreseer.evaluation.page.sheet import DIFFERENCE_GAIN, Row, sheet
 from foreseer.evaluation.page.table import decibels
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.pipeline_call import drawn, generators, joined, middle

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from foreseer.evaluation.motion import draw, facts, motion, table, tap_order, told
+from foreseer.evaluation.motion import facts, motion, table, tap_order, told
 from foreseer.evaluation.offline import (
     FORECAST_TAPS,
     LEARNED,
@@ -20,11 +20,10 @@ from foreseer.evaluation.offline import (
     compared,
     verdict,
 )
-from foreseer.evaluation.page.analysis import plot_cosines, plot_rule_errors, plot_weights
-from foreseer.evaluation.page.heat import Weights, forecast_weights
+from foreseer.evaluation.page.figures import Curves, Weights
 from foreseer.evaluation.page.inspect_markdown import inspect_markdown
-from foreseer.evaluation.page.inspect_page import Answer, inspect_page
-from foreseer.evaluation.page.plots import plot_timeline
+from foreseer.evaluation.page.inspect_page import Answer, inspect_page, sections_of
+from foreseer.evaluation.page.template import save_figures
 from foreseer.trajectories.gram import cosines, relative_errors
 from foreseer.trajectories.recording import Recording
 
@@ -65,22 +64,20 @@ def inspect_recording(opened: Recording, folder: Path, budgets: Sequence[int] | 
     motions = {tap: motion(grams[tap]) for tap in taps}
     print(table(motions))
     folder.mkdir(parents=True, exist_ok=True)
-    plots = draw(motions, folder)
     alike = {tap: cosines(grams[tap].double()).flatten(0, 1).mean(0) for tap in taps}
-    shown = {tap: alike[tap] for tap in taps if not tap.startswith("blocks.")} or alike
-    plots.append(plot_cosines(shown, folder / "cosines.png"))
     sigmas, starts = opened.header.sigmas, opened.header.expert_steps
     usable = sorted({n for n in budgets if len(starts) <= n < num_steps}, reverse=True)
     found = [TapGrams(t, grams[t], sigmas, starts) for t in FORECAST_TAPS if t in grams]
     answered: Answer | str
     if usable and found:
         answered = answer(found, usable, folder)
-        plots += draw_answer(answered, num_steps, folder)
     else:
         answered = no_answer(taps, num_steps, len(starts), budgets)
         print(answered)
     page, text = folder / "inspect.html", folder / "inspect.md"
-    page.write_text(inspect_page(told(opened), motions, alike, answered))
+    sections = sections_of(told(opened), motions, alike, answered)
+    page.write_text(inspect_page(told(opened), answered, sections))
+    plots = save_figures(sections, folder)
     text.write_text(inspect_markdown(told(opened), answered, plots))
     for path in (*plots, text, page):
         print(f"wrote {path}")
@@ -137,18 +134,6 @@ def no_answer(
     )
 
 
-def draw_answer(found: Answer, num_steps: int, folder: Path) -> list[Path]:
-    """Error per step, anchors and weights as PNG."""
-    learned = [LEARNED] if any(row.method == LEARNED for row in found.rows) else []
-    strong = [*learned, *best_formulas(found)]
-    matrix, anchors = next(iter(found.weights.values()))
-    return [
-        plot_rule_errors(found.panels, strong, folder / "rule_errors.png"),
-        plot_timeline(found.lists, num_steps, folder / "anchors.png"),
-        plot_weights(*forecast_weights(matrix, anchors), anchors, folder / "weights.png"),
-    ]
-
-
 def offline_table(rows: Sequence[OfflineRow], tap: str, budgets: Sequence[int]) -> str:
     """A line per method, best first at the middle budget: its estimate per budget and list."""
     here = {
@@ -187,19 +172,9 @@ def chosen_lists(rows: Sequence[OfflineRow], budgets: Sequence[int]) -> dict[str
     return lists
 
 
-def best_formulas(found: Answer) -> list[str]:
-    """The best formula of every tap at the middle budget, each once."""
-    here = [row for row in found.rows if row.num_anchors == found.middle]
-    taps = dict.fromkeys(row.tap for row in here)
-    best = [best_row([row for row in here if row.tap == tap], learned=False) for tap in taps]
-    return list(dict.fromkeys(row.method for row in best))
-
-
-def error_panels(
-    taps: Sequence[TapGrams], rows: Sequence[OfflineRow]
-) -> dict[str, dict[str, list[tuple[int, float]]]]:
+def error_panels(taps: Sequence[TapGrams], rows: Sequence[OfflineRow]) -> dict[str, Curves]:
     """Relative error per step of every method, on the list of the tap's best formula."""
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    panels: dict[str, Curves] = {}
     for grams in taps:
         here = [row for row in rows if row.tap == grams.tap]
         row = best_row(here, learned=False)

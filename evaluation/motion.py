@@ -5,13 +5,11 @@ Shapes: S sampling steps, L layers.
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.evaluation.page.analysis import plot_layer_motion, plot_step_errors
 from foreseer.integration.memory import readable
 from foreseer.trajectories.gram import cosine_to_previous, projection_fidelity, relative_change
 from foreseer.trajectories.recording import Recording
@@ -84,24 +82,6 @@ def table(motions: dict[str, Motion]) -> str:
             f"{fidelity.median():>10.4f}{fidelity.min():>9.4f}  {explained} of {len(fidelity)}"
         )
     return "\n".join([*lines, "(medians over steps of means over trajectories and branches)"])
-
-
-def draw(motions: dict[str, Motion], folder: Path) -> list[Path]:
-    """The fidelity per step of every tap, and the motion of the layers if blocks were recorded."""
-    layers = [found for tap, found in motions.items() if tap.startswith("blocks.")]
-    shown = {tap: found for tap, found in motions.items() if not tap.startswith("blocks.")}
-    curves = {
-        tap: [(step, 1 - value) for step, value in enumerate(found.fidelity.tolist()) if step]
-        for tap, found in (shown or motions).items()
-    }
-    curves = {f"{tap}: not in the span of earlier steps": points for tap, points in curves.items()}
-    plots = [plot_step_errors(curves, folder / "fidelity.png")]
-    if layers:
-        change = torch.stack([found.change for found in layers], dim=1)  # (S, L)
-        cosine = torch.stack([found.cosine for found in layers], dim=1)
-        fidelity = torch.stack([found.fidelity for found in layers], dim=1)
-        plots.append(plot_layer_motion(change, cosine, fidelity, folder / "layer_motion.png"))
-    return plots
 
 
 def tap_order(tap: str) -> tuple[int, str]:

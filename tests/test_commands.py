@@ -176,7 +176,7 @@ def test_inspect_prints_the_facts_and_draws_the_layers(pipeline, tmp_path, capsy
     assert "DiTTransformer2DModel" in printed and "2 branch(es)" in printed
     lines = [line.split()[0] for line in printed.splitlines() if line.endswith(" of 3")]
     assert lines == ["blocks.0", "blocks.1", "hidden"]
-    for name in ("fidelity.png", "layer_motion.png"):
+    for name in ("unexplained.png", "layers_change.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -20,7 +20,7 @@ FILES = (
     "clothes.png",
     "closed_loop.png",
     "own.png",
-    "plots/layer_motion.png",
+    "plots/layers_change.png",
     "predictors/6/config.json",
     "predictors/closed_loop/config.json",
 )

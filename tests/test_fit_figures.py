@@ -9,11 +9,11 @@ from row_cases import errors_of, rows_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_hosts import items, pipeline, settings
 
+from foreseer.evaluation.page import figures
 from foreseer.evaluation.page.sheet import SMALLEST
 from foreseer.predictors.base import Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.training import fit_figures
 from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.continuous import L2PContinuousModule, SeveralGrams
@@ -61,10 +61,8 @@ def grams(recording: Path) -> GramDataModule:
 
 def test_least_squares_draws_its_held_out_errors(recording, tmp_path, monkeypatch):
     drawn = []
-    real = fit_figures.step_error_figure
-    monkeypatch.setattr(
-        fit_figures, "step_error_figure", lambda curves: drawn.append(curves) or real(curves)
-    )
+    real = figures.step_errors
+    monkeypatch.setattr(figures, "step_errors", lambda told: drawn.append(told) or real(told))
     module, data = L2PLeastSquares(str(recording), ANCHORS, "hidden"), grams(recording)
     found = events(module, data, tmp_path, callbacks=[FitReport(str(tmp_path / "report"))])
     assert {ERRORS, LISTS, "figures/fit_report"} | WEIGHTS == set(found.Tags()["images"])
@@ -113,10 +111,8 @@ def test_the_closed_loop_draws_every_epoch_that_is_due(recording, tmp_path):
 
 def test_lesa_draws_both_kinds_of_error_and_its_linear_part(recording, tmp_path, monkeypatch):
     drawn = []
-    real = fit_figures.step_error_figure
-    monkeypatch.setattr(
-        fit_figures, "step_error_figure", lambda curves: drawn.append(curves) or real(curves)
-    )
+    real = figures.step_errors
+    monkeypatch.setattr(figures, "step_errors", lambda told: drawn.append(told) or real(told))
     module = LesaModule(
         str(recording), "none", ANCHORS, factory(), open_loop_epochs=1, closed_loop_epochs=0
     )
@@ -138,7 +134,7 @@ def test_disca_draws_errors_and_anchors_and_has_no_weights(recording, tmp_path, 
 
 
 def test_a_fit_without_tensorboard_draws_nothing(recording, monkeypatch):
-    monkeypatch.setattr(fit_figures, "step_error_figure", None)
+    monkeypatch.setattr(figures, "step_errors", None)
     module = L2PLeastSquares(str(recording), ANCHORS, "hidden")
     trainer_for(1).fit(module, datamodule=grams(recording))
 

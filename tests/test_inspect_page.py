@@ -12,7 +12,7 @@ from test_offline import RUN_STEPS, recorded
 from foreseer.commands import inspect
 from foreseer.evaluation.motion import motion
 from foreseer.evaluation.page.inspect_markdown import inspect_markdown
-from foreseer.evaluation.page.inspect_page import inspect_page
+from foreseer.evaluation.page.inspect_page import inspect_page, sections_of
 from foreseer.predictors.rules import RULES
 from foreseer.trajectories.gram import cosines, gram
 
@@ -29,6 +29,12 @@ def inspected(tmp_path_factory):
 
 def section(html, key):
     return next(s for s in html.all("section") if s.attributes["id"] == key)
+
+
+def table(figure):
+    """The headings and lines of a figure's table."""
+    heads, *lines = [[cell.words() for cell in line.children] for line in figure.all("tr")]
+    return heads, lines
 
 
 def test_every_file_is_named_and_the_page_is_whole(inspected):
@@ -62,14 +68,12 @@ def test_the_page_holds_the_numbers_of_the_rows(inspected):
         * math.log10(r["accumulated_error"])
         for r in content["rows"]
     }
-    told = section(html, "rules").one("figure").island()
-    assert told["x"] == [3, 5] and len(told["curves"]) == len(RULES) + 1
-    for curve in told["curves"]:
-        best = [
-            max(estimate[curve["label"], tap, n, "searched"] for tap in ("output", "hidden"))
-            for n in (3, 5)
-        ]
-        assert curve["y"] == pytest.approx(best, rel=1e-12)
+    (_, *labels), (three, five) = table(section(html, "rules").one("figure"))
+    assert (three[0], five[0]) == ("3", "5") and len(labels) == len(RULES) + 1
+    for label, *shown in zip(labels, three[1:], five[1:], strict=True):
+        for n, cell in zip((3, 5), shown, strict=True):
+            best = max(estimate[label, tap, n, "searched"] for tap in ("output", "hidden"))
+            assert float(cell) == pytest.approx(best, abs=0.005)
     (body,) = section(html, "rules").one("details", "block").all("tbody")
     lines = [[cell.attributes["data-value"] for cell in line.children] for line in body.all("tr")]
     assert len(lines) == 2 * (len(RULES) + 1)
@@ -90,15 +94,14 @@ def test_errors_weights_and_cosines_are_drawn_for_every_tap(inspected):
     captions = [chart.one("figcaption").words() for chart in charts]
     assert [caption.split(",")[0] for caption in captions] == ["Tap output", "Tap hidden"]
     for chart, caption in zip(charts, captions, strict=True):
-        told = chart.island()
-        anchors = [int(step) for step in re.findall(r"\d+", caption)]
-        for curve in told["curves"]:
-            assert not any(curve["y"][anchor] for anchor in anchors)
+        _, lines = table(chart)
+        for anchor in re.findall(r"\d+", caption):
+            assert {float(cell) for cell in lines[int(anchor)][1:]} == {0.0}
     maps = [f.one("figcaption").words() for f in section(html, "weights").all("figure")]
     assert [name for name in maps if name.startswith("l2p_lstsq, output")]
     assert len(section(html, "cosines").all("figure")) == 2
-    told = section(html, "cosines").all("figure")[0].island()
-    assert [told["values"][i][i] for i in range(RUN_STEPS)] == ["1.0000"] * RUN_STEPS
+    _, lines = table(section(html, "cosines").all("figure")[0])
+    assert [lines[i][i + 1] for i in range(RUN_STEPS)] == ["1.0000"] * RUN_STEPS
 
 
 def test_the_markdown_holds_the_tables_and_shows_the_figures(inspected):
@@ -121,14 +124,15 @@ def test_a_recording_of_blocks_shows_its_layers_and_says_why_no_rule(tmp_path):
     check_page(html)
     assert html.one("p", "verdict").words().startswith("No rule was compared: found the taps")
     assert [s.attributes["id"] for s in html.all("section")] == ["motion", "cosines", "recording"]
-    layers = section(html, "motion").one("figure", "heat").island()
-    assert layers["rows"] == ["blocks.0", "blocks.1"] and len(layers["values"][0]) == RUN_STEPS - 1
+    heads, lines = table(section(html, "motion").all("figure")[1])
+    assert [line[0] for line in lines] == ["blocks.0", "blocks.1"] and len(heads) == RUN_STEPS
 
 
 def test_no_name_becomes_markup():
     grams = gram(torch.randn(2, 1, 6, 9).cumsum(2))
     motions = {EVIL: motion(grams)}
-    html = read_page(inspect_page(TOLD, motions, {EVIL: cosines(grams).mean((0, 1))}, EVIL))
+    sections = sections_of(TOLD, motions, {EVIL: cosines(grams).mean((0, 1))}, EVIL)
+    html = read_page(inspect_page(TOLD, EVIL, sections))
     check_page(html)
     assert not html.all("b") or all(b.words() == "foreseer" for b in html.all("b"))
     assert html.one("dl").all("dd")[1].words() == EVIL

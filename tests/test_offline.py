@@ -263,7 +263,7 @@ def test_inspect_prints_tables_anchors_and_verdict_and_writes_them(tmp_path, cap
         "anchors_name",
         "anchors",
     ]
-    for name in ("fidelity", "rule_errors", "anchors"):
+    for name in ("rules", "errors_1", "anchors", "unexplained"):
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -9,9 +9,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from foreseer.evaluation.page.analysis import plot_layer_motion, plot_weights
 from foreseer.evaluation.page.html import anchor_lists, write_report
-from foreseer.evaluation.page.plots import contact_sheet
+from foreseer.evaluation.page.sheet import GAP, MARGIN, SHRUNK, against
 from foreseer.evaluation.page.table import (
     best_rows,
     gaps,
@@ -190,42 +189,29 @@ def test_every_anchor_list_is_shown_once_and_searched_ones_name_their_method(row
     ]
 
 
-def png_size(path):
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-
-
 def test_the_report_is_complete_and_needs_no_network(rows, tmp_path):
     images = {"full run": torch.rand(2, 1, 32, 32), "ab2 <8>": torch.rand(2, 1, 32, 32)}
     errors = {"ab2": [(0, 0.0), (1, 0.1), (2, 0.2)]}
-    motion = torch.rand(5, 3)
-    motion[0] = math.nan
-    figures = {
-        "Weights": plot_weights(torch.randn(6, 2), range(1, 7), [0, 3], tmp_path / "weights.png"),
-        "Layers": plot_layer_motion(motion, motion, motion, tmp_path / "layers.png"),
-    }
     rule = L2P(4, [0, 2])
     weights = {"ab2, branch 0": (rule.weight[0], rule.anchors)}
-    page = write_report(rows, META, images, tmp_path / "out", errors, figures, weights)
+    page = write_report(rows, META, images, tmp_path / "out", errors, weights)
     assert {path.name for path in page.parent.iterdir()} == {
         "results.json",
         "results.meta.json",
         "results.csv",
         "results.md",
-        "pareto.png",
+        "pareto_1.png",
+        "pareto_3.png",
         "contact_sheet.png",
         "timeline.png",
         "step_errors.png",
-        "weights.png",
+        "weights_1.png",
         "report.html",
     }
     text = page.read_text()
-    assert (
-        len(re.findall(r'src="data:image/png;base64,iVBOR', text)) == 9
-    )  # pictures, samples, heat
+    assert len(re.findall(r'"data:image/png;base64,iVBOR', text)) == 9  # sheet, samples, heat, bar
     outside = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
-    assert not re.search(r"https?:|url\(|@import|<link|<iframe", outside)
+    assert not re.search(r"https?:|url\((?!#)|@import|<link|<iframe", outside)
     assert "one &lt;CPU&gt;" in text and "one <CPU>" not in text
     assert verdict(rows) in text and load_rows(page.parent / "results.json") == rows
 
@@ -238,21 +224,28 @@ def test_a_report_needs_only_rows_and_images(tmp_path):
         write_report([], META, images, tmp_path)
 
 
-def test_the_contact_sheet_shows_whole_pixels_of_every_sample(tmp_path):
+def test_the_contact_sheet_shows_whole_pixels_of_every_sample():
     full = torch.zeros(2, 1, 32, 32)
     full[:, :, 0, 0] = 1
-    sheet = contact_sheet({"full": full, "reuse": full * 0.5}, tmp_path / "sheet.png")
-    width, height = png_size(sheet)
-    assert height == 3 * (96 + 6)  # full, reuse, difference
-    assert width - 2 * (96 + 6) > 100  # room for labels
-    from matplotlib.image import imread
+    sheet = against({"full": full, "reuse": full * 0.5})
+    side = 4 * 32  # of a sample
+    assert sheet.height == 2 * MARGIN + 3 * (side + GAP)  # full, reuse, difference
+    left = sheet.width - MARGIN - 2 * side - GAP
+    assert left > 2 * MARGIN  # room for labels
+    levels = [
+        sheet.getpixel((left + x, MARGIN + row * (side + GAP) + y))[0]
+        for row, x, y in ((0, 3, 3), (0, 4, 4), (1, 3, 3), (2, 3, 3))
+    ]
+    assert levels[:2] == [255, 0]  # one pixel became a 4 x 4 square
+    assert levels[2] == pytest.approx(127.5, abs=1)
+    assert levels[3] == 255  # |difference| 0.5 x 4, clipped
 
-    left = imread(sheet)[:, width - 2 * (96 + 6) :, 0]
-    assert left[2, 2] == 1 and left[3, 3] == 0  # one pixel became a 3 x 3 square
-    assert left[104, 2] == pytest.approx(0.5, abs=1 / 255)
-    assert left[206, 2] == 1  # |difference| 0.5 x 4, clipped
+
+def test_large_samples_are_averaged_down_on_a_contact_sheet():
+    sheet = against({"full": torch.rand(1, 3, 512, 256)})
+    assert sheet.height == 2 * MARGIN + SHRUNK + GAP
 
 
-def test_a_contact_sheet_without_the_full_run_is_refused(tmp_path):
+def test_a_contact_sheet_without_the_full_run_is_refused():
     with pytest.raises(ValueError, match="full run"):
-        contact_sheet({}, tmp_path / "sheet.png")
+        against({})

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import itertools
 import math
+import re
 
 import numpy
 import pytest
@@ -12,11 +14,12 @@ from PIL import Image
 from row_cases import tabulate
 from test_report import META, row
 
-from foreseer.evaluation.page.charts import Axes, Curve, Scale, line_chart, looks
+from foreseer.evaluation.page.charts import Axes, Curve, LineChart
 from foreseer.evaluation.page.compare import LARGEST, comparison, encoded
-from foreseer.evaluation.page.heat import HeatAxes, heat_map, timeline, weight_map
+from foreseer.evaluation.page.figures import weights
+from foreseer.evaluation.page.heat import HeatAxes, HeatMap, Timeline
 from foreseer.evaluation.page.html import write_report
-from foreseer.evaluation.page.template import Section, page, sortable, tile
+from foreseer.evaluation.page.template import Section, drawn, page, sortable, tile
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Taylor
 
@@ -73,14 +76,13 @@ def test_no_name_becomes_markup(bench_page):
 def test_the_pareto_chart_holds_the_numbers_of_the_rows(bench_page):
     rows, _, html = bench_page
     chart = next(s for s in html.all("section") if s.attributes["id"] == "pareto").one("figure")
-    told = chart.island()
-    assert told["x"] == [6, 8]
-    found = {curve["label"]: curve["y"] for curve in told["curves"]}
-    assert found == {EVIL: [20.0, 35.25], "ab2": [24.0, 30.0], "euler": [22.5, 25.0]}
-    lines = [[cell.words() for cell in line.children] for line in chart.one("table").all("tr")]
-    assert lines[1:] == [["6", "20.00", "24.00", "22.50"], ["8", "35.25", "30.00", "25.00"]]
-    strong = [e for e in chart.all("polyline") if "strong" in e.css]
-    assert [e.attributes["data-curve"] for e in strong] == ["0"]
+    heads, *lines = [[cell.words() for cell in line.children] for line in chart.all("tr")]
+    assert heads == ["network evaluations", EVIL, "ab2", "euler"]
+    assert lines == [["6", "20.00", "24.00", "22.50"], ["8", "35.25", "30.00", "25.00"]]
+    names = [text for text in chart.one("svg").all("text") if text.text in (EVIL, "ab2", "euler")]
+    assert [name.text for name in names] == [EVIL, "ab2", "euler"]  # from top to bottom
+    bold = ["700" in name.attributes["style"] for name in names]
+    assert bold == [True, False, False]
 
 
 def test_the_tables_hold_the_numbers_of_the_rows(bench_page):
@@ -125,81 +127,131 @@ def test_a_slider_without_a_method_or_with_other_shapes_is_refused():
         comparison("c", {"full": torch.rand(1, 1, 8, 8), "x": torch.rand(1, 1, 8, 9)})
 
 
+def lines_of(chart):
+    """The curves of a drawing, by their numbers."""
+    (panel,) = chart.figure().axes
+    return {line.get_gid(): line for line in panel.get_lines() if line.get_gid()}
+
+
 def test_an_error_of_zero_breaks_a_line_on_a_logarithmic_axis():
     axes = Axes("step", "error", ".3g", log=True)
     points = [(0, 0.0), (1, 0.1), (2, 0.2), (3, 0.0), (4, 0.4)]
-    chart = read_page(f"<html>{line_chart('c', [Curve('a', points)], axes)}</html>")
-    assert len(chart.all("polyline")) == 2
-    assert chart.island()["curves"][0]["y"] == [None, 0.1, 0.2, None, 0.4]
-    cells = [cell.words() for cell in chart.one("tbody").all("td")]
-    assert cells == ["0", "0.1", "0.2", "0", "0.4"]
+    chart = LineChart("c", [Curve("a", points)], axes)
+    found = lines_of(chart)["mark0"].get_ydata()
+    assert [math.isnan(y) for y in found] == [True, False, False, True, False]
+    assert [cells[1] for cells in chart.values()[1]] == ["0", "0.1", "0.2", "0", "0.4"]
 
 
-def test_heights_run_from_the_top_and_ticks_lie_on_the_axis():
-    for scale in (Scale.around([1.0, 3.0], log=False), Scale.around([0.001, 0.7], log=True)):
-        assert scale.height(scale.high) == 0 and scale.height(scale.low) == 1
-        heights = [scale.height(tick) for tick in scale.ticks()]
-        assert len(heights) >= 3 and heights == sorted(heights, reverse=True)
-        assert 0 <= min(heights) and max(heights) <= 1
-    level = Scale.around([2.0], log=False)
-    assert level.low < 2 < level.high
+def test_names_stand_beside_the_ends_none_upon_another():
+    heights = [3.0, 1.001, 1.0, 1.002, 2.0]
+    curves = [Curve(f"c{i}", [(0, 0), (1, y)], note=str(y)) for i, y in enumerate(heights)]
+    (panel,) = LineChart("c", curves, AXES).figure().axes
+    placed = {text.get_text(): text.xyann for text in panel.texts if text.get_text() in CURVES}
+    order = sorted(placed, key=lambda name: -placed[name][1])
+    assert order == ["c0", "c4", "c3", "c1", "c2"]
+    gaps = [placed[a][1] - placed[b][1] for a, b in itertools.pairwise(order)]
+    assert min(gaps) > 0.03 and max(gaps) == pytest.approx(gaps[0], rel=0.2)
+    assert len({x for x, _ in placed.values()}) == 1
 
 
-def test_a_chart_without_a_finite_point_is_refused():
-    with pytest.raises(ValueError, match="no point to draw"):
-        line_chart("c", [Curve("a", [(1, math.inf)])], AXES)
-    with pytest.raises(ValueError, match="no point to draw"):
-        line_chart("c", [], AXES)
+CURVES = [f"c{i}" for i in range(5)]
+
+
+def test_more_names_than_the_height_has_room_for_make_a_chart_higher():
+    few, many = (
+        LineChart("c", [Curve(f"c{i}", [(0, 1), (1, 1)]) for i in range(n)], AXES).figure()
+        for n in (3, 60)
+    )
+    assert many.get_figheight() > 2 * few.get_figheight()
+    (panel,) = many.axes
+    heights = [text.xyann[1] for text in panel.texts if text.get_text()]
+    assert -0.01 < min(heights) < max(heights) < 1.01
+
+
+def test_a_chart_of_nothing_is_refused():
+    for curves in ([], [Curve("a", [])]):
+        with pytest.raises(ValueError, match="no point to draw"):
+            LineChart("c", curves, AXES)
+
+
+def test_curves_that_are_all_exact_are_still_named():
+    for log, y in ((False, math.inf), (True, 0.0)):
+        chart = LineChart("c", [Curve("a", [(1, y), (2, y)])], Axes("x", "y", log=log))
+        assert "a" in [text.get_text() for text in chart.figure().axes[0].texts]
+
+
+def test_a_curve_that_is_exact_is_named_and_listed():
+    curves = [Curve("a", [(1, 2.0)]), Curve("same", [(1, math.inf)])]
+    chart = LineChart("c", curves, AXES)
+    assert chart.values()[1] == [["1", "2.00", "exact"]]
+    assert "same" in [text.get_text() for text in chart.figure().axes[0].texts]
 
 
 def test_curves_of_a_kind_look_different():
-    found = looks({"learned": ["a", "b"], "solver": ["c"], "formula": [f"f{i}" for i in range(16)]})
-    assert found["a"] == "w0" and found["c"] == "k0" and found["f0"] == "g0 d1"
-    assert len(set(found.values())) == len(found)
+    kinds = {"learned": 7, "solver": 6, "formula": 16}
+    points = [(0, 1), (1, 2)]
+    curves = [Curve(f"{kind}{i}", points, kind) for kind, n in kinds.items() for i in range(n)]
+    looks = [
+        (line.get_color(), line.get_linestyle(), str(line._unscaled_dash_pattern))
+        for line in lines_of(LineChart("c", curves, AXES)).values()
+    ]
+    assert len(set(looks)) == len(curves)
+    assert lines_of(LineChart("c", curves, AXES))["mark0"].get_linewidth() > 2
 
 
 def test_weights_are_drawn_where_a_forecast_can_use_them():
     anchors = (0, 2, 5)
     rows = tabulate(Taylor(1), anchors, [1 - t / 8 for t in range(8)])
-    told = read_page(f"<html>{weight_map('taylor', rows, anchors)}</html>").island()
-    assert told["rows"] == [1, 3, 4, 6, 7] and told["columns"] == [0, 2, 5]
-    assert told["values"][0] == ["1.000", None, None]  # reuse of the first
-    assert told["values"][1] == ["-0.500", "1.500", None]
-    assert told["values"][4] == ["0.000", "-0.667", "1.667"]
+    heads, lines = weights("taylor", rows, anchors).values()
+    assert heads[1:] == ["0", "2", "5"] and [line[0] for line in lines] == ["1", "3", "4", "6", "7"]
+    assert lines[0][1:] == ["1.000", "–", "–"]  # reuse of the first
+    assert lines[1][1:] == ["-0.500", "1.500", "–"]
+    assert lines[4][1:] == ["0.000", "-0.667", "1.667"]
     with pytest.raises(ValueError, match="all 8 steps are anchors"):
-        weight_map("full", torch.eye(8), range(8))
+        weights("full", torch.eye(8), range(8))
 
 
-def test_a_heat_map_has_a_pixel_per_cell_for_light_and_dark():
+def test_a_heat_map_has_a_pixel_per_cell_and_leaves_zero_without_a_colour():
     axes = HeatAxes([1, 2], ["a", "b", "c"], "row", "column", "value")
     values = torch.tensor([[-2.0, 0.0, 1.0], [0.5, math.nan, 2.0]])
-    html = read_page(f"<html>{heat_map('c', values, axes, signed=True)}</html>")
-    picture = html.one("div", "canvas").one("picture")
-    light = decoded(picture.one("img").attributes["src"])[1]
-    dark = decoded(picture.one("source").attributes["srcset"])[1]
-    assert light.size == dark.size == (3, 2)
-    assert light.getpixel((1, 1)) == (242, 242, 242) != light.getpixel((1, 0))
-    red, _, blue = light.getpixel((2, 1))
-    assert red > blue and light.getpixel((0, 0))[2] > light.getpixel((0, 0))[0]
-    card = (0x19, 0x1D, 0x22)  # 0 leaves no mark on it; a colour table has 256 entries
-    assert all(abs(a - b) <= 1 for a, b in zip(dark.getpixel((1, 0)), card, strict=True))
+    html = read_page(f"<html>{drawn(HeatMap('c', values, axes, signed=True))}</html>")
+    cells = decoded(html.all("image")[0].attributes["href"])[1].convert("RGBA")
+    assert cells.size == (3, 2)
+    assert cells.getpixel((1, 0))[3] <= 3  # a page of any colour shows through
+    assert cells.getpixel((1, 1))[:3] == (128, 128, 128)
+    red, _, blue, alpha = cells.getpixel((2, 1))
+    assert red > blue and alpha == 255 and cells.getpixel((0, 0))[2] > cells.getpixel((0, 0))[0]
     with pytest.raises(ValueError, match="its axes name 2 rows and 3 columns"):
-        heat_map("c", values.T, axes, signed=True)
+        HeatMap("c", values.T, axes, signed=True)
     with pytest.raises(ValueError, match="no finite value"):
-        heat_map("c", values * math.nan, axes, signed=True)
+        HeatMap("c", values * math.nan, axes, signed=True)
 
 
 def test_a_timeline_marks_the_steps_and_refuses_others():
-    html = read_page(f"<html>{timeline('c', {EVIL: [0, 3], 'b': [0]}, 4, [EVIL])}</html>")
-    first, second, _ = html.all("li")
-    assert first.css == ["learned"] and first.one("span").words() == EVIL
-    assert [mark.words() for mark in first.all("rect")] == ["step 0", "step 3"]
-    assert first.one("svg").attributes["aria-label"] == "2 evaluations, at the steps 0 3"
-    assert second.css == []
+    chart = Timeline("c", {EVIL: [0, 3], "b": [0]}, 4, [EVIL])
+    found = lines_of(chart)
+    assert list(found["mark0"].get_xdata()) == [0, 3] and list(found["mark1"].get_xdata()) == [0]
+    assert found["mark0"].get_color() != found["mark1"].get_color()
+    assert chart.values()[1] == [(EVIL, "2", "0 3"), ("b", "1", "0")]
+    names = read_page(f"<html>{drawn(chart)}</html>").one("svg").all("text")
+    assert EVIL in [name.text for name in names]
     with pytest.raises(ValueError, match=r"of 'b' are \[0, 4\], expected steps from 0 to 3"):
-        timeline("c", {"b": [0, 4]}, 4)
+        Timeline("c", {"b": [0, 4]}, 4)
     with pytest.raises(ValueError, match="no list of anchors"):
-        timeline("c", {}, 4)
+        Timeline("c", {}, 4)
+
+
+def test_a_figure_follows_the_hues_of_its_page_and_holds_none_of_its_own():
+    html = drawn(LineChart("c", [Curve("$x$ #cc5500", [(0, 1), (1, 2)], "learned")], AXES))
+    check_page(
+        read_page(f"<html lang='en'><meta name='viewport'><main><h1>c</h1>{html}</main></html>")
+    )
+    svg = read_page(f"<html>{html}</html>").one("svg")
+    assert "$x$ #cc5500" in [text.text for text in svg.all("text")]  # a name is no formula
+    styles = " ".join(each.attributes.get("style", "") for each in svg.all())
+    assert "var(--warm0)" in styles and "var(--soft)" in styles
+    assert not re.search("#[0-9a-f]{6}|font-family", styles)
+    assert {each.attributes["data-mark"] for each in svg.all("g") if "data-mark" in each.attributes}
 
 
 def test_a_page_without_sections_or_with_the_same_twice_is_refused():

@@ -15,9 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from foreseer.evaluation.measure import References
-from foreseer.evaluation.page.analysis import step_error_figure, weights_figure
-from foreseer.evaluation.page.heat import forecast_weights
-from foreseer.evaluation.page.plots import timeline_figure
+from foreseer.evaluation.page import figures
+from foreseer.evaluation.page.heat import Timeline
 from foreseer.evaluation.page.sheet import Row, sheet
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.session import Session
@@ -84,8 +83,9 @@ def log_figures(
     board, epoch = module.logger.experiment, module.current_epoch
     sigmas = module.recording.header.sigmas
     curves = {label: _points(found, len(sigmas)) for label, found in errors.items()}
-    board.add_figure(ERRORS, step_error_figure(curves), epoch)
+    board.add_figure(ERRORS, figures.step_errors(curves).figure(), epoch)
     lists = {f"{len(anchors)} evaluations": anchors}
+<<<<<<< HEAD
     board.add_figure(ANCHORS, timeline_figure(lists, len(sigmas)), epoch)
     rows = module.predictor.rows(anchors, sigmas, module.recording.header.expert_steps)
     if rows is None or rows.shape[1] > 1 or len(anchors) == len(sigmas):
@@ -93,6 +93,15 @@ def log_figures(
     for branch, matrix in enumerate(rows[:, 0]):
         figure = weights_figure(*forecast_weights(matrix, anchors), anchors)
         board.add_figure(f"{WEIGHTS}{branch}", figure, epoch)
+=======
+    board.add_figure(ANCHORS, Timeline("Anchors", lists, len(sigmas)).figure(), epoch)
+    rows = weight_rows(module.predictor, anchors, sigmas)
+    if rows is None or len(anchors) == len(sigmas):
+        return
+    for branch, matrix in enumerate(rows):
+        chart = figures.weights(f"Branch {branch}", matrix, anchors)
+        board.add_figure(f"{WEIGHTS}{branch}", chart.figure(), epoch)
+>>>>>>> 67a280a (One drawing of each figure: matplotlib's SVG in the pages, PNG and TensorBoard from the same functions)
 
 
 class SampleLog:

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from foreseer.evaluation.measure import References
-from foreseer.evaluation.page.analysis import plot_step_errors, step_error_figure
+from foreseer.evaluation.page.figures import step_errors
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
@@ -84,7 +84,7 @@ def fit_report(
     out.mkdir(parents=True, exist_ok=True)
     content = {"tap": tap, "anchors": list(anchors), "items": list(items), "relative_error": curves}
     (out / "fit_report.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot_step_errors(labelled(curves), out / "fit_report.png")
+    step_errors(labelled(curves)).save(out / "fit_report.png")
     return curves
 
 
@@ -192,5 +192,5 @@ class FitReport(Callback):
         rows = predictor.rows(anchors, recording.header.sigmas)
         curves = fit_report(recording, items, rows, anchors, tap, closed_loop, self.out)
         if isinstance(trainer.logger, TensorBoardLogger):
-            figure = step_error_figure(labelled(curves))
+            figure = step_errors(labelled(curves)).figure()
             trainer.logger.experiment.add_figure(REPORT, figure, trainer.current_epoch)

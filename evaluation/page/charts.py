@@ -1,21 +1,74 @@
-"""Curves and timelines of the HTML reports, as SVG that keeps its line widths at any size.
+"""Kinds of figures: curves, heat maps and anchor lists, drawn once for page, PNG and TensorBoard.
 
-Places are fractions of the drawing area, so a figure fills a phone and a desktop alike, and the
-numbers it is drawn from lie beside it: for the page's script, and as a table.
+A figure says what it shows; matplotlib draws it. Shapes: R rows, C columns.
 """
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from foreseer.evaluation.page.template import island
+from foreseer.evaluation.page.look import (
+    COLD,
+    DASHES,
+    GREYS,
+    HUES,
+    WARM,
+    framed,
+    letters,
+    looking_alike,
+)
 
-LOOKS = {"learned": "wwwww", "solver": "kkkk", "formula": "gggg"}  # hues: warm, cold, grey
-DASHES = 5  # a solid line and four kinds of dashes; formulas are never solid
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Panel
+    from matplotlib.figure import Figure
+
 Number = int | float
-Band = Sequence[tuple[Number, Number, Number]]  # x, low, high
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # headings, lines
+WIDE, NARROW = 10.0, 4.2  # inches: across the page, and side by side
+TOP, BOTTOM, MARGIN = 0.3, 0.45, 0.1  # inches: titles, ticks and names, what stays free
+LINE = 0.155  # inches of one name beside a chart
+DPI = 144
+MAX_TICKS = 12
+STYLES: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
+    "learned": (WARM, {"linewidth": 2.4, "markersize": 5.5, "zorder": 4}),
+    "solver": (COLD, {"linewidth": 1.4, "markersize": 4.0, "zorder": 3}),
+    "formula": (GREYS, {"linewidth": 0.8, "markersize": 3.5, "zorder": 2}),
+}
+
+
+class Chart:
+    """A figure of one panel.
+
+    Attributes:
+        caption: what it shows.
+        wide: whether it is drawn across the page.
+    """
+
+    caption: str
+    wide = True
+
+    def figure(self) -> "Figure":
+        """The drawing."""
+        with looking_alike():
+            return self._figure()
+
+    def save(self, path: Path) -> Path:
+        """Write it as PNG; figures are made without pyplot, so none stays open."""
+        self.figure().savefig(path, dpi=DPI, metadata={"Software": None})
+        return path
+
+    def values(self) -> Table:
+        """The numbers it is drawn from, as words."""
+        raise NotImplementedError
+
+    def words(self) -> str:
+        """What a reader who does not see it is told."""
+        raise NotImplementedError
+
+    def _figure(self) -> "Figure":
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -25,15 +78,13 @@ class Curve:
     Args:
         label: its name.
         points: (x, y) pairs with rising x; a y that is not finite breaks the line.
-        look: classes of its hue and dashes, see `looks`.
-        strong: whether it is drawn thick.
-        note: what the legend says beside the name.
+        kind: `learned` is warm and thick, `solver` cold, `formula` grey and thin.
+        note: what stands behind its name.
     """
 
     label: str
     points: Sequence[tuple[Number, Number]]
-    look: str = "k0"
-    strong: bool = False
+    kind: str = "solver"
     note: str = ""
 
 
@@ -54,245 +105,160 @@ class Axes:
     log: bool = False
 
 
-def looks(labels: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Hue and dashes of every curve, different within a kind as long as there are enough.
-
-    Args:
-        labels: kind (`learned`, `solver` or `formula`) to labels, best first.
-    """
-    found = {}
-    for kind, hues in LOOKS.items():
-        for index, label in enumerate(labels.get(kind, ())):
-            round_, place = divmod(index, len(hues))
-            dash = 1 + round_ % (DASHES - 1) if kind == "formula" else round_ % DASHES
-            found[label] = f"{hues[place]}{place}" + (f" d{dash}" if dash else "")
-    return found
-
-
-def line_chart(
-    caption: str, curves: Sequence[Curve], axes: Axes, band: Band = (), wide: bool = True
-) -> str:
-    """Curves with a legend, their values under the pointer, and a table of them.
+@dataclass(frozen=True)
+class LineChart(Chart):
+    """Curves with their names beside their ends.
 
     Args:
         caption: what it shows.
-        curves: the lines, in the order of the legend.
+        curves: the lines, the most important first: it lies on top.
         axes: names and scale.
-        band: a region drawn behind, in the hue of the learned.
-        wide: whether the legend lies beside the curves where there is room.
+        band: (x, low, high): a region drawn behind, in the hue of the learned.
+        wide: whether it is drawn across the page.
 
     Raises:
-        ValueError: no curve has a point that can be drawn.
-    """
-    xs = sorted({x for curve in curves for x, _ in curve.points})
-    shown = [y for curve in curves for _, y in curve.points if drawable(y, axes.log)]
-    if not shown:
-        raise ValueError(f"the chart {caption!r} has no point to draw; leave it out.")
-    edges = [y for _, low, high in band for y in (low, high)]
-    scale = Scale.around([*shown, *edges], axes.log)
-    width = (xs[-1] - xs[0]) or 1.0
-    margin = 0.04 if len(xs) < 12 else 0.01
-    places = {x: margin + (1 - 2 * margin) * (x - xs[0]) / width for x in xs}
-    places = {x: 0.5 for x in xs} if len(xs) == 1 else places
-    label = f"{caption.rstrip('.')}. {axes.y} against {axes.x}, {len(curves)} curves."
-    return (
-        f'<figure class="chart lines{" wide" if wide else ""}">'
-        f'<figcaption>{escape(caption)}</figcaption>\n<div class="row">'
-        f'<div class="plot"><div class="ylabel">{escape(axes.y)}</div>'
-        f'<div class="yaxis" aria-hidden="true">{"".join(_y_ticks(scale))}</div>'
-        f'<div class="canvas">{_drawing(curves, places, scale, label, band)}</div>'
-        f'<div class="xaxis" aria-hidden="true">{"".join(_x_ticks(xs, places))}</div>'
-        f'<div class="xlabel">{escape(axes.x)}</div></div>\n{_legend(curves)}</div>\n'
-        f"{_values(xs, curves, axes)}\n{island(_told(xs, curves, axes, places, scale, label))}"
-        "</figure>"
-    )
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A vertical axis.
-
-    Args:
-        low: value at the bottom.
-        high: value at the top.
-        log: whether it is logarithmic.
+        ValueError: there is no curve with a point.
     """
 
-    low: Number
-    high: Number
-    log: bool
+    caption: str
+    curves: Sequence[Curve]
+    axes: Axes
+    band: Sequence[tuple[Number, Number, Number]] = ()
+    wide: bool = True
 
-    @classmethod
-    def around(cls, values: Sequence[Number], log: bool) -> "Scale":
-        """One that holds all values, with some room."""
-        low, high = min(values), max(values)
-        if log:
-            return cls(low / 1.3, high * 1.3, True)
-        room = 0.06 * (high - low) or 0.5
-        return cls(low - room, high + room, False)
+    def __post_init__(self) -> None:
+        """Refuse a chart of nothing."""
+        if not self._xs():
+            raise ValueError(f"the chart {self.caption!r} has no point to draw; leave it out.")
 
-    def height(self, value: Number) -> float:
-        """Where a value is, from 0 at the top to 1 at the bottom."""
-        low, high, at = (
-            math.log10(each) if self.log else float(each) for each in (self.low, self.high, value)
-        )
-        return (high - at) / (high - low)
+    def values(self) -> Table:
+        """A line per x, a column per curve."""
+        found = [dict(curve.points) for curve in self.curves]
+        heads = [self.axes.x, *(curve.label for curve in self.curves)]
+        return heads, [[f"{x:g}", *(self._said(y.get(x)) for y in found)] for x in self._xs()]
 
-    def ticks(self) -> list[Number]:
-        """Round values to mark."""
-        if not self.log:
-            return list(_round_steps(self.low, self.high))
-        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        decades = range(first, last + 1)
-        for digits in ((1,), (1, 3), (1, 2, 5)):
-            found = [d * 10.0**power for power in decades for d in digits]
-            found = [value for value in found if self.low <= value <= self.high]
-            if len(found) >= 3:
-                return found
-        return found or [self.low, self.high]
+    def words(self) -> str:
+        """Axes and number of curves."""
+        return f"{self.axes.y} against {self.axes.x}, {len(self.curves)} curves"
 
+    def _xs(self) -> list[Number]:
+        return sorted({x for curve in self.curves for x, _ in curve.points})
 
-def drawable(value: Number, log: bool) -> bool:
-    """Whether a value has a place on the axis."""
-    return math.isfinite(value) and (value > 0 or not log)
+    def _drawable(self, y: Number) -> bool:
+        return math.isfinite(y) and (y > 0 or not self.axes.log)
 
+    def _said(self, value: Number | None) -> str:
+        if value is None or math.isnan(value):
+            return "–"
+        return "exact" if math.isinf(value) else format(value, self.axes.form)
 
-def _round_steps(low: Number, high: Number) -> Iterator[Number]:
-    """Multiples of 1, 2 or 5 times a power of ten: four to nine of them."""
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = next(k * power for k in (1, 2, 5, 10) if (high - low) / (k * power) <= 8)
-    for k in range(math.ceil(low / step), math.floor(high / step) + 1):
-        yield k * step
+    def _ends(self) -> list[tuple[Number, Number] | None]:
+        """The last point of every curve that can be drawn; the names stand beside them."""
+        return [
+            next((point for point in reversed(curve.points) if self._drawable(point[1])), None)
+            for curve in self.curves
+        ]
 
+    def _figure(self) -> "Figure":
+        width = WIDE if self.wide else NARROW
+        height = max(3.0, 0.4 * width, TOP + BOTTOM + LINE * len(self.curves))
+        names = max(letters(curve.label) for curve in self.curves)
+        notes = max(letters(curve.note) for curve in self.curves)
+        right = 0.35 + names + (notes + 0.15 if notes else 0.0)
+        figure, panel = framed(width, height, 0.45, right)
+        if self.band:
+            xs, low, high = zip(*self.band, strict=True)
+            panel.fill_between(xs, low, high, color=WARM[0], alpha=0.12, linewidth=0)
+        colours = self._lines(panel)
+        self._scales(panel)
+        self._names(panel, colours, names + notes + 0.15)
+        return figure
 
-def _y_ticks(scale: Scale) -> Iterator[str]:
-    for value in scale.ticks():
-        yield f'<span style="top:{100 * scale.height(value):.2f}%">{value:.4g}</span>'
+    def _lines(self, panel: "Panel") -> list[str]:
+        """Draw the curves, hues and dashes by their kind and order; their colours."""
+        marker = "o" if len(self._xs()) < 2 * MAX_TICKS else ""
+        seen: dict[str, int] = {}
+        colours = []
+        for index, curve in enumerate(self.curves):
+            hues, style = STYLES[curve.kind]
+            turn, place = divmod(seen.setdefault(curve.kind, 0), len(hues))
+            seen[curve.kind] += 1
+            colours.append(hues[place])
+            style = dict(style, zorder=style["zorder"] - index / 1000)
+            panel.plot(
+                [x for x, _ in curve.points],
+                [y if self._drawable(y) else math.nan for _, y in curve.points],
+                color=hues[place],
+                linestyle=DASHES[turn % len(DASHES)],
+                marker=marker,
+                markeredgecolor=HUES["card"][0],
+                markeredgewidth=0.7,
+                gid=f"mark{index}",
+                **style,
+            )
+        return colours
 
+    def _scales(self, panel: "Panel") -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-def _x_ticks(xs: Sequence[Number], places: Mapping[Number, float]) -> Iterator[str]:
-    if len(xs) < 12:
-        marked = list(xs)
-    else:
-        width = xs[-1] - xs[0]
-        step = next(k for k in itertools.chain((1, 2), itertools.count(5, 5)) if width / k <= 10)
-        marked = [x for x in xs if x % step == 0]
-    for x in marked:
-        yield f'<span style="left:{100 * places[x]:.2f}%">{x:g}</span>'
+        xs = self._xs()
+        panel.set_title(self.axes.y)
+        panel.set_xlabel(self.axes.x)
+        panel.margins(x=0.02)
+        if len(xs) <= MAX_TICKS:
+            panel.set_xticks(xs, [f"{x:g}" for x in xs])
+        else:
+            panel.xaxis.set_major_locator(MaxNLocator(MAX_TICKS, integer=True))
+        panel.grid(axis="x", visible=False)
+        if self.axes.log:
+            panel.set_yscale("log")
+            low, high = panel.get_ylim()
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            panel.minorticks_off()
 
+    def _names(self, panel: "Panel", colours: Sequence[str], column: float) -> None:
+        """Write the names from top to bottom as the curves end, none upon another.
 
-def _drawing(
-    curves: Sequence[Curve],
-    places: Mapping[Number, float],
-    scale: Scale,
-    label: str,
-    band: Band,
-) -> str:
-    """Two layers: stretched lines, and markers that stay round."""
-    lines, dots = [], []
-    for tick in scale.ticks():
-        y = 1000 * scale.height(tick)
-        lines.append(f'<line class="rule" x1="0" x2="1000" y1="{y:.1f}" y2="{y:.1f}"/>')
-    if band:
-        upper = [(places[x], scale.height(high)) for x, _, high in band]
-        lower = [(places[x], scale.height(low)) for x, low, _ in reversed(band)]
-        corners = " ".join(f"{1000 * x:.1f},{1000 * y:.1f}" for x, y in [*upper, *lower])
-        lines.append(f'<polygon class="band w0" points="{corners}"/>')
-    for index in reversed(range(len(curves))):  # the first lies on top
-        curve = curves[index]
-        css = f'class="mark {curve.look}{" strong" if curve.strong else ""}" data-curve="{index}"'
-        for run in _runs(curve, scale.log):
-            path = " ".join(f"{1000 * places[x]:.1f},{1000 * scale.height(y):.1f}" for x, y in run)
-            lines.append(f'<polyline {css} points="{path}"/>')
-            radius = 4.5 if curve.strong else 3.2
-            if len(places) < 24 or len(run) == 1:
-                dots += [
-                    f'<circle {css} cx="{100 * places[x]:.2f}%" '
-                    f'cy="{100 * scale.height(y):.2f}%" r="{radius}"/>'
-                    for x, y in run
-                ]
-    return (
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(label)}"><title>{escape(label)}</title>{"".join(lines)}</svg>'
-        f'<svg aria-hidden="true">{"".join(dots)}</svg>'
-    )
+        Args:
+            panel: with all curves drawn.
+            colours: of the curves.
+            column: inches from the names' left end to the notes' right end.
+        """
+        from sklearn.isotonic import isotonic_regression
 
-
-def _runs(curve: Curve, log: bool) -> Iterator[list[tuple[Number, Number]]]:
-    """The unbroken pieces of a line."""
-    run: list[tuple[Number, Number]] = []
-    for x, y in curve.points:
-        if drawable(y, log):
-            run.append((x, y))
-        elif run:
-            yield run
-            run = []
-    if run:
-        yield run
-
-
-def _legend(curves: Sequence[Curve]) -> str:
-    items = "\n".join(
-        f'<li><button type="button" data-curve="{index}" aria-pressed="false" '
-        f'class="{curve.look}{" strong" if curve.strong else ""}"><svg aria-hidden="true">'
-        f'<line x1="0" x2="100%" y1="50%" y2="50%"/></svg>{escape(curve.label)}'
-        f"{f'<b>{escape(curve.note)}</b>' if curve.note else ''}</button></li>"
-        for index, curve in enumerate(curves)
-    )
-    return f'<ul class="legend" aria-label="Curves; press one to see it alone">\n{items}\n</ul>'
-
-
-def _values(xs: Sequence[Number], curves: Sequence[Curve], axes: Axes) -> str:
-    """The numbers of a chart as a table."""
-    heads = "".join(f'<th scope="col">{escape(curve.label)}</th>' for curve in curves)
-    found = [dict(curve.points) for curve in curves]
-    lines = "\n".join(
-        f'<tr><th scope="row">{x:g}</th>'
-        + "".join(f"<td>{_shown(points.get(x), axes)}</td>" for points in found)
-        + "</tr>"
-        for x in xs
-    )
-    return (
-        f'<details class="values"><summary>Values</summary><div class="scroll" tabindex="0" '
-        f'role="group" aria-label="Values of the chart"><table>\n<thead><tr><th scope="col">'
-        f"{escape(axes.x)}</th>{heads}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>"
-        "</details>"
-    )
-
-
-def _told(
-    xs: Sequence[Number],
-    curves: Sequence[Curve],
-    axes: Axes,
-    places: Mapping[Number, float],
-    scale: Scale,
-    label: str,
-) -> dict[str, object]:
-    """What the page's script reads."""
-    told = []
-    for curve in curves:
-        points = {x: y for x, y in curve.points if drawable(y, axes.log)}
-        ys = [points.get(x) for x in xs]
-        told.append(
-            {
-                "label": curve.label,
-                "css": curve.look,
-                "y": ys,
-                "shown": [_shown(y, axes) for y in ys],
-                "heights": [None if y is None else round(scale.height(y), 4) for y in ys],
+        box = panel.get_position()
+        figure = panel.figure
+        width, height = figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
+        place = (panel.transData + panel.transAxes.inverted()).transform
+        ends = self._ends()
+        heights = [float(place(end)[1]) if end else 0.0 for end in ends]
+        order = sorted(range(len(heights)), key=lambda index: -heights[index])
+        # Names at least `gap` apart and as near to the ends as can be: an isotonic regression.
+        gap = LINE / (height * box.height)
+        below = gap * (len(order) - 1)
+        wanted = [heights[index] + gap * rank for rank, index in enumerate(order)]
+        found = isotonic_regression(wanted, y_min=below, y_max=max(1.0, below), increasing=False)
+        inch = 1 / (width * box.width)
+        left = 1 + 0.3 * inch
+        for rank, index in enumerate(order):
+            curve, place_y = self.curves[index], float(found[rank]) - gap * rank
+            style: dict[str, Any] = {
+                "annotation_clip": False,
+                "va": "center",
+                "gid": f"mark{index}",
             }
-        )
-    return {
-        "label": label,
-        "x_name": axes.x,
-        "x": list(xs),
-        "places": [round(places[x], 4) for x in xs],
-        "curves": told,
-    }
-
-
-def _shown(value: Number | None, axes: Axes) -> str:
-    """A value in words."""
-    if value is None or math.isnan(value):
-        return "–"
-    return "exact" if math.isinf(value) else format(value, axes.form)
+            style["fontweight"] = "bold" if curve.kind == "learned" else "normal"
+            line = {"color": colours[index], "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2}
+            panel.annotate(
+                curve.label,
+                ends[index] or (left, place_y),
+                (left, place_y),
+                "data" if ends[index] else "axes fraction",
+                "axes fraction",
+                {**line, "arrowstyle": "-", "alpha": 0.6, "relpos": (0, 0.5)},
+                color=colours[index],
+                **style,
+            )
+            end = (left + column * inch, place_y)
+            panel.annotate(curve.note, end, xycoords="axes fraction", ha="right", **style)

@@ -9,6 +9,7 @@ from html import escape
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from foreseer.evaluation.metrics import psnr
@@ -91,8 +92,6 @@ def _markup(
 
 def encoded(sample: Float[Tensor, "C H W"]) -> str:
     """A sample as an address that holds it, small enough for a page."""
-    from PIL import Image
-
     pixels = sample.detach().float().cpu().clamp(0, 1)
     longer = max(pixels.shape[-2:])
     if longer > LARGEST:
@@ -100,7 +99,16 @@ def encoded(sample: Float[Tensor, "C H W"]) -> str:
         pixels = torch.nn.functional.interpolate(pixels[None], scale_factor=scale, mode="area")[0]
     grey = len(pixels) == 1
     array = (255 * pixels.permute(1, 2, 0)).round().to(torch.uint8).numpy()
-    image = Image.fromarray(array[..., 0] if grey else array)
+    return address(Image.fromarray(array[..., 0] if grey else array), longer)
+
+
+def address(image: Image.Image, longer: int) -> str:
+    """A picture as an address that holds it.
+
+    Args:
+        image: the picture.
+        longer: pixels of the longer side of the samples in it.
+    """
     buffer = io.BytesIO()
     if longer <= LOSSLESS:
         image.save(buffer, "PNG", optimize=True)

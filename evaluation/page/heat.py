@@ -1,28 +1,19 @@
-"""Heat maps and timelines of the HTML reports.
+"""Heat maps, and lists of anchors as marks on a line. Shapes: R rows, C columns, S steps."""
 
-A heat map is a PNG of one pixel per cell, enlarged without smoothing, in colours for light and for
-dark pages; its values lie beside it for the page's script.
-Shapes: R rows, C columns.
-"""
-
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.evaluation.page.template import data_uri, island
+from foreseer.evaluation.page.charts import MAX_TICKS, NARROW, WIDE, Chart, Table
+from foreseer.evaluation.page.look import COLD, HUES, WARM, framed, letters, shades
 
-DARK_MIDDLE = "#191d22"  # the card of the dark page: a weight of 0 leaves no mark
-DARK_ENDS = ("#4aa8f0", "#ff8a3d")
-EMPTY = {False: (242, 242, 242), True: (42, 48, 56)}  # a cell without a value, light and dark
-Weights = tuple[Tensor, Sequence[int]]  # (S, S) rows of one branch, and the anchors
-MAX_TICKS = 10
-BAR_CELLS = 64
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -46,110 +37,94 @@ class HeatAxes:
     form: str = ".3f"
 
 
-def heat_map(
-    caption: str, values: Float[Tensor, "R C"], axes: HeatAxes, signed: bool, square: bool = False
-) -> str:
-    """A matrix as colours, with its values under the pointer.
+@dataclass(frozen=True)
+class HeatMap(Chart):
+    """A matrix as colours.
 
     Args:
         caption: what it shows.
-        values: the matrix; NaN where there is no value.
+        matrix: NaN where there is no value.
         axes: what its rows and columns are.
         signed: whether 0 is the middle of the colours; else they run from the least to the largest.
-        square: whether to draw it as a square.
 
     Raises:
         ValueError: the matrix has no finite value, or another shape than its axes.
     """
-    if tuple(values.shape) != (len(axes.rows), len(axes.columns)):
-        raise ValueError(
-            f"the heat map {caption!r} has shape {tuple(values.shape)}, its axes name "
-            f"{len(axes.rows)} rows and {len(axes.columns)} columns."
+
+    caption: str
+    matrix: Float[Tensor, "R C"]
+    axes: HeatAxes
+    signed: bool = False
+    wide = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn."""
+        rows, columns = len(self.axes.rows), len(self.axes.columns)
+        if tuple(self.matrix.shape) != (rows, columns):
+            raise ValueError(
+                f"the heat map {self.caption!r} has shape {tuple(self.matrix.shape)}, its axes "
+                f"name {rows} rows and {columns} columns."
+            )
+        if not self.matrix.isfinite().any():
+            raise ValueError(f"the heat map {self.caption!r} has no finite value; leave it out.")
+
+    def values(self) -> Table:
+        """The matrix."""
+        heads = [f"{self.axes.row_name} ↓ {self.axes.column_name} →", *map(str, self.axes.columns)]
+        cells = [
+            [format(cell, self.axes.form) if math.isfinite(cell) else "–" for cell in row]
+            for row in self.matrix.tolist()
+        ]
+        return heads, [[str(n), *row] for n, row in zip(self.axes.rows, cells, strict=True)]
+
+    def words(self) -> str:
+        """Axes and range."""
+        low, high = self._range()
+        return (
+            f"Heat map of {self.axes.value_name}: {self.axes.row_name} downward, "
+            f"{self.axes.column_name} to the right, from {low:.3g} to {high:.3g}"
         )
-    values = values.detach().double().cpu()
-    finite = values[values.isfinite()]
-    if not len(finite):
-        raise ValueError(f"the heat map {caption!r} has no finite value; leave it out.")
-    low, high = float(finite.min()), float(finite.max())
-    if signed:
-        high = max(abs(low), abs(high)) or 1.0
-        low = -high
-    label = (
-        f"{caption.rstrip('.')}. Heat map of {axes.value_name}: {axes.row_name} downward, "
-        f"{axes.column_name} to the right, from {float(finite.min()):.3g} to "
-        f"{float(finite.max()):.3g}."
-    )
-    height = "" if square else f' style="height:{max(6.0, min(30.0, 0.62 * len(values))):.1f}rem"'
-    ramp = torch.linspace(low, high, BAR_CELLS, dtype=torch.float64)[None]
-    told = {
-        "label": label,
-        "rows": list(axes.rows),
-        "columns": list(axes.columns),
-        "row_name": axes.row_name,
-        "column_name": axes.column_name,
-        "values": [
-            [format(cell, axes.form) if math.isfinite(cell) else None for cell in row]
-            for row in values.tolist()
-        ],
-    }
-    return (
-        f'<figure class="heat"><figcaption>{escape(caption)}</figcaption>\n<div class="plot">'
-        f'<div class="ylabel">{escape(axes.row_name)} ↓</div>'
-        f'<div class="yaxis" aria-hidden="true">{_ticks(axes.rows, "top")}</div>'
-        f'<div class="canvas{" square" if square else ""}"{height}>'
-        f"{_picture(values, low, high, signed, label)}</div>"
-        f'<div class="xaxis{" square" if square else ""}" style="aspect-ratio:auto" '
-        f'aria-hidden="true">{_ticks(axes.columns, "left")}</div>'
-        f'<div class="xlabel{" square" if square else ""}" style="aspect-ratio:auto">'
-        f"{escape(axes.column_name)} →</div>"
-        f'<div class="bar"><span>{low:.3g}</span>{_picture(ramp, low, high, signed, "")}'
-        f"<span>{high:.3g}</span><span>{escape(axes.value_name)}</span></div></div>\n"
-        f"{island(told)}</figure>"
-    )
+
+    def _range(self) -> tuple[float, float]:
+        finite = self.matrix[self.matrix.isfinite()]
+        return float(finite.min()), float(finite.max())
+
+    def _figure(self) -> "Figure":
+        low, high = self._range()
+        if self.signed:
+            high = max(abs(low), abs(high)) or 1.0
+            low = -high
+        left = 0.2 + max(letters(str(name)) for name in self.axes.rows)
+        figure, panel = framed(
+            NARROW,
+            min(4.2, max(2.2, 1.2 + 0.09 * len(self.axes.rows))),
+            left,
+            right=0.3 + max(0.5, letters(self.axes.value_name)),
+        )
+        panel.grid(visible=False)
+        style: dict[str, Any] = {"cmap": shades(self.signed), "vmin": low, "vmax": high}
+        cells = self.matrix.detach().double().cpu().numpy()
+        image = panel.imshow(cells, aspect="auto", interpolation="none", **style)
+        _tick(panel.yaxis, self.axes.rows)
+        _tick(panel.xaxis, self.axes.columns)
+        panel.set_title(f"{self.axes.row_name} ↓")
+        panel.set_xlabel(f"{self.axes.column_name} →")
+        bar = figure.colorbar(image, ax=panel, fraction=0.045, pad=0.03, aspect=30)
+        assert bar.solids is not None
+        bar.solids.set_rasterized(True)  # else hundreds of paths
+        bar.outline.set_visible(False)
+        bar.ax.set_title(self.axes.value_name, loc="left")
+        return figure
 
 
-def _ticks(names: Sequence[int | str], side: str) -> str:
-    """The names beside a heat map's cells, as many as there is room for."""
+def _tick(axis: "Axis", names: Sequence[int | str]) -> None:
+    """Name as many cells as there is room for."""
     every = -(-len(names) // MAX_TICKS)
-    return "".join(
-        f'<span style="{side}:{100 * (index + 0.5) / len(names):.2f}%">{escape(str(name))}</span>'
-        for index, name in enumerate(names)
-        if index % every == 0
-    )
+    axis.set_ticks(range(0, len(names), every), [str(name) for name in names[::every]])
 
 
-def _picture(values: Float[Tensor, "R C"], low: float, high: float, signed: bool, alt: str) -> str:
-    """The cells as an image, and another for dark pages where the colours differ."""
-    light = data_uri(_png(values, low, high, signed, dark=False))
-    dark = data_uri(_png(values, low, high, signed, dark=True))
-    return (
-        '<picture><source media="screen and (prefers-color-scheme: dark)" '
-        f'srcset="{dark}"><img alt="{escape(alt)}" src="{light}"></picture>'
-    )
-
-
-def _png(values: Tensor, low: float, high: float, signed: bool, dark: bool) -> bytes:
-    """One pixel per cell."""
-    import numpy
-    from matplotlib import colormaps
-    from matplotlib.colors import Colormap, LinearSegmentedColormap
-    from PIL import Image
-
-    shades: Colormap = colormaps["RdBu_r" if signed else "viridis"]
-    if signed and dark:
-        ends = [DARK_ENDS[0], DARK_MIDDLE, DARK_ENDS[1]]
-        shades = LinearSegmentedColormap.from_list("dark", ends)
-    places = ((values - low) / ((high - low) or 1.0)).nan_to_num(0.0).numpy()
-    colours = (255 * numpy.asarray(shades(places))[..., :3]).round().astype(numpy.uint8)
-    colours[~values.isfinite().numpy()] = EMPTY[dark]
-    buffer = io.BytesIO()
-    Image.fromarray(colours).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def timeline(
-    caption: str, lists: Mapping[str, Sequence[int]], num_steps: int, strong: Sequence[str] = ()
-) -> str:
+@dataclass(frozen=True)
+class Timeline(Chart):
     """Which steps run the network, one line per list of anchors.
 
     Args:
@@ -161,77 +136,50 @@ def timeline(
     Raises:
         ValueError: there is no list, or a step lies outside the run.
     """
-    if not lists:
-        raise ValueError(f"the timeline {caption!r} has no list of anchors.")
-    lines = []
-    for label, steps in lists.items():
-        if not steps or min(steps) < 0 or max(steps) >= num_steps:
-            raise ValueError(
-                f"the anchors of {label!r} are {list(steps)}, expected steps from 0 to "
-                f"{num_steps - 1}."
-            )
-        told = f"{len(steps)} evaluations, at the steps {' '.join(map(str, steps))}"
-        marks = "".join(
-            f'<rect x="{100 * (step + 0.12) / num_steps:.2f}%" y="12%" '
-            f'width="{76 / num_steps:.2f}%" height="76%" rx="2"><title>step {step}</title></rect>'
-            for step in steps
-        )
-        css = ' class="learned"' if label in strong else ""
-        lines.append(
-            f'<li{css}><span>{escape(label)}</span><svg role="img" '
-            f'aria-label="{escape(told)}"><title>{escape(told)}</title>'
-            f'<line x1="0" x2="100%" y1="50%" y2="50%"/>{marks}</svg></li>'
-        )
-    scale = "".join(
-        f'<span style="left:{100 * (step + 0.5) / num_steps:.2f}%">{step}</span>'
-        for step in range(0, num_steps, max(1, -(-num_steps // MAX_TICKS)))
-    )
-    return (
-        f'<figure class="timeline"><figcaption>{escape(caption)}</figcaption>'
-        f'<ul class="lists">\n{chr(10).join(lines)}\n'
-        f'<li aria-hidden="true"><span></span><div class="scale">{scale}</div></li></ul></figure>'
-    )
 
+    caption: str
+    lists: Mapping[str, Sequence[int]]
+    num_steps: int
+    strong: Sequence[str] = ()
 
-def weight_map(caption: str, rows: Float[Tensor, "S S"], anchors: Sequence[int]) -> str:
-    """The weights of a linear forecaster: a line per forecast step, a column per anchor.
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn."""
+        if not self.lists:
+            raise ValueError(f"the timeline {self.caption!r} has no list of anchors.")
+        for label, steps in self.lists.items():
+            if not steps or min(steps) < 0 or max(steps) >= self.num_steps:
+                raise ValueError(
+                    f"the anchors of {label!r} are {list(steps)}, expected steps from 0 to "
+                    f"{self.num_steps - 1}."
+                )
 
-    Args:
-        caption: whose weights they are.
-        rows: weight of every step's feature in every step's forecast.
-        anchors: steps at which the network runs.
+    def values(self) -> Table:
+        """The steps of every list."""
+        lines = [
+            (label, str(len(steps)), " ".join(map(str, steps)))
+            for label, steps in self.lists.items()
+        ]
+        return ("list", "evaluations", "steps"), lines
 
-    Raises:
-        ValueError: every step is an anchor, so nothing is forecast.
-    """
-    values, steps = forecast_weights(rows, anchors)
-    names = {
-        "row_name": "forecast of step",
-        "column_name": "on the feature of step",
-        "value_name": "weight",
-    }
-    axes = HeatAxes(steps, list(anchors), **names)
-    return heat_map(caption, values, axes, signed=True)
+    def words(self) -> str:
+        """Number of lists and steps."""
+        return f"{len(self.lists)} lists of anchors among {self.num_steps} steps"
 
-
-def forecast_weights(
-    rows: Float[Tensor, "S S"], anchors: Sequence[int]
-) -> tuple[Float[Tensor, "T K"], list[int]]:
-    """The part of a weight matrix that forecasts: NaN where an anchor is yet to come; its steps.
-
-    Raises:
-        ValueError: every step is an anchor.
-    """
-    steps = [step for step in range(rows.shape[-1]) if step not in anchors]
-    if not steps:
-        raise ValueError(f"all {rows.shape[-1]} steps are anchors; there are no weights to draw.")
-    values = rows.detach().double().cpu()[steps][:, list(anchors)].clone()
-    for place, step in enumerate(steps):
-        values[place, [anchor > step for anchor in anchors]] = torch.nan
-    return values, steps
-
-
-def weight_maps(weights: Mapping[str, Weights]) -> str:
-    """Several weight maps side by side, by caption."""
-    maps = [weight_map(label, rows, anchors) for label, (rows, anchors) in weights.items()]
-    return '<div class="pair">\n' + "\n".join(maps) + "\n</div>"
+    def _figure(self) -> "Figure":
+        left = 0.2 + max(map(letters, self.lists))
+        height = 0.55 + 0.19 * len(self.lists)
+        figure, panel = framed(WIDE, height, left, right=0.1, top=0.05)
+        panel.grid(visible=False)
+        panel.spines[:].set_visible(False)
+        for row, (label, steps) in enumerate(self.lists.items()):
+            hue = (WARM if label in self.strong else COLD)[0]
+            panel.plot([0, self.num_steps - 1], [row, row], color=HUES["grid"][0], linewidth=1)
+            panel.plot(steps, [row] * len(steps), "s", color=hue, markersize=5.5, gid=f"mark{row}")
+        panel.set_yticks(range(len(self.lists)), list(self.lists))
+        for label, name in zip(self.lists, panel.get_yticklabels(), strict=True):
+            if label in self.strong:
+                name.set(fontweight="bold", color=HUES["ink"][0])
+        panel.set_ylim(len(self.lists) - 0.4, -0.6)
+        panel.margins(x=0.015)
+        panel.set_xlabel("step (0 is pure noise)")
+        return figure

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer import __version__
-from foreseer.evaluation.page.analysis import plot_step_errors, plot_weights
-from foreseer.evaluation.page.bench_charts import pareto_charts, step_error_chart
-from foreseer.evaluation.page.compare import comparison
-from foreseer.evaluation.page.heat import Weights, forecast_weights, timeline, weight_maps
-from foreseer.evaluation.page.plots import contact_sheet, plot_pareto, plot_timeline
+from foreseer.evaluation.page import figures
+from foreseer.evaluation.page.compare import address, comparison
+from foreseer.evaluation.page.figures import Curves, Weights
+from foreseer.evaluation.page.heat import Timeline
+from foreseer.evaluation.page.sheet import against
 from foreseer.evaluation.page.table import (
     blocks,
     decibels,
@@ -26,11 +26,19 @@ from foreseer.evaluation.page.table import (
     short_table,
     verdict,
 )
-from foreseer.evaluation.page.template import Cell, Section, facts, page, picture, sortable, tile
+from foreseer.evaluation.page.template import (
+    Cell,
+    Section,
+    facts,
+    page,
+    picture,
+    save_figures,
+    sortable,
+    tile,
+)
 from foreseer.evaluation.results import BenchMeta, BenchRow, save_meta, save_rows
 
 TEXT_COLUMNS = ("method", "kind", "tap", "anchors")
-Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def write_report(
@@ -39,13 +47,12 @@ def write_report(
     images: Mapping[str, Float[Tensor, "B C H W"]],
     out: Path,
     step_errors: Curves | None = None,
-    figures: Mapping[str, Path] | None = None,
     weights: Mapping[str, Weights] | None = None,
 ) -> Path:
     """Write the results, tables, figures and the HTML page of a benchmark into one folder.
 
-    The files are results.json, results.meta.json, results.csv, results.md, pareto.png,
-    contact_sheet.png, timeline.png, step_errors.png and weights.png (when given), report.html.
+    The files are results.json, results.meta.json, results.csv, results.md, report.html,
+    contact_sheet.png and a PNG of every figure of the page.
 
     Args:
         rows: rows of one benchmark.
@@ -53,7 +60,6 @@ def write_report(
         images: label to samples in [0, 1], the full run's first.
         out: folder to write, made when missing.
         step_errors: label to (step, relative error) pairs of the sampler's state after the step.
-        figures: caption to PNG of further figures.
         weights: caption to the rows of a linear predictor's branch, and its anchors.
 
     Returns:
@@ -71,32 +77,24 @@ def write_report(
     (out / "results.md").write_text(
         f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
     )
-    num_steps = max(row.steps[-1] for row in rows) + 1
-    plot_pareto(rows, out / "pareto.png")
-    plot_timeline(anchor_lists(rows), num_steps, out / "timeline.png")
-    contact_sheet(images, out / "contact_sheet.png")
-    if step_errors:
-        plot_step_errors(step_errors, out / "step_errors.png")
-    if weights:
-        matrix, anchors = next(iter(weights.values()))
-        plot_weights(*forecast_weights(matrix, anchors), anchors, out / "weights.png")
     sections = [
         _pareto(rows),
         _samples(images, out / "contact_sheet.png"),
         _methods(rows),
         *_inside(rows, step_errors or {}, weights or {}),
-        *([_further(figures)] if figures else []),
         Section("again", "Run it again", f"<pre>{escape(meta.command)}</pre>\n{_facts(meta)}"),
     ]
     text = page("bench", _context(rows, meta), verdict(rows), sections, __version__, _tiles(rows))
     (out / "report.html").write_text(text)
+    save_figures(sections, out)
     return out / "report.html"
 
 
 def _pareto(rows: Sequence[BenchRow]) -> Section:
     """Quality against cost."""
+    charts = figures.pareto(rows)
     nothing = "<p>Every method reproduces the full run exactly, so there is no curve to draw.</p>"
-    return Section("pareto", "Quality against cost", "\n".join(pareto_charts(rows)) or nothing)
+    return Section("pareto", "Quality against cost", "" if charts else nothing, figures=charts)
 
 
 def _methods(rows: Sequence[BenchRow]) -> Section:
@@ -110,12 +108,15 @@ def _methods(rows: Sequence[BenchRow]) -> Section:
     return Section("methods", "All methods", _tables(rows), note)
 
 
-def _samples(images: Mapping[str, Tensor], sheet: Path) -> Section:
-    """The slider, and all samples at once."""
+def _samples(images: Mapping[str, Tensor], path: Path) -> Section:
+    """The slider, and all samples at once, which are written to a file too."""
+    sheet = against(images)
+    sheet.save(path)
+    longer = max(next(iter(images.values())).shape[-2:])
     body = picture(
         "Every sample shown, a row per method; dark strips: four times the absolute difference "
         "to the full run",
-        sheet,
+        address(sheet, longer),
     )
     if len(images) > 1:
         caption = "Drag the divider, or focus it and use the arrow keys."
@@ -133,28 +134,23 @@ def _inside(
     strong = [label for label, steps in lists.items() if " ".join(map(str, steps)) in learned]
     found = []
     if step_errors:
-        chart = step_error_chart(rows, step_errors)
-        found.append(Section("steps", "Error after each step", chart))
+        chart = figures.state_errors(rows, step_errors)
+        found.append(Section("steps", "Error after each step", figures={"step_errors": chart}))
     if lists:
         caption = (
             "Steps at which the network runs, one line per anchor list. Bold: lists that learned "
             "predictors run on."
         )
-        drawn = timeline(caption, lists, num_steps, strong)
-        found.append(Section("anchors", "Where the network runs", drawn))
+        drawn = {"timeline": Timeline(caption, lists, num_steps, strong)}
+        found.append(Section("anchors", "Where the network runs", figures=drawn))
     if weights:
         note = (
             "A line per forecast step: how much of each computed feature goes into its forecast. "
             "Plain reuse is a one on the newest anchor."
         )
-        found.append(Section("weights", "What is added up", weight_maps(weights), note))
+        maps = figures.weight_maps(weights)
+        found.append(Section("weights", "What is added up", note=note, figures=maps))
     return found
-
-
-def _further(figures: Mapping[str, Path]) -> Section:
-    """Figures that a caller adds."""
-    body = "\n".join(picture(caption, path) for caption, path in figures.items())
-    return Section("further", "Further figures", body)
 
 
 def anchor_lists(rows: Sequence[BenchRow]) -> dict[str, tuple[int, ...]]:

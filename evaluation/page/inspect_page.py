@@ -1,4 +1,4 @@
-"""The page and the Markdown of `foreseer inspect`: one look at a recording and what it speaks for.
+"""The page of `foreseer inspect`: one look at a recording and what it speaks for.
 
 Shapes: S sampling steps.
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 from foreseer import __version__
 from foreseer.evaluation.motion import Motion
 from foreseer.evaluation.offline import LEARNED, LEVEL_DB, LOSS_DB, OfflineRow, best_row, gain
-from foreseer.evaluation.page.charts import Axes, Curve, line_chart, looks
-from foreseer.evaluation.page.heat import HeatAxes, Weights, heat_map, timeline, weight_maps
+from foreseer.evaluation.page import figures
+from foreseer.evaluation.page.charts import Axes, Chart, Curve, LineChart
+from foreseer.evaluation.page.figures import Curves, Weights
+from foreseer.evaluation.page.heat import Timeline
 from foreseer.evaluation.page.template import Cell, Section, facts, page, sortable, tile
 
-STEP = "step (0 is pure noise)"
 ESTIMATE = Axes("network evaluations", "offline estimate in dB (higher is better)", ".2f")
-ERROR = Axes(STEP, "relative error of the feature (lower is better)", ".3g", log=True)
 LIMITS = (
     "How the network reacts to a sample that is off: only a run shows it (foreseer bench).",
     "Guided samples: a Gram belongs to one branch and holds no products between branches.",
@@ -49,7 +49,7 @@ class Answer:
     verdict: str
     budgets: Sequence[int]
     lists: Mapping[str, Sequence[int]]
-    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
+    panels: Mapping[str, Curves]
     weights: Mapping[str, Weights]
 
     @property
@@ -58,13 +58,27 @@ class Answer:
         return self.budgets[len(self.budgets) // 2]
 
 
-def inspect_page(
+def inspect_page(told: Mapping[str, str], answer: Answer | str, sections: Sequence[Section]) -> str:
+    """The HTML page of a recording.
+
+    Args:
+        told: facts of the recording, see `motion.told`.
+        answer: what was found, or why no rule was compared.
+        sections: see `sections_of`.
+    """
+    context = f"{told['host']}; {told['scheduler']}; trajectories: {told['trajectories']}"
+    verdict = answer if isinstance(answer, str) else answer.verdict
+    tiles = [] if isinstance(answer, str) else _tiles(answer)
+    return page("inspect", context, verdict, sections, __version__, tiles)
+
+
+def sections_of(
     told: Mapping[str, str],
     motions: Mapping[str, Motion],
     cosines: Mapping[str, Float[Tensor, "S S"]],
     answer: Answer | str,
-) -> str:
-    """The HTML page of a recording.
+) -> list[Section]:
+    """Everything the page shows.
 
     Args:
         told: facts of the recording, see `motion.told`.
@@ -72,16 +86,12 @@ def inspect_page(
         cosines: mean cosine between the features of every two steps, by tap.
         answer: what was found, or why no rule was compared.
     """
-    sections = [Section("recording", "The recording", facts(told))]
-    verdict = answer if isinstance(answer, str) else answer.verdict
-    tiles: list[str] = []
-    if isinstance(answer, Answer):
-        sections = [*_answered(answer), *_motion(motions, cosines), _limits(), *sections]
-        tiles = _tiles(answer)
-    else:
-        sections = [*_motion(motions, cosines), *sections]
-    context = f"{told['host']}; {told['scheduler']}; trajectories: {told['trajectories']}"
-    return page("inspect", context, verdict, sections, __version__, tiles)
+    moving, header = _motion(motions, cosines), Section("recording", "The recording", facts(told))
+    if isinstance(answer, str):
+        return [*moving, header]
+    items = "\n".join(f"<li>{escape(line)}</li>" for line in LIMITS)
+    limits = Section("limits", NOT_KNOWN, f"<ul>\n{items}\n</ul>")
+    return [*_answered(answer), *moving, limits, header]
 
 
 def _tiles(answer: Answer) -> list[str]:
@@ -108,50 +118,44 @@ def _tiles(answer: Answer) -> list[str]:
 
 def _answered(answer: Answer) -> list[Section]:
     """The comparison of the rules, their errors, anchors and weights."""
-    errors = "\n".join(
-        line_chart(f"Tap {title}", _error_curves(curves), ERROR)
-        for title, curves in answer.panels.items()
+    errors = {
+        f"errors_{number}": figures.rule_errors(f"Tap {title}", curves, LEARNED)
+        for number, (title, curves) in enumerate(answer.panels.items(), 1)
+    }
+    num_steps = 1 + max(
+        step for curves in answer.panels.values() for line in curves.values() for step, _ in line
     )
-    longest = 1 + max(int(step) for curves in answer.panels.values() for step in _steps(curves))
     caption = (
         "Steps at which the network would run: the lists found for the best formula and the "
         "least-squares fit of each tap, and the uniform one. Bold: of the fit."
     )
     strong = [label for label in answer.lists if LEARNED in label]
-    note = (
+    lists = {"anchors": Timeline(caption, answer.lists, num_steps, strong)}
+    errors_note = (
+        f"||F_hat - F|| / ||F|| at {answer.middle} evaluations on held-out trajectories, every "
+        "rule on the anchors found for the tap's best formula. Behind the names: mean over "
+        "forecast steps."
+    )
+    weights_note = (
         "A line per forecast step: how much of each computed feature goes into its forecast. "
         f"Least squares on the even half of the trajectories at {answer.middle} evaluations, and "
         "the best formula."
     )
-    return [
-        Section("rules", "Every rule, offline", _rules(answer), _rules_note(answer)),
-        Section(
-            "steps",
-            "Error per step",
-            errors,
-            f"||F_hat - F|| / ||F|| at {answer.middle} evaluations on held-out trajectories, every "
-            "rule on the anchors found for the tap's best formula. Beside the names: mean over "
-            "forecast steps.",
-        ),
-        Section("anchors", "Where to run it", timeline(caption, answer.lists, longest, strong)),
-        Section("weights", "What is added up", weight_maps(answer.weights), note),
-    ]
-
-
-def _steps(curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[int]:
-    return [step for points in curves.values() for step, _ in points]
-
-
-def _rules_note(answer: Answer) -> str:
-    """What the estimate is."""
-    return (
+    maps = figures.weight_maps(answer.weights)
+    rules_note = (
         "-20 log10 of the error piled up during a run, from recorded features. Each rule on the "
         f"anchors searched for it. Gaps below {LEVEL_DB:g} dB say nothing."
     )
+    return [
+        Section("rules", "Every rule, offline", _table(answer), rules_note, _rules(answer)),
+        Section("steps", "Error per step", note=errors_note, figures=errors),
+        Section("anchors", "Where to run it", figures=lists),
+        Section("weights", "What is added up", note=weights_note, figures=maps),
+    ]
 
 
-def _rules(answer: Answer) -> str:
-    """The estimate against the budget, every method on its best tap; then all of them."""
+def _rules(answer: Answer) -> dict[str, LineChart]:
+    """The estimate against the budget, every method on its best tap."""
     best: dict[tuple[str, int], OfflineRow] = {}
     for row in answer.rows:
         key = row.method, row.num_anchors
@@ -161,29 +165,32 @@ def _rules(answer: Answer) -> str:
             best[key] = row
     middle = {method: row for (method, n), row in best.items() if n == answer.middle}
     ranked = sorted(middle, key=lambda method: middle[method].accumulated_error)
-    look = _looks(ranked)
+    kinds = figures.kinds_of(ranked, LEARNED)
     curves = [
         Curve(
             method,
             [(n, best[method, n].estimate_db) for n in sorted(answer.budgets)],
-            look[method],
-            method == LEARNED,
-            decibels(middle[method].estimate_db),
+            kinds[method],
+            decibels(best[method, max(answer.budgets)].estimate_db),
         )
         for method in ranked
     ]
     caption = (
-        f"Each rule on its best tap. Thick: fitted by least squares. Beside the names: dB at "
-        f"{answer.middle} evaluations."
+        "Each rule on its best tap. Thick: fitted by least squares; in colour: the best three "
+        f"formulas. Behind the names: dB at {max(answer.budgets)} evaluations."
     )
     drawable = any(math.isfinite(y) for curve in curves for _, y in curve.points)
-    chart = line_chart(caption, curves, ESTIMATE) if drawable else ""
+    return {"rules": LineChart(caption, curves, ESTIMATE)} if drawable else {}
+
+
+def _table(answer: Answer) -> str:
+    """Every rule on every tap."""
     lines = [
         ("learned" if method == LEARNED else "formula", cells) for method, cells in _cells(answer)
     ]
     table = sortable(lines, "Every rule on every tap", ("method", "tap"))
     return (
-        f'{chart}\n<details class="block"><summary>Every rule on every tap, on the anchors '
+        '<details class="block"><summary>Every rule on every tap, on the anchors '
         f"searched for it and on uniform ones</summary>{table}</details>"
     )
 
@@ -205,77 +212,39 @@ def _cells(answer: Answer) -> list[tuple[str, dict[str, Cell]]]:
     return lines
 
 
-def _error_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[Curve]:
-    """Lines of one tap, best first by their mean."""
-    mean = {
-        label: sum(found) / len(found) if (found := [y for _, y in points if y > 0]) else 0.0
-        for label, points in curves.items()
-    }
-    ranked = sorted(curves, key=lambda label: mean[label])
-    look = _looks(ranked)
-    return [
-        Curve(label, curves[label], look[label], label == LEARNED, f"{mean[label]:.3g}")
-        for label in ranked
-    ]
-
-
-def _looks(ranked: Sequence[str]) -> dict[str, str]:
-    """Warm for what is fitted; cold for the three best formulas, grey for the rest."""
-    formulas = [label for label in ranked if label != LEARNED]
-    learned = [label for label in ranked if label == LEARNED]
-    return looks({"learned": learned, "solver": formulas[:3], "formula": formulas[3:]})
-
-
 def _motion(
     motions: Mapping[str, Motion], cosines: Mapping[str, Float[Tensor, "S S"]]
 ) -> list[Section]:
     """How features move from step to step, and how alike those of any two steps are."""
     taps = [tap for tap in motions if not tap.startswith("blocks.")] or list(motions)
-    look = looks({"solver": taps})
-    charts = []
-    for caption, name in (
-        ("What earlier steps leave unexplained: ||F - P F|| / ||F||, P onto all of them", "rest"),
-        ("Change since the step before: ||F_t - F_(t-1)|| / ||F_(t-1)||", "change"),
-    ):
-        curves = []
-        for tap in taps:
-            found = motions[tap].change if name == "change" else 1 - motions[tap].fidelity
-            points = [(step, value) for step, value in enumerate(found.tolist()) if step]
-            curves.append(Curve(tap, points, look[tap]))
-        axes = Axes(STEP, "part of the feature's norm", ".3g", log=True)
-        if any(value > 0 for curve in curves for _, value in curve.points):
-            charts.append(line_chart(caption, curves, axes, wide=False))
     layers = [tap for tap in motions if tap.startswith("blocks.")]
-    body = f'<div class="pair">{"".join(charts)}</div>' if charts else ""
-    if len(layers) > 1:
-        body += _layers(motions, layers)
-    maps = "\n".join(
-        heat_map(f"Tap {tap}", cosines[tap], _cosine_axes(len(cosines[tap])), False, square=True)
-        for tap in taps
-    )
+    measures = {
+        "unexplained": (
+            "What earlier steps leave unexplained: ||F - P F|| / ||F||, P onto all of them",
+            {tap: 1 - found.fidelity for tap, found in motions.items()},
+        ),
+        "change": (
+            "Change since the step before: ||F_t - F_(t-1)|| / ||F_(t-1)||",
+            {tap: found.change for tap, found in motions.items()},
+        ),
+    }
+    drawn: dict[str, Chart] = {}
+    for name, (caption, found) in measures.items():
+        curves = {tap: list(enumerate(found[tap].tolist()))[1:] for tap in taps}
+        if any(value > 0 for points in curves.values() for _, value in points):
+            drawn[name] = figures.parts_of_norm(caption, curves)
+        if len(layers) > 1:
+            values = torch.stack([found[tap] for tap in layers])[:, 1:]
+            drawn[f"layers_{name}"] = figures.layers(f"Every layer. {caption}", values, layers)
+    maps = {
+        f"cosines_{number}": figures.cosines(f"Tap {tap}", cosines[tap])
+        for number, tap in enumerate(taps, 1)
+    }
     note = "Cosine between the features of two steps, mean over trajectories and branches."
     return [
-        Section("motion", "Motion", body or "<p>Nothing moves.</p>"),
-        Section("cosines", "Likeness of steps", f'<div class="pair">\n{maps}\n</div>', note),
+        Section("motion", "Motion", "" if drawn else "<p>Nothing moves.</p>", figures=drawn),
+        Section("cosines", "Likeness of steps", note=note, figures=maps),
     ]
-
-
-def _cosine_axes(num_steps: int) -> HeatAxes:
-    steps = range(num_steps)
-    return HeatAxes(steps, steps, "step", "step", "cosine", ".4f")
-
-
-def _layers(motions: Mapping[str, Motion], layers: Sequence[str]) -> str:
-    """A heat map of the relative change, a line per layer."""
-    change = torch.stack([motions[tap].change for tap in layers])[:, 1:]
-    steps = range(1, 1 + change.shape[1])
-    axes = HeatAxes(layers, steps, "layer", "step", "relative change", ".3g")
-    return heat_map("Change of every layer since the step before", change, axes, signed=False)
-
-
-def _limits() -> Section:
-    items = "\n".join(f"<li>{escape(line)}</li>" for line in LIMITS)
-    return Section("limits", NOT_KNOWN, f"<ul>\n{items}\n</ul>")
 
 
 def decibels(value: float) -> str:

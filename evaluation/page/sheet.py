@@ -3,7 +3,7 @@
 Shapes: B samples, C channels (1 or 3), H height, W width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,14 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from foreseer.evaluation.metrics import psnr
+from foreseer.evaluation.page.table import decibels
+
 SMALLEST, LARGEST = 112, 384  # pixels: sides that samples are enlarged and reduced to
 GAP, MARGIN = 8, 16  # pixels: between samples, around the sheet
 WORDS, SMALL = 17, 14  # pixels: size of letters beside the rows, above and below the samples
+SHRUNK = 192  # pixels: side above which samples beside others' are averaged down
+DIFFERENCE_GAIN = 4
 BLACK, GREY, WHITE = "#1a1a1a", "#666666", "#ffffff"
 
 
@@ -71,6 +76,36 @@ def sheet(rows: Sequence[Row], headings: Sequence[str] = ()) -> Image.Image:
             pen.multiline_text((centre, top + height + 2), caption, GREY, font(SMALL), "ma")
         top += height + GAP + room
     return drawn
+
+
+def against(images: Mapping[str, Float[Tensor, "B C H W"]]) -> Image.Image:
+    """The same samples of several runs, the differences to the first under each of the others.
+
+    Behind a label stands the mean PSNR of the samples shown.
+
+    Args:
+        images: label to samples in [0, 1]; the first entry is the full run.
+
+    Raises:
+        ValueError: there is no entry, or the shapes differ.
+    """
+    if not images:
+        raise ValueError("A contact sheet needs at least the samples of the full run.")
+    (label, full), *others = [(label, each.double().cpu()) for label, each in images.items()]
+    scale = min(1.0, SHRUNK / max(full.shape[-2:]))
+    rows = [Row(label, _shrunk(full, scale))]
+    for label, samples in others:
+        mean = float(psnr(samples, full).mean())
+        rows.append(Row(f"{label}\n{decibels(mean)} dB", _shrunk(samples, scale)))
+        gap = (samples - full).abs() * DIFFERENCE_GAIN
+        rows.append(Row(f"\n|difference| × {DIFFERENCE_GAIN}", _shrunk(gap, scale)))
+    return sheet(rows)
+
+
+def _shrunk(images: Float[Tensor, "B C H W"], scale: float) -> Float[Tensor, "B C h w"]:
+    if scale == 1:
+        return images
+    return torch.nn.functional.interpolate(images.clamp(0, 1), scale_factor=scale, mode="area")
 
 
 def write_label(pen: ImageDraw.ImageDraw, label: str, right: int, middle: float) -> None:

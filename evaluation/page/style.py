@@ -1,19 +1,23 @@
 """The style of the HTML reports: light and dark, from 360 px up, and on paper."""
 
+from foreseer.evaluation.page.look import HUES
+
+
+def _hues(page: int) -> str:
+    """The hues of the figures as variables, for light (0) or dark (1) pages."""
+    return "".join(f" --{name}: {hue[page]};" for name, hue in HUES.items())
+
+
 STYLE = (
-    """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #16191d;
-  --soft: #555e6a; --line: #dce0e6; --grid: #e6e9ee; --good: #00694f; --bad: #a63c00;
-  --accent: #0b62a4; --tint: #eaf2f9;
-  --w0: #cc5500; --w1: #b4508a; --w2: #a87400; --w3: #8a3b12; --w4: #7b2d6b;
-  --k0: #0072b2; --k1: #00805d; --k2: #2e8fcb; --k3: #1b3a5c;
-  --g0: #3c3c3c; --g1: #7a7a7a; --g2: #5a5a5a; --g3: #8c8c8c; }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #101316; --card: #191d22;
-  --ink: #e9ecef; --soft: #a7b0bb; --line: #313842; --grid: #272d35; --good: #4ec9a2;
-  --bad: #f2955a; --accent: #74bdf0; --tint: #1d2a36;
-  --w0: #ff8a3d; --w1: #f0a3cc; --w2: #f5bd4f; --w3: #e0976b; --w4: #cf9cf0;
-  --k0: #5db4f0; --k1: #3fd0a0; --k2: #a5daff; --k3: #93a8ff;
-  --g0: #d6dade; --g1: #98a1ab; --g2: #b8bec5; --g3: #828c96; } }
+    f"""
+:root {{{_hues(0)} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{{_hues(1)} }} }}
+"""
+    + """
+:root { color-scheme: light dark; --page: #f6f7f9; --line: #dce0e6; --good: #00694f; --bad: #a63c00;
+  --accent: #0b62a4; --tint: #eaf2f9; }
+@media screen and (prefers-color-scheme: dark) { :root { --page: #101316;
+  --line: #313842; --good: #4ec9a2; --bad: #f2955a; --accent: #74bdf0; --tint: #1d2a36; } }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; scroll-padding-top: 3.2rem; -webkit-text-size-adjust: 100%; }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
@@ -92,78 +96,13 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 """
     + (  # figures
         """
-.w0 { --c: var(--w0); } .w1 { --c: var(--w1); } .w2 { --c: var(--w2); } .w3 { --c: var(--w3); }
-.w4 { --c: var(--w4); } .k0 { --c: var(--k0); } .k1 { --c: var(--k1); } .k2 { --c: var(--k2); }
-.k3 { --c: var(--k3); } .g0 { --c: var(--g0); } .g1 { --c: var(--g1); } .g2 { --c: var(--g2); }
-.g3 { --c: var(--g3); }
-.d1 { stroke-dasharray: 7 4; } .d2 { stroke-dasharray: 2 3; } .d3 { stroke-dasharray: 9 3 2 3; }
-.d4 { stroke-dasharray: 14 3; }
-.chart .row { align-items: start; display: grid;
-  gap: .8rem 1.2rem; grid-template-columns: minmax(0, 1fr); }
-@media (min-width: 62rem) { .chart.wide .row { grid-template-columns: minmax(0, 1fr) 16rem; } }
-.plot { align-content: start; display: grid;
-  grid-template-columns: auto minmax(0, 1fr); column-gap: .45rem; }
-.ylabel { grid-column: 1 / 3; font-size: .8rem; color: var(--soft); padding-bottom: .5rem; }
-.yaxis { position: relative; font-size: .75rem; color: var(--soft); min-width: 2.1rem;
-  font-variant-numeric: tabular-nums; }
-.yaxis span { position: absolute; right: 0; transform: translateY(-50%); white-space: nowrap; }
-.xaxis { grid-column: 2; position: relative; height: 1.35rem; font-size: .75rem;
-  color: var(--soft); font-variant-numeric: tabular-nums; }
-.xaxis span { position: absolute; top: .25rem; transform: translateX(-50%); white-space: nowrap; }
-.xlabel { grid-column: 2; font-size: .8rem; color: var(--soft); text-align: center; }
-.canvas { position: relative; min-width: 0; touch-action: pan-y; cursor: crosshair; }
-.lines .canvas { height: clamp(15rem, 34vw, 25rem); }
-.canvas > svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
-.canvas .rule { stroke: var(--grid); stroke-width: 1; vector-effect: non-scaling-stroke; }
-.canvas polyline { fill: none; stroke: var(--c); vector-effect: non-scaling-stroke;
-  stroke-width: 1.5; stroke-linejoin: round; transition: opacity .12s; }
-.canvas polyline.strong { stroke-width: 3; }
-.canvas circle { fill: var(--c); stroke: var(--card); stroke-width: 1; transition: opacity .12s; }
-.canvas .band { fill: var(--c); opacity: .13; }
-.some .mark:not(.on) { opacity: .13; }
-.chart .mark.on { stroke-width: 3; }
-.cursor { position: absolute; top: 0; bottom: 0; width: 1px; background: var(--soft);
-  pointer-events: none; }
-.tip { position: absolute; z-index: 4; pointer-events: none; background: var(--card);
-  color: var(--ink); border: 1px solid var(--line); border-radius: .4rem; padding: .35rem .55rem;
-  font-size: .78rem; line-height: 1.4; box-shadow: 0 3px 14px rgb(0 0 0 / .18); max-width: 17rem;
-  font-variant-numeric: tabular-nums; }
-.tip b { display: block; } .tip .soft { font-size: inherit; }
-.tip div { display: flex; gap: .8rem; justify-content: space-between; white-space: nowrap; }
-.tip .near { font-weight: 700; } .tip span::before { content: ""; display: inline-block;
-  width: .6rem; height: .6rem; border-radius: 50%; background: var(--c); margin-right: .4rem; }
-.tip .number::before { content: none; }
-[hidden] { display: none !important; }
-.legend { list-style: none; padding: 0; margin: 0; display: grid; gap: 0 .4rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 13.5rem), 1fr));
-  align-content: start; }
-.legend button { font: inherit; font-size: .82rem; color: var(--ink); background: none; border: 0;
-  border-radius: .35rem; padding: .2rem .45rem; cursor: pointer; display: flex; gap: .45rem;
-  align-items: center; text-align: left; width: 100%; }
-.legend button:hover, .legend button[aria-pressed=true] { background: var(--tint); }
-.legend svg { flex: none; width: 1.5rem; height: .7rem; }
-.legend svg line { stroke: var(--c); stroke-width: 2; } .legend .strong line { stroke-width: 4; }
-.legend b { margin-left: auto; padding-left: .4rem; font-variant-numeric: tabular-nums;
-  font-weight: 600; white-space: nowrap; }
-@media screen and (min-width: 62rem) { .wide .legend { max-height: 29rem; overflow-y: auto; } }
-.lists { list-style: none; margin: 0; padding: 0; }
-.lists li { display: grid; grid-template-columns: minmax(0, 15rem) minmax(0, 1fr);
-  gap: 0 .9rem; align-items: center; font-size: .82rem; padding: .18rem 0; }
-.lists li.learned span { font-weight: 700; }
-.lists svg { width: 100%; height: 1.05rem; overflow: visible; display: block; }
-.lists line { stroke: var(--line); } .lists rect { fill: var(--k0); }
-.lists .learned rect { fill: var(--w0); }
-.lists .scale { position: relative; height: 1.2rem; color: var(--soft); font-size: .75rem; }
-.lists .scale span { position: absolute; transform: translateX(-50%); }
-@media (max-width: 40rem) { .lists li { grid-template-columns: minmax(0, 1fr); } }
-.heat .canvas { border: 1px solid var(--line); }
-.heat img { display: block; width: 100%; height: 100%; image-rendering: pixelated; }
-.heat .square { aspect-ratio: 1; max-width: 27rem; }
-.cell { position: absolute; border: 2px solid var(--ink); pointer-events: none; }
-.bar { grid-column: 2; display: flex; align-items: center; gap: .5rem; font-size: .75rem;
-  color: var(--soft); margin-top: .5rem; max-width: 20rem; font-variant-numeric: tabular-nums; }
-.bar img { height: .65rem; min-width: 0; image-rendering: auto; }
-.bar picture { flex: 1; }
+.drawing { overflow-x: auto; }
+.drawing svg { display: block; width: 100%; height: auto; max-width: 72rem; min-width: 34rem;
+  stroke-linejoin: round; }
+.pair .drawing svg { max-width: 28rem; min-width: 15rem; }
+.drawing text { font-variant-numeric: tabular-nums; }
+[data-mark] { transition: opacity .12s; }
+.some [data-mark]:not(.on) { opacity: .12; }
 .controls { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; align-items: center;
   margin: .2rem 0 .8rem; font-size: .9rem; }
 .controls select { font: inherit; font-size: .9rem; color: var(--ink); background: var(--page);

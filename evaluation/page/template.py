@@ -4,18 +4,22 @@ Whatever comes from data goes through `escape` or `island`, so no name can becom
 """
 
 import base64
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from foreseer.evaluation.page.charts import Chart
+from foreseer.evaluation.page.look import HUES, looking_alike
 from foreseer.evaluation.page.script import SCRIPT
 from foreseer.evaluation.page.style import STYLE
 
+VARIABLES = {light: f"var(--{name})" for name, (light, _) in HUES.items()}
 Cell = tuple[str, int | float | str | None]  # text shown, value sorted by
 
 PAGE = Template("""<!doctype html>
@@ -54,21 +58,27 @@ class Section:
     Args:
         key: its name in the address, of letters and dashes.
         title: its heading.
-        body: markup; whatever comes from data is escaped by who made it.
+        body: markup under the figures; whatever comes from data is escaped by who made it.
         note: a sentence or two under the heading, plain text.
+        figures: what is drawn, by the names of their PNG files.
     """
 
     key: str
     title: str
-    body: str
+    body: str = ""
     note: str = ""
+    figures: Mapping[str, Chart] = field(default_factory=dict)
 
     def html(self) -> str:
         """The markup."""
         note = f'\n<p class="soft">{escape(self.note)}</p>' if self.note else ""
+        charts = "\n".join(drawn(chart) for chart in self.figures.values())
+        if not all(chart.wide for chart in self.figures.values()):
+            charts = f'<div class="pair">\n{charts}\n</div>'
         return (
             f'<section id="{self.key}" aria-labelledby="{self.key}-title">\n'
-            f'<h2 id="{self.key}-title">{escape(self.title)}</h2>{note}\n{self.body}\n</section>'
+            f'<h2 id="{self.key}-title">{escape(self.title)}</h2>{note}\n{charts}\n{self.body}\n'
+            "</section>"
         )
 
 
@@ -129,6 +139,16 @@ def tile(head: str, number: str, tail: str, ahead: bool | None = None) -> str:
     return f"<li>{escape(head)}<b{css}>{escape(number)}</b>{escape(tail)}</li>"
 
 
+def save_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
+    """Write the figures of a page as PNG files into a folder.
+
+    Returns:
+        Their paths.
+    """
+    figures = {name: chart for each in sections for name, chart in each.figures.items()}
+    return [chart.save(folder / f"{name}.png") for name, chart in figures.items()]
+
+
 def island(content: Mapping[str, Any]) -> str:
     """Data for the page's script; `<` is written as an escape, so it cannot end the element."""
     text = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
@@ -140,12 +160,57 @@ def data_uri(content: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def picture(caption: str, path: Path) -> str:
-    """A PNG inside the page, scrolling sideways where the screen is narrower than legible."""
+def drawn(chart: Chart) -> str:
+    """A figure in the hues of the page, and its numbers as a table."""
+    file = io.StringIO()
+    with looking_alike(salt=chart.caption):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        chart.figure().savefig(file, format="svg", transparent=True, metadata=nothing)
+    label = f"{chart.caption.rstrip('.')}. {chart.words()}."
+    heads, lines = chart.values()
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in lines
+    )
+    return (
+        f'<figure class="drawn"><figcaption>{escape(chart.caption)}</figcaption>\n<div '
+        f'class="drawing" tabindex="0" role="group" aria-label="{escape(label)}">'
+        f"{_svg(file.getvalue(), label)}</div>\n"
+        '<details class="values"><summary>Values</summary><div class="scroll" tabindex="0" '
+        f'role="group" aria-label="Values of the figure"><table>\n<thead><tr>{head}</tr></thead>'
+        f"\n<tbody>\n{body}\n</tbody></table></div></details></figure>"
+    )
+
+
+def _svg(text: str, label: str) -> str:
+    """What matplotlib wrote, as an element of a page."""
+    start, inside = text[text.index("<svg") :].split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', start)
+    assert box is not None  # matplotlib writes it
+    inside = re.sub(r"<defs>\s*<style.*?</defs>", "", inside, count=1, flags=re.DOTALL)
+    inside = re.sub(r'style="[^"]*"', _of_page, inside)
+    inside = re.sub(r'<g id="[^"]*"/>', "", inside)
+    inside = re.sub(r'<g id="mark(\d+)">', r'<g data-mark="\1">', inside)
+    inside = re.sub(r'<(g|image)( [^>]*?)? id="[^"]*"', r"<\1\2", inside)
+    inside = re.sub(r"\s*\n\s*", " ", inside.replace("xlink:href", "href"))
+    return f'<svg {box[0]} role="img" aria-label="{escape(label)}">{inside}'
+
+
+def _of_page(style: re.Match[str]) -> str:
+    """A style with the page's letters and hues."""
+    plain = re.sub(r"font-family: [^;\"]*(; )?", "", style[0])
+    return re.sub("#[0-9a-f]{6}", lambda hue: VARIABLES.get(hue[0], hue[0]), plain)
+
+
+def picture(caption: str, source: str) -> str:
+    """An image inside the page, scrolling sideways where the screen is narrower than legible."""
     return (
         f'<figure><figcaption>{escape(caption)}</figcaption><div class="frame" tabindex="0" '
         f'role="group" aria-label="{escape(caption)}"><img alt="{escape(caption)}" '
-        f'src="{data_uri(path.read_bytes())}"></div></figure>'
+        f'src="{source}"></div></figure>'
     )
 
 
