@@ -85,23 +85,13 @@ def log_figures(
     curves = {label: _points(found, len(sigmas)) for label, found in errors.items()}
     board.add_figure(ERRORS, figures.step_errors(curves).figure(), epoch)
     lists = {f"{len(anchors)} evaluations": anchors}
-<<<<<<< HEAD
-    board.add_figure(ANCHORS, timeline_figure(lists, len(sigmas)), epoch)
+    board.add_figure(ANCHORS, Timeline("Anchors", lists, len(sigmas)).figure(), epoch)
     rows = module.predictor.rows(anchors, sigmas, module.recording.header.expert_steps)
     if rows is None or rows.shape[1] > 1 or len(anchors) == len(sigmas):
         return
     for branch, matrix in enumerate(rows[:, 0]):
-        figure = weights_figure(*forecast_weights(matrix, anchors), anchors)
-        board.add_figure(f"{WEIGHTS}{branch}", figure, epoch)
-=======
-    board.add_figure(ANCHORS, Timeline("Anchors", lists, len(sigmas)).figure(), epoch)
-    rows = weight_rows(module.predictor, anchors, sigmas)
-    if rows is None or len(anchors) == len(sigmas):
-        return
-    for branch, matrix in enumerate(rows):
         chart = figures.weights(f"Branch {branch}", matrix, anchors)
         board.add_figure(f"{WEIGHTS}{branch}", chart.figure(), epoch)
->>>>>>> 67a280a (One drawing of each figure: matplotlib's SVG in the pages, PNG and TensorBoard from the same functions)
 
 
 class SampleLog:
