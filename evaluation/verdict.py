@@ -19,7 +19,10 @@ from foreseer.evaluation.rows import formula_tables
 from foreseer.predictors.rules import SHOWN
 from foreseer.trajectories.gram import accumulated_error, spread
 
-BENCH = "foreseer bench --predictors '[FOLDER]' --budgets '{budgets}' ... measures PSNR and solvers"
+BENCH = (
+    "foreseer bench --pipeline PIPELINE --predictors FOLDER --budgets {budgets} --out REPORT "
+    "measures PSNR and solvers"
+)
 EXACT = 1e-30  # smallest squared error that is told from none: 300 dB
 
 Chunks = Iterable[tuple[Float[Tensor, "n branches P S S"], Float[Tensor, "branches P S S"]]]
@@ -152,4 +155,4 @@ def _apart(gain_db: float) -> str:
 
 
 def _bench(budgets: Sequence[int]) -> str:
-    return BENCH.format(budgets=list(dict.fromkeys(budgets)))
+    return BENCH.format(budgets=",".join(map(str, dict.fromkeys(budgets))))

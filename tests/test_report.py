@@ -139,6 +139,8 @@ def test_gaps_compare_only_equal_evaluations_and_guidance_and_may_be_negative(ro
     assert found == [(3.0, 8, 4.0), (3.0, 6, -4.0)]  # guidance 1 has no rival, the full run is none
     assert "in 1 of 2 settings" in verdict(rows) and "from -4.00 to +4.00 dB" in verdict(rows)
     assert "No verdict" in verdict(rows[:4])
+    single = verdict([row for row in rows if (row.guidance_scale, row.num_anchors) == (3.0, 8)])
+    assert "settings" not in single and "ahead of every solver and formula: +4.00 dB" in single
 
 
 def test_overlapping_intervals_are_called_so(rows):

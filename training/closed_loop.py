@@ -208,8 +208,8 @@ class L2PClosedLoop(L2PModule):
             z = quadratics.solve(ridge)
             rows = at + sum(float(c) * move.rows for c, move in zip(z, self.moves, strict=True))
             error = self._error(rows, self.validation)
-            self.print(f"ridge {ridge:g}: {error:.2f} dB, best so far {float(self.best_error):.2f}")
             self._consider(rows, error)
+            self.print(f"ridge {ridge:g}: {error:.2f} dB, best so far {float(self.best_error):.2f}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One that changes nothing, since steps are solved for: Lightning counts its steps.

@@ -82,6 +82,13 @@ def verdict(rows: Sequence[BenchRow]) -> str:
     found = gaps(rows)
     if not found:
         return "No verdict: learned and untrained methods never ran with equal evaluations."
+    if len(found) == 1:
+        overlap = "overlap" if found[0].intervals_overlap else "do not overlap"
+        told = "ahead of" if found[0].psnr_db > 0 else "not ahead of"
+        return (
+            f"At equal evaluations the best learned predictor is {told} every solver and formula: "
+            f"{found[0].psnr_db:+.2f} dB of PSNR to the best of them; the 95 % intervals {overlap}."
+        )
     ahead = [gap for gap in found if gap.psnr_db > 0]
     clear = sum(not gap.intervals_overlap for gap in ahead)
     low, high = min(gap.psnr_db for gap in found), max(gap.psnr_db for gap in found)
