@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from foreseer.evaluation.verify import EXACT_TAPS, Check, verify_pipeline
 from foreseer.integration.host.trunk import UnsupportedHost
-from foreseer.integration.pipelines.pipeline_call import call_settings, first_samples, joined
+from foreseer.integration.pipelines.pipeline_call import joined
 from foreseer.predictors.base import Predictor
 
 DEFAULT_STEPS = 8
@@ -61,19 +61,19 @@ def num_steps_of(predictor: Predictor | None) -> int:
 
 
 def one_call(
-    pipe: Any,
-    prompts: str | None,
-    num_inference_steps: int,
-    guidance_scale: float | None,
-    settings: Mapping[str, Any] | None,
+    pipe: Any, sample: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Callable[[], Any]:
-    """A call of the pipeline on one sample, the same inputs and noise every time."""
-    inputs = joined([first_samples(pipe, prompts)])
-    given = call_settings(pipe, num_inference_steps, guidance_scale, settings)
-    return functools.partial(_call, pipe, inputs, given)
+    """A call of the pipeline on one sample, the same inputs and noise every time.
+
+    Args:
+        pipe: a pipeline.
+        sample: its per-sample arguments.
+        settings: the other ones.
+    """
+    return functools.partial(_call, pipe, joined([sample]), settings)
 
 
-def _call(pipe: Any, inputs: dict[str, Any], given: dict[str, Any]) -> Any:
+def _call(pipe: Any, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     generator = torch.Generator().manual_seed(0)
     return pipe(**inputs, **given, generator=generator, output_type="latent")
 

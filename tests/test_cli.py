@@ -1,5 +1,7 @@
 """Help answers at once, options and YAML files mean the same, and mistakes exit with code 2."""
 
+import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from source_files import PACKAGE, source_files
 
 import foreseer
 from foreseer import cli
@@ -22,6 +25,14 @@ finally:
     print("seconds", time.process_time(), file=sys.stderr)
 """
 CALLS = []
+MANY = 7  # arguments, as of a command that is declared once
+ROOM_FUNCTIONS = [
+    (path, node)
+    for path in source_files()
+    if "/" in path
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text()))
+    if isinstance(node, ast.FunctionDef)
+]
 
 
 def fake_command(source: str, count: int = 3, names: Sequence[str] = ("a", "b")) -> None:
@@ -69,6 +80,18 @@ def test_every_option_of_a_command_is_explained(name, capsys):
     )
     for line in explained:
         assert " ".join(line.split(":", 1)[-1].split()) in text
+
+
+@pytest.mark.parametrize("name", cli.FUNCTIONS)
+def test_the_arguments_of_a_command_are_declared_once(name):
+    """A room's function that takes more than half of many is the same declaration again."""
+    given = {*inspect.signature(cli.FUNCTIONS[name]).parameters}
+    if len(given) < MANY:
+        return
+    for path, node in ROOM_FUNCTIONS:
+        each = node.args
+        taken = {a.arg for a in [*each.args, *each.kwonlyargs, each.kwarg or each.vararg] if a}
+        assert 2 * len(given & taken) <= len(given), f"{path}: {node.name}"
 
 
 def test_the_module_runs_as_a_program(tmp_path):

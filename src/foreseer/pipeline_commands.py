@@ -218,10 +218,12 @@ def verify(
     from foreseer.checkpoints.format import load_predictor
     from foreseer.evaluation.verified import num_steps_of, one_call, verified
     from foreseer.integration.pipelines.load import opened
+    from foreseer.integration.pipelines.pipeline_call import call_settings, first_samples
 
     pipe = opened(pipeline, dtype, device)
     loaded = load_predictor(predictor) if isinstance(predictor, str | Path) else predictor
     steps = num_inference_steps or num_steps_of(loaded)
-    found = verified(pipe, one_call(pipe, prompts, steps, guidance_scale, settings), loaded)
+    given = call_settings(pipe, steps, guidance_scale, settings)
+    found = verified(pipe, one_call(pipe, first_samples(pipe, prompts), given), loaded)
     print(found)
     return found

@@ -10,7 +10,7 @@ from foreseer.errors import ForeseerError
 
 PACKAGE = str(Path(__file__).parent)
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
-RESUMING = ("record", "search", "bench", "merge", "demo", "fit --config", "distill")
+RESUMING = ("record", "search", "bench", "merge", "demo", "distill")
 
 
 def is_told(error: BaseException) -> bool:
