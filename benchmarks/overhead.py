@@ -45,7 +45,7 @@ from overhead_systems import Ran, System, systems
 from torch import nn
 from tqdm.auto import tqdm
 
-from foreseer.evaluation.timing import one_thread
+from foreseer.evaluation.timing import threads
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
 HOST = "flux_70m"
@@ -166,7 +166,7 @@ def measure(rounds: int) -> list[System]:
     print(f"{HOST}: {size / 1e6:.1f} M parameters")
     benches = deque(Bench(system, transformer, counts) for system in systems())
     found = [bench.system for bench in benches]
-    with one_thread(), tqdm(total=(rounds + 1) * len(benches)) as progress:
+    with threads(1), tqdm(total=(rounds + 1) * len(benches)) as progress:
         for bench in benches:
             bench.run()  # foreseer also proves its taps here
             bench.warm = True

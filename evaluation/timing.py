@@ -118,7 +118,7 @@ def forecast_step_ratio(
     device = transformer_device(pipe)
     full = StepTimes(device)
     controller = TimedForecaster(predictor, tap, tuple(anchors), None, pipe)
-    with one_thread():
+    with threads(1):
         _timed_runs(pipe, full, controller, run)
         full.seconds, controller.times.seconds = [], []  # warm now
         rounds = 0
@@ -155,7 +155,7 @@ def anchor_step_ratios(
     full = StepTimes(transformer_device(pipe))
     controller = TimedForecaster(predictor, tap, tuple(range(num_steps)), None, pipe)
     ratios = []
-    with one_thread():
+    with threads(1):
         for _ in range(rounds + 1):
             full.seconds, controller.times.seconds = [], []
             _timed_runs(pipe, full, controller, run)
@@ -208,7 +208,7 @@ def attach_overhead(
             session.detach()
 
     ratios = []
-    with one_thread():
+    with threads(1):
         for index in range(rounds + 1):
             if index % 2:
                 hooked, plain = attached(), _seconds(run, device)
@@ -238,10 +238,10 @@ def now(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread for a while."""
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads for a while."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

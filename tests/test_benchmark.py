@@ -37,6 +37,19 @@ def reuse_rows(pipe, anchors, tap="output", sigmas=SIGMAS):
     return rows_predictor(pipe, weight, anchors, tap, sigmas, guidance_scale=3.0)
 
 
+def test_torch_has_its_threads_again_after_a_bench(tmp_path, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+
+    def end(*given, **settings):
+        seen.append(torch.get_num_threads())
+        raise ValueError("enough")
+
+    monkeypatch.setattr(benchmark, "compare_methods", end)
+    with pytest.raises(ValueError, match="enough"):
+        fs.bench(tiny_pipeline(), str(tmp_path), num_samples=1, num_threads=before + 1)
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
+
+
 @pytest.fixture
 def rows_only(monkeypatch):
     """Leave out the figures, which take seconds; the test of the command draws them."""

@@ -4,7 +4,9 @@ The signatures are the command lines and the YAML keys, the docstrings the help 
 function needs it imports when it is called, so that help answers at once.
 """
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from foreseer.extras import require
@@ -66,8 +68,6 @@ def record(
     Returns:
         The `Recording`; None where this writer had nothing to do.
     """
-    import os
-
     from foreseer.integration.pipelines.load import opened
     from foreseer.integration.pipelines.pipeline_call import call_settings
     from foreseer.trajectories.estimate import check_room, estimate, summary
@@ -116,12 +116,7 @@ def inspect(
     Returns:
         Paths of the plots, the Markdown and the page; none of an empty recording.
     """
-    from pathlib import Path
-
-    from foreseer.extras import require
-
     require("train", "foreseer inspect of a recording")
-
     from foreseer.evaluation.inspection import inspect_recording
     from foreseer.trajectories.files.storage import is_url
     from foreseer.trajectories.recording import Recording
@@ -149,8 +144,6 @@ def verify(recording: str, repair: bool = False) -> bool:
     Returns:
         Whether nothing is damaged; the command ends with code 1 where something is.
     """
-    from pathlib import Path
-
     from foreseer.integration.memory import readable
     from foreseer.trajectories.files.repair import DAMAGED, leftovers
     from foreseer.trajectories.files.repair import repair as repaired
@@ -224,8 +217,6 @@ def demo(
         from foreseer.web import serve
 
         return serve(pipeline, predictor, port)
-    from pathlib import Path
-
     from foreseer.demo import MORE, STAGES, run_stages
 
     run_stages(Path(out), pipeline or "zoo:fashion_dit", STAGES | MORE if all else STAGES)

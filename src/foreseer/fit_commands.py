@@ -253,8 +253,6 @@ def push(
     Returns:
         Address of the upload.
     """
-    from pathlib import Path
-
     from foreseer.trajectories.files.header import HEADER_FILE
 
     if (Path(folder) / HEADER_FILE).exists():

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from foreseer.extras import require
+
 
 def inspect(
     pipeline: Any,
@@ -141,7 +143,7 @@ def bench(
             or what `fit` returned for several budgets.
         methods: list of solvers and formulas to run; None runs all.
         batch_size: samples drawn at once.
-        num_threads: threads torch uses.
+        num_threads: threads torch uses meanwhile.
         dtype: dtype a pipeline given by name is loaded in; in Python also torch's own.
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
@@ -150,33 +152,31 @@ def bench(
         Path of the page.
     """
     options = dict(locals())
-    from foreseer.extras import require
-
     require("train", "foreseer bench")
-    import torch
-
     from foreseer.evaluation import benchmark
     from foreseer.evaluation.page.table import gaps, verdict
     from foreseer.evaluation.plan import load_learned
     from foreseer.evaluation.results import load_rows
+    from foreseer.evaluation.timing import threads
     from foreseer.integration.pipelines.load import opened
     from foreseer.integration.pipelines.pipeline_call import call_settings
     from foreseer.trajectories.prompts import asked_items
 
-    torch.set_num_threads(num_threads)
     pipe = opened(pipeline, dtype, device)
-    page = benchmark.compare_methods(
-        pipe,
-        asked_items(pipe, prompts, num_samples, benchmark.FIRST_ITEM),
-        out,
-        budgets,
-        load_learned(predictors),
-        json.loads(Path(searched).read_text()) if isinstance(searched, str | Path) else searched,
-        methods,
-        batch_size,
-        benchmark.command_line(options),
-        **call_settings(pipe, num_inference_steps, guidance_scale, settings),
-    )
+    lists = json.loads(Path(searched).read_text()) if isinstance(searched, str) else searched
+    with threads(num_threads):
+        page = benchmark.compare_methods(
+            pipe,
+            asked_items(pipe, prompts, num_samples, benchmark.FIRST_ITEM),
+            out,
+            budgets,
+            load_learned(predictors),
+            lists,
+            methods,
+            batch_size,
+            benchmark.command_line(options),
+            **call_settings(pipe, num_inference_steps, guidance_scale, settings),
+        )
     rows = load_rows(page.parent / "results.json")
     print("\n".join([*(gap.sentence() for gap in gaps(rows)), verdict(rows)]))
     print(f"The report lies in {page}.")
