@@ -14,6 +14,7 @@ from foreseer.predictors.bounded import GapBounded
 from foreseer.predictors.linear import L2P, fold
 from foreseer.predictors.rules import (
     BDF2,
+    RULES,
     AdamsBashforth2,
     AdamsMoulton,
     Damped,
@@ -31,6 +32,7 @@ ANCHORS = (0, 2, 5, 9, 14)
 NUM_STEPS = 20
 SIGMAS = [(1 - i / NUM_STEPS) ** 1.5 for i in range(NUM_STEPS)]
 PREDICTORS = {
+    **{name: lambda rule=rule: rule for name, rule in RULES.items()},
     "reuse": Reuse,
     **{f"taylor_{o}": lambda o=o: Taylor(o) for o in (1, 2, 3, 4)},
     **{f"newton_{o}": lambda o=o: Newton(o) for o in (1, 2, 3, 4)},
