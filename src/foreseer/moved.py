@@ -1,4 +1,4 @@
-"""Modules by the names they had before the rooms: they work, with a warning that says the new.
+"""Modules by the names they had before they were sorted into rooms: they work, with a warning.
 
 YAML files name classes by their module (`foreseer.training.callbacks.ClockCosine`), and people keep
 YAML files. `import foreseer` puts a finder behind Python's own, which is asked only for names that
