@@ -14,7 +14,7 @@ from foreseer.checkpoints.strict import MalformedFile, parse_json, read_plain
 from foreseer.checkpoints.upgrade import PREDICTOR, NewerVersion, upgraded
 from foreseer.errors import CheckpointError as CheckpointError
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_STEPS = 4096
@@ -284,5 +284,9 @@ SPEC_RULES: dict[str, Rule] = {
     "expert_steps": (
         lambda v: is_list(v, is_int) and v[0] == 0 and v == sorted(set(v)),
         "rising steps starting with 0",
+    ),
+    "first_branch": (
+        lambda v: v in ("", "conditional", "unconditional"),
+        "'conditional', 'unconditional' or ''",
     ),
 }

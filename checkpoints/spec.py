@@ -8,6 +8,9 @@ from foreseer.checkpoints.call_settings import Setting, at_step, first_differenc
 from foreseer.errors import PredictorMismatch as PredictorMismatch
 from foreseer.predictors.base import Predictor
 
+VALUES = "values_digest"
+"""Entry of a host: digest of its weights in any layout, which files before version 6 lack."""
+
 SIGMA_TOLERANCE = 1e-5  # float32 grids of one recipe agree to about 1e-7
 
 
@@ -37,6 +40,8 @@ class PredictorSpec:
         branch_steps: steps each branch lasts, where guidance stops in mid-run; empty where every
             branch lasts.
         expert_steps: first step of each transformer of the pipeline, starting with 0.
+        first_branch: kind of the first of two guidance branches, `conditional` or `unconditional`;
+            empty where it is not known.
     """
 
     tap: str
@@ -54,6 +59,7 @@ class PredictorSpec:
     latent_shapes: tuple[tuple[int, ...], ...] = ()
     branch_steps: tuple[int, ...] = ()
     expert_steps: tuple[int, ...] = (0,)
+    first_branch: str = ""
 
     def __str__(self) -> str:
         """One line for a person."""
@@ -201,9 +207,11 @@ def check_model(expected: dict[str, Any], found: dict[str, Any], made: str) -> N
         "parameters": "number of parameters",
         "config_sha256": "transformer configuration",
         "weights_sha256": "weights (fine-tuned, or with a LoRA?)",
+        VALUES: "weights (fine-tuned, or with a LoRA?)",
     }
     for key, name in names.items():
-        if key in found and expected.get(key) != found[key]:
+        told = key in found and (key in expected or key != VALUES)
+        if told and expected.get(key) != found[key]:
             raise PredictorMismatch(
                 f"{made} on another host: {name} is {found[key]}, expected {expected.get(key)}. "
                 "Record and fit for this model: foreseer record --help"

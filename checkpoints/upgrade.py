@@ -89,13 +89,31 @@ def _rows_from_4(values: Values) -> Values:
     return values | {"predictor_class": "L2P", "arguments": arguments}
 
 
+def _order_from_5(values: Values) -> Values:
+    """2026-11-29: which guidance branch comes first; weights in any layout, which may lack."""
+    spec = values.get("spec")
+    if not isinstance(spec, dict):
+        return values
+    return values | {"spec": {"first_branch": ""} | spec}
+
+
+def _order_from_3(values: Values) -> Values:
+    """2026-11-29: which guidance branch comes first, and the weights in any layout."""
+    return {"first_branch": "", "values_digest": ""} | values
+
+
 PREDICTOR: dict[int, Upgrade] = {
     1: _predictor_from_1,
     2: _settings_from_2,
     3: _past_from_3,
     4: _rows_from_4,
+    5: _order_from_5,
 }
 """Of the `config.json` of a predictor checkpoint."""
 
-RECORDING: dict[int, Upgrade] = {1: _recording_from_1, 2: _settings_from_2}
+RECORDING: dict[int, Upgrade] = {
+    1: _recording_from_1,
+    2: _settings_from_2,
+    3: _order_from_3,
+}
 """Of the `recording.json` of a recording."""

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec, check_host
+from foreseer.checkpoints.spec import VALUES, PredictorMismatch, PredictorSpec, check_host
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.forecasting import checked_forecaster, one_of
 from foreseer.integration.head_reader import Reader
-from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.fingerprint import host_fingerprint, values_digest
 from foreseer.integration.memory import check_budget
 from foreseer.integration.report import Report
 from foreseer.integration.sigma_run import SigmaRun
@@ -48,9 +48,9 @@ def forecast_model(
     Args:
         model_fn: `f(x, sigma, **kw)`; sigma has a value per sample.
         predictor: one on the tap `output`, or the folder, `zoo:<name>` or hub name of one.
-        model: the network that `model_fn` calls, whose weights are compared with the fit's; a
-            learned predictor needs it. Those of a class other than diffusers' are compared by
-            their number. None takes `model_fn`, where it is a module.
+        model: the network that `model_fn` calls, whose weights are compared with the fit's (see
+            `any_layout` for classes other than diffusers'); a learned predictor needs it. None
+            takes `model_fn`, where it is a module.
         returns: what `model_fn` returns: `v`, `eps` or `denoised` (x_0).
         fitted_on: what the network of the fit returned, `v` or `eps`; None reads it off the fit's
             scheduler where that is a flow scheduler, else off `returns`. Sigma is flow time (1 to
@@ -188,6 +188,20 @@ def output_forecaster(predictor: Predictor, anchors: Sequence[int] | None) -> Fo
     return checked_forecaster(None, predictor, anchors, "output")
 
 
+def any_layout(spec: PredictorSpec, model: nn.Module, values: bool = True) -> dict[str, Any]:
+    """What of a network's fingerprint can be told where its weights are laid out in another way.
+
+    Args:
+        spec: of the predictor, which tells a digest of the weights' values, or their number only.
+        model: the network.
+        values: whether their values are read, too; all of them are.
+    """
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    if values and VALUES in spec.host and found["parameters"] == spec.host.get("parameters"):
+        found[VALUES] = values_digest(model)
+    return found
+
+
 def check_model(predictor: Predictor, model: nn.Module | None, scheduler: Any = None) -> None:
     """Raise unless a network is the one a learned predictor was fitted on, as far as can be told.
 
@@ -211,5 +225,4 @@ def check_model(predictor: Predictor, model: nn.Module | None, scheduler: Any = 
     if hasattr(model, "config") and not isinstance(model.config, type(None)):
         check_host(predictor.spec, host_fingerprint(model), scheduler)
     else:
-        count = sum(parameter.numel() for parameter in model.parameters())
-        check_host(predictor.spec, {"parameters": count}, scheduler)
+        check_host(predictor.spec, any_layout(predictor.spec, model), scheduler)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import foreseer as fs
+from foreseer.integration.host.fingerprint import values_digest
 from foreseer.integration.pipelines.pixel_flux_pipeline import pack, unpack
 
 ROOT = Path(__file__).parents[1]
@@ -240,6 +241,19 @@ def test_another_grid_sampler_model_or_guidance_is_refused_in_the_usual_words(
         refused("fitted on another host: number of parameters is 6361522, expected 6361520")
     finally:
         del patcher.model.diffusion_model.extra
+
+
+def test_comfyuis_layout_has_the_digest_of_the_fits_weights_and_a_fine_tune_has_another(
+    patcher, pipe
+):
+    host = patcher.model.diffusion_model
+    digest = values_digest(pipe.transformer)
+    assert values_digest(host) == digest
+    weight = host.img_in.weight
+    kept = weight.detach().clone()
+    weight.data += 0.01 * torch.outer(torch.randn(len(kept)), torch.randn(kept.shape[1]))
+    assert values_digest(host) != digest
+    weight.data.copy_(kept)
 
 
 def test_what_cannot_be_forecast_in_comfyui_is_refused_by_the_node(nodes, patcher):

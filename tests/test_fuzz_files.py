@@ -189,10 +189,11 @@ CONFIG_VALUES = {
         "latent_shapes": [[1, 8, 8]],
         "branch_steps": [4],
         "expert_steps": [0, 2],
+        "first_branch": "conditional",
     },
     "versions": {"foreseer": "1"},
     "model_sha256": "0" * 64,
-    "schema_version": 3,
+    "schema_version": 6,
 }
 
 

@@ -130,8 +130,8 @@ def test_a_folder_without_recording_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 9}, "schema_version 9, this release reads 1 to 3; upgrade"),
-        ({"schema_version": "3"}, "schema_version: found '3', expected 3"),
+        ({"schema_version": 9}, "schema_version 9, this release reads 1 to 4; upgrade"),
+        ({"schema_version": "4"}, "schema_version: found '4', expected 4"),
         ({"colour": 1}, r"unknown keys \['colour'\]"),
         ({"sigmas": "x"}, "sigmas: found 'x', expected a list"),
         ({"sigmas": [1.0, float("nan")]}, "NaN is no finite number"),

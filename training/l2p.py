@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from foreseer.checkpoints.call_settings import as_settings
-from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.checkpoints.spec import VALUES, PredictorSpec
 from foreseer.evaluation.rows import published_loss, reuse_weight
 from foreseer.integration.pipelines.load import HUB_NAME
 from foreseer.predictors.linear import L2P, fitted_rows, fold
@@ -142,7 +142,7 @@ def spec_of(
         tap=tap,
         anchors=tuple(anchors),
         sigmas=tuple(header.sigmas),
-        host=header.host | base_model(header.pipeline),
+        host=header.host | base_model(header.pipeline) | told_values(header),
         scheduler=header.scheduler["class"],
         num_branches=header.num_branches,
         guidance_scale=header.scheduler["guidance_scale"],
@@ -153,7 +153,13 @@ def spec_of(
         latent_shapes=tuple(shapes),
         branch_steps=tuple(header.branch_steps),
         expert_steps=tuple(header.expert_steps),
+        first_branch=header.first_branch,
     )
+
+
+def told_values(header: Header) -> dict[str, str]:
+    """The weights' digest in any layout, where the recording tells it."""
+    return {VALUES: header.values_digest} if header.values_digest else {}
 
 
 def base_model(pipeline: str) -> dict[str, str]:

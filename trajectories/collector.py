@@ -15,6 +15,7 @@ from foreseer.integration.host.call_rows import Narrowed
 from foreseer.predictors.base import Step
 from foreseer.predictors.partition import Partition
 from foreseer.trajectories.gram import gram, part_grams
+from foreseer.trajectories.guidance_order import first_branch
 
 
 class Recorder(Controller):
@@ -48,6 +49,7 @@ class Recorder(Controller):
         self.masks: dict[int, Bool[Tensor, "B N"]] = {}  # image tokens of each branch
         self.states: list[Tensor] = []
         self.final: Tensor | None = None
+        self.first_branch = ""  # its kind, once a step tells
 
     def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
         """Keep one call's features, one entry per branch.
@@ -76,6 +78,9 @@ class Recorder(Controller):
         self.told.append(self.settings)
         self.states.append(before.detach().float())
         self.final = after.detach().float()
+        outputs = self.features.get("output", [])[step_index:]
+        if not self.first_branch and outputs and len(outputs[0]) == 2:
+            self.first_branch = first_branch(v, *(outputs[0][n] for n in sorted(outputs[0])))
 
     @property
     def num_branches(self) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from foreseer.checkpoints.call_settings import as_settings, first_difference
 from foreseer.integration.host.denoisers import transformers_of
-from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.fingerprint import host_fingerprint, values_digest
 from foreseer.trajectories.collector import Recorder
 from foreseer.trajectories.files.header import Header, RecordingError
 from foreseer.trajectories.files.storage import exists
@@ -110,6 +110,8 @@ def describe(
         guidance=recorder.guidance,
         branch_steps=recorder.branch_steps,
         expert_steps=recorder.expert_steps,
+        first_branch=recorder.first_branch,
+        values_digest=values_digest(*transformers_of(pipe).values()),
         pipeline=str(getattr(pipe, "name_or_path", None) or ""),
     )
 

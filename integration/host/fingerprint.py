@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from foreseer.integration.host.held_weights import held_weights
@@ -15,6 +16,7 @@ from foreseer.integration.host.held_weights import held_weights
 CONDITIONER = "_foreseer_conditioner"
 """Attribute, outside of a transformer's own state, under which its conditioner is found."""
 
+PART = 2**22  # values summed at once: 2**22 squares of 16 bits are exact in float64, in any order
 SAMPLED = 64  # values of each parameter that enter the digest
 
 
@@ -41,6 +43,26 @@ def host_fingerprint(*transformers: nn.Module) -> dict[str, Any]:
         "config_sha256": hashlib.sha256("".join(texts).encode()).hexdigest(),
         "weights_sha256": digest.hexdigest(),
     }
+
+
+def values_digest(*modules: nn.Module) -> str:
+    """Digest of the values of all weights, alike in every layout of the same weights.
+
+    Taken over the sums of all values' bits and of their squares, rounded to bfloat16: names, order,
+    and what is fused, split, renamed or transposed make no difference, any other value does.
+
+    Args:
+        modules: the networks; every value of their weights is read once.
+    """
+    count = total = squares = 0
+    for module in modules:
+        for _, value in held_weights(module):
+            for part in value.detach().reshape(-1).split(PART):
+                bits = part.to(torch.bfloat16).view(torch.int16).double()
+                count += bits.numel()
+                total += int(bits.sum())
+                squares += int(bits.dot(bits))
+    return hashlib.sha256(f"{count} {total} {squares}".encode()).hexdigest()
 
 
 def _add_weights(digest: Any, transformer: nn.Module) -> None:

@@ -21,8 +21,9 @@ CACHES = (KEY, "easycache", "lazycache")
 FIRST_BRANCH = io.Combo.Input(
     "first_branch",
     options=list(FIRST_BRANCHES),
-    tooltip="Which guidance branch the pipeline of the fit ran first. No guidance: FLUX.1. "
-    "Conditional: Qwen-Image, Wan, HunyuanVideo. Unconditional: Stable Diffusion 3.",
+    tooltip="Which guidance branch the pipeline of the fit ran first, where the predictor's file "
+    "does not know. No guidance: FLUX.1. Conditional: Qwen-Image, Wan, HunyuanVideo. "
+    "Unconditional: Stable Diffusion 3.",
 )
 
 

@@ -8,6 +8,7 @@ apart by the memory that is free.
 import logging
 import math
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreseer.checkpoints.spec import PredictorMismatch, check_host, check_scheduler
+from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, check_scheduler
 from foreseer.errors import UnsupportedHost
-from foreseer.integration.forecast_model import output_forecaster
+from foreseer.integration.forecast_model import any_layout, output_forecaster
 from foreseer.integration.sigma_run import SigmaRun
 from foreseer.integration.told_sigmas import flow_time, one_sigma, without_end
 from foreseer.predictors.base import LinearPredictor, Predictor
 
 KEY = "foreseer"
-FIRST_BRANCHES = ("no guidance", "conditional", "unconditional")
+FIRST_BRANCHES = ("as recorded", "no guidance", "conditional", "unconditional")
 """Which branch the pipeline of the fit ran first; ComfyUI numbers the conditional one 0."""
 
 SAMPLERS = {"FlowMatchEulerDiscreteScheduler": ("sample_euler", "sample_forecast")}
@@ -59,17 +60,10 @@ class Forecast:
                 "them out in its own way; use a predictor of linear rows, such as L2P, on the tap "
                 "'output'."
             )
-        guided = predictor.spec.num_branches > 1
-        if guided != (first_branch != FIRST_BRANCHES[0]):
-            raise PredictorMismatch(
-                f"the predictor was fitted with {predictor.spec.num_branches} guidance branch(es) "
-                f"per step and first_branch is {first_branch!r}; say which branch the pipeline of "
-                "the fit ran first (conditional: Qwen-Image, Wan, HunyuanVideo; unconditional: "
-                "Stable Diffusion 3), or 'no guidance' of one branch (FLUX.1)."
-            )
         self.predictor = predictor
-        self.first_branch = first_branch
+        self.first_branch = order_of(predictor.spec, first_branch)
         self.run: SigmaRun | None = None
+        self.checked: weakref.ref[Any] | None = None  # whose weights are known to be the fit's
 
     def begin(self, guider: Any, sigmas: Tensor, sampler: Any) -> None:
         """A sampling begins: check what it runs on, and forget the last one.
@@ -83,7 +77,7 @@ class Forecast:
             PredictorMismatch: another model, sampler, grid or guidance scale than the fit's.
         """
         spec = self.predictor.spec
-        check_model(self.predictor, guider.model_patcher)
+        self._check_model(guider.model_patcher)
         function = getattr(sampler, "sampler_function", sampler)
         name = getattr(function, "__name__", type(function).__name__)
         alike = name in SAMPLERS.get(spec.scheduler, ())
@@ -97,6 +91,22 @@ class Forecast:
         forecaster.settings = {} if scale is None else {"guidance_scale": scale}
         self.run = SigmaRun(forecaster, grid, lambda: None)
         forecaster.open(grid)  # refuses before the first evaluation
+
+    def _check_model(self, patcher: Any) -> None:
+        """Raise unless the model has the fit's weights, as far as can be told, and no patches.
+
+        ComfyUI names and lays out weights in its own way; the digest of their values goes through
+        all of them, so it is taken once for a model, which ComfyUI changes by patches alone.
+
+        Raises:
+            PredictorMismatch: another model, or one with a LoRA.
+        """
+        host, spec = patcher.model.diffusion_model, self.predictor.spec
+        known = self.checked is not None and self.checked() is host
+        check_host(spec, any_layout(spec, host, values=not known), None)
+        self.checked = weakref.ref(host)
+        if patcher.patches:
+            check_host(spec, {"weights_sha256": f"{len(patcher.patches)} patched"}, None)
 
     def end(self) -> None:
         """A sampling is over, finished or not."""
@@ -128,7 +138,7 @@ class Forecast:
         self, run: SigmaRun, options: dict[str, Any], executor: Callable, args: tuple, kwargs: dict
     ) -> Tensor:
         started = time.perf_counter()
-        swap = self.first_branch == FIRST_BRANCHES[2]
+        swap = self.first_branch == "unconditional"
         branches = [1 - each if swap else each for each in options["cond_or_uncond"]]
         keys = [str(uuid) for uuid in options["uuids"]]
         sigma = flow_time(one_sigma(options["sigmas"]), self.kind)
@@ -175,19 +185,27 @@ def options_of(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_model(predictor: Predictor, patcher: Any) -> None:
-    """Raise unless the model has as many parameters as the fit's, and no patches.
+def order_of(spec: PredictorSpec, told: str) -> str:
+    """Which branch the pipeline of the fit ran first: what a node says, or the predictor's file.
 
-    ComfyUI names and lays out weights in its own way, so that their digest cannot be compared.
+    Args:
+        spec: of the predictor.
+        told: one of `FIRST_BRANCHES`.
 
     Raises:
-        PredictorMismatch: another model, or one with a LoRA.
+        PredictorMismatch: they contradict each other, or the file does not know and nothing is
+            told.
     """
-    host = patcher.model.diffusion_model
-    count = sum(parameter.numel() for parameter in host.parameters())
-    check_host(predictor.spec, {"parameters": count}, None)
-    if patcher.patches:
-        check_host(predictor.spec, {"weights_sha256": f"{len(patcher.patches)} patched"}, None)
+    known = spec.first_branch if spec.num_branches > 1 else "no guidance"
+    if told not in (("as recorded", known) if known else ("conditional", "unconditional")):
+        raise PredictorMismatch(
+            f"the predictor was fitted with {spec.num_branches} guidance branch(es) per step, its "
+            f"file says of the order {known or 'nothing'!r}, and first_branch is {told!r}; say "
+            "which branch the pipeline of the fit ran first (conditional: Qwen-Image, Wan, "
+            "HunyuanVideo; unconditional: Stable Diffusion 3), or 'no guidance' of one branch "
+            "(FLUX.1)."
+        )
+    return known or told
 
 
 def check_conditioning(conds: Sequence[dict[str, Any]] | None) -> None:

@@ -34,7 +34,7 @@ class Forecasts:
     """The hook around a network's forward: computed at anchors, forecast elsewhere.
 
     A request keeps its own history. Branches are the engine's: 0 conditional, 1 unconditional.
-    Weights are compared by their number: this engine lays them out in its own way.
+    Weights are compared by their values in any layout, as this engine lays them out in its own way.
 
     Args:
         predictor: one on the tap `output`, with its spec.

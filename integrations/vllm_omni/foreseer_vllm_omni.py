@@ -28,7 +28,7 @@ class ForeseerBackend(CacheBackend):
 
     The calls of one step are its guidance branches, in their order; a worker that makes one of two
     (cfg_parallel_size=2) is refused, since it sees one branch where the fit had two. Weights are
-    compared by their number: this engine lays them out in its own way.
+    compared by their values in any layout: this engine lays them out in its own way.
 
     Args:
         config: `predictor`, a folder, `zoo:<name>` or hub name of one on the tap `output`.

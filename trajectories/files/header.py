@@ -14,7 +14,7 @@ from foreseer.checkpoints.upgrade import RECORDING, NewerVersion, upgraded
 from foreseer.errors import RecordingError as RecordingError
 from foreseer.trajectories.files.shards import write_atomically
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 HEADER_FILE = "recording.json"
 MAX_RECORDING_JSON_BYTES = 1_000_000
 MAX_INT = 1 << 63
@@ -44,6 +44,9 @@ class Header:
         expert_steps: first step of each transformer of the pipeline, starting with 0.
         pipeline: name or folder the pipeline was loaded by; empty where it does not tell. It is no
             part of what makes headers equal.
+        first_branch: kind of the first of two guidance branches, `conditional` or `unconditional`;
+            empty where it is not known. No part of what makes headers equal, as the next.
+        values_digest: `values_digest` of the model's weights; empty where it was not told.
         recipe_hash: xxh3-128 of `recipe` as sorted JSON; computed when left empty.
         schema_version: version of this file's layout.
 
@@ -65,6 +68,8 @@ class Header:
     branch_steps: list[int] = field(default_factory=list)
     expert_steps: list[int] = field(default_factory=lambda: [0])
     pipeline: str = field(default="", compare=False)
+    first_branch: str = field(default="", compare=False)
+    values_digest: str = field(default="", compare=False)
     recipe_hash: str = ""
     schema_version: int = SCHEMA_VERSION
 
@@ -110,6 +115,10 @@ class Header:
         _require(holds, "expert_steps", self.expert_steps, "rising steps starting with 0")
         named = isinstance(self.pipeline, str) and len(self.pipeline) <= MAX_NAME
         _require(named, "pipeline", self.pipeline, f"a string of at most {MAX_NAME} characters")
+        kinds = ("", "conditional", "unconditional")
+        _require(self.first_branch in kinds, "first_branch", self.first_branch, f"one of {kinds}")
+        named = isinstance(self.values_digest, str) and len(self.values_digest) <= MAX_NAME
+        _require(named, "values_digest", self.values_digest, "a string")
         _require(isinstance(self.recipe_hash, str), "recipe_hash", self.recipe_hash, "a string")
         version = self.schema_version
         _require(version == SCHEMA_VERSION, "schema_version", version, f"{SCHEMA_VERSION}")
