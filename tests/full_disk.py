@@ -2,6 +2,7 @@
 
 Mounts a file system of memory (as root, or inside `unshare -rm`), records there with the real
 command until it is full, makes room and runs the same commands again. Prints what was seen as JSON.
+Every command is a fork of this process, which has imported what they need.
 Usage: full_disk.py FOLDER PIPELINE
 """
 
@@ -9,8 +10,16 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import torch
+
+from foreseer.cli import main as foreseer
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.trajectories.recording import Recording
 
 ITEMS = 40
 SETTINGS = {
@@ -26,30 +35,58 @@ SETTINGS = {
 def command(pipeline: str, out: Path, **more: object) -> list[str]:
     options = {"pipeline": pipeline, "out": out, **SETTINGS, **more}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "foreseer", "record", *words]
+    return ["record", *words]
+
+
+class Started(NamedTuple):
+    child: int
+    out: TextIO
+    error: TextIO
+
+
+def start(words: list[str]) -> Started:
+    """A command in a fork of its own, as an interpreter would run it."""
+    (out, out_of_child), (error, error_of_child) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(out_of_child, 1)
+        os.dup2(error_of_child, 2)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        code: int | str | None = 0
+        try:
+            foreseer(words)
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(1 if isinstance(code, str) else code or 0)
+    os.close(out_of_child)
+    os.close(error_of_child)
+    return Started(child, os.fdopen(out), os.fdopen(error))
 
 
 def run(commands: list[list[str]], then: Callable[[], None] = lambda: None) -> list[dict]:
     """Run at the same time; `then` is called once all have said what they need."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    started = [
-        subprocess.Popen(
-            each, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        for each in commands
-    ]
-    said = [process.stdout.readline() for process in started if process.stdout]
+    started = [start(words) for words in commands]
+    said = [each.out.readline() for each in started]
     then()
-    ended = [process.communicate() for process in started]
-    return [
-        {"code": process.returncode, "out": first + out, "error": error.strip().splitlines()[-1:]}
-        for process, first, (out, error) in zip(started, said, ended, strict=True)
-    ]
+    found = []
+    for each, first in zip(started, said, strict=True):
+        with each.out, each.error:
+            out, error = first + each.out.read(), each.error.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(each.child, 0)[1])
+        found.append({"code": code, "out": out, "error": error.strip().splitlines()[-1:]})
+    return found
 
 
 def main(folder: Path, pipeline: str) -> None:
-    from foreseer.trajectories.recording import Recording
-
+    torch.set_num_threads(1)
+    load_pipeline(pipeline)  # imports what every fork would
     one = folder / "one"
     run([command(pipeline, one, num_trajectories=2, rank=0, world=1)])
     each = next(iter(Recording(one).entries.values())).bytes
