@@ -134,14 +134,14 @@ def command_line(options: Mapping[str, Any]) -> str:
     words = ["foreseer", "bench"]
     for name, value in options.items():
         if value is not None and value != {}:
-            text = value if isinstance(value, str) else json.dumps(value, default=_class_name)
-            words += [f"--{name}", text]
+            plain = json.loads(json.dumps(value, default=_named))
+            words += [f"--{name}", plain if isinstance(plain, str) else json.dumps(plain)]
     return shlex.join(words)
 
 
-def _class_name(value: Any) -> str:
-    """What stands for a pipeline or predictor that was given itself."""
-    return f"<{type(value).__name__}>"
+def _named(value: Any) -> str:
+    """A path as a word; of a pipeline or predictor that was given itself, what stands for it."""
+    return str(value) if isinstance(value, Path) else f"<{type(value).__name__}>"
 
 
 def _in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

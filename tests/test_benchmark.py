@@ -4,6 +4,7 @@ import functools
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ MEASURED = ("seconds_per_image", "forecast_step_ratio")  # differ from run to ru
 def reuse_rows(pipe, anchors, tap="output", sigmas=SIGMAS):
     weight = L2P(STEPS, anchors, 2).weight
     return rows_predictor(pipe, weight, anchors, tap, sigmas, guidance_scale=3.0)
+
+
+def test_the_command_in_a_report_names_paths_and_what_was_given_itself():
+    given = {"pipeline": tiny_pipeline(), "out": Path("runs/a"), "prompts": None, "settings": {}}
+    given |= {"budgets": (3, 4), "predictors": [Path("p"), Taylor(1)]}
+    expected = "--pipeline '<PixelDiTPipeline>' --out runs/a --budgets '[3, 4]' --predictors "
+    expected += """'["p", "<Taylor>"]'"""
+    assert benchmark.command_line(given) == f"foreseer bench {expected}"
 
 
 def test_torch_has_its_threads_again_after_a_bench(tmp_path, monkeypatch):
