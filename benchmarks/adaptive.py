@@ -27,11 +27,12 @@ from tqdm.auto import tqdm
 from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.benchmark import FIRST_ITEM
 from foreseer.evaluation.metrics import psnr
-from foreseer.integration.adaptive import FirstBlock, Schedule, SpeCa, TeaCache
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.policy import Schedule
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.rules import Taylor
+from foreseer.schedules import FirstBlock, SpeCa, TeaCache
 from foreseer.trajectories.prompts import Item, class_items, generate_batch
 
 RESULT = Path("benchmarks/results/adaptive.json")

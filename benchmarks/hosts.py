@@ -193,7 +193,7 @@ def replayed(pipe: Any, family: Family) -> Any:
     session = Session(pipe, replay)
     try:
         call(family, pipe)
-        replay.replaying = True
+        replay.replay()
         return final_latents(pipe, functools.partial(call, family, pipe))
     finally:
         session.detach()

@@ -6,9 +6,9 @@ from parity_hosts import NUM_STEPS, flux, run
 from parity_rows import Row, largest
 from parity_steps import calls_per_step, ran
 
-from foreseer.integration.adaptive import FirstBlock
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.rules import Reuse
+from foreseer.schedules import FirstBlock
 
 THRESHOLDS = (0.1, 0.2, 0.4)
 

@@ -29,7 +29,6 @@ from foreseer.integration.host.denoisers import transformer_of
 from foreseer.integration.host.hook import TrunkSkipper, capturing
 from foreseer.integration.host.trunk import TrunkTracer
 from foreseer.integration.partial import PartialTrunk, Pick
-from foreseer.integration.partial_forecasting import PartialReport, partially
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
@@ -95,7 +94,7 @@ class Bench:
             images, calls, total = self.images()
         report = run.report()
         seconds: dict[str, list[float]] = {"anchor": [], "partial": [], "forecast": []}
-        partials = report.partials if isinstance(report, PartialReport) else []
+        partials = report.partials
         for place, value in enumerate(calls):
             step = place % NUM_STEPS
             kind = "anchor" if step in report.anchors else "forecast"
@@ -122,7 +121,7 @@ def rows_of(bench: Bench, num_anchors: int, predictor: Predictor, name: str) -> 
     plain = forecasting(bench.pipe, predictor, anchors, tap)
     rows = [bench.row({**key, "tokens": "none"}, plain)]
     for tokens, (policy, rule) in TOKENS.items():
-        attached = partially(bench.pipe, predictor, policy, anchors, rule)
+        attached = forecasting(bench.pipe, predictor, anchors, tokens=policy, attention_rule=rule)
         rows.append(bench.row({**key, "tokens": tokens}, attached))
     return rows
 

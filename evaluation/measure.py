@@ -143,8 +143,7 @@ def generate(
         anchors: steps at which the network runs.
         settings: keyword arguments of the pipeline call.
     """
-    controller = Forecaster(predictor, tap, anchors)
-    session = Session(pipe, controller)
+    session = Session(pipe, Forecaster(predictor, tap, anchors))
     try:
         return generate_batch(pipe, items, output_type="latent", **settings)[0]
     finally:

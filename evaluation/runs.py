@@ -18,7 +18,8 @@ from foreseer.evaluation.metrics import latent_rel_l2, psnr, ssim, summarise
 from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.results import BenchRow
 from foreseer.evaluation.solvers import sampling_with, solver_scheduler
-from foreseer.evaluation.timing import TimedForecaster
+from foreseer.evaluation.timing import StepTimer, transformer_device
+from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.clock import Clock
 from foreseer.integration.pipelines.pipeline_call import pictures
 from foreseer.integration.session import Session
@@ -101,15 +102,17 @@ def run_forecast(
 ) -> Samples:
     """Generate while forecasting."""
     spec = None if entry.predictor is None else entry.predictor.spec
-    controller = TimedForecaster(entry.predictor, entry.tap, entry.anchors, spec, pipe)
-    session = Session(pipe, controller)
+    assert entry.predictor is not None  # only full runs have none
+    source = Forecaster(entry.predictor, entry.tap, entry.anchors, spec, pipe)
+    timer = StepTimer(transformer_device(pipe))
+    session = Session(pipe, source, [timer])
     images, latents, seconds = [], [], []
     try:
         for batch in batches:
             image, spent = _timed(pipe, batch, settings)
             images.append(image)
-            if controller.final is not None:
-                latents.append(controller.final.cpu())
+            if timer.final is not None:
+                latents.append(timer.final.cpu())
             seconds.append(spent)
             tick(len(entry.anchors) * len(batch))
         state_bytes = session.report.state_bytes // len(batches[-1])
@@ -121,7 +124,7 @@ def run_forecast(
         session.clock.sigmas,
         median_low(seconds),
         state_bytes,
-        controller.ratio(),
+        timer.ratio(entry.anchors),
     )
 
 

@@ -6,7 +6,7 @@ they are wall times of a synchronised device.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.clock import Clock
 from foreseer.integration.host.denoisers import transformers_of
+from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor
 
@@ -68,29 +69,26 @@ class StepTimes:
         return median(chosen) if chosen else None
 
 
-class TimedForecaster(Forecaster):
-    """A `Forecaster` that also keeps the time of every step and the last latents."""
+class StepTimer(Observer):
+    """Keeps the time of every step and the last latents.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.times = StepTimes(transformer_device(self.pipe))
+    Args:
+        device: where the network runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.times = StepTimes(device)
         self.final: Tensor | None = None
 
-    def open(self, sigmas: list[float]) -> None:
-        """A run starts."""
-        super().open(sigmas)
-        self.times.open(sigmas)
-
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """A step is over."""
-        super().close(step_index, v, before, after)
-        self.final = after
-        self.times.close(step_index)
+        self.final = record.after
+        self.times.close(record.index)
 
-    def ratio(self) -> float | None:
+    def ratio(self, anchors: Collection[int]) -> float | None:
         """Median forecast step over median anchor step, of the runs so far; None without both."""
-        full = self.times.median(lambda step: step in self.anchors)
-        forecast = self.times.median(lambda step: step not in self.anchors)
+        full = self.times.median(lambda step: step in anchors)
+        forecast = self.times.median(lambda step: step not in anchors)
         return forecast / full if full and forecast else None
 
 
@@ -116,20 +114,20 @@ def forecast_step_ratio(
         ValueError: the run has no forecast step after step 0.
     """
     device = transformer_device(pipe)
-    full = StepTimes(device)
-    controller = TimedForecaster(predictor, tap, tuple(anchors), None, pipe)
+    full, timer = StepTimes(device), StepTimer(device)
+    source = Forecaster(predictor, tap, tuple(anchors), None, pipe)
     with threads(1):
-        _timed_runs(pipe, full, controller, run)
-        full.seconds, controller.times.seconds = [], []  # warm now
+        _timed_runs(pipe, full, source, timer, run)
+        full.seconds, timer.times.seconds = [], []  # warm now
         rounds = 0
         while rounds < min_rounds:
-            _timed_runs(pipe, full, controller, run)
-            rounds = sum(step not in anchors for step, _ in controller.times.seconds)
+            _timed_runs(pipe, full, source, timer, run)
+            rounds = sum(step not in anchors for step, _ in timer.times.seconds)
             if not rounds:
                 raise ValueError(
                     f"the anchors {list(anchors)} leave no step to forecast; nothing to time."
                 )
-    forecast = controller.times.median(lambda step: step not in anchors)
+    forecast = timer.times.median(lambda step: step not in anchors)
     whole = full.median(lambda step: True)
     if forecast is None or whole is None:
         raise ValueError("the run never reached a second step; nothing to time.")
@@ -152,28 +150,29 @@ def anchor_step_ratios(
         run: calls the pipeline once; the first call of each kind is not counted.
         rounds: pairs of runs.
     """
-    full = StepTimes(transformer_device(pipe))
-    controller = TimedForecaster(predictor, tap, tuple(range(num_steps)), None, pipe)
+    device = transformer_device(pipe)
+    full, timer = StepTimes(device), StepTimer(device)
+    source = Forecaster(predictor, tap, tuple(range(num_steps)), None, pipe)
     ratios = []
     with threads(1):
         for _ in range(rounds + 1):
-            full.seconds, controller.times.seconds = [], []
-            _timed_runs(pipe, full, controller, run)
-            plain, hooked = (t.median(lambda step: True) for t in (full, controller.times))
+            full.seconds, timer.times.seconds = [], []
+            _timed_runs(pipe, full, source, timer, run)
+            plain, hooked = (t.median(lambda step: True) for t in (full, timer.times))
             if plain is None or hooked is None:
                 raise ValueError("the run never reached a second step; nothing to time.")
             ratios.append(hooked / plain)
     return ratios[1:]
 
 
-def _timed_runs(pipe: Any, full: StepTimes, controller: TimedForecaster, run: Run) -> None:
+def _timed_runs(pipe: Any, full: StepTimes, source: Forecaster, timer: StepTimer, run: Run) -> None:
     """One run of the pipeline alone, one with forecasts."""
     clock = Clock(pipe.scheduler, full.open, lambda index, v, before, after: full.close(index))
     try:
         run()
     finally:
         clock.detach()
-    session = Session(pipe, controller)
+    session = Session(pipe, source, [timer])
     try:
         run()
     finally:
@@ -199,8 +198,7 @@ def attach_overhead(
     device = transformer_device(pipe)
 
     def attached() -> float:
-        controller = Forecaster(predictor, tap, tuple(range(num_steps)))
-        session = Session(pipe, controller)
+        session = Session(pipe, Forecaster(predictor, tap, tuple(range(num_steps))))
         try:
             run()  # proves the tap, once per attaching
             return _seconds(run, device)

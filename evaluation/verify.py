@@ -5,7 +5,8 @@ bit, and nothing may be left behind.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch._dynamo.utils import counters
 
 from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
 from foreseer.evaluation.timing import forecast_step_ratio
-from foreseer.integration.controller import Controller
 from foreseer.integration.forecasting import attach
-from foreseer.integration.host.call_rows import Narrowed
 from foreseer.integration.host.clock import Clock
 from foreseer.integration.host.denoisers import others_of, transformers_of
 from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.kept import Kept
+from foreseer.integration.observers import Source, StepRecord
+from foreseer.integration.policy import Anchors, Schedule
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor, Step
 from foreseer.predictors.rules import Reuse
@@ -44,47 +46,52 @@ class Check:
     found: str
 
 
-class Replay(Controller):
+class Replay(Source):
     """Keep a tap at every step of a run, then put it back at every other step.
 
     Args:
         tap: `output`, `hidden` or `residual`.
+
+    Attributes:
+        kept: the features.
         fail_at: step whose forecast is broken off with `Broken`, inside of the network's call; None
             for none.
     """
 
-    def __init__(self, tap: str, fail_at: int | None = None) -> None:
+    def __init__(self, tap: str) -> None:
         self.tap = tap
         self.taps = frozenset({tap})
-        self.fail_at = fail_at
-        self.kept: dict[tuple[str, int], Tensor] = {}
-        self.replaying = False
+        self.fail_at: int | None = None
+        self.record()
 
-    def is_anchor(self, step: Step) -> bool:
-        """Every step when recording, every other one when replaying."""
-        return not (self.replaying and step.index % 2)
+    def record(self) -> None:
+        """Run every step from now on, and keep its tap."""
+        self.kept = Kept()
+        self.schedule = Schedule()
 
-    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Keep the tap."""
-        self.kept[key, step.index] = taps[self.tap]
+    def replay(self) -> None:
+        """Put the tap back at every other step from now on."""
+        self.schedule = Anchors(range(0, sys.maxsize, 2))
 
-    def adopt(self, key: str, narrowed: Narrowed) -> None:
-        """The call has its own tensors of every step."""
+    def on_step(self, record: StepRecord) -> None:
+        """Keep the tap of what ran."""
+        for call in record.calls:
+            if call.taps is not None:
+                self.kept.keep(call.step, call.taps[self.tap])
 
-    def knows(self, key: str) -> bool:
-        """Whether the call was recorded."""
-        return any(known == key for known, _ in self.kept)
+    def knows(self, step: Step, slot: Hashable = None) -> bool:
+        """Whether the call was kept at this step."""
+        return step.index in self.kept.steps(step)
 
-    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
-        """The recorded tap."""
+    def forecast(self, step: Step, slot: Hashable = None) -> Tensor:
+        """The tap as it was kept."""
         if step.index == self.fail_at:
             raise Broken
-        return self.tap, self.kept[key, step.index]
+        return self.kept.at(step)
 
     def state_bytes(self) -> int:
         """Bytes of the features of one step, all branches."""
-        sizes = {key: kept.numel() * kept.element_size() for (key, _), kept in self.kept.items()}
-        return sum(sizes.values())
+        return self.kept.state_bytes()
 
 
 class Broken(Exception):
@@ -163,7 +170,7 @@ def check_tap(pipe: Any, run: Run, tap: str, expected: Tensor) -> Iterator[Check
     session = Session(pipe, replay)
     try:
         recorded = final_latents(pipe, run)
-        replay.replaying = True
+        replay.replay()
         replayed, report = final_latents(pipe, run), session.report
     except UnsupportedHost as error:
         passed = None if tap == "residual" else False
@@ -184,13 +191,14 @@ def check_abort(pipe: Any, run: Run, tap: str, expected: Tensor) -> Check:
     session = Session(pipe, replay)
     try:
         run()
-        replay.replaying, replay.fail_at = True, 1
+        replay.replay()
+        replay.fail_at = 1
         try:
             run()
             return Check(f"abort {tap}", False, "the run could not be broken off at step 1")
         except Broken:
             replay.fail_at = None
-        replay.replaying, replay.kept = False, {}
+        replay.record()
         after = final_latents(pipe, run)
     finally:
         session.detach()

@@ -7,10 +7,10 @@ A larger threshold skips more. The decision is one for the whole batch, as in th
 
 import torch
 
-from foreseer.integration.adaptive import TeaCache
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.rules import Reuse, Taylor
+from foreseer.schedules import TeaCache
 
 pipe = load_pipeline("zoo:fashion_dit")
 settings = {"num_inference_steps": 30, "guidance_scale": 3.0, "output_type": "pt"}

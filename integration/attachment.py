@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foreseer.integration.controller import Controller
 from foreseer.integration.host.clock import Clock, Pace
 from foreseer.integration.host.denoisers import TURNS, others_of, transformers_of
 from foreseer.integration.host.expert import Expert
@@ -23,17 +22,18 @@ class Attachment:
 
     Args:
         pipe: its transformers (`transformers_of`) are the hosts, its `scheduler` the clock.
-        controller: what will be asked of the hosts.
+        taps: taps to capture where the hosts run.
+        probe: what to look at in their first block; None for nothing.
 
     Raises:
         UnsupportedHost: the pipeline has no transformer.
     """
 
-    def __init__(self, pipe: Any, controller: Controller) -> None:
+    def __init__(self, pipe: Any, taps: frozenset[str], probe: str | None = None) -> None:
         self.pipe = pipe
         self.scheduler = pipe.scheduler
         self.experts = {
-            name: Expert(TURNS[name], name, transformer, controller)
+            name: Expert(TURNS[name], name, transformer, taps, probe)
             for name, transformer in transformers_of(pipe).items()
         }
         self.others = others_of(pipe)

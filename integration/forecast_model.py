@@ -78,7 +78,7 @@ def forecast_model(
     forecaster = output_forecaster(predictor, anchors)
     forecaster.memory_budget = memory_budget
     forecaster.settings = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-    reader = Reader(model, forecaster) if predictor.reads else None
+    reader = Reader(model, predictor) if predictor.reads else None
     check = functools.partial(check_model, predictor, model, scheduler)
     run = SigmaRun(forecaster, grid_of(predictor, sigmas, kind), check)
     run.check()
@@ -135,7 +135,7 @@ class ForecastModel:
         self, x: Tensor, sigma: Tensor | float, branches: tuple[int, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         started = time.perf_counter()
-        value, key = one_sigma(sigma), ".".join(map(str, branches))
+        value, key = one_sigma(sigma), branches
         step = self.run.enter(flow_time(value, self.kind), [key], branches, x)
         ran = self.run.computes([key], step)
         if ran:
@@ -148,10 +148,12 @@ class ForecastModel:
         return out
 
     def _compute(
-        self, x: Tensor, sigma: Tensor | float, key: str, kwargs: dict[str, Any]
+        self, x: Tensor, sigma: Tensor | float, key: tuple[int, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         compute = functools.partial(self.model_fn, x, sigma, **kwargs)
-        return (compute(), None) if self.reader is None else self.reader(compute, key)
+        if self.reader is None:
+            return compute(), None
+        return self.reader(compute, key, self.run.layouts)
 
     def _feature(self, out: Tensor, x: Tensor, sigma: float) -> Tensor:
         return (x - out) / sigma if self.returns == "denoised" else out

@@ -1,31 +1,38 @@
-"""Forecasting on a fixed list of anchors: what a session asks for decisions by default."""
+"""A predictor at work in a run: the histories it forecasts from, and the checks against its fit."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foreseer.checkpoints.spec import PredictorSpec, check_host, check_run
-from foreseer.integration.controller import Controller
-from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.histories import Histories, check_shape, most_bytes, predicted, push
 from foreseer.integration.host.denoisers import transformers_of
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.memory import most_bytes
+from foreseer.integration.host.hook import LAST_BLOCK
+from foreseer.integration.observers import CallRecord, Source, StepRecord
+from foreseer.integration.policy import Anchors, Schedule, is_finite
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors.base import History, Predictor, Reading, Step
 
 
-class Forecaster(Controller):
-    """Run the network at the anchors and the predictor at the other steps.
+class Forecaster(Source):
+    """Forecast with a predictor wherever the schedule does not run the network.
 
     Args:
         predictor: the forecaster.
         tap: `output`, `hidden` or `residual`.
-        anchors: steps at which the network runs.
+        anchors: steps at which the network runs, whatever the schedule says.
         spec: what a learned predictor was fitted on; its grid, guidance and dtype are checked.
         pipe: asked for its `guidance_scale`, where it has one.
+        schedule: which other calls run the network; None for none.
     """
+
+    to_need_less = (
+        "use a predictor that looks at fewer anchors (Reuse at 1, Taylor(1) at 2); memory_budget "
+        "sets another limit"
+    )
 
     def __init__(
         self,
@@ -34,10 +41,14 @@ class Forecaster(Controller):
         anchors: Sequence[int],
         spec: PredictorSpec | None = None,
         pipe: Any = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.predictor = predictor
         self.tap = tap
+        self.schedule = Anchors() if schedule is None else schedule
         self.taps = frozenset({tap, "hidden"} if predictor.reads else {tap})
+        if self.schedule.checks:
+            self.taps |= {LAST_BLOCK}
         self.wants_layout = predictor.reads
         self.needs = predictor.needs - {"x_t"}
         self.anchors = tuple(anchors)
@@ -48,7 +59,7 @@ class Forecaster(Controller):
         self.guidance_scale: float | None = None  # as the run began
         self.last_step = -1  # of the run
         self.narrow = False  # whether forecasts are float16, whose largest number is 65504
-        self.histories: dict[str, History] = {}
+        self.histories = Histories(predictor.window)
 
     def open(self, sigmas: list[float]) -> None:
         """Forget the last run and check the new one's grid and the weights it runs on.
@@ -56,7 +67,7 @@ class Forecaster(Controller):
         Raises:
             PredictorMismatch: another grid, or weights that changed since attaching.
         """
-        self.histories = {}
+        self.histories.clear()
         self.branches = set()
         self.guidance_checked = False
         self.guidance_scale = self.settings.get(
@@ -67,6 +78,7 @@ class Forecaster(Controller):
             check_run(self.spec, self.predictor, sigmas)
             self._check_weights(self.spec)
         check_anchors(self.anchors, len(sigmas))
+        self.schedule.open(len(sigmas), self.anchors)
 
     def _check_weights(self, spec: PredictorSpec) -> None:
         """Look at the weights of this run: a LoRA may have been loaded since attaching."""
@@ -74,45 +86,84 @@ class Forecaster(Controller):
             found = host_fingerprint(*transformers_of(self.pipe).values())
             check_host(spec, found, self.pipe.scheduler)
 
-    def is_anchor(self, step: Step) -> bool:
-        """Whether the step is in the list."""
-        return step.index in self.anchors
+    def knows(self, step: Step, slot: Hashable = None) -> bool:
+        """Whether the call has an anchor: one that starts in mid-run is computed first."""
+        return self.histories.at(step, slot) is not None
 
-    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Add the anchor's feature to its branch's history.
+    def forecast(self, step: Step, slot: Hashable = None) -> Tensor:
+        """The predictor's forecast for one call that it knows."""
+        return self._forecast(self.tap, step, slot)
+
+    def streams(self, step: Step) -> list[Tensor]:
+        """Forecasts of what enters the last block, one per stream."""
+        found = self.histories.at(step)
+        assert found is not None  # only known calls are checked
+        return [self._forecast(tap, step, None) for tap in sorted(found) if tap != self.tap]
+
+    def _forecast(self, tap: str, step: Step, slot: Hashable) -> Tensor:
+        if self.spec is not None:
+            self.spec.check_expert(step.index, step.expert)
+        found = self.histories.at(step, slot)
+        assert found is not None  # asked for before
+        return predicted(self.predictor, found[tap], step)
+
+    def on_step(self, record: StepRecord) -> None:
+        """Keep the features of the step's computed calls, and check what the step has shown.
 
         Raises:
-            PredictorMismatch: a learned predictor meets another guidance mode or dtype.
-            ValueError: the feature is not finite.
+            PredictorMismatch: a learned predictor meets other branches, settings, latents or dtype.
+            ValueError: a feature is not finite, or a forecast left the range of float16.
         """
-        feature = taps[self.tap]
-        self.check_feature(feature, step)
-        history = self.histories.setdefault(key, History(self.predictor.window))
-        check_shape(history, feature, self.tap, step)
-        read = self._read(key, step, taps, history.carried) if self.predictor.reads else None
-        history.push(step, feature, read)
+        for number, call in enumerate(record.calls):
+            self.branches.update(call.step.branches)
+            if call.taps is not None:
+                self.keep(call, first=number == 0)
+        self.schedule.close(record.index)
+        self.close(record)
 
-    def _read(
-        self, key: str, step: Step, taps: dict[str, Tensor], carried: Tensor | None
-    ) -> Reading | None:
-        """What the predictor reads off an anchor's hidden state, laid out like the output."""
-        layout = self.layouts[key]
-        read = self.predictor.read(layout.hidden(taps["hidden"]), step, layout.grid, carried)
-        if read is None:
-            return None
-        return Reading(layout.place(read.values.to(taps[self.tap])), read.carried)
+    def keep(self, call: CallRecord, first: bool = True) -> None:
+        """Add an anchor's features to the histories of its branches.
 
-    def check_feature(self, feature: Tensor, step: Step) -> None:
-        """Raise unless an anchor's feature is finite and what the predictor was fitted on.
+        Args:
+            call: a computed call.
+            first: whether it was the first of its step.
 
         Raises:
             PredictorMismatch: a learned predictor meets another dtype.
-            ValueError: the feature is not finite.
+            ValueError: the feature is not finite, or has another shape than before.
         """
+        assert call.taps is not None  # the network ran
+        step, feature = call.step, call.taps[self.tap]
+        self.branches.update(step.branches)
+        self._check_feature(feature, step)
+        found = None if call.starts else self.histories.at(step, call.slot)
+        count = len(feature) // len(step.branches)
+        samples = self.schedule.computed(step, count, first, found is not None)
+        if found is None:
+            found = self.histories.start(step, call.slot)
+        for tap, rows in call.taps.items():
+            if tap == self.tap or (self.schedule.checks and tap.startswith(LAST_BLOCK)):
+                if tap not in found:
+                    num = 1 if samples is None else len(samples)
+                    found[tap] = [History(self.predictor.window) for _ in range(num)]
+                check_shape(found[tap], rows, tap, step, samples)
+                read = self._read(call, found[tap][0]) if self.predictor.reads else None
+                push(found[tap], step, rows, samples, read)
+
+    def _read(self, call: CallRecord, history: History) -> Reading | None:
+        """What the predictor reads off an anchor's hidden state, laid out like the output."""
+        layout = call.layout
+        assert layout is not None and call.taps is not None  # both were asked for
+        hidden = layout.hidden(call.taps["hidden"])
+        read = self.predictor.read(hidden, call.step, layout.grid, history.carried)
+        if read is None:
+            return None
+        return Reading(layout.place(read.values.to(call.taps[self.tap])), read.carried)
+
+    def _check_feature(self, feature: Tensor, step: Step) -> None:
         if self.spec is not None:
             self.spec.check_expert(step.index, step.expert)
             self.spec.check_dtype(str(feature.dtype).removeprefix("torch."))
-        self.branches.update(step.branches)
         self.narrow = feature.dtype == torch.float16
         if not is_finite(feature):
             raise ValueError(
@@ -120,32 +171,15 @@ class Forecaster(Controller):
                 "from it would spread it over the run. Check the model's dtype and inputs."
             )
 
-    def adopt(self, key: str, narrowed: Narrowed) -> None:
-        """Go on with the history of the branches that are left."""
-        history = self.histories.pop(narrowed.source, None)
-        if history is not None:
-            self.histories[key] = history.map(narrowed.take)
-
-    def knows(self, key: str) -> bool:
-        """Whether the call has an anchor: one that starts in mid-run is computed first."""
-        return key in self.histories
-
-    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
-        """The predictor's forecast for one call that it knows."""
-        if self.spec is not None:
-            self.spec.check_expert(step.index, step.expert)
-        history = self.histories[key]
-        self.branches.update(step.branches)
-        return self.tap, self.predictor(history, step)
-
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+    def close(self, record: StepRecord) -> None:
         """Check what the call sets, now that the step has shown its branches, and the last sample.
 
         Raises:
             PredictorMismatch: a learned predictor meets other branches, settings or latents.
             ValueError: a forecast left the range of float16 after the last anchor.
         """
-        if self.narrow and step_index == self.last_step and not is_finite(after):
+        index, branches, self.branches = record.index, self.branches, set()
+        if self.narrow and index == self.last_step and not is_finite(record.after):
             raise ValueError(
                 f"the sample of the run holds NaN or Inf, though the network's {self.tap} did not: "
                 "a forecast left the range of float16, 65504. Run the model in bfloat16 or "
@@ -153,48 +187,28 @@ class Forecaster(Controller):
             )
         if self.spec is not None:
             if not self.guidance_checked:
-                self.spec.check_guidance(len(self.branches), self.guidance_scale)
+                self.spec.check_guidance(len(branches), self.guidance_scale)
                 self.guidance_checked = True
-            self.spec.check_settings(step_index, self.settings)
-            self.spec.check_latents(tuple(after.shape[1:]))
-            self.spec.check_branches(step_index, self.branches)
-        self.branches = set()
+            self.spec.check_settings(index, record.settings)
+            self.spec.check_latents(tuple(record.after.shape[1:]))
+            self.spec.check_branches(index, branches)
 
     def forget(self) -> None:
-        """Let go of all features."""
-        self.histories = {}
+        """Let go of all features, and of what the schedule compares with."""
+        self.histories.clear()
+        self.schedule.forget()
 
     def state_bytes(self) -> int:
-        """Bytes of all histories."""
-        return sum(history.state_bytes() for history in self.histories.values())
-
-    def to_come(self, index: int, num_steps: int) -> int:
-        """Anchors after a step, at most."""
-        return sum(anchor > index for anchor in self.anchors)
+        """Bytes of all histories and of what the schedule compares with."""
+        return self.histories.state_bytes() + self.schedule.state_bytes()
 
     def most_bytes(self, index: int, num_steps: int) -> int:
-        """Bytes of all histories at most; those without an anchor at this step get no more."""
-        to_come = self.to_come(index, num_steps)
-        return sum(
-            most_bytes(history, to_come if history.steps[-1] == index else 0)
-            for history in self.histories.values()
-        )
+        """The same at most; histories without an anchor at this step get no more.
 
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf, by its sum in float32 or wider."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)  # float16 sums overflow at 65504
-    return bool(torch.isfinite(tensor.sum(dtype=wide)))
-
-
-def check_shape(history: History, feature: Tensor, tap: str, step: Step) -> None:
-    """Raise unless an anchor's feature has the shape of the one before it.
-
-    Raises:
-        ValueError: it has another.
-    """
-    if len(history) and history.features[-1].shape != feature.shape:
-        raise ValueError(
-            f"the {tap} changed shape from {tuple(history.features[-1].shape)} to "
-            f"{tuple(feature.shape)} at step {step.index}; a run must keep one shape."
+        Where samples have anchors of their own, one that has none here may have some later.
+        """
+        to_come, every = self.schedule.to_come(index, num_steps), self.schedule.checks
+        return self.schedule.state_bytes() + sum(
+            most_bytes(history, to_come if every or history.steps[-1] == index else 0)
+            for history in self.histories
         )

@@ -1,21 +1,22 @@
 """The public way to use a predictor: `with forecasting(pipe, predictor): pipe(...)`."""
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from foreseer.checkpoints.format import check_evaluations, load_predictor
 from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, choose_anchors
-from foreseer.integration.adaptive import ProbeSchedule, Schedule, SpeCa
-from foreseer.integration.adaptive_forecasting import ProbedForecaster, VerifiedForecaster
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.denoisers import transformers_of
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.memory import check_budget
+from foreseer.integration.policy import Schedule
 from foreseer.integration.report import Report
 from foreseer.integration.session import SESSIONS, Session
-from foreseer.predictors.base import Predictor
+from foreseer.predictors.base import LinearPredictor, Predictor
+from foreseer.predictors.tokens import TokenPolicy
 
 
 class Run:
@@ -59,16 +60,16 @@ def detach(pipe: Any) -> bool:
     Returns:
         Whether something was attached.
     """
-    mine = {id(transformer) for transformer in transformers_of(pipe).values()}
-    found = [
+    transformers = {id(transformer) for transformer in transformers_of(pipe).values()}
+    attached = [
         session
         for session in list(SESSIONS)
         if session.pipe is pipe
-        or any(id(expert.transformer) in mine for expert in session.experts.values())
+        or any(id(expert.transformer) in transformers for expert in session.experts.values())
     ]
-    for session in found:
+    for session in attached:
         session.detach()
-    return bool(found)
+    return bool(attached)
 
 
 def attach(
@@ -79,6 +80,8 @@ def attach(
     schedule: Schedule | None = None,
     memory_budget: int | None = None,
     evaluations: int | None = None,
+    tokens: TokenPolicy | None = None,
+    attention_rule: LinearPredictor | None = None,
 ) -> Run:
     """Make a pipeline forecast with `predictor` until `detach`.
 
@@ -88,12 +91,16 @@ def attach(
             name of either.
         anchors: steps at which the network runs; None takes the predictor's own.
         tap: `output`, `hidden` or `residual`; None takes the predictor's own, else `output`, or
-            `hidden` under `SpeCa`.
+            `hidden` under `SpeCa` and with `tokens`.
         schedule: chooses further anchors while the run goes on; the predictor's own stay anchors,
             and a predictor without any starts with step 0.
         memory_budget: bytes that cached features may take; None for what is available on the
             device. A run that needs more ends after its first step, before it stores more.
         evaluations: which of several predictors; one of its own must be for that number.
+        tokens: which tokens are computed at which forecast steps of the tap `hidden`; None for
+            none.
+        attention_rule: how attention outputs are forecast for them; None reuses the newest
+            anchor's.
 
     Returns:
         The run, for its report and for detaching.
@@ -104,9 +111,46 @@ def attach(
     """
     check_budget(memory_budget)
     predictor = one_of(predictor, evaluations)
-    controller = checked_forecaster(pipe, predictor, anchors, tap, schedule)
-    controller.memory_budget = memory_budget
-    return Run(Session(pipe, controller))
+    if tokens is not None or attention_rule is not None:
+        tap = _hidden_for(tokens, attention_rule, predictor, tap, schedule)
+    source = checked_forecaster(pipe, predictor, anchors, tap, schedule)
+    source.memory_budget = memory_budget
+    if tokens is None:
+        return Run(Session(pipe, source))
+    from foreseer.integration.token_runner import TokenRunner  # loaded by whoever asks for it
+
+    runner = TokenRunner(pipe, source, tokens, attention_rule)
+    return Run(Session(pipe, source, [runner], runner))
+
+
+def _hidden_for(
+    tokens: TokenPolicy | None,
+    attention_rule: LinearPredictor | None,
+    predictor: Predictor,
+    tap: str | None,
+    schedule: Schedule | None,
+) -> str:
+    """The tap of forecasts of which tokens are computed, once all goes together."""
+    if tokens is None:
+        raise ValueError("attention_rule is for computed tokens; pass tokens=, which of them.")
+    if schedule is not None:
+        raise ValueError(
+            f"tokens are computed on a list of anchors, not under {type(schedule).__name__}; leave "
+            "schedule or tokens out."
+        )
+    if tap not in (None, "hidden"):
+        raise ValueError(f"tokens are computed on the tap 'hidden', not on {tap!r}.")
+    if predictor.spec is not None and predictor.spec.tap != "hidden":
+        raise PredictorMismatch(
+            f"the predictor was fitted on the tap {predictor.spec.tap!r}; computed tokens need one "
+            "fitted on 'hidden', the stream that enters the head."
+        )
+    if attention_rule is not None and attention_rule.learned:
+        raise ValueError(
+            f"the attention rule {type(attention_rule).__name__} is learned, but nothing was "
+            "recorded of the attention outputs; use Reuse() or Taylor(1)."
+        )
+    return "hidden"
 
 
 def one_of(
@@ -171,7 +215,7 @@ def checked_forecaster(
     if anchors is None and schedule is None:
         raise ValueError("this predictor has no anchors of its own; pass anchors=[0, ...].")
     anchors = (0,) if anchors is None else tuple(anchors)
-    tap = tap or ("hidden" if isinstance(schedule, SpeCa) else "output")
+    tap = tap or ("hidden" if schedule is not None and schedule.checks else "output")
     if tap not in ("output", "hidden", "residual"):
         raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden' or 'residual'.")
     if predictor.reads and tap != "output":
@@ -179,22 +223,22 @@ def checked_forecaster(
             f"{type(predictor).__name__} reads the output off the hidden state, so it forecasts "
             f"the tap 'output', not {tap!r}."
         )
-    inside = sorted(predictor.needs - {"x_t"})
-    if inside and (tap != "hidden" or isinstance(schedule, ProbeSchedule | SpeCa)):
+    inside, decides = (
+        sorted(predictor.needs - {"x_t"}),
+        schedule is not None and (schedule.probe is not None or schedule.checks),
+    )
+    if inside and (tap != "hidden" or decides):
         raise ValueError(
             f"{type(predictor).__name__} needs the {' and '.join(inside)} of the step, which exist "
             "on the tap 'hidden' with a list of anchors, not on "
             f"{tap!r} under {type(schedule).__name__ if schedule else 'a list'}."
         )
-    if isinstance(schedule, ProbeSchedule):
-        return ProbedForecaster(schedule, predictor, tap, anchors, spec, pipe)
-    if isinstance(schedule, SpeCa):
-        if tap != "hidden":
-            raise ValueError(
-                f"SpeCa checks what enters the head, so the tap must be 'hidden', not {tap!r}."
-            )
-        return VerifiedForecaster(schedule, predictor, anchors, spec, pipe)
-    return Forecaster(predictor, tap, anchors, spec, pipe)
+    if schedule is not None and schedule.checks and tap != "hidden":
+        raise ValueError(
+            f"{type(schedule).__name__} checks what enters the head, so the tap must be 'hidden', "
+            f"not {tap!r}."
+        )
+    return Forecaster(predictor, tap, anchors, spec, pipe, copy.copy(schedule))
 
 
 def _check_pipeline(spec: PredictorSpec, pipe: Any) -> None:
@@ -211,9 +255,21 @@ def forecasting(
     schedule: Schedule | None = None,
     memory_budget: int | None = None,
     evaluations: int | None = None,
+    tokens: TokenPolicy | None = None,
+    attention_rule: LinearPredictor | None = None,
 ) -> Iterator[Run]:
     """`attach` for the length of a `with` block; the pipeline is its old self afterwards."""
-    run = attach(pipe, predictor, anchors, tap, schedule, memory_budget, evaluations)
+    run = attach(
+        pipe,
+        predictor,
+        anchors,
+        tap,
+        schedule,
+        memory_budget,
+        evaluations,
+        tokens,
+        attention_rule,
+    )
     try:
         yield run
     finally:

@@ -3,58 +3,49 @@
 How many bytes a feature takes is known once the network has run: after a run's first step.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from foreseer.integration.controller import Controller
+from foreseer.integration.observers import Observer
 from foreseer.integration.report import Report
-from foreseer.predictors.base import History
 
 MEMINFO = Path("/proc/meminfo")  # of Linux
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
-def most_bytes(history: History, to_come: int) -> int:
-    """Bytes that a history holds at most once some more anchors are over.
-
-    min(window, anchors held + anchors to come) * bytes of a feature
-
-    Args:
-        history: holds an anchor at least.
-        to_come: anchors that may still be pushed to it.
-    """
-    count = len(history) + to_come
-    if history.window is not None:
-        count = min(count, history.window)
-    newest = history.features[-1]
-    count += history.reading is not None
-    carried = 0 if history.carried is None else history.carried.nbytes
-    return count * newest.numel() * newest.element_size() + carried
-
-
-def check_memory(controller: Controller, report: Report, index: int, device: torch.device) -> None:
+def check_memory(
+    observers: Sequence[Observer],
+    memory_budget: int | None,
+    report: Report,
+    index: int,
+    device: torch.device,
+) -> None:
     """Raise unless the features that a run is going to cache fit into memory.
 
     The device is asked only where more is expected than before: after the first step of a run, and
     after the first one of another transformer or guidance branch.
 
     Args:
-        controller: has closed the step; its `memory_budget` is the limit, where it has one.
-        report: told what is expected.
+        observers: have been told of the step.
+        memory_budget: the limit in bytes; None for what the device has.
+        report: told what is held and expected.
         index: the step.
         device: where the features lie.
 
     Raises:
         MemoryError: they do not fit.
     """
+    held = sum(observer.state_bytes() for observer in observers)
+    report.state_bytes = max(report.state_bytes, held)
     if report.anchors[-1:] != [index]:
         return  # a forecast: nothing was stored
-    expected = controller.most_bytes(index, report.num_steps)
+    expected = sum(observer.most_bytes(index, report.num_steps) for observer in observers)
     if expected <= report.predicted_bytes:
         return
     report.predicted_bytes = expected
-    held, limit = controller.state_bytes(), controller.memory_budget
+    limit = memory_budget
     source = f"the memory budget is {readable(limit or 0)}"
     if limit is None:
         available = available_bytes(device)
@@ -65,16 +56,17 @@ def check_memory(controller: Controller, report: Report, index: int, device: tor
     if expected > limit:
         raise MemoryError(
             f"this run is going to cache up to {readable(expected)} of features "
-            f"({readable(held)} after step {index}), but {source}. {advice(controller)}"
+            f"({readable(held)} after step {index}), but {source}. {advice(observers)}"
         )
 
 
-def advice(controller: Controller) -> str:
+def advice(observers: Sequence[Observer]) -> str:
     """What makes the cached features smaller."""
     ways = ["draw fewer samples per call"]
-    if controller.taps != {"output"}:
+    if any(observer.taps - {"output"} for observer in observers):
         ways.append("forecast the tap 'output'")
-    return f"To need less, {', '.join(ways)} or {controller.to_need_less}."
+    more = [observer.to_need_less for observer in observers if observer.to_need_less]
+    return f"To need less, {', '.join(ways)} or {' or '.join(more)}."
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -4,6 +4,9 @@ import html
 from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Literal
+
+Kind = Literal["anchor", "forecast", "partial"]
 
 
 @dataclass
@@ -23,6 +26,8 @@ class Report:
         evaluations: steps computed for each sample, where samples have anchors of their own.
         seconds: wall-clock seconds of every call of the transformer, by kind of step.
         steps: wall-clock seconds of every step, from the end of the one before it.
+        partials: steps, of those forecast, at which some tokens were computed.
+        partial_seconds: wall-clock seconds of their calls; `seconds` holds the others.
     """
 
     num_steps: int = 0
@@ -36,6 +41,8 @@ class Report:
     others: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
+    partials: list[int] = field(default_factory=list)
+    partial_seconds: list[float] = field(default_factory=list)
 
     def open(self) -> None:
         """Start over for a new run."""
@@ -46,13 +53,17 @@ class Report:
         self.others = Counter()
         self.seconds = {"anchor": [], "forecast": []}
         self.steps = []
+        self.partials, self.partial_seconds = [], []
 
-    def count(self, step_index: int, kind: str, seconds: float) -> None:
-        """Add one call of the transformer."""
-        steps = self.anchors if kind == "anchor" else self.forecasts
-        if not steps or steps[-1] != step_index:
-            steps.append(step_index)
-        self.seconds[kind].append(seconds)
+    def count(self, step_index: int, kind: Kind, seconds: float) -> None:
+        """Add one call of the transformer; `partial` is a forecast with some tokens computed."""
+        steps = [self.anchors] if kind == "anchor" else [self.forecasts]
+        if kind == "partial":
+            steps.append(self.partials)
+        for listed in steps:
+            if not listed or listed[-1] != step_index:
+                listed.append(step_index)
+        (self.partial_seconds if kind == "partial" else self.seconds[kind]).append(seconds)
 
     @property
     def fewer(self) -> float | None:
@@ -121,4 +132,11 @@ class Report:
             lines.append(f"median {kind} step: {1000 * value:.2f} ms")
         if len(cost) == 2:
             lines.append(f"a forecast costs {cost['forecast'] / cost['anchor']:.2%} of an anchor")
+        if self.partials:
+            partial = median(self.partial_seconds)
+            lines.append(f"tokens computed at: {' '.join(map(str, self.partials))}")
+            lines.append(
+                f"median partial step: {1000 * partial:.2f} ms, {partial / cost['anchor']:.2%} of "
+                "an anchor"
+            )
         return "\n".join(lines)

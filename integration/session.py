@@ -1,39 +1,36 @@
-"""One predictor (or recorder) at work on one pipeline: what every call of its transformers does.
+"""The loop: what every call of a pipeline's transformers comes to, step by step.
 
-A session watches the scheduler (its clock) and routes the transformers' calls. At an anchor the
-network runs and its tap is observed; at the other steps the tap is forecast. A controller may also
-look at the first block before it decides, or have a forecast checked at the last one. Calls outside
-a run, calls from elsewhere than the pipeline call that opened it, and everything after detaching
-are the host's own. Since a run exchanges parts of the transformer, calls from several threads take
-turns.
+A session watches the scheduler (its clock) and routes the transformers' calls. For every call the
+source's schedule says whether the network runs, is forecast, or is decided on the way; at the end
+of a step everybody who takes part is told of it (`on_step`). Calls outside a run, calls from
+elsewhere than the pipeline call that opened it, and everything after detaching are the host's own.
+Since a run exchanges parts of the transformer, calls from several threads take turns.
 """
 
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from foreseer.integration.attachment import Attachment
-from foreseer.integration.controller import Controller
-from foreseer.integration.decided_calls import Decided, check, entering_head, look
-from foreseer.integration.host.branches import Branches, rows_per_branch
-from foreseer.integration.host.call import Call, Seen
-from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.host.branches import Branches, CallForm, rows_per_branch
+from foreseer.integration.host.call import Call
 from foreseer.integration.host.clock import Pace
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.hook import LAST_BLOCK, own
-from foreseer.integration.host.prediction import form_of, prediction
+from foreseer.integration.host.layout import Layout
+from foreseer.integration.host.prediction import prediction
 from foreseer.integration.host.read_settings import CallSettings
 from foreseer.integration.host.running import Caller, pipeline_call, steps_made_elsewhere
-from foreseer.integration.host.time_facts import modulations
-from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.memory import check_memory
-from foreseer.integration.report import Report
+from foreseer.integration.observers import CallRecord, Observer, Source, StepRecord
+from foreseer.integration.policy import Action
+from foreseer.integration.report import Kind, Report
+from foreseer.integration.runner import Answer, Runner, check, probe
 from foreseer.predictors.base import Step
 
 SESSIONS: "weakref.WeakSet[Session]" = weakref.WeakSet()
@@ -41,11 +38,15 @@ SESSIONS: "weakref.WeakSet[Session]" = weakref.WeakSet()
 
 
 class Session:
-    """Attach a controller to a pipeline until `detach`.
+    """Take part in the runs of a pipeline until `detach`.
 
     Args:
         pipe: its transformers (`transformers_of`) are the hosts, its `scheduler` the clock.
-        controller: decides and keeps the state.
+        source: says which calls run and stands in for the others; None runs all.
+        observers: told of every step, after the source.
+        runner: how calls are run and forecasts put back.
+        repeats: whether every run makes the calls of the first, whose guidance branches are then
+            known before a step of theirs has run.
 
     Attributes:
         report: what the latest run did.
@@ -55,14 +56,28 @@ class Session:
         ValueError: the host already has a cache or a session.
     """
 
-    def __init__(self, pipe: Any, controller: Controller) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        source: Source | None = None,
+        observers: Sequence[Observer] = (),
+        runner: Runner | None = None,
+        repeats: bool = False,
+    ) -> None:
         self.pipe = pipe
-        self.controller = controller
+        self.source = source
+        self.observers = [*observers] if source is None else [source, *observers]
+        self.runner = Runner() if runner is None else runner
+        self.repeats = repeats
         self.report = Report()
-        self._forms: dict[str, Callable[[Tensor], Any]] = {}
         self._turn = threading.RLock()  # of the threads that call the transformer
-        self.attachment = Attachment(pipe, controller)
+        self._keeps_forecasts = any(each.wants_forecasts for each in self.observers)
+        self._asks_for_tokens = any(each.wants_image_tokens for each in self.observers)
+        self._asks_for_layout = any(each.wants_layout for each in self.observers)
+        taps = frozenset[str]().union(*(each.taps for each in self.observers))
+        self.attachment = Attachment(pipe, taps, None if source is None else source.schedule.probe)
         self.experts = self.attachment.experts
+        self._branches = Branches()
         self._reset_run()
         ticks = (self._open, self._close, self._check_caller)
         self.clock = self.attachment.install(self._route, self._counts, ticks)
@@ -76,13 +91,18 @@ class Session:
             self._reset_run()
 
     def _reset_run(self) -> None:
-        self.controller.forget()
+        for observer in self.observers:
+            observer.forget()
         self._caller: weakref.ref[Caller] | None = None  # who opened the run
         self._begun = False
-        self._branches = Branches()
+        if self.repeats:
+            self._branches.restart()
+        else:
+            self._branches = Branches()
         self.attachment.pace = Pace()
-        self._pending: list[Seen] = []
-        self._asked: set[str] = set()  # calls the tokens of whose head are known
+        self._pending: list[tuple[CallForm, CallRecord]] = []  # calls of the step in progress
+        self._masks: dict[CallForm, Tensor | None] = {}  # tokens of the picture
+        self._layouts: dict[CallForm, Layout] = {}
 
     def _open(self, sigmas: list[float]) -> None:
         with self._turn:
@@ -111,9 +131,9 @@ class Session:
         self.report.num_steps = self._num_steps
         self._step_began = time.perf_counter()
         self._settings = CallSettings(expert.transformer for expert in self.experts.values())
-        self.controller.settings = self._settings.read(pipeline_call())
-        self.controller.image_tokens, self.controller.layouts = {}, {}
-        self.controller.open(self._sigmas)
+        if self.source is not None:
+            self.source.settings = self._settings.read(pipeline_call())
+            self.source.open(self._sigmas)
         self._begun = True
 
     def _close(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
@@ -128,29 +148,35 @@ class Session:
                 raise
 
     def _close_step(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Observe the step's calls, now that the sample tells how many branches each one held."""
+        """Tell of the step, now that the sample says how many branches each call held."""
         if not self._begun:
             self._begin()
         self.attachment.check_step(index)
-        self._branches.close(rows_per_branch(self.pipe, after))
-        for seen in self._pending:
-            step = self._step(index, seen.key, seen.x_t)
-            self.controller.observe(seen.key, seen.call, step, seen.taps)
+        started = self._branches.close(rows_per_branch(self.pipe, after))
+        calls = [self._with_branches(form, call, started) for form, call in self._pending]
         self._pending = []
-        self.controller.settings = self._settings.read(pipeline_call())
-        self.controller.close(index, v, before, after)
-        self.report.state_bytes = max(self.report.state_bytes, self.controller.state_bytes())
-        check_memory(self.controller, self.report, index, v.device)
+        settings = self._settings.read(pipeline_call())
+        record = StepRecord(index, self._sigmas, settings, v, before, after, calls)
+        for observer in self.observers:
+            observer.on_step(record)
+        budget = None if self.source is None else self.source.memory_budget
+        check_memory(self.observers, budget, self.report, index, v.device)
         now = time.perf_counter()
         self.report.steps.append(now - self._step_began)
         self._step_began = now
         if index == self._num_steps - 1:
-            self.controller.finish(self.report)
+            if self.source is not None:
+                self.source.finish(self.report)
             self._reset_run()
 
-    def _step(self, index: int, key: str, x_t: Tensor | None) -> Step:
-        branches, expert = self._branches.of(key), self._branches.expert_of(key)
-        return Step(index, self._sigmas[index], self._num_steps, branches, expert, x_t)
+    def _with_branches(
+        self, form: CallForm, call: CallRecord, started: set[CallForm]
+    ) -> CallRecord:
+        if form not in started:
+            return call
+        branches = self._branches.of(form)
+        assert branches is not None  # the step is over
+        return replace(call, step=replace(call.step, branches=branches), starts=True)
 
     def _is_inside(self) -> bool:
         """Whether the code now running belongs to the run that is open."""
@@ -190,105 +216,62 @@ class Session:
 
     def _answer(self, expert: Expert, call: Call) -> Any:
         started = time.perf_counter()
-        key, narrowed = self._branches.enter(expert.number, expert.name, call)
+        form, narrowed = self._branches.enter(expert.number, expert.name, call)
         if narrowed is not None:
-            self._adopt(expert, key, narrowed)
-        step = self._step(self.clock.index, key, call.x_t)
+            expert.narrow(narrowed)
+            if self.source is not None:
+                self.source.schedule.narrow(narrowed)
         if not expert.proven:
-            self._prove(expert, call)
-        action = self.controller.action(step)
-        if action == "look":
-            looked = look(self.controller, expert, call, key, step)
-            output, ran = self._decided(expert, looked, call, key)
-        elif action == "anchor" or not self.controller.knows(key):
-            output, ran = self._run(expert, call, key), True
-        elif action == "check":
-            checked = check(self.controller, expert, call, key, step)
-            output, ran = self._decided(expert, checked, call, key)
-        else:
-            output, ran = self._forecast(expert, call, key, step), False
-        self._branches.count(key, len(prediction(output)))
-        kind = "anchor" if ran else "forecast"
-        self.report.count(step.index, kind, time.perf_counter() - started)
-        return output
+            self.runner.prove(expert, call)
+        branches, index = self._branches.of(form), self.clock.index
+        held = (self._branches.calls,) if branches is None else branches  # one, while not known
+        step = Step(index, self._sigmas[index], self._num_steps, held, expert.number, call.x_t)
+        answer = self._decide(expert, call, step, branches is not None)
+        self._branches.count(form, len(prediction(answer.output)))
+        self._put_aside(form, expert, call, step, answer)
+        kind: Kind = "anchor" if answer.taps is not None else "forecast"
+        if answer.partial:
+            kind = "partial"
+        self.report.count(index, kind, time.perf_counter() - started)
+        return answer.output
 
-    def _adopt(self, expert: Expert, key: str, narrowed: Narrowed) -> None:
-        """Let a call that holds some branches of an earlier one go on with what is kept of them."""
-        self._forms[key] = self._forms[narrowed.source]
-        self.controller.adopt(key, narrowed)
-        if expert.first_look is not None:
-            expert.first_look.adopt(narrowed)
+    def _decide(self, expert: Expert, call: Call, step: Step, met: bool) -> Answer:
+        """Let the schedule say what becomes of a call; one that cannot be forecast is run."""
+        source = self.source
+        if source is None:
+            return self.runner.run(expert, call, step)
+        action = source.schedule.before(step)
+        known = met and source.knows(step)
+        if action is Action.PROBE:
+            return probe(expert, call, step, source, known)
+        if action is Action.RUN or not known:
+            return self.runner.run(expert, call, step)
+        if action is Action.CHECK:
+            return check(expert, call, step, source)
+        return self.runner.forecast(expert, call, step, source)
 
-    def _prove(self, expert: Expert, call: Call) -> None:
-        expert.prove(call, self.controller)
-
-    def _run(self, expert: Expert, call: Call, key: str) -> Any:
-        with expert.capturing(self.controller.taps) as found:
-            output = call.run()
-        self._keep(expert, key, found, output, call.x_t)
-        expert.prove_rows(call, output)
-        self._ask(expert, call, key, found, output)
-        return output
+    def _put_aside(
+        self, form: CallForm, expert: Expert, call: Call, step: Step, answer: Answer
+    ) -> None:
+        """Keep what a call came to until its step is over."""
+        hidden = None if answer.taps is None else answer.taps.get("hidden")
+        if hidden is not None:
+            self._ask(form, expert, call, hidden, answer)
+        record = CallRecord(
+            step,
+            answer.taps,
+            answer.feature if self._keeps_forecasts else None,
+            attention=answer.attention,
+            image_tokens=self._masks.get(form),
+            layout=self._layouts.get(form),
+        )
+        self._pending.append((form, record))
 
     def _ask(
-        self, expert: Expert, call: Call, key: str, found: dict[str, Tensor], output: Any
+        self, form: CallForm, expert: Expert, call: Call, hidden: Tensor, answer: Answer
     ) -> None:
-        """Find out, once a run, what the controller wants to know of a call's tokens."""
-        hidden = found.get("hidden")
-        if hidden is None or key in self._asked:
-            return
-        self._asked.add(key)
-        if self.controller.wants_image_tokens:
-            mask = expert.image_tokens(call, hidden)
-            if mask is not None:
-                self.controller.image_tokens = {**self.controller.image_tokens, key: mask}
-        if self.controller.wants_layout:
-            layout = expert.layout(call, hidden, prediction(output))
-            self.controller.layouts = {**self.controller.layouts, key: layout}
-
-    def _keep(
-        self, expert: Expert, key: str, found: dict[str, Tensor], output: Any, x_t: Tensor | None
-    ) -> None:
-        """Put a call's captured taps and its input aside until its step is over."""
-        self._forms[key] = form_of(output)
-        taps = set(self.controller.taps)
-        if "output" in taps:
-            found["output"] = own(prediction(output))
-        if LAST_BLOCK in taps and expert.trunk is not None:
-            taps.remove(LAST_BLOCK)
-            taps |= {f"{LAST_BLOCK}.{number}" for number in range(len(expert.trunk.streams))}
-        kept = {tap: found[tap] for tap in taps if tap in found}
-        if len(kept) < len(taps):
-            raise UnsupportedHost(
-                f"{type(expert.transformer).__name__} produced the taps {sorted(kept)}, "
-                f"expected {sorted(taps)}."
-            )
-        self._pending.append(Seen(key, self._branches.calls, kept, x_t))
-
-    def _forecast(self, expert: Expert, call: Call, key: str, step: Step) -> Any:
-        if self.controller.needs:
-            return self._forecast_inside(expert, call, key, step)
-        tap, feature = self.controller.forecast(key, step)
-        if tap == "output":
-            return self._forms[key](feature)
-        return expert.skip(call, entering_head(tap, feature))
-
-    def _forecast_inside(self, expert: Expert, call: Call, key: str, step: Step) -> Any:
-        """Forecast from what only the forward knows: its tokens and its modulation vector."""
-
-        def entering(tokens: Tensor) -> Tensor:
-            inside = replace(step, tokens=tokens, modulation=found[-1])
-            tap, feature = self.controller.forecast(key, inside)
-            return entering_head(tap, feature)(tokens)
-
-        with modulations(expert.transformer) as found:
-            return expert.skip(call, entering)
-
-    def _decided(self, expert: Expert, decided: Decided, call: Call, key: str) -> tuple[Any, bool]:
-        """What a call that was decided on the way returns, and whether the network ran."""
-        if decided.taps is not None:
-            self._keep(expert, key, decided.taps, decided.output, call.x_t)
-            self._ask(expert, call, key, decided.taps, decided.output)
-        if decided.sample is None:
-            return decided.output, decided.taps is not None
-        return self._forms[key](decided.sample), decided.taps is not None
+        """Find out, once a run, what is wanted of a call's tokens."""
+        if self._asks_for_tokens and form not in self._masks:
+            self._masks[form] = expert.image_tokens(call, hidden)
+        if self._asks_for_layout and form not in self._layouts:
+            self._layouts[form] = expert.layout(call, hidden, prediction(answer.output))

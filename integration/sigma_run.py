@@ -6,14 +6,18 @@ one another call of that step, and one above it begins a new run.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from foreseer.checkpoints.spec import SIGMA_TOLERANCE, PredictorMismatch, off_grid
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.hook import own
+from foreseer.integration.host.layout import Layout
 from foreseer.integration.memory import check_memory
+from foreseer.integration.observers import CallRecord, StepRecord
+from foreseer.integration.policy import Action
 from foreseer.integration.report import Report
 from foreseer.predictors.base import Step
 
@@ -44,17 +48,19 @@ class SigmaRun:
         self.forecaster.forget()
         self._place: int | None = None  # of the step in progress on the grid
         self._first = 0  # step of the grid that the run began with
-        self._keys: list[str] = []  # calls of the step in progress
+        self._calls: dict[Hashable, tuple[int, ...]] = {}  # branches of the step's calls
         self._before = 0  # calls of the step before it
+        self.layouts: dict[Hashable, Layout] = {}  # of the run's calls
 
     def enter(
-        self, sigma: float, keys: Sequence[str], branches: Sequence[int], x_t: Tensor
+        self, sigma: float, keys: Sequence[Hashable], branches: Sequence[int], x_t: Tensor
     ) -> Step:
         """The step a call belongs to, once everything before it is closed.
 
         Args:
             sigma: flow time the network is told, 1 to 0.
-            keys: what the call's histories are known by; a step has each of them once.
+            keys: what tells the call's histories apart where several hold the same branches; a
+                step has each of them once, of one part of the rows or of all.
             branches: branch number of each equal part of its rows.
             x_t: the network's input, shaped like the latents of a pipeline.
 
@@ -65,12 +71,13 @@ class SigmaRun:
         place = min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigma))
         if abs(self.sigmas[place] - sigma) > SIGMA_TOLERANCE:
             raise PredictorMismatch(off_grid(place, sigma, self.sigmas[place]))
-        again = place == self._place and not set(keys).isdisjoint(self._keys)
+        again = place == self._place and not set(keys).isdisjoint(self._calls)
         if self._place is None or place < self._place or (again and place == self._first):
             self._begin(place)
         elif again or place > self._place:
             self._next(place, sigma, x_t)
-        self._keys += keys
+        alone = len(keys) == len(branches)
+        self._calls |= {k: (branches[i],) if alone else tuple(branches) for i, k in enumerate(keys)}
         index, num_steps = place - self._first, len(self.sigmas) - self._first
         return Step(index, sigma, num_steps, tuple(branches), x_t=x_t)
 
@@ -78,7 +85,6 @@ class SigmaRun:
         self.reset()
         self.check()
         self.report.open()
-        self.forecaster.layouts = {}
         self.forecaster.open(list(self.sigmas[place:]))
         self.report.num_steps = len(self.sigmas) - place
         self._place = self._first = place
@@ -95,24 +101,28 @@ class SigmaRun:
                     "use a sampler with one evaluation per step, such as Euler."
                 )
             raise PredictorMismatch(off_grid(expected, sigma, self.sigmas[expected]))
-        self._place, self._before, self._keys = place, len(self._keys), []
+        self._place, self._before, self._calls = place, len(self._calls), {}
 
     def _close(self, x_t: Tensor) -> None:
         assert self._place is not None  # a run is under way
         index = self._place - self._first
-        self.forecaster.close(index, x_t, x_t, x_t)
-        self.report.state_bytes = max(self.report.state_bytes, self.forecaster.state_bytes())
-        check_memory(self.forecaster, self.report, index, x_t.device)
+        source = self.forecaster
+        settings = source.settings
+        source.on_step(StepRecord(index, self.sigmas[self._first :], settings, x_t, x_t, x_t))
+        check_memory([source], source.memory_budget, self.report, index, x_t.device)
         now = time.perf_counter()
         self.report.steps.append(now - self._began)
         self._began = now
 
-    def computes(self, keys: Sequence[str], step: Step) -> bool:
+    def computes(self, keys: Sequence[Hashable], step: Step) -> bool:
         """Whether the network runs: at anchors, and where a call has none yet."""
-        known = all(self.forecaster.knows(key) for key in keys)
-        return not known or self.forecaster.action(step) == "anchor"
+        parts = [(replace(step, branches=self._calls[key]), key) for key in keys]
+        known = all(self.forecaster.knows(part, key) for part, key in parts)
+        return not known or self.forecaster.schedule.before(step) is Action.RUN
 
-    def observe(self, key: str, step: Step, feature: Tensor, hidden: Tensor | None = None) -> None:
+    def observe(
+        self, key: Hashable, step: Step, feature: Tensor, hidden: Tensor | None = None
+    ) -> None:
         """Keep what the network computed.
 
         Args:
@@ -128,11 +138,13 @@ class SigmaRun:
         taps = {"output": own(feature)}
         if hidden is not None:
             taps["hidden"] = hidden
-        self.forecaster.observe(key, 0, step, taps)
+        layout = self.layouts.get(key)
+        self.forecaster.keep(CallRecord(step, taps, layout=layout, slot=key))
 
-    def forecast(self, key: str, step: Step) -> Tensor:
+    def forecast(self, key: Hashable, step: Step) -> Tensor:
         """The network's output at a step that is none of the anchors."""
-        return self.forecaster.forecast(key, step)[1]
+        self.forecaster.branches.update(step.branches)
+        return self.forecaster.forecast(step, key)
 
     def leave(self, step: Step, x_t: Tensor, ran: bool, seconds: float) -> None:
         """A call is over; the run is too, once the last step has had the calls of the one before.
@@ -144,6 +156,6 @@ class SigmaRun:
             seconds: that the call took.
         """
         self.report.count(step.index, "anchor" if ran else "forecast", seconds)
-        if step.index == step.num_steps - 1 and len(self._keys) >= max(1, self._before):
+        if step.index == step.num_steps - 1 and len(self._calls) >= max(1, self._before):
             self._close(x_t)
             self.reset()

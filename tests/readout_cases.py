@@ -1,5 +1,6 @@
 """Readout fits on tiny hosts, and what their walks and their deployed runs pass through."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from foreseer.evaluation import measure
 from foreseer.evaluation.measure import References
 from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.predictors.readout import Readout
 from foreseer.training.readout.readout_fit import ReadoutFit
@@ -63,36 +65,35 @@ class Visits:
 
     def __init__(self, monkeypatch: Any) -> None:
         self.states: dict[int, list[Tensor]] = {}
-        close, visits = Walk.close, self.states
+        on_step, visits = Walk.on_step, self.states
 
-        def closing(self: Walk, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-            if index == self.goal:
-                visits.setdefault(index, []).append(before.clone())
-            close(self, index, v, before, after)
+        def stepping(self: Walk, record: StepRecord) -> None:
+            if record.index == self.goal:
+                visits.setdefault(record.index, []).append(record.before.clone())
+            on_step(self, record)
 
-        monkeypatch.setattr(Walk, "close", closing)
+        monkeypatch.setattr(Walk, "on_step", stepping)
 
 
-class Passing(Forecaster):
+class Passing(Observer):
     """Keeps the latents at every anchor of a deployed run."""
 
-    def open(self, sigmas: list[float]) -> None:
-        """A new run."""
-        super().open(sigmas)
-        self.states: dict[int, Tensor] = {}
+    def __init__(self, anchors: Sequence[int]) -> None:
+        self.anchors = anchors
 
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Keep the state."""
-        if step_index in self.anchors:
-            self.states[step_index] = before.clone()
-        super().close(step_index, v, before, after)
+        if record.index == 0:
+            self.states: dict[int, Tensor] = {}
+        if record.index in self.anchors:
+            self.states[record.index] = record.before.clone()
 
 
 @torch.no_grad()
 def deployed_states(pipe: Any, predictor: Readout, references: References) -> list[dict]:
     """The latents at the anchors of real runs, batch by batch."""
-    passing = Passing(predictor, "output", predictor.anchors)
-    session = Session(pipe, passing)
+    passing = Passing(predictor.anchors)
+    session = Session(pipe, Forecaster(predictor, "output", predictor.anchors), [passing])
     found = []
     for batch in references.batches:
         generate_batch(pipe, batch, output_type="latent", **references.settings)

@@ -17,13 +17,12 @@ from tiny_hosts import pipeline, run, seeded
 from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
-from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import attach
 from foreseer.integration.host.clock import Clock
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.host.time_facts import modulation_width
 from foreseer.integration.masks import mask_anchors
-from foreseer.integration.partial_forecasting import attach_partially
+from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.schedule import interval, warped
 from foreseer.integration.session import Session
 from foreseer.predictors.any_anchors import L2PGram
@@ -34,6 +33,7 @@ from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.per_part import FreqCa
 from foreseer.predictors.rules import HiCache, Newton, Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
+from foreseer.schedules import FirstBlock, SpeCa, TeaCache
 from foreseer.trajectories.collector import Recorder
 
 ANCHORS = (0, 1, 4)
@@ -190,8 +190,8 @@ SETUPS: dict[str, tuple[Callable[[], Predictor] | str, dict[str, Any]]] = {
     "teacache": (lambda: Taylor(1), {"schedule": lambda: TeaCache(0.1), "tap": "output"}),
     "first_block": (Reuse, {"schedule": lambda: FirstBlock(0.6), "tap": "residual"}),
     "speca": (lambda: Taylor(1), {"schedule": lambda: SpeCa(0.05, max_run=3)}),
-    "random": (Reuse, {"policy": lambda: RandomPolicy(2), "anchors": ANCHORS}),
-    "clusters": (lambda: Taylor(1), {"policy": lambda: ClusterPolicy(2), "anchors": ANCHORS}),
+    "random": (Reuse, {"tokens": lambda: RandomPolicy(2), "anchors": ANCHORS}),
+    "clusters": (lambda: Taylor(1), {"tokens": lambda: ClusterPolicy(2), "anchors": ANCHORS}),
     "tight": (lambda: Taylor(2), {"anchors": ANCHORS, "tap": "hidden", "memory_budget": 600}),
     "recorder": ("", {}),
     **{name: (name, {}) for name in LEARNED},
@@ -250,13 +250,12 @@ class Predictors:
     def attach(self, setup: str, slot: str, pipe: Any) -> Session:
         """The session of a setup, at work on a pipeline."""
         if setup == "recorder":
-            return Session(pipe, Recorder(["output", "hidden"]))
+            return Session(pipe, observers=[Recorder(["output", "hidden"])])
         predictor = self.get(setup, slot, pipe)
         arguments = dict(SETUPS[setup][1])
-        for name in arguments.keys() & {"schedule", "policy"}:
+        for name in arguments.keys() & {"schedule", "tokens"}:
             arguments[name] = arguments[name]()
-        attaching = attach_partially if "policy" in arguments else attach
-        return attaching(pipe, predictor, **arguments).session
+        return attach(pipe, predictor, **arguments).session
 
 
 # ------------------------------------------------------------------------------------------- calls
@@ -285,6 +284,17 @@ def draw_stop(rng: random.Random, slot: str, setup: str | None) -> tuple[str, in
     return rng.choice(kinds), rng.randrange(5)
 
 
+class Counting(Observer):
+    """Calls something at the end of every step."""
+
+    def __init__(self, count: Any) -> None:
+        self.count = count
+
+    def on_step(self, record: StepRecord) -> None:
+        """A step is over."""
+        self.count()
+
+
 @contextlib.contextmanager
 def stopping(pipe: Any, session: Session | None, stop: tuple[str, int] | None) -> Iterator[Any]:
     """What a call that shall be broken off is given more; everything is taken away again."""
@@ -309,10 +319,8 @@ def stopping(pipe: Any, session: Session | None, stop: tuple[str, int] | None) -
             module = lists[-1][-1] if kind == "block" else list(pipe.transformer.children())[-1]
             stack.callback(module.register_forward_pre_hook(count).remove)
         if kind == "enough" and session is not None:
-            controller = session.controller
-            close = controller.close
-            controller.close = lambda *given: close(*given) or count()
-            stack.callback(vars(controller).pop, "close")
+            session.observers.append(Counting(count))
+            stack.callback(session.observers.pop)
         yield {"callback_on_step_end": end} if kind in ("callback", "interrupt") else {}
 
 
@@ -328,7 +336,7 @@ def outcome(pipe: Any, session: Session | None, wanted: Call) -> dict[str, str]:
         except (PredictorMismatch, ValueError, MemoryError) as error:
             return {"refused": f"{type(error).__name__}: {error}"}
     if wanted.setup == "recorder" and wanted.stop is None:
-        recorder = session.controller
+        (recorder,) = session.observers
         features = [recorder.trajectory(0, tap) for tap in sorted(recorder.taps)]
         found["recorded"] = sha256(*(t for branches in features for t in branches))
     return found

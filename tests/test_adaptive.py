@@ -18,13 +18,14 @@ from tiny_hosts import (
     tiny_dit,
 )
 
-from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache, relative_errors
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.call_rows import take_rows
 from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.speca import relative_errors
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Reuse, Taylor
+from foreseer.schedules import FirstBlock, SpeCa, TeaCache
 
 ANCHORS = (0, 1, 4)
 PROBES = {"teacache": TeaCache, "first_block": FirstBlock}

@@ -12,7 +12,6 @@ from torch import nn
 from foreseer.distill.guidance import velocity
 from foreseer.distill.meanflow import difference, exact_derivative
 from foreseer.evaluation.solvers import sampling_with, solver_scheduler
-from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.host.time_facts import modulation_places, modulation_width, modulations
@@ -24,6 +23,7 @@ from foreseer.integration.pipelines.average_velocity import (
 )
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.rules import Reuse, Taylor
+from foreseer.schedules import FirstBlock, SpeCa, TeaCache
 
 BATCH = 3
 

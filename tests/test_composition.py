@@ -22,7 +22,7 @@ from families import FAMILIES, MORE, call
 from families.family import STEPS
 from torch import Tensor, nn
 
-from foreseer.integration.controller import Controller
+from foreseer.evaluation.verify import Replay
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.session import Session
 from foreseer.predictors.rules import Reuse, Taylor
@@ -32,32 +32,13 @@ ANCHORS = (0, 1, 4)
 ODD = list(range(1, STEPS, 2))
 
 
-class Replay(Controller):
-    """Keeps a tap of every step of one run, and puts it back at the odd steps of the next."""
-
-    def __init__(self, tap: str = "hidden") -> None:
-        self.taps = frozenset({tap})
-        self.tap = tap
-        self.kept: dict[tuple[str, int], Tensor] = {}
-        self.replaying = False
-
-    def is_anchor(self, step):
-        return not (self.replaying and step.index % 2)
-
-    def observe(self, key, call, step, taps):
-        self.kept[key, step.index] = taps[self.tap]
-
-    def forecast(self, key, step):
-        return self.tap, self.kept[key, step.index]
-
-
 @contextlib.contextmanager
 def replaying(pipe: Any, run: Any, tap: str = "hidden") -> Any:
     """A session that has recorded one run and replays it from now on."""
     session = Session(pipe, Replay(tap))
     try:
         run()
-        session.controller.replaying = True
+        session.source.replay()
         yield session
     finally:
         session.detach()

@@ -198,11 +198,11 @@ def test_a_changed_lora_is_replayed_exactly(change):
     family, pipe, other = FAMILIES["flux"], with_lora("flux"), with_lora("flux")
     change(other)
     plain = call(family, other)
-    session = Session(pipe, Replay())
+    session = Session(pipe, Replay("hidden"))
     call(family, pipe)
     change(pipe)
     assert torch.equal(call(family, pipe), plain)
-    session.controller.replaying = True
+    session.source.replay()
     assert torch.equal(call(family, pipe), plain)
     assert session.report.forecasts == ODD
     session.detach()
@@ -265,12 +265,12 @@ def test_compiled_blocks_are_not_compiled_again(name, first, counting):
 
     if first == "compile":
         compiling()
-    session = Session(pipe, Replay())
+    session = Session(pipe, Replay("hidden"))
     if first == "attach":
         run()
         compiling()
     assert torch.equal(run(), plain)
-    session.controller.replaying = True
+    session.source.replay()
     assert torch.equal(run(), plain)
     assert session.report.forecasts == ODD
     session.detach()
@@ -291,7 +291,9 @@ def test_recording_compiles_nothing_more(counting):
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=counting)
     call(family, pipe)
     alone = counting.graphs
-    session = Session(pipe, Recorder(("output", "hidden", "residual", "blocks.0", "blocks.3")))
+    session = Session(
+        pipe, observers=[Recorder(("output", "hidden", "residual", "blocks.0", "blocks.3"))]
+    )
     assert torch.equal(call(family, pipe), plain)
     session.detach()
     assert counting.graphs == alone > 0
@@ -386,10 +388,10 @@ offloaded_hosts = pytest.mark.parametrize("name", ["flux", "wan"])
 
 def check_runs(run: Any, session: Any, plain: Tensor) -> None:
     """Records a run and replays it twice."""
-    session.controller.replaying = False
+    session.source.record()
     assert torch.equal(run(), plain)
     assert session.report.forecasts == []
-    session.controller.replaying = True
+    session.source.replay()
     for _ in range(2):
         session.report.num_steps = 0
         assert torch.equal(run(), plain)
@@ -406,7 +408,7 @@ def test_offloading_turned_on_before_attaching_changes_no_bit(name, offload):
     plain = run()
     offload(pipe)
     assert torch.equal(run(), plain)
-    session = Session(pipe, Replay())
+    session = Session(pipe, Replay("hidden"))
     check_runs(run, session, plain)
     session.detach()
     assert torch.equal(run(), plain)
@@ -421,7 +423,7 @@ def test_offloading_turned_on_after_attaching_changes_no_bit(name, offload):
     pipe = family.build()
     run = functools.partial(call, family, pipe)
     plain = run()
-    session = Session(pipe, Replay())
+    session = Session(pipe, Replay("hidden"))
     check_runs(run, session, plain)
     offload(pipe)
     check_runs(run, session, plain)
@@ -441,7 +443,7 @@ def test_offloading_can_be_taken_off_before_detaching(name, offload, first):
     plain, before = run(), facts(pipe)
     if first == "offload":
         offload(pipe)
-    session = Session(pipe, Replay())
+    session = Session(pipe, Replay("hidden"))
     if first == "attach":
         offload(pipe)
     check_runs(run, session, plain)
@@ -474,7 +476,7 @@ def test_a_lora_loaded_into_an_offloaded_host_is_forecast_and_replayed(offload):
     family, pipe, other = FAMILIES["flux"], FAMILIES["flux"].build(), with_lora("flux")
     plain = call(family, other)
     offload(pipe)
-    session = Session(pipe, Replay())
+    session = Session(pipe, Replay("hidden"))
     call(family, pipe)
     load(pipe)  # diffusers takes its offloading off for this, and puts it on again
     check_runs(functools.partial(call, family, pipe), session, plain)
@@ -542,7 +544,8 @@ def test_a_bfloat16_run_is_replayed_exactly(name, tap):
     with replaying(pipe, run, tap) as session:
         assert torch.equal(run(), plain)
         assert session.report.forecasts == ODD
-        own = {feature.dtype for feature in session.controller.kept.values()}
+        kept = session.source.kept.parts.values()
+        own = {feature.dtype for held in kept for feature in held.values()}
     # Wan's head is norm_out(hidden_states.float())
     assert own == {torch.float32 if (name, tap) == ("wan", "hidden") else torch.bfloat16}
 

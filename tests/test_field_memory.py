@@ -12,11 +12,10 @@ import torch
 from tiny_hosts import STEPS, bare_pipeline, pipeline, run, seeded
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import attach, forecasting
-from foreseer.integration.partial_forecasting import partially
 from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy
+from foreseer.schedules import FirstBlock, SpeCa, TeaCache
 
 pytestmark = [pytest.mark.fault, pytest.mark.filterwarnings("ignore:SpeCa")]
 ANCHORS = (0, 1, 2, 4)
@@ -53,7 +52,7 @@ SETUPS: dict[str, Callable[[Any], Any]] = {
     "output": lambda pipe: forecasting(pipe, Taylor(2), ANCHORS, "output"),
     "hidden": lambda pipe: forecasting(pipe, Taylor(2), ANCHORS, "hidden"),
     "residual": lambda pipe: forecasting(pipe, Taylor(2), ANCHORS, "residual"),
-    "clusters": lambda pipe: partially(pipe, Taylor(2), ClusterPolicy(2), ANCHORS),
+    "clusters": lambda pipe: forecasting(pipe, Taylor(2), ANCHORS, tokens=ClusterPolicy(2)),
     "teacache": lambda pipe: forecasting(pipe, Taylor(2), schedule=TeaCache(0.3)),
     "first_block": lambda pipe: forecasting(pipe, Taylor(2), tap="residual", schedule=FirstBlock()),
     "speca": lambda pipe: forecasting(pipe, Taylor(2), schedule=SpeCa(0.3)),
@@ -145,7 +144,7 @@ def test_field_memory_of_a_loop_by_hand_ends_when_detached():
         for timestep in pipe.scheduler.timesteps[:4]:
             v = pipe.transformer(x_t, timestep.expand(2), label).sample
             x_t = pipe.scheduler.step(v, timestep, x_t, return_dict=False)[0]
-    histories = attached.session.controller.histories.values()
+    histories = attached.session.source.histories
     features = [weakref.ref(each) for history in histories for each in history.features]
     del histories
     assert len(features) == 3 and all(feature() is not None for feature in features)

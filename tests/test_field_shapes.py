@@ -12,11 +12,11 @@ from tiny_hosts import bare_pipeline, pipeline, seeded, spec_for
 from torch.nn import functional
 
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Reuse, Taylor
+from foreseer.schedules import FirstBlock, SpeCa, TeaCache
 from foreseer.trajectories.collector import Recorder
 
 pytestmark = [pytest.mark.fault, pytest.mark.filterwarnings("ignore:SpeCa")]
@@ -140,7 +140,7 @@ def test_field_shapes_a_learned_predictor_refuses_another_resolution_in_mid_run(
 @pytest.mark.parametrize("name", CHANGES)
 def test_field_shapes_are_not_recorded_when_they_change(name):
     pipe = build(name)
-    session = Session(pipe, Recorder(["output"]))
+    session = Session(pipe, observers=[Recorder(["output"])])
     with pytest.raises(ValueError, match=r"the output of branch 0 changed shape .* at step 3"):
         changed(name, pipe)
     session.detach()

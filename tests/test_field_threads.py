@@ -11,12 +11,11 @@ import torch
 from diffusers import FluxPipeline
 from tiny_hosts import STEPS, bare_pipeline, pipeline, prompt, run, seeded
 
-from foreseer.integration.adaptive import FirstBlock, SpeCa
 from foreseer.integration.forecasting import attach, forecasting
-from foreseer.integration.partial_forecasting import partially
 from foreseer.integration.session import Session
 from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy
+from foreseer.schedules import FirstBlock, SpeCa
 from foreseer.trajectories.collector import Recorder
 
 pytestmark = pytest.mark.fault
@@ -85,10 +84,10 @@ def attached(setup: str, pipe: Any):
         with forecasting(pipe, Taylor(1), ANCHORS, setup) as found:
             yield found
     elif setup == "clusters":
-        with partially(pipe, Taylor(1), ClusterPolicy(2), ANCHORS) as found:
+        with forecasting(pipe, Taylor(1), ANCHORS, tokens=ClusterPolicy(2)) as found:
             yield found
     elif setup == "recorder":
-        session = Session(pipe, Recorder(["hidden", "residual", "blocks.0"]))
+        session = Session(pipe, observers=[Recorder(["hidden", "residual", "blocks.0"])])
         yield session
         session.detach()
     else:

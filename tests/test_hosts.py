@@ -85,7 +85,7 @@ def test_a_residual_is_put_back_up_to_rounding(name):
     replay = Replay("residual")
     session = Session(pipe, replay)
     call(EVERY[name], pipe)
-    replay.replaying = True
+    replay.replay()
     replayed = call(EVERY[name], pipe)
     session.detach()
     # a + (b - a) rounds twice; eight steps of float32 carry that along

@@ -11,13 +11,12 @@ import torch
 from tiny_hosts import items, pipeline, run, settings
 
 from foreseer.evaluation.measure import generate
-from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.host_facts import facts_of
 from foreseer.integration.host.trunk import UnsupportedHost
-from foreseer.integration.partial_forecasting import partially
 from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import RandomPolicy
+from foreseer.schedules import FirstBlock, SpeCa, TeaCache
 
 HOST = "dit_guided"
 ANCHORS = [0, 3]
@@ -142,7 +141,7 @@ def test_tokens_are_proven_once():
     costs = []
     for _ in range(3):
         counted.clear()
-        with partially(pipe, Taylor(1), RandomPolicy(4), ANCHORS):
+        with forecasting(pipe, Taylor(1), ANCHORS, tokens=RandomPolicy(4)):
             run(HOST, pipe)
         costs.append(len(counted))
     assert costs[0] > costs[1] == costs[2]

@@ -17,6 +17,7 @@ from tiny_hosts import items, pipeline, settings
 
 from foreseer.evaluation.measure import References, item_of, log_error
 from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.training.lesa.lesa_samples import collect, recorded_samples
 from foreseer.training.lesa.linear_refit import add_samples, refit
@@ -61,8 +62,8 @@ def test_the_second_phase_sees_what_a_deployed_run_sees(recording, feedback):
     pipe = pipeline("dit_guided")
     features = source.stack("feature/hidden", source.items[:3])
     collector = collect(pipe, predictor, "hidden", ANCHORS, batch, **call)
-    deployed = Watching(predictor, "hidden", ANCHORS)
-    session = Session(pipe, deployed)
+    deployed = Watching()
+    session = Session(pipe, Forecaster(predictor, "hidden", ANCHORS), [deployed])
     try:
         latents = generate_batch(pipe, batch, output_type="latent", **call)[0]
     finally:
@@ -81,21 +82,17 @@ def test_the_second_phase_sees_what_a_deployed_run_sees(recording, feedback):
         assert torch.equal(sample.target, torch.cat([features[:, 0, t], features[:, 1, t]]))
 
 
-class Watching(Forecaster):
-    """A plain forecaster that writes down the feature of every step."""
+class Watching(Observer):
+    """Writes down the feature of every step."""
 
-    def open(self, sigmas: list[float]) -> None:
-        super().open(sigmas)
+    wants_forecasts = True
+
+    def __init__(self) -> None:
         self.seen: dict[int, torch.Tensor] = {}
 
-    def observe(self, key, call, step, taps):
-        super().observe(key, call, step, taps)
-        self.seen[step.index] = taps["hidden"]
-
-    def forecast(self, key, step):
-        tap, feature = super().forecast(key, step)
-        self.seen[step.index] = feature
-        return tap, feature
+    def on_step(self, record: StepRecord) -> None:
+        (call,) = record.calls
+        self.seen[record.index] = call.feature if call.taps is None else call.taps["hidden"]
 
 
 def test_recorded_tokens_are_picked_from_the_run(recording):

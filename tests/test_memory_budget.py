@@ -14,12 +14,11 @@ from torch import Tensor
 
 from foreseer.evaluation.verify import check_tap, final_latents
 from foreseer.integration import memory
-from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
-from foreseer.integration.adaptive_forecasting import VerifiedForecaster
+from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.time_facts import modulation_width
 from foreseer.integration.memory import available_bytes, readable
-from foreseer.integration.partial_forecasting import partially
+from foreseer.integration.observers import CallRecord
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import Step
 from foreseer.predictors.continuous import L2PContinuous
@@ -30,6 +29,7 @@ from foreseer.predictors.per_part import FreqCa, HyCa
 from foreseer.predictors.rules import Newton, Reuse, Taylor
 from foreseer.predictors.spectrum import Bands
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
+from foreseer.schedules import FirstBlock, SpeCa, TeaCache
 
 ANCHORS = (0, 1, 3, 5, 6)
 FEATURE = 2 * 4 * 16 * 4  # bytes of the tiny DiT's hidden tap: 2 samples, 4 tokens, 16 channels
@@ -72,13 +72,9 @@ def attached(name: str, pipe: Any, **more: Any) -> Any:
     return forecasting(pipe, predictor_for(name, pipe), ANCHORS, "hidden", **more)
 
 
-def kept_tensors(controller: Any) -> list[Tensor]:
-    """Every feature that a controller's histories hold."""
-    base = getattr(controller, "base", controller)
-    histories = [*base.histories.values(), *getattr(controller, "attention", {}).values()]
-    if isinstance(base, VerifiedForecaster):
-        histories += [history for each in base.sample_histories.values() for history in each]
-    return [feature for history in histories for feature in history.features]
+def kept_tensors(source: Forecaster) -> list[Tensor]:
+    """Every feature that a forecaster's histories hold."""
+    return [feature for history in source.histories for feature in history.features]
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
@@ -87,16 +83,16 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
-def at_the_end(controller: Any, look: Callable[[], Any]) -> list[Any]:
+def at_the_end(source: Any, look: Callable[[], Any]) -> list[Any]:
     """A list of what `look` finds when a run ends, before its features are let go of."""
     found: list[Any] = []
-    finish = controller.finish
+    finish = source.finish
 
     def looking(report: Any) -> None:
         found.append(look())
         finish(report)
 
-    controller.finish = looking
+    source.finish = looking
     return found
 
 
@@ -119,11 +115,11 @@ def test_what_every_predictor_holds_is_known_after_the_first_step(name):
     pipe = pipeline("dit_guided")
     check_refused(lambda **more: attached(name, pipe, **more), "dit_guided", pipe)
     with attached(name, pipe) as shown:
-        controller = shown.session.controller
-        held = at_the_end(controller, lambda: storage_bytes(kept_tensors(controller)))
+        source = shown.session.source
+        held = at_the_end(source, lambda: storage_bytes(kept_tensors(source)))
         run("dit_guided", pipe)
     assert held == [shown.report().state_bytes]
-    window = controller.predictor.window or len(ANCHORS)
+    window = source.predictor.window or len(ANCHORS)
     assert shown.report().state_bytes == 2 * FEATURE * min(window, len(ANCHORS))
 
 
@@ -141,7 +137,8 @@ def test_attention_outputs_and_clusters_are_counted(host, policy, rule):
     pipe = pipeline(host)
 
     def attach(**more):
-        return partially(pipe, Taylor(1), policy(), ANCHORS, rule(), **more)
+        more |= {"tokens": policy(), "attention_rule": rule()}
+        return forecasting(pipe, Taylor(1), ANCHORS, **more)
 
     check_refused(attach, host, pipe)
 
@@ -167,15 +164,13 @@ def test_a_schedule_that_decides_is_counted_at_its_most(host, rule, name):
     every, some = SCHEDULES[name]
     check_refused(functools.partial(attach, every), host, pipe)
     with attach(some) as attached:
-        controller = attached.session.controller
+        source = attached.session.source
 
         def held() -> tuple[int, int]:
-            schedule_bytes = controller.schedule.state_bytes() if name != "speca" else 0
-            return storage_bytes(
-                kept_tensors(controller)
-            ) + schedule_bytes, controller.state_bytes()
+            held = storage_bytes(kept_tensors(source)) + source.schedule.state_bytes()
+            return held, source.state_bytes()
 
-        found = at_the_end(controller, held)
+        found = at_the_end(source, held)
         run(host, pipe)
     report = attached.report()
     assert len(report.anchors) < STEPS
@@ -184,13 +179,13 @@ def test_a_schedule_that_decides_is_counted_at_its_most(host, rule, name):
 
 
 def test_a_sample_computed_on_its_own_keeps_no_other_alive():
-    controller = VerifiedForecaster(SpeCa(0.1), Reuse(), (0,))
-    controller.open([1 - step / STEPS for step in range(STEPS)])
-    controller.observe("0.0x2", 0, Step(0, 1.0, STEPS), {"hidden": torch.ones(2, 4, 16)})
-    controller.refused[1] = [0]
-    controller.observe("0.0x2", 0, Step(1, 0.875, STEPS), {"hidden": torch.ones(1, 4, 16)})
-    kept = kept_tensors(controller)
-    assert len(kept) == 2 and storage_bytes(kept) == controller.state_bytes() == FEATURE
+    source = Forecaster(Reuse(), "hidden", (0,), schedule=SpeCa(0.1))
+    source.open([1 - step / STEPS for step in range(STEPS)])
+    source.keep(CallRecord(Step(0, 1.0, STEPS), {"hidden": torch.ones(2, 4, 16)}))
+    source.schedule.refused[1] = [0]
+    source.keep(CallRecord(Step(1, 0.875, STEPS), {"hidden": torch.ones(1, 4, 16)}))
+    kept = kept_tensors(source)
+    assert len(kept) == 2 and storage_bytes(kept) == source.state_bytes() == FEATURE
 
 
 @pytest.mark.parametrize(("predictor", "features"), [(Taylor(1), 4), (Newton(2), 5)])
@@ -199,8 +194,8 @@ def test_two_transformers_are_counted_when_the_second_one_starts(predictor, feat
     pipe = family.build()
     anchors = (0, 1, 3, 4, 6)  # the second starts at 3
     with forecasting(pipe, predictor, anchors, "hidden") as attached:
-        controller = attached.session.controller
-        pushed = at_the_end(controller, lambda: sum(map(len, controller.histories.values())))
+        source = attached.session.source
+        pushed = at_the_end(source, lambda: sum(map(len, source.histories)))
         image = call(family, pipe)
     report = attached.report()
     assert report.predicted_bytes == report.state_bytes
@@ -234,10 +229,10 @@ def test_case_17_memory(monkeypatch):
     with forecasting(pipe, Taylor(3), ANCHORS, "hidden") as attached:
         with pytest.raises(MemoryError) as refused:
             run("flux", pipe)
-        controller = attached.session.controller
+        source = attached.session.source
         assert attached.report().anchors == [0]
         held = attached.report().state_bytes
-        assert held == 2 * 4 * 16 * 4 and kept_tensors(controller) == []  # let go of since
+        assert held == 2 * 4 * 16 * 4 and kept_tensors(source) == []  # let go of since
         assert attached.report().predicted_bytes == 4 * held
         monkeypatch.setattr(memory, "available_bytes", lambda device: 3 * held)
         run("flux", pipe)  # with the one that is held already
@@ -254,7 +249,7 @@ def test_a_budget_of_nothing_is_refused_at_attach():
     pipe = pipeline("dit")
     for attach in (
         lambda: forecasting(pipe, Reuse(), ANCHORS, memory_budget=0),
-        lambda: partially(pipe, Reuse(), RandomPolicy(2), ANCHORS, memory_budget=-1),
+        lambda: forecasting(pipe, Reuse(), ANCHORS, tokens=RandomPolicy(2), memory_budget=-1),
     ):
         with pytest.raises(ValueError, match="expected a number of bytes >= 1"), attach():
             pass

@@ -43,7 +43,7 @@ def check_exact(pipe, calling):
 def branches_seen(pipe, calling):
     """The guidance branches of every step."""
     recorder = Recorder(["output"])
-    session = Session(pipe, recorder)
+    session = Session(pipe, observers=[recorder])
     calling()
     session.detach()
     return [sorted(step) for step in recorder.features["output"]]
@@ -229,7 +229,7 @@ def test_another_resolution_or_length_is_refused(name, changes, tmp_path):
 def test_tokens_of_the_text_are_no_part_of_a_gram(name, tmp_path):
     pipe, recording = recorded(name, tmp_path / "r")
     recorder = Recorder(["hidden"])
-    session = Session(pipe, recorder)
+    session = Session(pipe, observers=[recorder])
     call(EVERY[name], pipe, (0, 1))
     session.detach()
     whole = recorder.trajectory(0, "hidden")[0].double().flatten(1)
@@ -248,21 +248,21 @@ def test_other_tokens_than_the_picture_s_never_reach_the_output():
     family, pipe = FAMILIES["lumina2"], FAMILIES["lumina2"].build()
 
     class Spoiling(Replay):
-        def forecast(self, key, step):
-            tap, feature = super().forecast(key, step)
-            mask = masks[key][:, :, None]
-            return tap, torch.where(mask, feature, torch.full_like(feature, torch.nan))
+        def forecast(self, step, slot=None):
+            feature = super().forecast(step)
+            mask = torch.cat([masks[branch] for branch in step.branches])[:, :, None]
+            return torch.where(mask, feature, torch.full_like(feature, torch.nan))
 
     plain = call(family, pipe)
     recorder = Recorder(["hidden"])
-    session = Session(pipe, recorder)
+    session = Session(pipe, observers=[recorder])
     call(family, pipe)
     session.detach()
-    masks = dict(recorder.image_tokens)
+    masks = recorder.masks
     replay = Spoiling("hidden")
     session = Session(pipe, replay)
     call(family, pipe)
-    replay.replaying = True
+    replay.replay()
     assert torch.equal(call(family, pipe), plain)
     session.detach()
 
@@ -301,7 +301,7 @@ def test_every_scheduler_is_a_clock(name):
     pipe = pipeline("dit_guided", SCHEDULERS[name]())
     check_exact(pipe, functools.partial(run, "dit_guided", pipe))
     sigmas = Recorder(["output"])
-    session = Session(pipe, sigmas)
+    session = Session(pipe, observers=[sigmas])
     run("dit_guided", pipe)
     session.detach()
     assert sigmas.sigmas == sorted(sigmas.sigmas, reverse=True)

@@ -25,11 +25,10 @@ from tiny_hosts import (
 from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.integration.forecasting import forecasting
+from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.host.hook import capturing
 from foreseer.integration.host.trunk import Trunk, TrunkTracer, UnsupportedHost
 from foreseer.integration.partial import PartialTrunk
-from foreseer.integration.partial_forecasting import attach_partially, partially
 from foreseer.predictors.base import History
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Reuse, Taylor
@@ -179,7 +178,7 @@ def test_an_exception_inside_leaves_the_host_as_it_was(name, where):
 
 def test_an_unknown_block_is_refused_by_name():
     pipe = adding_pipeline()
-    with partially(pipe, Reuse(), RandomPolicy(2), ANCHORS):
+    with forecasting(pipe, Reuse(), ANCHORS, tokens=RandomPolicy(2)):
         with pytest.raises(UnsupportedHost, match=r"transformer_blocks\.0 is a Adds.*forecasting"):
             run("dit", pipe)
 
@@ -208,7 +207,7 @@ def test_blocks_that_mix_tokens_outside_attention_are_refused():
 
     pipe = pipeline("dit")
     pipe.transformer.transformer_blocks[1].ff = Mixes()
-    with partially(pipe, Reuse(), RandomPolicy(2), ANCHORS):
+    with forecasting(pipe, Reuse(), ANCHORS, tokens=RandomPolicy(2)):
         with pytest.raises(UnsupportedHost, match="something besides self-attention mixes tokens"):
             run("dit", pipe)
     with forecasting(pipe, Reuse(), ANCHORS, "hidden"):  # what the message says to use
@@ -247,14 +246,14 @@ def test_a_predictor_of_another_tap_is_refused():
     predictor = L2P(STEPS, ANCHORS, 2)
     predictor.spec = spec_for(pipe, anchors=ANCHORS)  # of `output`
     with pytest.raises(PredictorMismatch, match="computed tokens need one fitted on 'hidden'"):
-        attach_partially(pipe, predictor, RandomPolicy(2))
+        attach(pipe, predictor, tokens=RandomPolicy(2))
 
 
 def test_a_learned_attention_rule_is_refused():
     pipe = pipeline("dit_guided")
     rule = L2P(STEPS, ANCHORS, 2)
     with pytest.raises(ValueError, match="attention rule L2P is learned"):
-        attach_partially(pipe, Reuse(), RandomPolicy(2), ANCHORS, rule)
+        attach(pipe, Reuse(), ANCHORS, tokens=RandomPolicy(2), attention_rule=rule)
 
 
 # ----------------------------------------------------------------------------------- whole runs
@@ -264,7 +263,7 @@ def test_a_learned_attention_rule_is_refused():
 def test_anchors_at_every_step_change_no_bit(host):
     pipe = pipeline(host)
     plain = run(host, pipe)
-    with partially(pipe, Taylor(1), ClusterPolicy(2), range(STEPS)) as attached:
+    with forecasting(pipe, Taylor(1), range(STEPS), tokens=ClusterPolicy(2)) as attached:
         assert torch.equal(run(host, pipe), plain)
     assert attached.report().anchors == list(range(STEPS))
     assert attached.report().partials == []
@@ -274,7 +273,7 @@ def test_anchors_at_every_step_change_no_bit(host):
 def test_detaching_leaves_nothing_behind(host):
     pipe = pipeline(host)
     plain, before = run(host, pipe), modules_and_hooks(pipe.transformer)
-    attached = attach_partially(pipe, Taylor(1), ClusterPolicy(2), ANCHORS)
+    attached = attach(pipe, Taylor(1), ANCHORS, tokens=ClusterPolicy(2))
     run(host, pipe)
     attached.detach()
     assert modules_and_hooks(pipe.transformer) == before
@@ -285,7 +284,7 @@ def test_detaching_leaves_nothing_behind(host):
 @every_host
 def test_two_runs_of_one_attachment_are_equal(host):
     pipe = pipeline(host)
-    with partially(pipe, Taylor(1), ClusterPolicy(2), ANCHORS):
+    with forecasting(pipe, Taylor(1), ANCHORS, tokens=ClusterPolicy(2)):
         assert torch.equal(run(host, pipe), run(host, pipe))
 
 
@@ -295,20 +294,20 @@ def test_computed_tokens_change_the_forecast_and_never_the_histories(host):
     seen: list[tuple] = []
 
     def attached_run(policy: Any) -> Tensor:
-        with partially(pipe, Taylor(1), policy, ANCHORS) as attached:
-            controller = attached.session.controller
-            inner = controller.policy.merge
+        with forecasting(pipe, Taylor(1), ANCHORS, tokens=policy) as attached:
+            source, runner = attached.session.source, attached.session.runner
+            inner = policy.merge
 
             def merge(*args: Any) -> Tensor:
-                histories = [*controller.base.histories.values(), *controller.attention.values()]
+                histories = [*source.histories, *runner.attention]
                 kept = [f for history in histories for f in history.features]
                 before = [feature.clone() for feature in kept]
                 merged = inner(*args)
                 assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
-                seen.append((len(kept), next(iter(controller.base.histories.values())).steps))
+                seen.append((len(kept), next(iter(source.histories)).steps))
                 return merged
 
-            controller.policy.merge = merge
+            policy.merge = merge
             return run(host, pipe)
 
     partial = attached_run(ClusterPolicy(2, gamma=0.5))
@@ -319,7 +318,7 @@ def test_computed_tokens_change_the_forecast_and_never_the_histories(host):
 
 def test_even_offsets_of_the_alternating_pattern_are_pure_forecasts():
     pipe = pipeline("dit_guided")
-    with partially(pipe, Taylor(1), RandomPolicy(2), ANCHORS) as attached:
+    with forecasting(pipe, Taylor(1), ANCHORS, tokens=RandomPolicy(2)) as attached:
         run("dit_guided", pipe)
     report = attached.report()
     assert report.forecasts == FORECASTS
@@ -330,7 +329,7 @@ def test_even_offsets_of_the_alternating_pattern_are_pure_forecasts():
 
 def test_every_forecast_step_computes_tokens_with_clusters():
     pipe = pipeline("dit_guided")
-    with partially(pipe, Taylor(1), ClusterPolicy(2), ANCHORS) as attached:
+    with forecasting(pipe, Taylor(1), ANCHORS, tokens=ClusterPolicy(2)) as attached:
         run("dit_guided", pipe)
     assert attached.report().partials == FORECASTS
     assert "tokens computed at: 2 3 5 6 7" in str(attached.report())
@@ -340,16 +339,16 @@ def test_every_forecast_step_computes_tokens_with_clusters():
 def test_both_guidance_branches_compute_the_same_tokens(host):
     pipe = pipeline(host)
     picks: dict[int, list[Tensor]] = {}
-    with partially(pipe, Taylor(1), ClusterPolicy(2), ANCHORS) as attached:
-        select = attached.session.controller.select
+    with forecasting(pipe, Taylor(1), ANCHORS, tokens=ClusterPolicy(2)) as attached:
+        select = attached.session.runner.select
 
-        def spy(key: str, step: Any) -> Any:
-            selected = select(key, step)
+        def spy(step: Any) -> Any:
+            selected = select(step)
             assert len(selected) == 2 * len(step.branches)
             picks.setdefault(step.index, []).extend(selected.chunk(len(step.branches)))
             return selected
 
-        attached.session.controller.select = spy
+        attached.session.runner.select = spy
         run(host, pipe)
     assert list(picks) == FORECASTS
     assert all(len(halves) == 2 and torch.equal(*halves) for halves in picks.values())
@@ -357,13 +356,13 @@ def test_both_guidance_branches_compute_the_same_tokens(host):
 
 def test_clusters_are_those_of_both_branches_side_by_side():
     pipe = pipeline("dit_guided")
-    with partially(pipe, Taylor(1), ClusterPolicy(2), ANCHORS) as attached:
-        controller = attached.session.controller
+    with forecasting(pipe, Taylor(1), ANCHORS, tokens=ClusterPolicy(2)) as attached:
+        source, policy = attached.session.source, attached.session.runner.policy
         seen = []
-        controller.policy.observe = seen.append
-        controller.policy.is_partial = lambda offset: False
+        policy.observe = seen.append
+        policy.is_partial = lambda offset: False
         kept = []
-        controller.finish = lambda report: kept.extend(controller.base.histories.values())
+        source.finish = lambda report: kept.extend(source.histories)
         run("dit_guided", pipe)
     newest = kept[0].features[-1]
     assert len(seen) == len(ANCHORS)
@@ -376,7 +375,7 @@ def test_a_partial_step_is_what_the_parts_give_by_hand():
         SimpleNamespace(transformer=oracle.host, scheduler=FlowMatchEulerDiscreteScheduler())
     )
     policy, call = RandomPolicy(5, pattern=(True,)), dict(oracle.kwargs)
-    with partially(pipe, Reuse(), policy, (0,)), torch.no_grad():
+    with forecasting(pipe, Reuse(), (0,), tokens=policy), torch.no_grad():
         pipe.scheduler.set_timesteps(2)
         v = oracle.host(**call)[0]
         pipe.scheduler.step(v, pipe.scheduler.timesteps[0], call["hidden_states"])
@@ -391,18 +390,21 @@ def test_a_partial_step_is_what_the_parts_give_by_hand():
 
 def test_the_attention_rule_forecasts_the_picked_rows():
     pipe = pipeline("dit")
-    with partially(pipe, Reuse(), RandomPolicy(2), ANCHORS, Taylor(1)) as attached:
-        controller = attached.session.controller
-        forecast, compared = controller.forecast_attention, []
+    with forecasting(
+        pipe, Reuse(), ANCHORS, tokens=RandomPolicy(2), attention_rule=Taylor(1)
+    ) as attached:
+        runner = attached.session.runner
+        forecast, compared = runner.forecast_attention, []
 
-        def spy(key: str, step: Any, block: str, pick: Any) -> Tensor:
-            rows = forecast(key, step, block, pick)
-            kept: History = controller.attention[key, block]
+        def spy(step: Any, block: str, pick: Any) -> Tensor:
+            rows = forecast(step, block, pick)
+            kept: History
+            (kept,) = runner.attention.at(step)[block]
             torch.testing.assert_close(rows, pick(Taylor(1)(kept, step)))
             compared.append(len(kept))
             return rows
 
-        controller.forecast_attention = spy
+        runner.forecast_attention = spy
         run("dit", pipe)
     assert compared == [2] * 6  # two blocks at three steps, two anchors each
 
@@ -412,7 +414,9 @@ def test_attention_histories_count_as_state():
     anchor = 2 * 4 * 16 * 4  # bytes of a feature: 2 samples, 4 tokens, 16 channels, float32
     sizes = {}
     for rule in (Reuse(), Taylor(1)):
-        with partially(pipe, Reuse(), RandomPolicy(2), ANCHORS, rule) as attached:
+        with forecasting(
+            pipe, Reuse(), ANCHORS, tokens=RandomPolicy(2), attention_rule=rule
+        ) as attached:
             run("dit", pipe)
         sizes[type(rule)] = attached.report().state_bytes
     assert sizes[Reuse] == (1 + 2) * anchor  # the hidden tap and two attention outputs
@@ -423,20 +427,20 @@ def test_a_learned_predictor_is_the_base_forecast():
     pipe = pipeline("dit_guided")
     predictor = L2P(STEPS, ANCHORS, 2)  # at its start, which is reuse
     predictor.spec = spec_for(pipe, anchors=ANCHORS, tap="hidden")
-    with partially(pipe, predictor, ClusterPolicy(2)) as attached:
+    with forecasting(pipe, predictor, tokens=ClusterPolicy(2)) as attached:
         learned = run("dit_guided", pipe)
     assert attached.report().anchors == list(ANCHORS)
-    with partially(pipe, Reuse(), ClusterPolicy(2), ANCHORS):
+    with forecasting(pipe, Reuse(), ANCHORS, tokens=ClusterPolicy(2)):
         assert torch.equal(learned, run("dit_guided", pipe))
 
 
 def test_a_run_that_fails_halfway_leaves_no_trace():
     pipe = pipeline("dit_guided")
     plain = run("dit_guided", pipe)
-    with partially(pipe, Taylor(1), ClusterPolicy(2), ANCHORS) as attached:
+    with forecasting(pipe, Taylor(1), ANCHORS, tokens=ClusterPolicy(2)) as attached:
         expected = run("dit_guided", pipe)
         before = modules_and_hooks(pipe.transformer)
-        policy = attached.session.controller.policy
+        policy = attached.session.runner.policy
         policy.merge = lambda *_: (_ for _ in ()).throw(RuntimeError("stop"))
         with pytest.raises(RuntimeError, match="stop"):
             run("dit_guided", pipe)

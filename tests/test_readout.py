@@ -12,18 +12,17 @@ from tiny_hosts import STEPS, pipeline, prompt, run, seeded, spec_for
 
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
-from foreseer.integration.adaptive import TeaCache
-from foreseer.integration.adaptive_forecasting import ProbedForecaster
-from foreseer.integration.controller import Controller
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.host.layout import Layout, find_grid, find_layout
 from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout, neighbourhood
+from foreseer.schedules import TeaCache
 
 ANCHORS = (0, 2, 5)
 EVERY = FAMILIES | MORE
@@ -304,7 +303,7 @@ def test_a_schedule_that_looks_first_adds_anchors_and_reads_at_the_rows_own(host
     predictor = awake(Readout(STEPS, ANCHORS, 2, (0,), 16, HOSTS[host], 3), 0.05)
     latents = {}
     for threshold in (1e9, 1e-9):
-        controller = ProbedForecaster(TeaCache(threshold), predictor, "output", ANCHORS)
+        controller = Forecaster(predictor, "output", ANCHORS, schedule=TeaCache(threshold))
         session = Session(pipe, controller)
         latents[threshold] = run(host, pipe)
         session.detach()
@@ -330,8 +329,8 @@ def test_between_an_added_anchor_and_the_next_a_run_forecasts_as_if_nothing_were
 # ------------------------------------------------------------------------------------- the layout
 
 
-class Look(Controller):
-    """Runs everything and keeps the layouts of the first two steps."""
+class Look(Observer):
+    """Keeps the layouts of a run's calls, by their branches, and its sigmas."""
 
     taps = frozenset({"output", "hidden"})
     wants_layout = True
@@ -340,11 +339,14 @@ class Look(Controller):
         self.found = {}
         self.exact = []
 
-    def observe(self, key, call_number, step, taps):
-        layout, output = self.layouts[key], taps["output"]
-        self.found[key] = layout, taps["hidden"].shape
-        self.exact.append(torch.equal(layout.place(layout.pick(output)), output))
-        assert layout.hidden(taps["hidden"]).shape[1] == len(layout.elements)
+    def on_step(self, record: StepRecord) -> None:
+        self.sigmas = record.sigmas
+        for each in record.calls:
+            layout, output = each.layout, each.taps["output"]
+            hidden = each.taps["hidden"]
+            self.found[each.step.expert, each.step.branches] = layout, hidden.shape
+            self.exact.append(torch.equal(layout.place(layout.pick(output)), output))
+            assert layout.hidden(hidden).shape[1] == len(layout.elements)
 
 
 def looked_at(name: str, dtype: torch.dtype | None = None, **changes) -> Look:
@@ -355,7 +357,7 @@ def looked_at(name: str, dtype: torch.dtype | None = None, **changes) -> Look:
         floats = [key for key, value in inputs[0].items() if value.is_floating_point()]
         changes |= {key: torch.cat([each[key] for each in inputs]).to(dtype) for key in floats}
     look = Look()
-    session = Session(pipe, look)
+    session = Session(pipe, observers=[look])
     call(EVERY[name], pipe, num_inference_steps=4, **changes)
     session.detach()
     return look
@@ -427,7 +429,7 @@ def test_a_grid_tells_height_from_width(name):
 def test_one_session_reads_two_pictures_of_as_many_tokens_by_their_own_grids():
     pipe = EVERY["flux"].build()
     look = Look()
-    session = Session(pipe, look)
+    session = Session(pipe, observers=[look])
     grids = []
     for height, width in ((32, 64), (64, 32)):
         call(EVERY["flux"], pipe, height=height, width=width)
@@ -484,16 +486,18 @@ def test_nothing_that_tells_a_grid_is_none_and_other_arguments_do_not_mislead():
 # --------------------------------------------------------------------------------- what it keeps
 
 
-class Keeping(Forecaster):
-    """Remembers, weakly, what it was shown of the hidden state."""
+class Keeping(Observer):
+    """Remembers, weakly, what the forecaster was shown of the hidden state."""
 
-    def observe(self, key, call_number, step, taps):
-        self.seen = [*getattr(self, "seen", []), weakref.ref(taps["hidden"])]
-        super().observe(key, call_number, step, taps)
+    def __init__(self, source: Forecaster) -> None:
+        self.source = source
+        self.seen, self.bytes = [], []
 
-    def close(self, *arguments):
-        super().close(*arguments)
-        self.bytes = [*getattr(self, "bytes", []), self.state_bytes()]
+    def on_step(self, record: StepRecord) -> None:
+        for each in record.calls:
+            if each.taps is not None:
+                self.seen.append(weakref.ref(each.taps["hidden"]))
+        self.bytes.append(self.source.state_bytes())
         gc.collect()
         self.alive = sum(each() is not None for each in self.seen[:-2])
 
@@ -503,14 +507,15 @@ def test_a_run_keeps_one_more_output_per_call_and_nothing_of_the_hidden_state(ho
     pipe = pipeline(host)
     branches = 1 if host == "flux_embedded" else 2
     predictor = awake(Readout(STEPS, ANCHORS, branches, (0,), 16, HOSTS[host], 3), 0.01)
-    keeping = Keeping(predictor, "output", ANCHORS)
-    session = Session(pipe, keeping)
+    source = Forecaster(predictor, "output", ANCHORS)
+    keeping = Keeping(source)
+    session = Session(pipe, source, [keeping])
     latents = run(host, pipe)
     one = latents.numel() * latents.element_size() * branches  # of all calls of a step
     anchors = [sum(a <= step for a in ANCHORS) for step in range(STEPS)]
     assert keeping.bytes == [(count + 1) * one for count in anchors]
     assert session.report.state_bytes == (len(ANCHORS) + 1) * one
-    assert keeping.most_bytes(0, STEPS) >= 0 and keeping.alive == 0
+    assert source.most_bytes(0, STEPS) >= 0 and keeping.alive == 0
     gc.collect()
     assert len(keeping.seen) >= len(ANCHORS) and all(each() is None for each in keeping.seen)
     session.detach()
@@ -642,12 +647,15 @@ def test_what_is_read_at_another_resolution_is_what_the_predictor_reads_there():
     pipe, predictor = wide_flux()
     seen = {}
 
-    class Reading(Forecaster):
-        def observe(self, key, call_number, step, taps):
-            super().observe(key, call_number, step, taps)
-            seen[step.index] = taps["hidden"], self.histories[key].reading
+    source = Forecaster(predictor, "output", ANCHORS)
 
-    session = Session(pipe, Reading(predictor, "output", ANCHORS))
+    class Reading(Observer):
+        def on_step(self, record: StepRecord) -> None:
+            (call,), (history,) = record.calls, source.histories
+            if call.taps is not None:
+                seen[record.index] = call.taps["hidden"], history.reading
+
+    session = Session(pipe, source, [Reading()])
     call(EVERY["flux"], pipe, height=32, width=64)
     session.detach()
     for index, (hidden, reading) in seen.items():
@@ -657,16 +665,14 @@ def test_what_is_read_at_another_resolution_is_what_the_predictor_reads_there():
 
 def wan_spec(pipe) -> PredictorSpec:
     """What a recording at the family's own size says."""
-    sigmas: list[float] = []
     look = Look()
-    look.open = sigmas.extend
-    session = Session(pipe, look)
+    session = Session(pipe, observers=[look])
     call(EVERY["wan"], pipe)
     session.detach()
     return PredictorSpec(
         tap="output",
         anchors=ANCHORS,
-        sigmas=tuple(sigmas),
+        sigmas=tuple(look.sigmas),
         host=host_fingerprint(pipe.transformer),
         scheduler=type(pipe.scheduler).__name__,
         num_branches=2,

@@ -8,11 +8,11 @@ from families import FAMILIES, MORE, call
 from test_hosts import fitted, recorded
 
 from foreseer.evaluation.rows import analytic_rows
-from foreseer.integration.adaptive import FirstBlock, SpeCa, TeaCache
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.call_rows import Conditions, take_rows
 from foreseer.integration.session import Session
 from foreseer.predictors.rules import Reuse, Taylor
+from foreseer.schedules import FirstBlock, SpeCa, TeaCache
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.gauss_newton import directions, feature_bases, linearise
 from foreseer.training.tracking import check_guidance, track
@@ -74,19 +74,17 @@ def test_truncated_guidance_of_a_callback_goes_on_with_the_prompts_branch(monkey
         callback_on_step_end_tensor_inputs=["prompt_embeds", "pooled_prompt_embeds"],
     )
     with forecasting(pipe, Reuse(), [0, 2], "output") as run:
-        controller = run.session.controller
-        observe, close = controller.observe, controller.close
+        source = run.session.source
+        on_step = source.on_step
 
-        def observed(key, ordinal, step, taps):
-            seen[step.index] = taps["output"].clone()
-            observe(key, ordinal, step, taps)
+        def watched(record):
+            given[record.index] = record.v.clone()
+            for made in record.calls:
+                if made.taps is not None:
+                    seen[record.index] = made.taps["output"].clone()
+            on_step(record)
 
-        def closed(index, v, before, after):
-            given[index] = v.clone()
-            close(index, v, before, after)
-
-        monkeypatch.setattr(controller, "observe", observed)
-        monkeypatch.setattr(controller, "close", closed)
+        monkeypatch.setattr(source, "on_step", watched)
         calling()
     assert run.report().anchors == [0, 2]
     prompts, negative = seen[2].chunk(2)[1], seen[2].chunk(2)[0]
@@ -94,7 +92,7 @@ def test_truncated_guidance_of_a_callback_goes_on_with_the_prompts_branch(monkey
     for index in range(4, 8):
         assert torch.equal(given[index], prompts)
     recorder = Recorder(["output"])
-    session = Session(pipe, recorder)
+    session = Session(pipe, observers=[recorder])
     calling()
     session.detach()
     assert [sorted(step) for step in recorder.features["output"]] == [[0, 1]] * 4 + [[1]] * 4

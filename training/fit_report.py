@@ -18,6 +18,7 @@ from torch import Tensor
 from foreseer.evaluation.measure import References
 from foreseer.evaluation.page.figures import step_errors
 from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
 from foreseer.training.l2p import L2PModule
@@ -99,18 +100,14 @@ def _curve(errors: Float[Tensor, "n branches S"]) -> Curve:
     return [(step, error) for step, error in enumerate(means) if step]
 
 
-class StateKeeper(Forecaster):
-    """A forecaster that keeps the sampler's states."""
+class StateKeeper(Observer):
+    """Keeps the sampler's states of a run."""
 
-    def open(self, sigmas: list[float]) -> None:
-        """Forget the last run."""
-        super().open(sigmas)
-        self.states: list[Tensor] = []
-
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Keep the state that the step led to."""
-        super().close(step_index, v, before, after)
-        self.states.append(after.detach().float())
+        if record.index == 0:
+            self.states: list[Tensor] = []
+        self.states.append(record.after.detach().float())
 
 
 def closed_loop_state_errors(
@@ -135,8 +132,8 @@ def closed_loop_state_errors(
         (step, error) pairs, the error averaged over trajectories.
     """
     references = References(recording, items, batch_size)
-    keeper = StateKeeper(predictor, tap, predictor.anchors)
-    session = Session(pipe, keeper)
+    keeper = StateKeeper()
+    session = Session(pipe, Forecaster(predictor, tap, predictor.anchors), [keeper])
     errors = []
     try:
         for batch in references.batches:

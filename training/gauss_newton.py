@@ -8,7 +8,7 @@ segment are replayed from memory, so it costs only the network evaluations after
 Shapes: n trajectories, P directions, S sampling steps, M elements of a latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foreseer.integration.controller import Controller
-from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.kept import Kept
+from foreseer.integration.observers import Source, StepRecord
+from foreseer.integration.policy import Anchors
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Step
 from foreseer.predictors.solve import ridge
@@ -82,7 +83,7 @@ class Quadratics:
         )
 
 
-class Replayer(Controller):
+class Replayer(Source):
     """Forecast with given rows, the first anchors' features taken from an earlier run.
 
     Args:
@@ -90,44 +91,48 @@ class Replayer(Controller):
         anchors: steps at which the network runs.
     """
 
+    schedule: Anchors
+
     def __init__(self, tap: str, anchors: Sequence[int]) -> None:
         self.tap = tap
         self.taps = frozenset({tap})
         self.anchors = list(anchors)
         self.rows = torch.empty(0)
-        self.num_replayed = 0
-        self.kept: dict[str, dict[int, Tensor]] = {}
+        self.kept = Kept()  # of the run before
+        self.features = Kept()
+        self.schedule = Anchors(anchors)
+
+    def replay(self, rows: Float[Tensor, "branches S S"], number: int) -> None:
+        """What the next run does.
+
+        Args:
+            rows: rows to forecast with.
+            number: first anchors that are put back.
+        """
+        self.rows, self.number = rows, number
+        self.schedule.anchors = self.anchors[number:]
 
     def open(self, sigmas: list[float]) -> None:
         """Start a run from the replayed anchors alone."""
-        replayed = self.anchors[: self.num_replayed]
-        self.features = {
-            key: {a: kept[a] for a in replayed if a in kept}  # a branch may have ended before
-            for key, kept in self.kept.items()
-        }
+        self.features = self.kept.at_steps(self.anchors[: self.number])
 
-    def is_anchor(self, step: Step) -> bool:
-        """Whether the network runs: at anchors that are not replayed."""
-        return step.index in self.anchors[self.num_replayed :]
+    def on_step(self, record: StepRecord) -> None:
+        """Use the features of anchors in this run."""
+        for call in record.calls:
+            if call.taps is not None:
+                self.features.keep(call.step, call.taps[self.tap])
 
-    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Use the anchor's feature in this run."""
-        self.features.setdefault(key, {})[step.index] = taps[self.tap]
+    def knows(self, step: Step, slot: Hashable = None) -> bool:
+        """Whether an anchor of the call is there."""
+        return bool(self.features.steps(step))
 
-    def adopt(self, key: str, narrowed: Narrowed) -> None:
-        """Go on with the features of the branches that are left."""
-        before = self.features[narrowed.source]
-        taken = {anchor: narrowed.take(feature) for anchor, feature in before.items()}
-        self.features[key] = taken | self.features.get(key, {})
-
-    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
+    def forecast(self, step: Step, slot: Hashable = None) -> Tensor:
         """A replayed anchor's feature, or the forecast of the rows."""
-        features = self.features[key]
         if step.index in self.anchors:
-            return self.tap, features[step.index]
-        known = [a for a in self.anchors if a < step.index]
-        rows = self.rows[list(step.branches), step.index][:, known]
-        return self.tap, combine(rows.mT, [features[a] for a in known])
+            return self.features.at(step)
+        past = [a for a in self.anchors if a < step.index]
+        rows = self.rows[list(step.branches), step.index][:, past]
+        return combine(rows.mT, [self.features.at(step, a) for a in past])
 
 
 def directions(
@@ -203,10 +208,10 @@ def linearise(
         settings: keyword arguments of the pipeline call.
     """
     replayer = Replayer(tap, anchors)
-    session = Session(pipe, replayer)
+    session = Session(pipe, replayer, repeats=True)
 
     def run(moved: Tensor, num_replayed: int) -> Float[Tensor, "n M"]:
-        replayer.rows, replayer.num_replayed = moved, num_replayed
+        replayer.replay(moved, num_replayed)
         latents = generate_batch(pipe, items, output_type="latent", **settings)[0]
         return latents.flatten(1).cpu().double()
 

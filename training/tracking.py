@@ -4,7 +4,7 @@ Shapes: n trajectories, S sampling steps, B batch. Segments are the stretches fr
 next, or to the end of the run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foreseer.integration.controller import Controller
+from foreseer.integration.kept import Kept
 from foreseer.integration.linear_sampler import SamplerMap, pristine, probe
+from foreseer.integration.observers import Source, StepRecord
+from foreseer.integration.policy import Anchors
 from foreseer.integration.session import Session
 from foreseer.predictors import solve
-from foreseer.predictors.base import Step
+from foreseer.predictors.base import Step, combine
 from foreseer.trajectories.files.header import Header
 from foreseer.trajectories.prompts import Item, generate_batch
 
@@ -25,25 +27,28 @@ class _Stop(Exception):
     """Ends a pipeline call once the wanted anchor has been evaluated."""
 
 
-class Tracker(Controller):
-    """Replay the anchors seen so far, forecast by the rows found so far, evaluate one new anchor.
+class Tracker(Source):
+    """Put visited anchors back, forecast by the rows found so far, evaluate one new anchor.
 
     Args:
         anchors: steps at which the network runs.
         rows: rows of every branch, `(branches, S, S)`, anchor rows unit rows; changed in place.
+        scheduler: the pipeline's.
     """
 
+    schedule: Anchors
+    tap = "output"
     taps = frozenset({"output"})
 
-    def __init__(self, anchors: Sequence[int], rows: Float[Tensor, "branches S S"]) -> None:
+    def __init__(
+        self, anchors: Sequence[int], rows: Float[Tensor, "branches S S"], scheduler: Any
+    ) -> None:
         self.anchors = list(anchors)
         self.rows = rows
-        self.outputs: list[
-            dict[str, dict[int, Tensor]]
-        ] = []  # per batch: call key -> anchor -> output
-        self.branches: dict[str, tuple[int, ...]] = {}
+        self.schedule = Anchors([])  # the new anchor alone
+        self.outputs: list[Kept] = []  # of every batch
         self.guidance: Tensor | None = None
-        self.scheduler: Any = None
+        self.scheduler = scheduler
         self.sampler: SamplerMap | None = None
         self.batch = 0
         self.stop_at = 0
@@ -57,55 +62,44 @@ class Tracker(Controller):
         if self.sampler is None:
             self.sampler = probe(pristine(self.scheduler))
 
-    def is_anchor(self, step: Step) -> bool:
-        """Only the new anchor runs the network."""
-        return step.index == self.stop_at
+    def knows(self, step: Step, slot: Hashable = None) -> bool:
+        """Whether an anchor of the call was visited."""
+        return bool(self.outputs[self.batch].steps(step))
 
-    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Keep the new anchor's output."""
-        self.branches[key] = step.branches
-        self.outputs[self.batch].setdefault(key, {})[step.index] = taps["output"]
-
-    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
+    def forecast(self, step: Step, slot: Hashable = None) -> Tensor:
         """A stored anchor's output, or the forecast of the rows found so far."""
-        stored = self.outputs[self.batch][key]
-        if step.index in stored:
-            return "output", stored[step.index]
-        parts = {a: f.chunk(len(self.branches[key])) for a, f in stored.items()}
-        rows = self.rows[list(self.branches[key]), step.index]
-        forecast: list[Any] = [
-            sum(float(row[a]) * parts[a][i].float() for a in stored) for i, row in enumerate(rows)
-        ]
-        return "output", torch.cat(forecast).to(next(iter(stored.values())).dtype)
+        kept = self.outputs[self.batch]
+        visited = kept.steps(step)
+        if step.index in visited:
+            return kept.at(step)
+        features = [kept.at(step, anchor) for anchor in visited]
+        rows = self.rows[list(step.branches), step.index][:, visited]
+        return combine(rows.mT, features)
 
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Note the state at the new anchor and end the call."""
-        if step_index != self.stop_at:
+    def on_step(self, record: StepRecord) -> None:
+        """Keep the new anchor's outputs and the state there, and end the call."""
+        if record.index != self.stop_at:
             return
-        found = guidance_weights(self.branch_outputs(self.batch, step_index), v)
+        kept = self.outputs[self.batch]
+        for call in record.calls:
+            if call.taps is not None:
+                kept.keep(call.step, call.taps["output"])
+        found = guidance_weights(kept.by_branch(record.index), record.v)
         if self.guidance is None:
             self.guidance = found
-        check_guidance(self.guidance, found, step_index, v.dtype)
-        self.states.append(before.detach().cpu().double())
+        check_guidance(self.guidance, found, record.index, record.v.dtype)
+        self.states.append(record.before.detach().cpu().double())
         raise _Stop
-
-    def branch_outputs(self, batch: int, anchor: int) -> Float[Tensor, "branches B *shape"]:
-        """The outputs of one batch at one anchor, branch by branch."""
-        parts: dict[int, Tensor] = {}
-        for key, stored in self.outputs[batch].items():
-            chunks = stored[anchor].chunk(len(self.branches[key]))
-            parts.update(zip(self.branches[key], chunks, strict=True))
-        return torch.stack([parts[branch] for branch in sorted(parts)])
 
     def visit(
         self, pipe: Any, batches: Sequence[Sequence[Item]], anchor: int, settings: dict
     ) -> Tensor:
         """Evaluate one anchor on every batch; returns the states there, `(n, *shape)`."""
-        self.stop_at = anchor
+        self.stop_at, self.schedule.anchors = anchor, [anchor]
         self.states: list[Tensor] = []
         for self.batch, batch in enumerate(batches):
             if len(self.outputs) <= self.batch:
-                self.outputs.append({})
+                self.outputs.append(Kept())
             try:
                 generate_batch(pipe, batch, output_type="latent", **settings)
             except _Stop:
@@ -115,7 +109,7 @@ class Tracker(Controller):
 
     def features(self, anchor: int) -> Float[Tensor, "branches n M"]:
         """All outputs at one anchor, flattened, float64."""
-        outputs = [self.branch_outputs(b, anchor) for b in range(len(self.outputs))]
+        outputs = [kept.by_branch(anchor) for kept in self.outputs]
         return torch.cat(outputs, dim=1).flatten(2).cpu().double()
 
 
@@ -218,9 +212,8 @@ def track(
         NonAffineScheduler: the sampler is not a fixed linear map.
     """
     rows = start.double().clone()
-    tracker = Tracker(anchors, rows)
-    tracker.scheduler = pipe.scheduler
-    session = Session(pipe, tracker)
+    tracker = Tracker(anchors, rows, pipe.scheduler)
+    session = Session(pipe, tracker, repeats=True)
     bases: list[Tensor] = []
     num_steps = rows.shape[-1]
     try:

@@ -10,15 +10,13 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from foreseer.checkpoints.call_settings import Setting
-from foreseer.integration.controller import Controller
-from foreseer.integration.host.call_rows import Narrowed
-from foreseer.predictors.base import Step
+from foreseer.integration.observers import CallRecord, Observer, StepRecord
 from foreseer.predictors.partition import Partition
 from foreseer.trajectories.gram import gram, part_grams
 from foreseer.trajectories.guidance_order import first_branch
 
 
-class Recorder(Controller):
+class Recorder(Observer):
     """Keep the taps and states of the run in progress.
 
     A branch that ends in mid-run, as truncated guidance does, keeps its last feature from there on:
@@ -37,13 +35,12 @@ class Recorder(Controller):
     ) -> None:
         self.taps = frozenset(taps)
         self.partitions = dict(partitions or {})
-        self.open([])
+        self._begin([])
 
-    def open(self, sigmas: list[float]) -> None:
+    def _begin(self, sigmas: Sequence[float]) -> None:
         """Forget the last run."""
-        self.sigmas = sigmas
-        self.guidance_scale = self.settings.get("guidance_scale")
-        self.told: list[Mapping[str, float | None]] = []  # settings of every step
+        self.sigmas = list(sigmas)
+        self.settings: list[Mapping[str, float | None]] = []  # of every step
         self.features: dict[str, list[dict[int, Tensor]]] = {}
         self.experts: list[int] = []  # the one that ran at every step
         self.masks: dict[int, Bool[Tensor, "B N"]] = {}  # image tokens of each branch
@@ -51,36 +48,45 @@ class Recorder(Controller):
         self.final: Tensor | None = None
         self.first_branch = ""  # its kind, once a step tells
 
-    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Keep one call's features, one entry per branch.
+    def on_step(self, record: StepRecord) -> None:
+        """Keep the features of a step, the state it started from and the one it ended at.
 
         Raises:
             ValueError: a feature changed its shape in mid-run.
         """
+        if record.index == 0:
+            self._begin(record.sigmas)
+        for call in record.calls:
+            self._keep(call)
+        self.settings.append(record.settings)
+        self.states.append(record.before.detach().float())
+        self.final = record.after.detach().float()
+        outputs = self.features.get("output", [])[record.index :]
+        if not self.first_branch and outputs and len(outputs[0]) == 2:
+            parts = (outputs[0][number] for number in sorted(outputs[0]))
+            self.first_branch = first_branch(record.v, *parts)
+
+    def _keep(self, call: CallRecord) -> None:
+        """Keep one call's features, one entry per branch."""
+        step = call.step
+        assert call.taps is not None  # every step runs
         if len(self.experts) == step.index:
             self.experts.append(step.expert)
-        if key in self.image_tokens:
-            parts = self.image_tokens[key].chunk(len(step.branches))
+        if call.image_tokens is not None:
+            parts = call.image_tokens.chunk(len(step.branches))
             self.masks.update(zip(step.branches, parts, strict=True))
-        for tap, feature in taps.items():
+        for tap in self.taps:
             steps = self.features.setdefault(tap, [])
             while len(steps) <= step.index:
                 steps.append({})
-            parts = feature.chunk(len(step.branches))
+            parts = call.taps[tap].chunk(len(step.branches))
             _check_shapes(steps, zip(step.branches, parts, strict=True), tap, step.index)
             steps[step.index].update(zip(step.branches, parts, strict=True))
 
-    def adopt(self, key: str, narrowed: Narrowed) -> None:
-        """Nothing is kept by call."""
-
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Keep the state a step started from, the last one it ended at, and its settings."""
-        self.told.append(self.settings)
-        self.states.append(before.detach().float())
-        self.final = after.detach().float()
-        outputs = self.features.get("output", [])[step_index:]
-        if not self.first_branch and outputs and len(outputs[0]) == 2:
-            self.first_branch = first_branch(v, *(outputs[0][n] for n in sorted(outputs[0])))
+    @property
+    def guidance_scale(self) -> float | None:
+        """As the run began; None where the call has none."""
+        return self.settings[0].get("guidance_scale") if self.settings else None
 
     @property
     def num_branches(self) -> int:
@@ -94,13 +100,13 @@ class Recorder(Controller):
         Raises:
             ValueError: the settings of a step have other names, as where a list became longer.
         """
-        for index, step in enumerate(self.told):
-            if differing := sorted(step.keys() ^ self.told[0].keys()):
+        for index, step in enumerate(self.settings):
+            if differing := sorted(step.keys() ^ self.settings[0].keys()):
                 raise ValueError(
                     f"step {index} has other settings than the first: {', '.join(differing)}; "
                     "a recorded run must keep its arguments and adapters."
                 )
-        steps = {name: tuple(step[name] for step in self.told) for name in self.told[0]}
+        steps = {name: tuple(step[name] for step in self.settings) for name in self.settings[0]}
         return {n: each[0] if len(set(each)) == 1 else each for n, each in steps.items()}
 
     @property

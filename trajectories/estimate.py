@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from foreseer.integration.memory import readable
+from foreseer.integration.observers import StepRecord
 from foreseer.integration.session import Session
 from foreseer.predictors.partition import Partition
 from foreseer.trajectories.collector import Recorder
@@ -48,9 +47,9 @@ class Enough(Exception):
 class FirstStep(Recorder):
     """A recorder that has seen enough once the first step is over."""
 
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Keep the step, then end the run."""
-        super().close(step_index, v, before, after)
+        super().on_step(record)
         raise Enough
 
 
@@ -88,7 +87,7 @@ def first_step(pipe: Any, item: Item, taps: Sequence[str], **settings: Any) -> R
         ValueError: a tap is unknown, or the pipeline never stepped its scheduler.
     """
     recorder = FirstStep(expand_taps(pipe, taps))
-    session = Session(pipe, recorder)
+    session = Session(pipe, observers=[recorder])
     try:
         generate_batch(pipe, [item], output_type="latent", **settings)
     except Enough:

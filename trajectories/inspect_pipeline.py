@@ -61,7 +61,7 @@ def first_step(
         ValueError: the pipeline never stepped its scheduler.
     """
     recorder = FirstStep([tap])
-    session = Session(pipe, recorder)
+    session = Session(pipe, observers=[recorder])
     try:
         generate_batch(pipe, [item], output_type="latent", **settings)
     except Enough:
@@ -74,8 +74,8 @@ def first_step(
 def _run_facts(recorder: Recorder) -> list[str]:
     assert recorder.final is not None  # the first step is over
     sigmas, shape = recorder.sigmas, "x".join(map(str, recorder.final.shape[1:]))
-    told = {name: value for name, value in recorder.settings.items() if value is not None}
-    guided = ", ".join(f"{name} {value:g}" for name, value in told.items())
+    settings = recorder.settings[0].items()
+    guided = ", ".join(f"{name} {value:g}" for name, value in settings if value is not None)
     return [
         f"run         {len(sigmas)} steps, sigma {sigmas[0]:.3f} to {sigmas[-1]:.3f}, latents "
         f"{shape}",

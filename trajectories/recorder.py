@@ -115,7 +115,7 @@ def _record_batches(
     pending = [batch for batch in batches if any(item.index not in done for item in batch)]
     stored_as = (recipe["features"], recipe["num_tokens"], recipe["states"])
     with contextlib.ExitStack() as stack:
-        stack.callback(Session(pipe, recorder).detach)
+        stack.callback(Session(pipe, observers=[recorder]).detach)
         writer: RecordingWriter | None = None
         name = str(out).rstrip("/").rsplit("/", 1)[-1]
         writer_name = f"{name}, rank {rank}" if rank else name

@@ -1,15 +1,15 @@
 """Which guidance branches a call of the transformer holds.
 
 A call is known by its network, its ordinal among that network's calls of the step and the shapes of
-what the network is given: pipelines put their branches into one call or several, or into calls of
-two networks, leave some out for a part of the run (truncated guidance), or add one (skip-layer
-guidance). A call of another shape is another call. Where it holds some of the branches that an
-earlier call held, told by their conditions, it goes on with their history; otherwise, as where
-latents grow in mid-run, it has none.
+what the network is given (`CallForm`): pipelines put their branches into one call or several, or
+into calls of two networks, leave some out for a part of the run (truncated guidance), or add one
+(skip-layer guidance). A call of another shape is another call. Where it holds some of the branches
+that an earlier call held, told by their conditions, it goes on with their history; otherwise, as
+where latents grow in mid-run, it has none.
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,85 +35,135 @@ def rows_per_branch(pipe: Any, latents: Tensor) -> int:
     return max(1, len(latents))
 
 
+class CallForm(NamedTuple):
+    """What a call of a transformer is known by.
+
+    Args:
+        expert: number of the transformer; those that run at one step share it.
+        name: its name in the pipeline.
+        ordinal: number of the call among those of this transformer in the step.
+        outline: shapes of what the transformer is given.
+    """
+
+    expert: int
+    name: str
+    ordinal: int
+    outline: tuple[tuple[int, ...], ...]
+
+
 class Branches:
     """The branches of every call of a run, known once the call's first step is over."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[int, ...]] = {}
-        self._step: list[tuple[str, int]] = []
-        self._new: dict[str, Call] = {}  # calls of the step in progress not seen before
-        self._conditions: dict[str, Conditions] = {}  # of calls with several branches
+        self._of: dict[CallForm, tuple[int, ...]] = {}
+        self._step: list[tuple[CallForm, int]] = []
+        self._new: dict[CallForm, Call] = {}  # calls of the step in progress not met before
+        self._conditions: dict[CallForm, Conditions] = {}  # of calls with several branches
+        self._remembered: set[CallForm] = set()  # from the run before
 
     @property
     def calls(self) -> int:
         """Calls of the step in progress that are over."""
         return len(self._step)
 
-    def enter(self, expert: int, name: str, call: Call) -> tuple[str, Narrowed | None]:
+    def enter(self, expert: int, name: str, call: Call) -> tuple[CallForm, Narrowed | None]:
         """What the next call of a network is known by, and what it goes on from.
 
         Args:
             expert: number of the transformer.
-            name: its name in the pipeline; those that run at one step share a number.
+            name: its name in the pipeline.
             call: the call.
 
         Returns:
-            Its key, and at its first step the earlier call whose branches it holds, if any.
+            Its form, and at its first step the earlier call whose branches it holds, if any.
         """
-        known = f"{expert}.{name}."
-        ordinal = sum(key.startswith(known) for key, _ in self._step)
-        key = f"{known}{ordinal}x{call.outline}"
-        if key in self._known:
-            return key, None
-        narrowed = self._narrowed(known, call)
+        ordinal = sum(form.expert == expert and form.name == name for form, _ in self._step)
+        form = CallForm(expert, name, ordinal, call.outline)
+        if form in self._of:
+            return form, None
+        narrowed = self._narrowed(form, call)
         if narrowed is None:
-            self._new[key] = call
+            self._new[form] = call
         else:
-            self._known[key] = narrowed.branches
-        return key, narrowed
+            self._of[form] = narrowed.branches
+        return form, narrowed
 
-    def _narrowed(self, network: str, call: Call) -> Narrowed | None:
+    def _narrowed(self, form: CallForm, call: Call) -> Narrowed | None:
         """The latest call of a network that held all branches of this one, and others."""
-        taken = {branch for key, _ in self._step for branch in self.of(key)}
-        for key, conditions in reversed(self._conditions.items()):
-            places = conditions.find((call.args, call.kwargs)) if key.startswith(network) else None
-            branches = tuple(self._known[key][place] for place in places or ())
+        taken = {branch for other, _ in self._step for branch in self.of(other) or ()}
+        for other, conditions in reversed(self._conditions.items()):
+            if (other.expert, other.name) != (form.expert, form.name) or other not in self._of:
+                continue
+            places = conditions.find((call.args, call.kwargs))
+            branches = tuple(self._of[other][place] for place in places or ())
             if places and taken.isdisjoint(branches):
-                return Narrowed(key, places, branches, conditions.count, conditions.rows)
+                return Narrowed(places, branches, conditions.count, conditions.rows)
         return None
 
-    def expert_of(self, key: str) -> int:
-        """Number of the transformer of a call."""
-        return int(key.partition(".")[0])
+    def of(self, form: CallForm) -> tuple[int, ...] | None:
+        """Branch number of each equal part of a call's rows; None while it is not known."""
+        return self._of.get(form)
 
-    def of(self, key: str) -> tuple[int, ...]:
-        """Branch number of each equal part of a call's rows; one per call while it is not known."""
-        return self._known.get(key, (self.calls,))
-
-    def count(self, key: str, rows: int) -> None:
+    def count(self, form: CallForm, rows: int) -> None:
         """A call of the step in progress is over.
 
         Args:
-            key: what it is known by.
+            form: what it is known by.
             rows: rows of its prediction.
         """
-        self._step.append((key, rows))
+        self._step.append((form, rows))
 
-    def close(self, samples: int) -> None:
-        """The step is over; number the branches of calls not seen before.
+    def close(self, samples: int) -> set[CallForm]:
+        """The step is over; number the branches of calls not met before.
+
+        A call that was known by the same branches is not any more: latents that grow in mid-run
+        make other calls of them.
 
         Args:
             samples: samples of the pipeline call.
+
+        Returns:
+            The calls not met before.
+
+        Raises:
+            ValueError: a call remembered from the run before holds another number of branches.
         """
-        taken = {branch for key, _ in self._step for branch in self._known.get(key, ())}
+        self._check_remembered(samples)
+        taken = {branch for form, _ in self._step for branch in self._of.get(form, ())}
         free = (number for number in itertools.count() if number not in taken)
-        for key, rows in self._step:
-            if key in self._known:
+        met = {form for form, _ in self._step if form in self._of}
+        started: set[CallForm] = set()
+        for form, rows in self._step:
+            if form in met or form in started:
                 continue
             count = max(1, rows // samples)
-            self._known[key] = tuple(itertools.islice(free, count))
-            call = self._new.get(key)
-            if call is not None and count > 1:
+            branches = tuple(itertools.islice(free, count))
+            self._drop(form.expert, branches)
+            self._of[form] = branches
+            started.add(form)
+            if count > 1:
+                call = self._new[form]
                 arguments = (call.args, call.kwargs)
-                self._conditions[key] = Conditions(arguments, count, rows, call.listed)
+                self._conditions[form] = Conditions(arguments, count, rows, call.listed)
         self._step, self._new = [], {}
+        return started
+
+    def _drop(self, expert: int, branches: tuple[int, ...]) -> None:
+        """Forget the calls of a transformer that hold any of some branches."""
+        for form, held in list(self._of.items()):
+            if form.expert == expert and not set(branches).isdisjoint(held):
+                del self._of[form]
+
+    def restart(self) -> None:
+        """A run begins that makes the calls of the one before."""
+        self._step, self._new = [], {}
+        self._remembered = set(self._of)
+
+    def _check_remembered(self, samples: int) -> None:
+        for form, rows in self._step:
+            if form in self._remembered and len(self._of[form]) != max(1, rows // samples):
+                raise ValueError(
+                    f"a call of {rows} rows for {samples} samples held {len(self._of[form])} "
+                    "guidance branches in the run before; runs that are repeated must keep their "
+                    "guidance."
+                )

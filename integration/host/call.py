@@ -60,9 +60,9 @@ class Call:
         return replace(self, args=args, kwargs=kwargs)
 
     @property
-    def outline(self) -> str:
+    def outline(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of all tensors that the network is given, in order."""
-        return "".join(map(str, _shapes((self.args, self.kwargs))))
+        return tuple(_shapes((self.args, self.kwargs)))
 
     @property
     def time(self) -> Tensor | None:
@@ -84,13 +84,3 @@ def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
     elif isinstance(value, list | tuple | dict):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from _shapes(entry)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The taps of a call that was computed, kept until its step is over."""
-
-    key: str
-    call: int
-    taps: dict[str, Tensor]
-    x_t: Tensor | None

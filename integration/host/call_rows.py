@@ -71,14 +71,12 @@ class Narrowed:
     """A call that holds some of the guidance branches that another call held before.
 
     Args:
-        source: what that one is known by.
         places: which of its equal parts they are, in the order of this call.
         branches: their numbers.
         count: equal parts that it had.
         rows: rows that it had.
     """
 
-    source: str
     places: tuple[int, ...]
     branches: tuple[int, ...]
     count: int

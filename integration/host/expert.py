@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,42 +10,51 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from foreseer.integration.controller import Controller
 from foreseer.integration.host.call import Call
+from foreseer.integration.host.call_rows import Narrowed
 from foreseer.integration.host.gate import FirstLook, LastBlock
-from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing
+from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing, own
 from foreseer.integration.host.host_facts import HostFacts, facts_of
 from foreseer.integration.host.layout import Layout, find_grid, find_layout
-from foreseer.integration.host.prediction import prediction
+from foreseer.integration.host.prediction import form_of, prediction
 from foreseer.integration.host.proof import Parts, check_rows, prove
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.host.trunk_facts import Trunk
 
 
 class Expert:
-    """A transformer at work under a controller; its facts are there after the first call.
+    """A transformer at work in runs; its facts are there after the first call.
 
     Args:
         number: its turn, those for high noise first; networks of one step share it.
         name: its name in the pipeline.
         transformer: the module.
-        controller: what will be asked of it.
+        taps: taps to capture where it runs, `last_block` where forecasts are checked.
+        probe: what to look at in its first block; None for nothing.
     """
 
     def __init__(
-        self, number: int, name: str, transformer: nn.Module, controller: Controller
+        self,
+        number: int,
+        name: str,
+        transformer: nn.Module,
+        taps: frozenset[str],
+        probe: str | None = None,
     ) -> None:
         self.number = number
         self.name = name
         self.transformer = transformer
+        self.taps = taps
+        self.probe = probe
+        self.form: Callable[[Tensor], Any] | None = None  # puts a prediction as the host returns it
         self.trunk: Trunk | None = None
         self.skipper: TrunkSkipper | None = None
         self.first_look: FirstLook | None = None
         self.last_block: LastBlock | None = None
         self.image_only = False  # whether the head is known to be given no text
         self._facts: HostFacts | None = None
-        self.proven = not (controller.taps - {"output"}) and controller.probe is None
-        self.rows_proven = LAST_BLOCK not in controller.taps  # else checked on the first batch
+        self.proven = not (taps - {"output"}) and probe is None
+        self.rows_proven = LAST_BLOCK not in taps  # else checked on the first batch
 
     @property
     def facts(self) -> HostFacts:
@@ -54,12 +63,12 @@ class Expert:
             self._facts = facts_of(self.transformer)
         return self._facts
 
-    def prove(self, call: Call, controller: Controller) -> None:
-        """Find the trunk on this call's inputs and check everything the controller relies on.
+    def prove(self, call: Call) -> None:
+        """Find the trunk on this call's inputs and check everything that is relied on.
 
         What was proven of this transformer before, on a call of this form, is not proven again.
         """
-        taps, probe = set(controller.taps), controller.probe
+        taps, probe = set(self.taps), self.probe
         proof = (frozenset(taps - {"output"}), probe, call.form)
         if proof in self.facts.proven and self.facts.trunk is not None:
             parts = Parts.of(self.transformer, self.facts.trunk, taps, probe)
@@ -80,11 +89,39 @@ class Expert:
                 self.facts.proven.add(proof)
             self.rows_proven = True
 
-    def capturing(
-        self, taps: Collection[str]
-    ) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
-        """Collect taps of the call inside, see `hook.capturing`."""
-        return capturing(self.transformer, self.trunk, set(taps))
+    def capturing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        """Collect the taps of the call inside, see `hook.capturing`."""
+        return capturing(self.transformer, self.trunk, set(self.taps))
+
+    def complete(self, captured: dict[str, Tensor], output: Any) -> dict[str, Tensor]:
+        """All taps of a call that ran.
+
+        Args:
+            captured: what was collected inside.
+            output: what the host returned.
+
+        Raises:
+            UnsupportedHost: some were not produced.
+        """
+        self.form = form_of(output)
+        taps = set(self.taps)
+        if "output" in taps:
+            captured["output"] = own(prediction(output))
+        if LAST_BLOCK in taps and self.trunk is not None:
+            taps.remove(LAST_BLOCK)
+            taps |= {f"{LAST_BLOCK}.{number}" for number in range(len(self.trunk.streams))}
+        kept = {tap: captured[tap] for tap in taps if tap in captured}
+        if len(kept) < len(taps):
+            raise UnsupportedHost(
+                f"{type(self.transformer).__name__} produced the taps {sorted(kept)}, "
+                f"expected {sorted(taps)}."
+            )
+        return kept
+
+    def narrow(self, narrowed: Narrowed) -> None:
+        """A call goes on with some of the branches of an earlier one."""
+        if self.first_look is not None:
+            self.first_look.narrow(narrowed)
 
     def skip(self, call: Call, entering: Callable[[Tensor], Tensor]) -> Any:
         """The call without its trunk, the head's input t replaced by `entering(t)`."""

@@ -38,7 +38,7 @@ class FirstLook:
     Args:
         transformer: the host.
         trunk: its facts.
-        probe: `modulated` or `first_block`, see `ProbeSchedule`.
+        probe: `modulated` or `first_block`, see `Schedule`.
 
     Raises:
         UnsupportedHost: `modulated` is asked for and the first block has no attention module.
@@ -85,7 +85,7 @@ class FirstLook:
         finally:
             del self.judge  # it knows the step and its input
 
-    def adopt(self, narrowed: Narrowed) -> None:
+    def narrow(self, narrowed: Narrowed) -> None:
         """The next call has the rows of some branches of the last one only."""
         self._shapes = _pytree.tree_map_only(
             _Shape, functools.partial(_Shape.narrowed, narrowed=narrowed), self._shapes

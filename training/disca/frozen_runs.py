@@ -14,22 +14,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.host.call import Call
 from foreseer.integration.host.denoisers import transformer_of
+from foreseer.integration.host.expert import Expert
+from foreseer.integration.runner import Answer, Runner
 from foreseer.integration.session import Session
-from foreseer.predictors.base import Predictor
+from foreseer.predictors.base import Predictor, Step
 from foreseer.trajectories.prompts import Item, generate_with_gradients
 
 
-class FrozenNetwork(Session):
-    """A session whose anchors keep no graph."""
+class FrozenNetwork(Runner):
+    """Runs whose anchors keep no graph."""
 
-    def _run(self, *call: Any) -> Any:
-        with torch.no_grad():
-            return super()._run(*call)
+    @torch.no_grad()
+    def prove(self, expert: Expert, call: Call) -> None:
+        """Check on a transformer's first call everything that is relied on."""
+        super().prove(expert, call)
 
-    def _prove(self, *call: Any) -> None:
-        with torch.no_grad():
-            super()._prove(*call)
+    @torch.no_grad()
+    def run(self, expert: Expert, call: Call, step: Step) -> Answer:
+        """Run the network and capture its taps."""
+        return super().run(expert, call, step)
 
 
 def final_latents(
@@ -55,7 +60,8 @@ def final_latents(
     """
     transformer = transformer_of(pipe)
     wanted = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    session = FrozenNetwork(pipe, Forecaster(predictor, tap, list(anchors)))
+    source = Forecaster(predictor, tap, list(anchors))
+    session = Session(pipe, source, runner=FrozenNetwork())
     transformer.requires_grad_(False)
     try:
         latents = generate_with_gradients(pipe, items, output_type="latent", **settings)[0]

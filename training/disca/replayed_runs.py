@@ -17,9 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.host.call import Call, Seen
+from foreseer.integration.host.call import Call
 from foreseer.integration.host.expert import Expert
 from foreseer.integration.host.prediction import form_of, prediction
+from foreseer.integration.observers import Observer, Source, StepRecord
+from foreseer.integration.runner import Answer, Runner, as_output
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor, Step
 from foreseer.trajectories.prompts import Item, generate_batch
@@ -52,73 +54,75 @@ class Forced:
     kwargs: dict[str, Any]
 
 
-class ForcedForecaster(Forecaster):
-    """A forecaster whose history holds recorded features; every step is computed."""
-
-    def action(self, step: Step) -> str:
-        """Compute."""
-        return "anchor"
-
-    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Keep the features of anchors only."""
-        if step.index in self.anchors:
-            super().observe(key, call, step, taps)
-
-
-class ReplayedRun(Session):
-    """A session that answers with recorded outputs and forecasts beside them.
+class Recorded(Runner, Observer):
+    """Answers with recorded outputs and forecasts beside them.
 
     Args:
-        pipe: the recorded pipeline.
-        controller: the forecaster.
-        hidden: recorded features of its tap, a row per item of the call.
+        hidden: recorded features of the forecast tap, a row per item of the call.
         outputs: recorded outputs.
     """
 
     def __init__(
         self,
-        pipe: Any,
-        controller: ForcedForecaster,
         hidden: Float[Tensor, "B branches S *shape"],
         outputs: Float[Tensor, "B branches S *other"],
     ) -> None:
-        super().__init__(pipe, controller)
-        self.forecaster = controller
         self.hidden = hidden
         self.outputs = outputs
         self.forced: list[Forced] = []
         self.dtype = outputs.dtype  # of the network, once it has run
+        self._compared: set[int] = set()  # branches
+        self._made: list[tuple[Step, Tensor, Tensor, Call]] = []  # in the step in progress
 
-    def _prove(self, *call: Any) -> None:
-        with torch.no_grad():
-            super()._prove(*call)
+    @torch.no_grad()
+    def prove(self, expert: Expert, call: Call) -> None:
+        """Check on a transformer's first call everything that is relied on."""
+        super().prove(expert, call)
 
-    def _run(self, expert: Expert, call: Call, key: str) -> Any:
-        index, x_t = self.clock.index, call.x_t
-        assert x_t is not None  # recorded hosts take one tensor
-        per_call = len(x_t) // len(self.hidden)
-        first = self._branches.calls * per_call
-        branches = range(first, first + per_call)
-        recorded = torch.cat([self.outputs[:, branch, index] for branch in branches])
-        if key not in self._forms:  # the first step shows the form of an output
+    def run(self, expert: Expert, call: Call, step: Step) -> Answer:
+        """The recorded output and feature; a first call is computed, to compare them."""
+        (tap,) = expert.taps
+        branches = self._branches(call, step)
+        recorded = _rows(self.outputs, branches, step)
+        if not self._compared.issuperset(branches):
             with torch.no_grad():
                 computed = call.run()
-            self._forms[key] = form_of(computed)
+            expert.form = form_of(computed)
             self.dtype = prediction(computed).dtype
             check_repeated(prediction(computed), recorded)
-        output = self._forms[key](recorded.to(self.dtype))
-        if index not in self.forecaster.anchors:
-            with torch.enable_grad():
-                step = self._step(index, key, x_t)
-                made = self._forecast(expert, call, key, step)
-                forecast = prediction(made)
-            following = [*self._sigmas, 0.0][index + 1]
-            repeated = (call.forward, call.args, call.kwargs)
-            self.forced.append(Forced(step, forecast, recorded, x_t, following, *repeated))
-        feature = torch.cat([self.hidden[:, branch, index] for branch in branches])
-        taps = {self.forecaster.tap: feature.to(self.dtype)}
-        self._pending.append(Seen(key, self._branches.calls, taps, None))
-        return output
+            self._compared.update(branches)
+        feature = _rows(self.hidden, branches, step).to(self.dtype)
+        return Answer(as_output(expert, recorded.to(self.dtype)), {tap: feature})
+
+    def forecast(self, expert: Expert, call: Call, step: Step, source: Source) -> Answer:
+        """The recorded output; the forecast is put aside."""
+        with torch.enable_grad():
+            forecast = prediction(super().forecast(expert, call, step, source).output)
+        recorded = _rows(self.outputs, self._branches(call, step), step)
+        self._made.append((step, forecast, recorded, call))
+        return Answer(as_output(expert, recorded.to(self.dtype)))
+
+    def _branches(self, call: Call, step: Step) -> tuple[int, ...]:
+        """Those of a call, which are not known in its first step; calls are alike."""
+        assert call.x_t is not None  # recorded hosts take one tensor
+        count, first = len(call.x_t) // len(self.hidden), step.branches[0]
+        if len(step.branches) != count:  # the number of the call stands for its branches
+            first *= count
+        return tuple(range(first, first + count))
+
+    def on_step(self, record: StepRecord) -> None:
+        """The forecasts of a step, now that it is known where it leads to."""
+        following = [*record.sigmas, 0.0][record.index + 1]
+        for step, forecast, recorded, call in self._made:
+            assert call.x_t is not None  # see above
+            again = (call.forward, call.args, call.kwargs)
+            self.forced.append(Forced(step, forecast, recorded, call.x_t, following, *again))
+        self._made = []
+
+
+def _rows(recorded: Tensor, branches: Sequence[int], step: Step) -> Tensor:
+    """What was recorded at a step, branch after branch."""
+    return torch.cat([recorded[:, branch, step.index] for branch in branches])
 
 
 def replayed(
@@ -146,12 +150,14 @@ def replayed(
     Raises:
         ValueError: the pipeline is not the recorded one.
     """
-    session = ReplayedRun(pipe, ForcedForecaster(predictor, tap, list(anchors)), hidden, outputs)
+    runner = Recorded(hidden, outputs)
+    source = Forecaster(predictor, tap, list(anchors))
+    session = Session(pipe, source, [runner], runner)
     try:
         generate_batch(pipe, items, output_type="latent", **settings)
     finally:
         session.detach()
-    return session.forced
+    return runner.forced
 
 
 def check_repeated(computed: Tensor, recorded: Tensor) -> None:

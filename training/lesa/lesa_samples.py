@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Step
 from foreseer.predictors.lesa import LesaPredictor
@@ -88,69 +88,57 @@ def recorded_samples(
     return found
 
 
-class Collector(Forecaster):
-    """A forecaster that keeps what every forecast was made from, its own forecasts among it.
+class Collector(Observer):
+    """Keeps what every forecast of a run was made from, its own forecasts among it.
 
     Args:
         predictor: forecasts as it does when deployed.
         tap: `output`, `hidden` or `residual`.
-        anchors: steps at which the network runs.
         tokens: tokens that were recorded, which alone are kept; None keeps all.
     """
 
+    wants_forecasts = True
+
     def __init__(
-        self,
-        predictor: LesaPredictor,
-        tap: str,
-        anchors: Sequence[int],
-        tokens: Int[Tensor, " n"] | None = None,
+        self, predictor: LesaPredictor, tap: str, tokens: Int[Tensor, " n"] | None = None
     ) -> None:
-        super().__init__(predictor, tap, anchors)
         self.lesa = predictor
+        self.tap = tap
         self.tokens = tokens
 
-    def open(self, sigmas: list[float]) -> None:
-        """Forget the last run."""
-        super().open(sigmas)
-        self.queues: dict[str, list[Tensor]] = {}
-        self.seen: list[tuple[Step, list[Tensor], Tensor]] = []
-        self.final: Tensor | None = None
-
-    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Add an anchor's feature to its branch's queue."""
-        super().observe(key, call, step, taps)
-        self._push(key, taps[self.tap])
-
-    def adopt(self, key: str, narrowed: Narrowed) -> None:
-        """Go on with the queue of the branches that are left."""
-        super().adopt(key, narrowed)
-        self.queues[key] = [narrowed.take(kept) for kept in self.queues.pop(narrowed.source, [])]
-
-    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
-        """The forecast, after its queue was put aside and before it enters the queue itself."""
-        queue = list(self.queues.get(key, []))
-        tap, feature = super().forecast(key, step)
-        self.seen.append((step, queue, self._kept(feature)))
-        if self.lesa.feedback:
-            self._push(key, feature)
-        return tap, feature
-
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Keep the newest latents."""
-        super().close(step_index, v, before, after)
-        self.final = after.detach()
+    def on_step(self, record: StepRecord) -> None:
+        """Put the queues of the step's forecasts aside, then add its features to them."""
+        if record.index == 0:
+            self.queues: dict[tuple[int, int], list[Tensor]] = {}  # by transformer and branch
+            self.forecasts: list[tuple[Step, list[Tensor]]] = []
+        for call in record.calls:
+            step, feature = call.step, call.feature
+            if call.taps is not None:
+                feature = call.taps[self.tap]
+            else:
+                self.forecasts.append((step, self._queue(step)))
+            if feature is not None and (call.taps is not None or self.lesa.feedback):
+                self._push(step, feature)
+        self.final = record.after.detach()
 
     def samples(self, features: Float[Tensor, "B branches S *shape"]) -> list[Sample]:
         """The forecasts of the run, with the full run's features as targets."""
         return [
             Sample(step, queue, _at(features, step.index, step.branches))
-            for step, queue, _ in self.seen
+            for step, queue in self.forecasts
         ]
 
-    def _push(self, key: str, feature: Tensor) -> None:
-        queue = self.queues.setdefault(key, [])
-        queue.append(self._kept(feature))
-        del queue[: -max(self.lesa.taps)]
+    def _push(self, step: Step, feature: Tensor) -> None:
+        parts = self._kept(feature).chunk(len(step.branches))
+        for branch, part in zip(step.branches, parts, strict=True):
+            queue = self.queues.setdefault((step.expert, branch), [])
+            queue.append(part)
+            del queue[: -max(self.lesa.taps)]
+
+    def _queue(self, step: Step) -> list[Tensor]:
+        """The newest features of a call, branch after branch."""
+        queues = [self.queues[step.expert, branch] for branch in step.branches]
+        return [torch.cat(parts) for parts in zip(*queues, strict=True)]
 
     def _kept(self, feature: Tensor) -> Tensor:
         kept = feature if self.tokens is None else feature[:, self.tokens]
@@ -178,8 +166,8 @@ def collect(
         tokens: recorded tokens; None where all are.
         settings: keyword arguments of the pipeline call.
     """
-    collector = Collector(predictor, tap, anchors, tokens)
-    session = Session(pipe, collector)
+    collector = Collector(predictor, tap, tokens)
+    session = Session(pipe, Forecaster(predictor, tap, anchors), [collector])
     try:
         generate_batch(pipe, items, output_type="latent", **settings)
     finally:

@@ -159,7 +159,7 @@ class ReadoutFit(ClosedForm):
             )
         self.trainer.fit_loop.max_epochs = count
         self.scratch = tempfile.TemporaryDirectory(prefix="foreseer_readout_")
-        self.session = Session(self.pipe, self.walk)
+        self.session = Session(self.pipe, self.walk, repeats=True)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Visit the next anchor with all trajectories, and solve for its segment."""

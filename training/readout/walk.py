@@ -7,7 +7,7 @@ two visits, so memory does not grow with their number.
 Shapes: B batch, M tokens, D channels, P elements of a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foreseer.integration.controller import Controller
 from foreseer.integration.host.layout import Layout
 from foreseer.integration.linear_sampler import SamplerMap, pristine, probe
+from foreseer.integration.observers import CallRecord, Source, StepRecord
+from foreseer.integration.policy import Anchors
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P, expert_start
 from foreseer.predictors.readout import Readout, normalised
@@ -31,32 +32,33 @@ class Arrived(Exception):
     """Ends a pipeline call once the wanted anchor has been evaluated."""
 
 
+Held = tuple[int, tuple[int, ...]]
+"""A call of a transformer: its number, and the guidance branches it holds."""
+
+
 @dataclass
 class Visited:
     """What one batch of trajectories has computed so far; tensors are per call of the transformer.
 
     Args:
-        outputs: by call key, then anchor.
+        outputs: by call, then anchor.
         readings: what was read at an anchor, laid out like the output, likewise.
         hidden: hidden state of the picture's tokens at the newest anchors, like the outputs.
-        branches: branch numbers of a call's equal parts.
         layouts: of every call.
         state: latents at the newest anchor.
     """
 
-    outputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    readings: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    hidden: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    branches: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    layouts: dict[str, Layout] = field(default_factory=dict)
+    outputs: dict[Held, dict[int, Tensor]] = field(default_factory=dict)
+    readings: dict[Held, dict[int, Tensor]] = field(default_factory=dict)
+    hidden: dict[Held, dict[int, Tensor]] = field(default_factory=dict)
+    layouts: dict[Held, Layout] = field(default_factory=dict)
     state: Tensor | None = None
 
-    def by_branch(self, tensors: dict[str, Tensor]) -> Float[Tensor, "branches B *shape"]:
+    def by_branch(self, tensors: dict[Held, Tensor]) -> Float[Tensor, "branches B *shape"]:
         """Tensors of calls, taken apart by branch."""
         parts: dict[int, Tensor] = {}
-        for key, tensor in tensors.items():
-            chunks = tensor.chunk(len(self.branches[key]))
-            parts.update(zip(self.branches[key], chunks, strict=True))
+        for (_, branches), tensor in tensors.items():
+            parts.update(zip(branches, tensor.chunk(len(branches)), strict=True))
         return torch.stack([parts[branch] for branch in sorted(parts)])
 
     def at(self, anchor: int) -> Float[Tensor, "branches B *shape"]:
@@ -69,30 +71,33 @@ class Visited:
 
     def save(self, path: Path) -> None:
         """Move the tensors into a file."""
-        named = {f"outputs/{k}/{a}": t for k, each in self.outputs.items() for a, t in each.items()}
-        for key, each in self.readings.items():
-            named |= {f"readings/{key}/{anchor}": tensor for anchor, tensor in each.items()}
-        for key, each in self.hidden.items():
-            named |= {f"hidden/{key}/{anchor}": tensor for anchor, tensor in each.items()}
+        named = {
+            f"{kind}/{number}/{anchor}": tensor.contiguous()
+            for kind in KINDS
+            for number, call in enumerate(self.layouts)
+            for anchor, tensor in getattr(self, kind).get(call, {}).items()
+        }
         if self.state is not None:
-            named["state"] = self.state
-        save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
+            named["state"] = self.state.contiguous()
+        save_file(named, path)
         self.outputs, self.readings, self.hidden, self.state = {}, {}, {}, None
 
     def loaded(self, path: Path, device: torch.device | str) -> "Visited":
         """A copy with them."""
-        found = Visited(branches=self.branches, layouts=self.layouts)
+        found, calls = Visited(layouts=self.layouts), list(self.layouts)
         for name, tensor in load_file(path, str(device)).items():
-            kind, _, rest = name.partition("/")
-            if kind == "state":
+            if name == "state":
                 found.state = tensor
             else:
-                key, _, anchor = rest.rpartition("/")
-                getattr(found, kind).setdefault(key, {})[int(anchor)] = tensor
+                kind, number, anchor = name.split("/")
+                getattr(found, kind).setdefault(calls[int(number)], {})[int(anchor)] = tensor
         return found
 
 
-class Walk(Controller):
+KINDS = ("outputs", "readings", "hidden")
+
+
+class Walk(Source):
     """Put back the anchors visited so far, forecast between them, evaluate one new anchor.
 
     Args:
@@ -107,6 +112,8 @@ class Walk(Controller):
             transformer.
     """
 
+    schedule: Anchors
+    tap = "output"
     taps = frozenset({"output", "hidden"})
     wants_layout = True
 
@@ -119,6 +126,7 @@ class Walk(Controller):
         self.guidance: dict[int, Tensor] = {}
         self.sampler: SamplerMap | None = None
         self.goal = 0
+        self.schedule = Anchors([])  # anchors that were not visited yet
 
     def open(self, sigmas: list[float]) -> None:
         """Read the sampler's map off the first run.
@@ -133,24 +141,35 @@ class Walk(Controller):
         if self.sampler is None:
             self.sampler = probe(pristine(self.scheduler))
 
-    def is_anchor(self, step: Step) -> bool:
-        """Anchors run that were not visited yet."""
-        known = any(step.index in outputs for outputs in self.visited.outputs.values())
-        return step.index in self.rows.anchors and not known
+    def on_step(self, record: StepRecord) -> None:
+        """Keep an anchor's outputs and hidden states; at the new one end the call.
 
-    def observe(self, key: str, call: int, step: Step, taps: dict[str, Tensor]) -> None:
-        """Keep an anchor's output and hidden state."""
-        visited = self.visited
-        visited.branches[key], visited.layouts[key] = step.branches, self.layouts[key]
-        visited.outputs.setdefault(key, {})[step.index] = taps["output"]
-        kept = visited.hidden.setdefault(key, {})
-        kept[step.index] = visited.layouts[key].hidden(taps["hidden"])
+        Raises:
+            ValueError: the guidance is no fixed combination of the branches.
+        """
+        for call in record.calls:
+            if call.taps is not None:
+                self._keep(call, call.taps)
+        if record.index in self.rows.anchors:
+            self._measure(self.visited.at(record.index), record.v, record.index)
+        if record.index == self.goal:
+            self.visited.state = record.before.detach()
+            raise Arrived
+
+    def _keep(self, call: CallRecord, taps: dict[str, Tensor]) -> None:
+        visited, index = self.visited, call.step.index
+        held = call.step.expert, call.step.branches
+        assert call.layout is not None  # it was asked for
+        visited.layouts[held] = call.layout
+        visited.outputs.setdefault(held, {})[index] = taps["output"]
+        kept = visited.hidden.setdefault(held, {})
+        kept[index] = call.layout.hidden(taps["hidden"])
         for anchor in sorted(kept)[: -1 - self.past]:
             del kept[anchor]
-        if step.index != self.goal and self.predictor is not None:
-            self.read(self.predictor, key)
+        if index != self.goal and self.predictor is not None:
+            self.read(self.predictor, held)
 
-    def read(self, predictor: Readout, key: str) -> None:
+    def read(self, predictor: Readout, key: Held) -> None:
         """Read the newest hidden state of a call, whose segment is fitted."""
         visited, carried = self.visited, None
         kept, layout = visited.hidden[key], visited.layouts[key]
@@ -164,28 +183,22 @@ class Walk(Controller):
         output = visited.outputs[key][anchor]
         visited.readings.setdefault(key, {})[anchor] = layout.place(read.values.to(output))
 
-    def forecast(self, key: str, step: Step) -> tuple[str, Tensor]:
+    def knows(self, step: Step, slot: Hashable = None) -> bool:
+        """Whether an anchor of the call was visited."""
+        return (step.expert, step.branches) in self.visited.outputs
+
+    def forecast(self, step: Step, slot: Hashable = None) -> Tensor:
         """An output of an earlier visit, or the predictor's forecast."""
-        outputs = self.visited.outputs[key]
+        held = step.expert, step.branches
+        outputs = self.visited.outputs[held]
         if step.index in outputs:
-            return "output", outputs[step.index]
-        known = sorted(anchor for anchor in outputs if anchor < step.index)
-        features, reading = [outputs[a] for a in known], self.visited.readings[key][known[-1]]
-        history = History(None, known, [0.0] * len(known), features, reading)
+            return outputs[step.index]
+        past = sorted(anchor for anchor in outputs if anchor < step.index)
+        features, reading = [outputs[a] for a in past], self.visited.readings[held][past[-1]]
+        history = History(None, past, [0.0] * len(past), features, reading)
         assert self.predictor is not None  # there is a fitted segment
-        return "output", self.predictor(history, step)
-
-    def close(self, step_index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
-        """Measure the guidance; at the new anchor keep the state and end the call.
-
-        Raises:
-            ValueError: the guidance is no fixed combination of the branches.
-        """
-        if step_index in self.rows.anchors:
-            self._measure(self.visited.at(step_index), v, step_index)
-        if step_index == self.goal:
-            self.visited.state = before.detach()
-            raise Arrived
+        forecast: Tensor = self.predictor(history, step)
+        return forecast
 
     def _measure(self, outputs: Float[Tensor, "branches B *shape"], v: Tensor, index: int) -> None:
         if outputs[0].flatten(1).shape != v.flatten(1).shape:
@@ -211,6 +224,8 @@ class Walk(Controller):
             ValueError: the run ends before.
         """
         self.goal = anchor
+        visited = {step for outputs in self.visited.outputs.values() for step in outputs}
+        self.schedule.anchors = set(self.rows.anchors) - visited
         for key in self.visited.hidden:  # the newest segment was fitted since
             assert self.predictor is not None
             self.read(self.predictor, key)
