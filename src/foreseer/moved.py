@@ -18,6 +18,7 @@ MOVED = {
     "distill.export": "distill.student_export",
     "distill.runs": "distill.teacher_runs",
     "distill.sampling": "distill.few_steps",
+    "integration.adaptive": "schedules",
     "integration.average_velocity": "integration.pipelines.average_velocity",
     "integration.bench_meta": "evaluation.machine",
     "integration.branches": "integration.host.branches",
