@@ -18,7 +18,8 @@ from foreseer.integration.observers import Source, StepRecord
 from foreseer.integration.policy import Anchors
 from foreseer.integration.session import Session
 from foreseer.predictors import solve
-from foreseer.predictors.base import Step, combine
+from foreseer.predictors.base import Step
+from foreseer.predictors.weighted import combine
 from foreseer.trajectories.files.header import Header
 from foreseer.trajectories.prompts import Item, generate_batch
 
