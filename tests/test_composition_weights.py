@@ -10,6 +10,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from families import FAMILIES, Family, call
 from families.family import STEPS, seeded
+from nightly import nightly
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from test_composition import ANCHORS, EVERY, ODD, Replay, check_replay, facts, replaying
@@ -246,7 +247,7 @@ def counting():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flux", "qwenimage", "wan"])
+@pytest.mark.parametrize("name", nightly(["flux", "qwenimage", "wan"], ["flux", "wan"]))
 @pytest.mark.parametrize("first", ["compile", "attach"])
 def test_compiled_blocks_are_not_compiled_again(name, first, counting):
     family = FAMILIES[name]

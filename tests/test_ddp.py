@@ -124,20 +124,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     paths = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
     environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, launcher, other in (("one", [], []), ("two", torchrun, [str(folder / "one")])):
-        (folder / name).mkdir()
-        words = [str(HERE / "ddp_training.py"), str(lesa), str(disca), str(folder / name), *other]
-        command = [sys.executable, *launcher, *words]
+    recordings = {name: str(disca if name == "disca" else lesa) for name in NAMES}
+    one, two = folder / "one", folder / "two"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddp_training.disca, "opened_for", lambda *_, **__: pipeline("dit_guided"))
+        for made in (one, two):
+            made.mkdir()
+        for name in NAMES:
+            ddp_training.train(name, recordings[name], one)
+        words = [str(HERE / "ddp_training.py"), str(lesa), str(disca), str(two), str(one)]
+        command = [sys.executable, *torchrun, *words]
         result = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=400
         )
         assert result.returncode == 0, result.stderr[-4000:]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddp_training.disca, "opened_for", lambda *_, **__: pipeline("dit_guided"))
         for name in CROSSED:
-            recording = str(disca if name == "disca" else lesa)
-            start = folder / "two" / f"{name}.ckpt"
-            ddp_training.train(name, recording, folder / "one", start)
+            ddp_training.train(name, recordings[name], one, two / f"{name}.ckpt")
     found = {
         name: [
             torch.load(folder / run / f"{name}-{rank}.pt")
