@@ -17,7 +17,7 @@ from foreseer.checkpoints.spec import VALUES, PredictorMismatch, PredictorSpec, 
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.forecasting import checked_forecaster, one_of
 from foreseer.integration.head_reader import Reader
-from foreseer.integration.host.fingerprint import host_fingerprint, values_digest
+from foreseer.integration.host.fingerprint import host_fingerprint, kept_values_digest
 from foreseer.integration.memory import check_budget
 from foreseer.integration.report import Report
 from foreseer.integration.sigma_run import SigmaRun
@@ -190,17 +190,16 @@ def output_forecaster(predictor: Predictor, anchors: Sequence[int] | None) -> Fo
     return checked_forecaster(None, predictor, anchors, "output")
 
 
-def any_layout(spec: PredictorSpec, model: nn.Module, values: bool = True) -> dict[str, Any]:
+def any_layout(spec: PredictorSpec, model: nn.Module) -> dict[str, Any]:
     """What of a network's fingerprint can be told where its weights are laid out in another way.
 
     Args:
         spec: of the predictor, which tells a digest of the weights' values, or their number only.
         model: the network.
-        values: whether their values are read, too; all of them are.
     """
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    if values and VALUES in spec.host and found["parameters"] == spec.host.get("parameters"):
-        found[VALUES] = values_digest(model)
+    if VALUES in spec.host and found["parameters"] == spec.host.get("parameters"):
+        found[VALUES] = kept_values_digest(model)
     return found
 
 

@@ -93,7 +93,7 @@ def test_comfyui_compares_values_once_for_a_model_and_takes_the_order_from_the_f
     forecast = sampling.Forecast(predictor, "as recorded")
     seen: list[Any] = []
     monkeypatch.setattr(
-        "foreseer.integration.forecast_model.values_digest",
+        "foreseer.integration.host.fingerprint.values_digest",
         lambda host: seen.append(1) or values_digest(host),
     )
 
@@ -108,6 +108,13 @@ def test_comfyui_compares_values_once_for_a_model_and_takes_the_order_from_the_f
     begin(host)
     begin(host)
     assert len(seen) == 1
+    tune = next(host.parameters())
+    tune.data.mul_(1.5)
+    with pytest.raises(fs.PredictorMismatch, match="weights .fine-tuned"):
+        begin(host)
+    tune.data.div_(1.5)
+    begin(host)
+    assert len(seen) == 3
     with pytest.raises(fs.PredictorMismatch, match="weights .fine-tuned"):
         begin(otherwise(tuned(tiny_flux())))
     two = L2P(STEPS, ANCHORS, 2)

@@ -5,6 +5,7 @@ A LoRA counts: its layers by their parameters, its strength by the scale of ever
 
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ CONDITIONER = "_foreseer_conditioner"
 """Attribute, outside of a transformer's own state, under which its conditioner is found."""
 
 PART = 2**22  # values summed at once: 2**22 squares of 16 bits are exact in float64, in any order
+_KEPT: "weakref.WeakKeyDictionary[nn.Module, tuple[str, str]]" = weakref.WeakKeyDictionary()
 SAMPLED = 64  # values of each parameter that enter the digest
 
 
@@ -43,6 +45,23 @@ def host_fingerprint(*transformers: nn.Module) -> dict[str, Any]:
         "config_sha256": hashlib.sha256("".join(texts).encode()).hexdigest(),
         "weights_sha256": digest.hexdigest(),
     }
+
+
+def kept_values_digest(module: nn.Module) -> str:
+    """`values_digest` of a network that is asked for it often: read anew once its weights change.
+
+    A change is told by the quick digest of `host_fingerprint`, of a sample of every weight.
+
+    Args:
+        module: the network.
+    """
+    sampled = hashlib.sha256()
+    _add_weights(sampled, module)
+    sample, digest = _KEPT.get(module, ("", ""))
+    if sample != sampled.hexdigest():
+        digest = values_digest(module)
+        _KEPT[module] = (sampled.hexdigest(), digest)
+    return digest
 
 
 def values_digest(*modules: nn.Module) -> str:

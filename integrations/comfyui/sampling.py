@@ -8,7 +8,6 @@ apart by the memory that is free.
 import logging
 import math
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -63,7 +62,6 @@ class Forecast:
         self.predictor = predictor
         self.first_branch = order_of(predictor.spec, first_branch)
         self.run: SigmaRun | None = None
-        self.checked: weakref.ref[Any] | None = None  # whose weights are known to be the fit's
 
     def begin(self, guider: Any, sigmas: Tensor, sampler: Any) -> None:
         """A sampling begins: check what it runs on, and forget the last one.
@@ -77,7 +75,7 @@ class Forecast:
             PredictorMismatch: another model, sampler, grid or guidance scale than the fit's.
         """
         spec = self.predictor.spec
-        self._check_model(guider.model_patcher)
+        check_model(spec, guider.model_patcher)
         function = getattr(sampler, "sampler_function", sampler)
         name = getattr(function, "__name__", type(function).__name__)
         alike = name in SAMPLERS.get(spec.scheduler, ())
@@ -91,22 +89,6 @@ class Forecast:
         forecaster.settings = {} if scale is None else {"guidance_scale": scale}
         self.run = SigmaRun(forecaster, grid, lambda: None)
         forecaster.open(grid)  # refuses before the first evaluation
-
-    def _check_model(self, patcher: Any) -> None:
-        """Raise unless the model has the fit's weights, as far as can be told, and no patches.
-
-        ComfyUI names and lays out weights in its own way; the digest of their values goes through
-        all of them, so it is taken once for a model, which ComfyUI changes by patches alone.
-
-        Raises:
-            PredictorMismatch: another model, or one with a LoRA.
-        """
-        host, spec = patcher.model.diffusion_model, self.predictor.spec
-        known = self.checked is not None and self.checked() is host
-        check_host(spec, any_layout(spec, host, values=not known), None)
-        self.checked = weakref.ref(host)
-        if patcher.patches:
-            check_host(spec, {"weights_sha256": f"{len(patcher.patches)} patched"}, None)
 
     def end(self) -> None:
         """A sampling is over, finished or not."""
@@ -206,6 +188,19 @@ def order_of(spec: PredictorSpec, told: str) -> str:
             "(FLUX.1)."
         )
     return known or told
+
+
+def check_model(spec: PredictorSpec, patcher: Any) -> None:
+    """Raise unless a model has the fit's weights, as far as can be told, and no patches.
+
+    ComfyUI names and lays out weights in its own way.
+
+    Raises:
+        PredictorMismatch: another model, or one with a LoRA.
+    """
+    check_host(spec, any_layout(spec, patcher.model.diffusion_model), None)
+    if patcher.patches:
+        check_host(spec, {"weights_sha256": f"{len(patcher.patches)} patched"}, None)
 
 
 def check_conditioning(conds: Sequence[dict[str, Any]] | None) -> None:
