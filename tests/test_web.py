@@ -179,20 +179,30 @@ def test_two_visitors_at_once_get_their_own_pictures(comparison, monkeypatch):
 # ------------------------------------------------------------------------------ the command itself
 
 
-def test_the_command_says_its_address_and_ends_in_a_line(few_steps, monkeypatch, capsys):
+def test_the_command_says_its_address_and_ends_in_a_line_once_no_run_goes_on(
+    few_steps, monkeypatch, capsys
+):
     class Interrupted(threading.Event):
         def wait(self, timeout=None):
             if threading.current_thread() is threading.main_thread() and timeout is None:
                 raise KeyboardInterrupt
             return super().wait(timeout)
 
-    launched = web.launched
+    launched, page_of = web.launched, web.page_of
+    locks, finished = [], []
+
+    def kept(comparison):
+        locks.append(comparison.lock)
+        return page_of(comparison)
 
     def then_interrupted(made, port):
         address = launched(made, port)
+        locks[0].acquire()  # somebody's run, which Python must not end in
+        threading.Timer(0.3, lambda: (finished.append(True), locks[0].release())).start()
         monkeypatch.setattr(web.threading, "Event", Interrupted)
         return address
 
+    monkeypatch.setattr(web, "page_of", kept)
     monkeypatch.setattr(web, "launched", then_interrupted)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -205,6 +215,7 @@ def test_the_command_says_its_address_and_ends_in_a_line(few_steps, monkeypatch,
         "",
         "the page is closed",
     ]
+    assert finished and locks[0].locked()
 
 
 def test_a_port_that_is_taken_is_refused(few_steps):

@@ -157,9 +157,14 @@ def page(pipe: Any, predictors: Mapping[int, Predictor], **settings: Any) -> gr.
         PredictorMismatch: a predictor was fitted on another model, size or setting.
         ValueError: the pipeline takes no prompts, or not these settings.
     """
-    comparison = Comparison(pipe, predictors, **settings)
+    return page_of(Comparison(pipe, predictors, **settings))
+
+
+def page_of(comparison: Comparison) -> gr.Blocks:
+    """The same, of a comparison."""
     missing = comparison.warm_up()
-    stored = [each for each in getattr(getattr(pipe, "text_encoder", None), "known", ()) if each]
+    encoder = getattr(comparison.pipe, "text_encoder", None)
+    stored = [each for each in getattr(encoder, "known", ()) if each]
     budgets = list(comparison.predictors)
     first = FIRST_EVALUATIONS if FIRST_EVALUATIONS in budgets else budgets[0]
     with gr.Blocks(title="foreseer", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as made:
@@ -203,17 +208,17 @@ def serve(pipeline: str | None, predictor: str | None, port: int | None) -> None
     """
     if predictor is None and pipeline not in (None, PIPELINE):
         raise ValueError(f"no predictors for {pipeline}; name those you fitted: --predictor FOLDER")
+    predictors = load_predictors(predictor) if predictor else bundled()
+    dtype = getattr(torch, next(iter(predictors.values())).spec.dtype)
+    comparison = Comparison(load_pipeline(pipeline or PIPELINE, dtype, device=None), predictors)
     try:
-        predictors = load_predictors(predictor) if predictor else bundled()
-        dtype = getattr(torch, next(iter(predictors.values())).spec.dtype)
-        pipe = load_pipeline(pipeline or PIPELINE, dtype, device=None)
         print(f"drawing once with each of {len(predictors)} predictors", flush=True)
-        made = page(pipe, predictors)
-        address = launched(made, port)
+        address = launched(page_of(comparison), port)
         print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print("\nthe page is closed", flush=True)
+        comparison.lock.acquire()  # Python must not end in the middle of a run, nor one begin
 
 
 def bundled() -> dict[int, Predictor]:
