@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foreseer.integration.host.prediction import prediction
-from foreseer.integration.host.time_facts import time_facts
+from foreseer.integration.host.call import prediction
+from foreseer.integration.host.facts import time_facts
 
 
 @dataclass(frozen=True)

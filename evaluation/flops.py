@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from foreseer.integration.host.call import prediction
 from foreseer.integration.host.hook import TrunkSkipper, capturing
-from foreseer.integration.host.prediction import prediction
 from foreseer.integration.host.trunk import TrunkTracer
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments

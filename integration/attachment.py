@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from foreseer.integration.host.caller import PIPELINES, pipeline_call, variable
 from foreseer.integration.host.clock import Clock, Pace
 from foreseer.integration.host.denoisers import TURNS, others_of, transformers_of
 from foreseer.integration.host.expert import Expert
 from foreseer.integration.host.hook import Attached, refuse_other_caches
-from foreseer.integration.host.running import PIPELINES, pipeline_call, variable
-from foreseer.integration.host.watched import unwatch, watch
+from foreseer.integration.host.methods import replace_method, restore_method
 
 
 class Attachment:
@@ -168,7 +168,7 @@ class Counted:
         self.counts = counts
         compiled = network._compiled_call_impl is not None
         self._place = "_compiled_call_impl" if compiled else "forward"  # what a call comes to
-        self._watched = watch(network, self._place, self._call)
+        self._replaced = replace_method(network, self._place, self._call)
 
     def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         counts = self.counts()
@@ -178,4 +178,4 @@ class Counted:
 
     def remove(self) -> None:
         """Give the network its own forward back."""
-        unwatch(self.network, self._place, self._watched)
+        restore_method(self.network, self._place, self._replaced)

@@ -20,8 +20,8 @@ from foreseer.integration.head_reader import Reader
 from foreseer.integration.host.fingerprint import host_fingerprint, kept_values_digest
 from foreseer.integration.memory import check_budget
 from foreseer.integration.report import Report
+from foreseer.integration.sampler_sigmas import flow_time, grid_of, kind_of, one_sigma
 from foreseer.integration.sigma_run import SigmaRun
-from foreseer.integration.told_sigmas import flow_time, grid_of, kind_of, one_sigma
 from foreseer.predictors.base import Predictor
 
 

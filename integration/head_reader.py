@@ -6,13 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foreseer.integration.host.call import Call
+from foreseer.integration.host.call import Call, prediction
 from foreseer.integration.host.expert import Expert
 from foreseer.integration.host.hook import own, refuse_other_caches
 from foreseer.integration.host.layout import Layout
-from foreseer.integration.host.prediction import prediction
+from foreseer.integration.host.methods import replace_method, restore_method
 from foreseer.integration.host.trunk import UnsupportedHost
-from foreseer.integration.host.watched import unwatch, watch
 from foreseer.predictors.base import Predictor
 
 
@@ -53,11 +52,12 @@ class Reader:
             UnsupportedHost: it did not call the network once, or returned another shape.
         """
         calls: list[tuple[Tensor, tuple[int, ...]]] = []
-        watched = watch(self.model, "forward", functools.partial(self._call, calls, key, layouts))
+        through = functools.partial(self._call, calls, key, layouts)
+        replaced = replace_method(self.model, "forward", through)
         try:
             out = compute()
         finally:
-            unwatch(self.model, "forward", watched)
+            restore_method(self.model, "forward", replaced)
         if len(calls) != 1 or calls[0][1] != tuple(out.shape):
             shapes = [shape for _, shape in calls]
             raise UnsupportedHost(

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from foreseer.integration.host.facts import Trunk
 from foreseer.integration.host.hook import block_list, capturing, own, replacing
 from foreseer.integration.host.trunk import UnsupportedHost
-from foreseer.integration.host.trunk_facts import Trunk
 from foreseer.predictors.token_clusters import take
 
 SELF_ATTENTION = {

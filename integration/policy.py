@@ -11,7 +11,7 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
-from foreseer.integration.host.call_rows import Narrowed
+from foreseer.integration.host.call import Narrowed
 from foreseer.integration.report import Report
 from foreseer.predictors.base import Step
 

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreseer.integration.host.call import Call
+from foreseer.integration.host.call import Call, prediction
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.prediction import prediction
-from foreseer.integration.host.time_facts import modulations
+from foreseer.integration.host.facts import modulations
 from foreseer.integration.observers import Source
 from foreseer.predictors.base import Step
 

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from foreseer.integration.attachment import Attachment
 from foreseer.integration.host.branches import Branches, CallForm, rows_per_branch
-from foreseer.integration.host.call import Call
+from foreseer.integration.host.call import Call, prediction
+from foreseer.integration.host.caller import (
+    Caller,
+    CallSettings,
+    pipeline_call,
+    steps_made_elsewhere,
+)
 from foreseer.integration.host.clock import Pace
 from foreseer.integration.host.expert import Expert
 from foreseer.integration.host.layout import Layout
-from foreseer.integration.host.prediction import prediction
-from foreseer.integration.host.read_settings import CallSettings
-from foreseer.integration.host.running import Caller, pipeline_call, steps_made_elsewhere
 from foreseer.integration.memory import check_memory
 from foreseer.integration.observers import CallRecord, Observer, Source, StepRecord
 from foreseer.integration.policy import Action

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from foreseer.evaluation.verify import footprint
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.watched import Watched
+from foreseer.integration.host.methods import ReplacedMethod
 from foreseer.integration.session import Session
 from foreseer.predictors.base import History
 from foreseer.predictors.partition import Partition
@@ -124,7 +124,12 @@ def counted() -> dict[str, int]:
     """Live objects of the kinds that a session is made of, and live tensors and their bytes."""
     gc.collect()
     found: collections.Counter[str] = collections.Counter()
-    kinds = {Session: "sessions", Expert: "experts", Watched: "watched", History: "histories"}
+    kinds = {
+        Session: "sessions",
+        Expert: "experts",
+        ReplacedMethod: "methods",
+        History: "histories",
+    }
     for each in gc.get_objects():
         kind = type(each)
         for known, name in kinds.items():

@@ -107,7 +107,7 @@ def follow_schedule(package: Path) -> None:
 
 def follow_host(package: Path) -> None:
     row = '    "ToyTransformer2DModel": Trunk(("layers",), "final_norm", (), -1, 1),\n'
-    put(package / "integration/host/trunk_facts.py", '    "LatteTransformer3DModel"', row)
+    put(package / "integration/host/facts.py", '    "LatteTransformer3DModel"', row)
 
 
 def follow_fit(package: Path) -> None:

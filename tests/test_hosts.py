@@ -21,9 +21,9 @@ from foreseer.evaluation.verify import (
 )
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.host.call import Call
+from foreseer.integration.host.facts import TRUNK_FACTS, Trunk
 from foreseer.integration.host.proof import prove
 from foreseer.integration.host.trunk import UnsupportedHost
-from foreseer.integration.host.trunk_facts import TRUNK_FACTS, Trunk
 from foreseer.integration.session import Session
 from foreseer.predictors.rules import Reuse
 from foreseer.training.l2p import rows_predictor, spec_of

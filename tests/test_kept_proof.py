@@ -12,7 +12,7 @@ from tiny_hosts import items, pipeline, run, settings
 
 from foreseer.evaluation.measure import generate
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host.host_facts import facts_of
+from foreseer.integration.host.proof import facts_of
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import RandomPolicy

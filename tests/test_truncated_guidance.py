@@ -9,7 +9,7 @@ from test_hosts import fitted, recorded
 
 from foreseer.evaluation.rows import analytic_rows
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host.call_rows import Conditions, take_rows
+from foreseer.integration.host.call import Conditions, take_rows
 from foreseer.integration.session import Session
 from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.schedules import FirstBlock, SpeCa, TeaCache

@@ -6,7 +6,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from foreseer.integration.host.denoisers import TURNS, others_of, transformers_of
-from foreseer.integration.host.time_facts import modulation_width
+from foreseer.integration.host.facts import modulation_width
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.memory import readable
 from foreseer.integration.session import Session

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foreseer.integration.host.call import Call
-from foreseer.integration.host.call_rows import Conditions, Narrowed
+from foreseer.integration.host.call import Call, Conditions, Narrowed
 
 DOUBLED_LATENTS = ("DiTPipeline",)
 """Pipelines that hand the scheduler every sample twice, once per guidance branch."""

@@ -1,16 +1,209 @@
-"""One call of a transformer, with everything that running it again or without its trunk takes."""
+"""One call of a transformer: its arguments and their rows, and its return value as one tensor.
+
+Everything that running it again, on some of its rows or without its trunk, takes. Hosts take a
+tensor with a row per sample, or a list with a tensor per sample; what else they are given is shared
+by all rows.
+"""
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from foreseer.integration.host.call_rows import take_rows
 from foreseer.integration.host.denoisers import TIME_ARGUMENTS
-from foreseer.integration.host.host_facts import form_of_call
-from foreseer.integration.host.trunk import first_tensor
+from foreseer.integration.host.trunk import UnsupportedHost, first_tensor
+
+DEVICES = ("cpu", "cuda")  # that autocast is asked of
+
+
+def prediction(output: Any) -> Tensor:
+    """The prediction in a transformer's return value, a row per sample.
+
+    Raises:
+        UnsupportedHost: the return value holds no single tensor, nor a list of equal ones.
+    """
+    sample = _sample(output)
+    if isinstance(sample, Tensor):
+        return sample
+    if isinstance(sample, list) and sample and all(isinstance(each, Tensor) for each in sample):
+        if len({each.shape for each in sample}) == 1:
+            return torch.stack(sample)
+        shapes = [tuple(each.shape) for each in sample]
+        raise UnsupportedHost(
+            f"the samples of one call have the shapes {shapes}, expected one size per call; draw "
+            "samples of another size in a call of their own."
+        )
+    raise UnsupportedHost(
+        f"the transformer returned {type(output).__name__}, expected a tuple of one tensor, a list "
+        "of tensors or an output with a `sample`."
+    )
+
+
+def form_of(output: Any) -> Callable[[Tensor], Any]:
+    """What puts a prediction back into the form of this return value."""
+    listed = isinstance(_sample(output), list)
+    kind = type(output)
+
+    def wrap(sample: Tensor) -> Any:
+        content: Any = list(sample.unbind()) if listed else sample
+        if kind is Tensor or kind is list:
+            return content
+        return (content,) if kind is tuple else kind(content)
+
+    return wrap
+
+
+def _sample(output: Any) -> Any:
+    only = output[0] if isinstance(output, tuple) and len(output) == 1 else output
+    return getattr(only, "sample", only)
+
+
+Path = tuple[int | str, ...]  # where an argument is found
+Rows = Tensor | list[Tensor]  # an argument with a row per sample and branch
+
+
+def take_rows(value: Any, rows: Sequence[int], num_rows: int, listed: bool = False) -> Any:
+    """`value` with every argument of `num_rows` rows cut down to `rows`; others are kept.
+
+    Args:
+        value: arguments of a call, nested in lists, tuples and dicts.
+        rows: numbers of the rows to keep.
+        num_rows: rows of the call.
+        listed: whether the host takes lists with a tensor per row.
+    """
+    if isinstance(value, Tensor) and value.ndim and len(value) == num_rows:
+        return value[torch.as_tensor(rows, device=value.device)]
+    if isinstance(value, list | tuple):
+        if listed and _is_listed(value, num_rows):
+            return type(value)(value[row] for row in rows)
+        return type(value)(take_rows(entry, rows, num_rows, listed) for entry in value)
+    if isinstance(value, dict):
+        return {k: take_rows(entry, rows, num_rows, listed) for k, entry in value.items()}
+    return value
+
+
+def _is_listed(value: Sequence[Any], num_rows: int) -> bool:
+    return len(value) == num_rows and all(isinstance(entry, Tensor) for entry in value)
+
+
+def _leaves(value: Any, listed: bool, path: Path = ()) -> Iterator[tuple[Path, Rows]]:
+    """The tensors of a call with their places; where a host takes lists, those of a row each."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, list | tuple) and listed and _is_listed(value, len(value)):
+        yield path, list(value)
+    elif isinstance(value, list | tuple | dict):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(entry, listed, (*path, key))
+
+
+def _block(value: Rows, count: int, place: int) -> Rows:
+    """One of `count` equal parts of the rows."""
+    size = len(value) // count
+    return value[place * size : (place + 1) * size]
+
+
+def _shape(value: Rows) -> Any:
+    return value.shape if isinstance(value, Tensor) else [entry.shape for entry in value]
+
+
+def _equal(first: Rows, second: Rows) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A call that holds some of the guidance branches that another call held before.
+
+    Args:
+        places: which of its equal parts they are, in the order of this call.
+        branches: their numbers.
+        count: equal parts that it had.
+        rows: rows that it had.
+    """
+
+    places: tuple[int, ...]
+    branches: tuple[int, ...]
+    count: int
+    rows: int
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The rows of this call out of a tensor of the other's, or of its samples."""
+        return torch.cat([tensor.chunk(self.count)[place] for place in self.places])
+
+    def shape(self, shape: torch.Size) -> torch.Size:
+        """The shape in this call of a tensor of the other's."""
+        if not shape or shape[0] != self.rows:
+            return shape
+        return torch.Size((self.rows // self.count * len(self.places), *shape[1:]))
+
+
+class Conditions:
+    """What tells the guidance branches of one call apart, so that they are known in a smaller one.
+
+    Args:
+        arguments: of the call, positional and named.
+        count: branches it holds, more than one.
+        rows: its rows.
+        listed: whether the host takes lists with a tensor per row.
+    """
+
+    def __init__(self, arguments: Any, count: int, rows: int, listed: bool) -> None:
+        self.count, self.rows, self.listed = count, rows, listed
+        self.shared: dict[Path, Any] = {}  # shapes of what all rows share
+        self.shapes: dict[Path, list[Any]] = {}  # by branch, of what has rows
+        self.telling: dict[Path, list[Rows]] = {}  # by branch, where it differs between them
+        for path, value in _leaves(arguments, listed):
+            if not len(_shape(value)) or len(value) != rows:
+                self.shared[path] = _shape(value)
+                continue
+            blocks = [_block(value, count, place) for place in range(count)]
+            self.shapes[path] = [_shape(block) for block in blocks]
+            if not all(_equal(blocks[0], block) for block in blocks[1:]):
+                self.telling[path] = blocks
+
+    def find(self, arguments: Any) -> tuple[int, ...] | None:
+        """Which of the branches a call of fewer rows holds; None where that is not certain.
+
+        Args:
+            arguments: of the call, positional and named.
+        """
+        found = dict(_leaves(arguments, self.listed))
+        if found.keys() != self.shared.keys() | self.shapes.keys():
+            return None
+        if any(_shape(found[path]) != shape for path, shape in self.shared.items()):
+            return None
+        lengths = {len(found[path]) if len(_shape(found[path])) else 0 for path in self.shapes}
+        size = self.rows // self.count
+        if len(lengths) != 1 or not self.telling:
+            return None
+        (length,) = lengths
+        if length % size or not 0 < length < self.rows:
+            return None
+        places = [self._place(found, length // size, place) for place in range(length // size)]
+        known = [place for place in places if place is not None]
+        return tuple(known) if len(set(known)) == len(places) else None
+
+    def _place(self, found: dict[Path, Rows], count: int, place: int) -> int | None:
+        """The branch that one of `count` equal parts of a call is, if there is one such."""
+        fits = [
+            branch
+            for branch in range(self.count)
+            if all(
+                _shape(_block(found[path], count, place)) == shapes[branch]
+                for path, shapes in self.shapes.items()
+            )
+            and all(
+                _equal(_block(found[path], count, place), blocks[branch])
+                for path, blocks in self.telling.items()
+            )
+        ]
+        return fits[0] if len(fits) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -84,3 +277,20 @@ def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
     elif isinstance(value, list | tuple | dict):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from _shapes(entry)
+
+
+def form_of_call(args: tuple, kwargs: dict[str, Any]) -> Hashable:
+    """What kinds of arguments a call has: other shapes, times and prompts make the same form."""
+    return _kind(args), _kind(kwargs), tuple(map(torch.is_autocast_enabled, DEVICES))
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.device, value.ndim
+    if isinstance(value, dict):
+        return tuple((name, _kind(each)) for name, each in sorted(value.items()))
+    if isinstance(value, tuple):
+        return tuple(map(_kind, value))
+    if isinstance(value, list):
+        return frozenset(map(_kind, value))  # a list has an entry per sample
+    return value if value is None or isinstance(value, bool | str) else type(value)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreseer.integration.host.watched import unwatch, watch
+from foreseer.integration.host.methods import replace_method, restore_method
 
 
 def flow_sigmas(scheduler: Any) -> list[float]:
@@ -39,7 +39,7 @@ def flow_sigmas(scheduler: Any) -> list[float]:
     )
 
 
-ROUNDING = 1e-2  # of a time that is told in bfloat16, relative
+ROUNDING = 1e-2  # of a time that is given in bfloat16, relative
 
 
 class Clock:
@@ -69,7 +69,7 @@ class Clock:
         self.check = check
         self.sigmas: list[float] = []
         self.steps_done = 0
-        self._unit = 0.0  # what the network is told per timestep, as its first call shows
+        self._unit = 0.0  # what the network is given per timestep, as its first call shows
         self._wrap()
 
     @property
@@ -86,24 +86,24 @@ class Clock:
         return getattr(self.scheduler, "begin_index", None) or 0
 
     def is_elsewhere(self, time: Tensor | None) -> bool:
-        """Whether the network is told the time of another step than the one now being evaluated.
+        """Whether the network is given the time of another step than the one now being evaluated.
 
-        It is told timesteps or a multiple of them, which the first step shows. A time that is no
-        step's, as of a network that is told something else, says nothing.
+        It is given timesteps or a multiple of them, which the first step shows. A time that is no
+        step's, as of a network that is given something else, says nothing.
 
         Args:
-            time: what it is told; None where that is not known.
+            time: what it is given; None where that is not known.
         """
         if time is None:
             return False
-        told = float(time.flatten()[0])
+        given = float(time.flatten()[0])
         steps = self.scheduler.timesteps[self.begin :].tolist()
         if self.index == 0:
-            self._unit = told / steps[0] if steps[0] else 0.0
+            self._unit = given / steps[0] if steps[0] else 0.0
         times = [self._unit * step for step in steps]
         expected = times[min(self.index, len(times) - 1)]
-        off = abs(told - expected) > ROUNDING * abs(expected)
-        return off and any(abs(told - each) <= 1e-4 * abs(each) for each in times)
+        off = abs(given - expected) > ROUNDING * abs(expected)
+        return off and any(abs(given - each) <= 1e-4 * abs(each) for each in times)
 
     def _wrap(self) -> None:
         scheduler = self.scheduler
@@ -128,9 +128,9 @@ class Clock:
             self.on_step(index, given["model_output"], given["sample"], step_output(result))
             return result
 
-        self._watched = {
-            "set_timesteps": watch(scheduler, "set_timesteps", opening),
-            "step": watch(scheduler, "step", closing),
+        self._replaced = {
+            "set_timesteps": replace_method(scheduler, "set_timesteps", opening),
+            "step": replace_method(scheduler, "step", closing),
         }
 
     def _check_start(self, index: int, found: float) -> None:
@@ -145,12 +145,12 @@ class Clock:
 
     def detach(self) -> None:
         """Give the scheduler its own methods back."""
-        for name, watched in self._watched.items():
-            unwatch(self.scheduler, name, watched)
+        for name, replaced in self._replaced.items():
+            restore_method(self.scheduler, name, replaced)
 
 
 class Pace:
-    """Whether the network's calls keep to the clock: all calls of one step are told one time.
+    """Whether the network's calls keep to the clock: all calls of one step are given one time.
 
     Times are compared only where a step has more calls than any before it: reading one waits for
     the device.
@@ -165,10 +165,10 @@ class Pace:
         """The network is called.
 
         Args:
-            time: what it is told; None where that is not known.
+            time: what it is given; None where that is not known.
 
         Raises:
-            ValueError: the calls before were told another, and no step is over since.
+            ValueError: the calls before were given another, and no step is over since.
         """
         if self.calls == 0:
             self._time = time
@@ -176,10 +176,11 @@ class Pace:
             before, now = self._time.unique(), time.unique()
             if not torch.equal(before, now):
                 raise ValueError(
-                    f"the network is called at the time {_told(now)} after {_told(before)}, but "
-                    "the pipeline's scheduler made no step between: the steps are made elsewhere "
-                    "(by copies of it, as in diffusion forcing, or without it), so they cannot be "
-                    "counted and nothing can be forecast. Run this pipeline without foreseer."
+                    f"the network is called at the time {_in_words(now)} after "
+                    f"{_in_words(before)}, but the pipeline's scheduler made no step between: the "
+                    "steps are made elsewhere (by copies of it, as in diffusion forcing, or "
+                    "without it), so they cannot be counted and nothing can be forecast. Run this "
+                    "pipeline without foreseer."
                 )
         self.calls += 1
 
@@ -188,7 +189,7 @@ class Pace:
         self._most, self.calls = max(self._most, self.calls), 0
 
 
-def _told(times: Tensor) -> str:
+def _in_words(times: Tensor) -> str:
     values = times.tolist()
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 

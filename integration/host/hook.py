@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foreseer.integration.host.running import is_called_elsewhere
-from foreseer.integration.host.trunk import SeenBlocks, SkippedBlocks, first_tensor, stream_of
-from foreseer.integration.host.trunk_facts import Trunk
-from foreseer.integration.host.watched import unwatch, watch
+from foreseer.integration.host.caller import is_called_elsewhere
+from foreseer.integration.host.facts import Trunk
+from foreseer.integration.host.methods import replace_method, restore_method
+from foreseer.integration.host.trunk import ObservedBlocks, SkippedBlocks, first_tensor, stream_of
 
 MARK = "_foreseer_attached"
 CACHE_MODULES = ("_cache", "pyramid_attention_broadcast")  # of diffusers.hooks
@@ -48,18 +48,18 @@ class Attached:
         if getattr(transformer, MARK, None) is not None:
             raise ValueError("foreseer is already attached to this transformer; detach it first.")
         self.transformer = transformer
-        self.watched = watch(
+        self.replaced = replace_method(
             transformer,
             "forward",
             lambda forward, *args, **kwargs: route(forward, args, kwargs),
         )
         object.__setattr__(transformer, MARK, _Mark())
-        while is_called_elsewhere(transformer, self.watched):
+        while is_called_elsewhere(transformer, self.replaced):
             time.sleep(PATIENCE)
 
     def remove(self) -> None:
         """Give the transformer its own forward back."""
-        unwatch(self.transformer, "forward", self.watched)
+        restore_method(self.transformer, "forward", self.replaced)
         object.__delattr__(self.transformer, MARK)
 
 
@@ -189,15 +189,15 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
     if trunk is None:
         yield found
         return
-    watch = _Watch(transformer, trunk, taps, found)
+    tapped = _BlockTaps(transformer, trunk, taps, found)
     lists = {name: block_list(transformer, name) for name in trunk.block_lists}
     handles: list[Any] = []
     if taps & {"hidden", "residual"}:
         head = transformer.get_submodule(trunk.head)
         keep = functools.partial(_keep, found, "hidden", trunk.batch_axis)
         handles.append(head.register_forward_pre_hook(keep, with_kwargs=True))
-    if watch.wanted:
-        seen = {n: SeenBlocks(b, n, watch.entering, watch.leaving) for n, b in lists.items()}
+    if tapped.wanted:
+        seen = {n: ObservedBlocks(b, n, tapped.entering, tapped.leaving) for n, b in lists.items()}
         transformer._modules.update(seen)
     try:
         yield found
@@ -210,7 +210,7 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
             found["residual"] = found["hidden"] - found["trunk_in"]
 
 
-class _Watch:
+class _BlockTaps:
     """What is taken of the blocks as they run.
 
     Args:

@@ -1,21 +1,104 @@
-"""What must hold on a pipeline's own inputs before anything is forecast on its transformer.
+"""What must hold on a pipeline's own inputs before anything is forecast, and how long it holds.
 
 Proven bit for bit on the first call: putting the tap back without running the trunk, stopping after
-the first block, running the last block alone. A host where one of them fails is refused.
+the first block, running the last block alone. A host where one of them fails is refused. What was
+found holds from one attachment to the next for the same modules with the same hooks and methods,
+called in the same form; weights do not enter it, since a tap that is put back runs the operations
+it would have run.
 """
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from foreseer.integration.host.call import Call
+from foreseer.integration.host.call import Call, prediction
+from foreseer.integration.host.facts import Trunk
 from foreseer.integration.host.gate import FirstLook, LastBlock
 from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing
-from foreseer.integration.host.prediction import prediction
+from foreseer.integration.host.layout import Layout
+from foreseer.integration.host.methods import ReplacedMethod
 from foreseer.integration.host.trunk import TrunkTracer, UnsupportedHost
-from foreseer.integration.host.trunk_facts import Trunk
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+CALLED = ("forward", "_old_forward", "_compiled_call_impl")  # what stands on a module's instance
+
+
+@dataclass
+class HostFacts:
+    """What is known of a transformer.
+
+    Args:
+        state: what it was like, see `state_of`.
+        trunk: its trunk and head, once traced.
+        proven: what was proven of it, each with the form of the call it was proven on.
+        layouts: where the tokens of its head's input lie in the output.
+    """
+
+    state: tuple[Any, ...]
+    trunk: Trunk | None = None
+    proven: set[Hashable] = field(default_factory=set)
+    layouts: dict[Hashable, Layout] = field(default_factory=dict)
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, HostFacts] = weakref.WeakKeyDictionary()
+
+
+def facts_of(transformer: nn.Module) -> HostFacts:
+    """What is known of a transformer; nothing where it is not what it was.
+
+    Args:
+        transformer: the host, with or without a session on it.
+    """
+    state, facts = tuple(state_of(transformer)), _known.get(transformer)
+    if facts is None or facts.state != state:
+        facts = _known[transformer] = HostFacts(state)
+    return facts
+
+
+def state_of(transformer: nn.Module) -> Iterator[Any]:
+    """The modules of a transformer with what is called when they are, but for foreseer's own.
+
+    Modules and functions are held weakly: one that took the place of another is never taken for it.
+    """
+    for name, module in transformer.named_modules():
+        yield name, _held(module)
+        values = vars(module)
+        for each in CALLED:
+            if each in values and not _is_own(module, values[each]):
+                yield _held(values[each])
+        for hooks in HOOKS:
+            yield from map(_held, values[hooks].values())
+        registry = values.get("_diffusers_hook")
+        yield from map(_held, getattr(registry, "hooks", {}).values())
+        yield from (_held(values[each]) for each in ("_hf_hook", "processor") if each in values)
+
+
+def _below(value: Any) -> Any:
+    """What a session of foreseer calls, where it has put itself in its place."""
+    while isinstance(value, ReplacedMethod):
+        value = value.method
+    return value
+
+
+def _is_own(module: nn.Module, value: Any) -> bool:
+    """Whether a method is that of the module's class, under a session or not."""
+    own = getattr(_below(value), "__func__", None)
+    return own is not None and own is getattr(type(module), own.__name__, None)
+
+
+def _held(value: Any) -> Any:
+    value = _below(value)
+    if hasattr(value, "__func__"):  # a bound method is a new object whenever it is asked for
+        return _held(value.__func__), _held(value.__self__)
+    try:
+        return value if value is None else weakref.ref(value)
+    except TypeError:  # of a class with slots: taken for another one whenever it is asked for
+        return object()
+
 
 ROWS_TOLERANCE = 1e-2  # products of another batch size round differently, in bfloat16 by 4e-3
 
@@ -60,7 +143,7 @@ def prove(call: Call, taps: set[str], probe: str | None) -> tuple[Trunk, Parts]:
     if "hidden" not in found:
         raise UnsupportedHost(
             f"the head {trunk.head!r} of {type(host).__name__} was not called with a tensor; its "
-            "row in integration/host/trunk_facts.py names another module."
+            "row in integration/host/facts.py names another module."
         )
     check_batch_axis(call, found["hidden"], expected)
     replayed = skipper(forward, args, kwargs, lambda entering: found["hidden"])
@@ -89,7 +172,7 @@ def check_batch_axis(call: Call, hidden: Tensor, expected: Tensor) -> None:
         raise UnsupportedHost(
             f"the head of {type(call.transformer).__name__} is given a tensor of shape "
             f"{tuple(hidden.shape)} for {len(expected)} samples; expected samples first. Use the "
-            "`output` tap, or add a row with its batch_axis to integration/host/trunk_facts.py."
+            "`output` tap, or add a row with its batch_axis to integration/host/facts.py."
         )
 
 

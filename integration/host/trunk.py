@@ -2,7 +2,7 @@
 
 The trunk is the block lists; the head is the first module called after the last block whose first
 tensor argument has the block output's rank, batch and channels. Both are read from one traced
-forward; classes where that finds nothing, or the wrong module, have a row in trunk_facts.py.
+forward; classes where that finds nothing, or the wrong module, have a row in facts.py.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foreseer.errors import UnsupportedHost as UnsupportedHost
-from foreseer.integration.host.trunk_facts import TRUNK_FACTS, Trunk
+from foreseer.integration.host.facts import TRUNK_FACTS, Trunk
 
 
 class SkippedBlocks(nn.ModuleList):
@@ -32,8 +32,8 @@ class SkippedBlocks(nn.ModuleList):
         return iter(())
 
 
-class SeenBlocks(SkippedBlocks):
-    """A view of a block list whose blocks are seen at work, with no hook on any of them.
+class ObservedBlocks(SkippedBlocks):
+    """A view of a block list whose blocks are observed, with no hook on any of them.
 
     A hook on a compiled block would be compiled into it.
 
@@ -59,21 +59,21 @@ class SeenBlocks(SkippedBlocks):
     def __iter__(self) -> Iterator[Any]:
         """A stand-in for every block."""
         for number, block in enumerate(self._modules.values()):
-            yield _SeenBlock(block, f"{self.name}.{number}", self)
+            yield _ObservedBlock(block, f"{self.name}.{number}", self)
 
 
-class _SeenBlock:
+class _ObservedBlock:
     """Calls a block and tells of it; everything else about it is the block's own."""
 
-    def __init__(self, block: Any, name: str, seen: SeenBlocks) -> None:
+    def __init__(self, block: Any, name: str, blocks: ObservedBlocks) -> None:
         self._block = block
         self._name = name
-        self._seen = seen
+        self._list = blocks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._seen.entering(self._name, args, kwargs)
+        self._list.entering(self._name, args, kwargs)
         output = self._block(*args, **kwargs)
-        self._seen.leaving(self._name, output)
+        self._list.leaving(self._name, output)
         return output
 
     def __getattr__(self, attribute: str) -> Any:
@@ -120,7 +120,7 @@ class TrunkTracer:
     def __enter__(self) -> "TrunkTracer":
         """Start watching."""
         seen = {
-            name: SeenBlocks(blocks, name, self._entering, self._leaving)
+            name: ObservedBlocks(blocks, name, self._entering, self._leaving)
             for name, blocks in self.lists.items()
         }
         self.transformer._modules.update(seen)

@@ -20,8 +20,8 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foreseer.integration.host.facts import modulation_places, modulation_width, wave_places
 from foreseer.integration.host.fingerprint import CONDITIONER
-from foreseer.integration.host.time_facts import modulation_places, modulation_width, wave_places
 from foreseer.integration.host.trunk import UnsupportedHost
 
 NUM_FREQUENCIES = 32

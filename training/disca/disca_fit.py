@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.measure import References, generate, item_of, log_error, opened_for
-from foreseer.integration.host.time_facts import modulation_width
+from foreseer.integration.host.facts import modulation_width
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors.neural import DiscaPredictor
 from foreseer.training.descent import Descent

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from foreseer.integration.host.time_facts import time_facts
+from foreseer.integration.host.facts import time_facts
 from foreseer.integration.host.trunk import stream_of
 from foreseer.training.disca.replayed_runs import Forced
 from foreseer.training.plumbing.processes import mean_over_processes

@@ -17,9 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.host.call import Call
+from foreseer.integration.host.call import Call, form_of, prediction
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.prediction import form_of, prediction
 from foreseer.integration.observers import Observer, Source, StepRecord
 from foreseer.integration.runner import Answer, Runner, as_output
 from foreseer.integration.session import Session

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Watched:
+class ReplacedMethod:
     """A method of an instance replaced; the signature and name stay the method's.
 
     Args:
@@ -36,7 +36,7 @@ class Watched:
         return copy.deepcopy(self.method, memo)
 
 
-def watch(owner: Any, name: str, replacement: Callable[..., Any]) -> Watched:
+def replace_method(owner: Any, name: str, replacement: Callable[..., Any]) -> ReplacedMethod:
     """Replace a method on an instance alone, below any hook of diffusers or accelerate on it.
 
     Those hooks come and go while a pipeline runs; what is below them stays.
@@ -44,19 +44,19 @@ def watch(owner: Any, name: str, replacement: Callable[..., Any]) -> Watched:
     Args:
         owner: the instance.
         name: name of the method.
-        replacement: see `Watched`.
+        replacement: see `ReplacedMethod`.
 
     Returns:
-        What stands there now, for `unwatch`.
+        What stands there now, for `restore_method`.
     """
     own = ((holder, slot) for holder, slot in _slots(owner, name) if _is_own(holder, slot, owner))
     holder, slot = next(own, (owner, name))
-    watched = Watched(getattr(holder, slot), replacement)
-    setattr(holder, slot, watched)
-    return watched
+    replaced = ReplacedMethod(getattr(holder, slot), replacement)
+    setattr(holder, slot, replaced)
+    return replaced
 
 
-def unwatch(owner: Any, name: str, watched: Watched) -> None:
+def restore_method(owner: Any, name: str, replaced: ReplacedMethod) -> None:
     """Take a replacement out again, wherever it is by now.
 
     Where something unknown holds on to it, it lets every call through.
@@ -64,16 +64,16 @@ def unwatch(owner: Any, name: str, watched: Watched) -> None:
     Args:
         owner: the instance.
         name: name of the method.
-        watched: what `watch` returned.
+        replaced: what `replace_method` returned.
     """
-    watched.replacement = _let_through
+    replaced.replacement = _let_through
     for holder, slot in _slots(owner, name):
         found = getattr(holder, slot)
-        if found is watched:
-            _put_back(holder, slot, watched.method)
-        while isinstance(found, Watched):
-            if found.method is watched:
-                found.method = watched.method
+        if found is replaced:
+            _put_back(holder, slot, replaced.method)
+        while isinstance(found, ReplacedMethod):
+            if found.method is replaced:
+                found.method = replaced.method
             found = found.method
 
 
@@ -92,7 +92,7 @@ def _slots(owner: Any, name: str) -> list[tuple[Any, str]]:
 def _is_own(holder: Any, slot: str, owner: Any) -> bool:
     """Whether a place holds the instance's own method, or a replacement of it."""
     found = getattr(holder, slot)
-    return isinstance(found, Watched) or getattr(found, "__self__", None) is owner
+    return isinstance(found, ReplacedMethod) or getattr(found, "__self__", None) is owner
 
 
 def _put_back(holder: Any, slot: str, method: Any) -> None:
