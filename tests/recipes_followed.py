@@ -18,11 +18,21 @@ import foreseer as fs
 from foreseer.cli import main
 from foreseer.evaluation.results import load_rows
 from foreseer.evaluation.verify import check_tap, final_latents
+from foreseer.integration.policy import Action, Schedule
 from foreseer.integration.schedule import common_lists
+from foreseer.predictors.base import Step
 from foreseer.predictors.rules import RULES
 
 STEPS, BUDGET = 6, 3
 CALL: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+
+
+class EverySecond(Schedule):
+    """Even steps are anchors."""
+
+    def before(self, step: Step) -> Action:
+        """What becomes of the next call."""
+        return Action.FORECAST if step.index % 2 else Action.RUN
 
 
 def bench(folder: Path) -> dict[str, Any]:
@@ -39,11 +49,10 @@ def bench(folder: Path) -> dict[str, Any]:
     }
 
 
-def forecast(predictor: Any, anchors: Any = None) -> list[int]:
+def forecast(predictor: Any, anchors: Any = None, schedule: Schedule | None = None) -> list[int]:
     """The anchors of a run."""
     pipe = tiny_pipeline()
-    given = {} if anchors is None else {"tap": "hidden"}
-    with fs.forecasting(pipe, predictor, anchors, **given) as run:
+    with fs.forecasting(pipe, predictor, anchors, schedule=schedule) as run:
         images = pipe([0, 2], generator=torch.Generator().manual_seed(0), **CALL).images
     assert len(images) == 2
     return run.report().anchors
@@ -90,6 +99,7 @@ def seen(folder: Path) -> dict[str, Any]:
         "package": str(Path(fs.__file__).parent),
         "predictor": forecast(fs.predictors.Toy(), [0, 2, 4]) and "toy" in RULES,
         "schedule": forecast(fs.predictors.Toy(), fs.schedules.toy(BUDGET, STEPS)),
+        "decided": forecast(fs.predictors.Toy(), schedule=EverySecond()),
         "common": common_lists(BUDGET, STEPS)["toy"],
         "bench": bench(folder),
         "fit": fit(folder),

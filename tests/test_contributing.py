@@ -197,6 +197,10 @@ def test_a_list_is_public_and_measured(seen):
     assert seen["bench"]["lists"]["toy"] == [0, 1, 2]
 
 
+def test_a_rule_that_decides_while_a_run_goes_on_is_taken_as_it_is(seen):
+    assert seen["decided"] == [0, 2, 4]
+
+
 def test_a_row_makes_a_host_exact_that_is_refused_without_it(seen):
     for passed in seen["host"].values():
         assert len(passed) >= 2 and all(passed)
