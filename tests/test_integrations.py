@@ -4,6 +4,7 @@ The stubs have the names and signatures of vllm-omni 0.30.0 and sglang 0.5.23, w
 not run; the networks, the scheduler and the loop are real, at tiny size.
 """
 
+import dataclasses
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,18 @@ def test_sglang_forecasts_what_a_pipeline_does_bit_for_bit(sglang, predictor):
     first = run()
     assert torch.equal(run(), first)
     assert torch.equal(first, expected(predictor))
+
+
+def test_sglang_s_branches_are_those_of_a_fit_that_ran_the_unconditional_one_first(
+    predictor, monkeypatch, tmp_path
+):
+    other = fs.load(predictor)
+    other.weight.copy_(other.weight.flip(0))
+    other.spec = dataclasses.replace(other.spec, first_branch="unconditional")
+    folder = str(fs.save(other, str(tmp_path / "other")))
+    pipe = Pipeline()
+    enter = sglang_hook(monkeypatch, folder)(pipe)
+    assert torch.equal(pipe(enter=enter), expected(predictor))
 
 
 def test_sglang_refuses_in_the_words_of_a_pipeline(sglang, predictor):

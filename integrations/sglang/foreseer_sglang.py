@@ -33,7 +33,8 @@ TARGETS = (
 class Forecasts:
     """The hook around a network's forward: computed at anchors, forecast elsewhere.
 
-    A request keeps its own history. Branches are the engine's: 0 conditional, 1 unconditional.
+    A request keeps its own history. The engine tells the unconditional branch; it is the second
+    one, unless the predictor's file says that the fit ran it first.
     Weights are compared by their values in any layout, as this engine lays them out in its own way.
 
     Args:
@@ -57,9 +58,11 @@ class Forecasts:
             return forward(network, *args, **kw)
         if STATE not in request.extra:
             request.extra[STATE] = ServedNetwork(self.predictor, network, request.scheduler)
-        step, branch = context.current_timestep, int(request.is_cfg_negative)
+        branch = int(request.is_cfg_negative)
+        if self.predictor.spec.first_branch == "unconditional":
+            branch = 1 - branch
         call = functools.partial(forward, network)
-        return request.extra[STATE](step, branch, call, *args, **kw)
+        return request.extra[STATE](context.current_timestep, branch, call, *args, **kw)
 
 
 def register() -> None:
