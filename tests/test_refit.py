@@ -23,6 +23,7 @@ from foreseer.predictors.linear import L2P
 from foreseer.predictors.spectrum import equal_bands
 from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.export import export_predictor
+from foreseer.training.extends import WEIGHTS, differences
 from foreseer.training.l2p import L2PLeastSquares
 from foreseer.training.parts import L2PPartsLeastSquares
 from foreseer.training.refit import refit
@@ -208,6 +209,31 @@ def test_a_recording_of_other_settings_is_refused_with_all_that_differs(
     other = made(tmp_path / "other", 20, 2, **changes)
     with pytest.raises(ValueError, match=match):
         refit(str(place / "predictor"), [other])
+
+
+def test_every_fact_of_a_run_is_compared_or_may_differ(place):
+    spec = load_predictor(place / "predictor").spec
+    may_differ = {"anchors", "recording_digest", "num_trajectories", "metrics", "latent_shapes"}
+    changed = {
+        "tap": "hidden",
+        "sigmas": spec.sigmas[1:],  # their values are compared apart, with a tolerance
+        "host": {},
+        "scheduler": "Other",
+        "num_branches": 1,
+        "guidance_scale": 4.0,
+        "dtype": "float16",
+        "guidance": {name: 4.0 for name in spec.guidance},
+        "branch_steps": (1,),
+        "expert_steps": (0, 3),
+    }
+    assert changed.keys() | may_differ == {field.name for field in dataclasses.fields(spec)}
+    assert not differences(spec, spec)
+    for name, value in changed.items():
+        other = dataclasses.replace(spec, **{name: value})
+        assert differences(other, spec), name
+    without_weights = {k: v for k, v in spec.host.items() if k != "weights_sha256"}
+    other = dataclasses.replace(spec, host=without_weights)
+    assert differences(other, spec) and not differences(other, spec, WEIGHTS)
 
 
 @pytest.mark.parametrize(

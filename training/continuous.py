@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from foreseer.checkpoints.call_settings import first_difference
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors import solve
 from foreseer.predictors.continuous import L2PContinuous
 from foreseer.training.closed_form import ClosedForm, HeldOut
+from foreseer.training.extends import EXPERTS, STEPS, differences
 from foreseer.training.fit_figures import log_figures
 from foreseer.training.l2p import open_recording, spec_of
 from foreseer.trajectories.datamodule import GramDataModule
@@ -278,21 +278,14 @@ def anchor_lists(num_steps: int, num_lists: int, seed: int) -> list[list[int]]:
     return lists
 
 
-ALIKE = ("host", "scheduler", "num_branches", "guidance_scale", "dtype", "branch_steps")
-
-
 def check_alike(first: PredictorSpec, other: PredictorSpec) -> None:
     """Raise unless two recordings differ in nothing but their grid.
 
     Raises:
         ValueError: names what differs.
     """
-    pairs = {name: (getattr(first, name), getattr(other, name)) for name in ALIKE}
-    if name := first_difference(first.guidance, other.guidance):
-        pairs[name] = first.guidance.get(name), other.guidance.get(name)
-    for name, (here, there) in pairs.items():
-        if here != there:
-            raise ValueError(
-                f"the recordings differ in {name}: {here} and {there}, expected only other steps "
-                "or shifts; record them with the same model and guidance."
-            )
+    for name, (here, there) in differences(first, other, STEPS, EXPERTS).items():
+        raise ValueError(
+            f"the recordings differ in {name}: {here} and {there}, expected only other steps "
+            "or shifts; record them with the same model and guidance."
+        )

@@ -1,11 +1,12 @@
 """Whether a recording may be added to a fit: what must be equal, and what may differ."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from foreseer.checkpoints.call_settings import as_settings, first_difference, with_weights_of
 from foreseer.checkpoints.spec import SIGMA_TOLERANCE, PredictorSpec
+from foreseer.training.l2p import spec_of
 from foreseer.training.shipped import ShippedSums
 from foreseer.trajectories.files.header import Header
 from foreseer.trajectories.recording import Recording
@@ -26,23 +27,17 @@ def check_extends(
         ValueError: names all that differs, as found and as expected.
     """
     header = recording.header
-    found, expected = _circumstances(header, spec.tap), _expected(spec)
+    tap = spec.tap if spec.tap in header.taps else " ".join(header.taps)
+    found = spec_of(header, tap, spec.anchors, len(recording))
+    guidance = with_weights_of(spec.guidance, found.guidance)
+    pairs = differences(found, dataclasses.replace(spec, guidance=guidance), WEIGHTS)
     if partition is not None:
-        name = gram.removeprefix("gram/")
-        found["partition"] = header.recipe.get("partitions", {}).get(name)
-        expected["partition"] = partition
-    differing = [
-        f"{name} is {found[name]}, expected {expected[name]}"
-        for name in expected
-        if found[name] != expected[name]
-    ]
-    guidance = as_settings(header.guidance)
-    setting = first_difference(with_weights_of(spec.guidance, guidance), guidance)
-    if setting is not None:
-        expected_setting = spec.guidance.get(setting)
-        differing.append(f"{setting} is {guidance.get(setting)}, expected {expected_setting}")
-    pairs = zip(header.sigmas, spec.sigmas, strict=False)
-    gap, step = max((abs(a - b), i) for i, (a, b) in enumerate(pairs))
+        own = header.recipe.get("partitions", {}).get(gram.removeprefix("gram/"))
+        if own != partition:
+            pairs["partition"] = own, partition
+    differing = [f"{name} is {here}, expected {there}" for name, (here, there) in pairs.items()]
+    both = zip(header.sigmas, spec.sigmas, strict=False)
+    gap, step = max((abs(a - b), i) for i, (a, b) in enumerate(both))
     if gap > SIGMA_TOLERANCE:
         differing.append(
             f"step {step} has sigma {header.sigmas[step]:.6f}, expected {spec.sigmas[step]:.6f}"
@@ -54,34 +49,37 @@ def check_extends(
         )
 
 
-def _circumstances(header: Header, tap: str) -> dict[str, Any]:
-    return {
-        "tap": tap if tap in header.taps else " ".join(header.taps),
-        "number of steps": len(header.sigmas),
-        "number of branches": header.num_branches,
-        "guidance_scale": round(header.scheduler["guidance_scale"], 6),
-        "steps of the branches": list(header.branch_steps),
-        "first steps of the transformers": list(header.expert_steps),
-        "scheduler": header.scheduler["class"],
-        "dtype": header.dtype,
-        "transformer class": header.host.get("class"),
-        "transformer configuration": header.host.get("config_sha256"),
-    }
+STEPS, EXPERTS, WEIGHTS = "number of steps", "first steps of the transformers", "weights"
+FACTS: Mapping[str, Callable[[PredictorSpec], Any]] = {
+    "tap": lambda spec: spec.tap,
+    STEPS: lambda spec: len(spec.sigmas),
+    "number of branches": lambda spec: spec.num_branches,
+    "guidance_scale": lambda spec: round(spec.guidance_scale, 6),
+    "steps of the branches": lambda spec: list(spec.branch_steps),
+    EXPERTS: lambda spec: list(spec.expert_steps),
+    "scheduler": lambda spec: spec.scheduler,
+    "dtype": lambda spec: spec.dtype,
+    "transformer class": lambda spec: spec.host.get("class"),
+    "transformer configuration": lambda spec: spec.host.get("config_sha256"),
+    WEIGHTS: lambda spec: spec.host.get("weights_sha256"),
+}
+"""What a run is told by, beside its sigmas and settings; a new fact needs a line."""
 
 
-def _expected(spec: PredictorSpec) -> dict[str, Any]:
-    return {
-        "tap": spec.tap,
-        "number of steps": len(spec.sigmas),
-        "number of branches": spec.num_branches,
-        "guidance_scale": round(spec.guidance_scale, 6),
-        "steps of the branches": list(spec.branch_steps),
-        "first steps of the transformers": list(spec.expert_steps),
-        "scheduler": spec.scheduler,
-        "dtype": spec.dtype,
-        "transformer class": spec.host.get("class"),
-        "transformer configuration": spec.host.get("config_sha256"),
-    }
+def differences(
+    found: PredictorSpec, expected: PredictorSpec, *left_out: str
+) -> dict[str, tuple[Any, Any]]:
+    """What two runs differ in, by name: as found and as expected.
+
+    Args:
+        found: of one run.
+        expected: of the other.
+        left_out: facts that may differ.
+    """
+    pairs = {n: (fact(found), fact(expected)) for n, fact in FACTS.items() if n not in left_out}
+    if name := first_difference(expected.guidance, found.guidance):
+        pairs[name] = found.guidance.get(name), expected.guidance.get(name)
+    return {name: (here, there) for name, (here, there) in pairs.items() if here != there}
 
 
 def check_one_host(first: Recording, other: Recording) -> None:
