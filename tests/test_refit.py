@@ -225,12 +225,15 @@ def test_every_fact_of_a_run_is_compared_or_may_differ(place):
         "guidance": {name: 4.0 for name in spec.guidance},
         "branch_steps": (1,),
         "expert_steps": (0, 3),
+        "first_branch": "unconditional",
     }
+    spec = dataclasses.replace(spec, first_branch="conditional")
     assert changed.keys() | may_differ == {field.name for field in dataclasses.fields(spec)}
     assert not differences(spec, spec)
     for name, value in changed.items():
         other = dataclasses.replace(spec, **{name: value})
         assert differences(other, spec), name
+    assert not differences(dataclasses.replace(spec, first_branch=""), spec)  # not known
     without_weights = {k: v for k, v in spec.host.items() if k != "weights_sha256"}
     other = dataclasses.replace(spec, host=without_weights)
     assert differences(other, spec) and not differences(other, spec, WEIGHTS)

@@ -57,13 +57,14 @@ FACTS: Mapping[str, Callable[[PredictorSpec], Any]] = {
     "guidance_scale": lambda spec: round(spec.guidance_scale, 6),
     "steps of the branches": lambda spec: list(spec.branch_steps),
     EXPERTS: lambda spec: list(spec.expert_steps),
+    "first branch": lambda spec: spec.first_branch,
     "scheduler": lambda spec: spec.scheduler,
     "dtype": lambda spec: spec.dtype,
     "transformer class": lambda spec: spec.host.get("class"),
     "transformer configuration": lambda spec: spec.host.get("config_sha256"),
     WEIGHTS: lambda spec: spec.host.get("weights_sha256"),
 }
-"""What a run is told by, beside its sigmas and settings; a new fact needs a line."""
+"""What a run is told by, beside its sigmas and settings; "" where an older file does not tell."""
 
 
 def differences(
@@ -79,7 +80,8 @@ def differences(
     pairs = {n: (fact(found), fact(expected)) for n, fact in FACTS.items() if n not in left_out}
     if name := first_difference(expected.guidance, found.guidance):
         pairs[name] = found.guidance.get(name), expected.guidance.get(name)
-    return {name: (here, there) for name, (here, there) in pairs.items() if here != there}
+    told = {name: pair for name, pair in pairs.items() if "" not in pair}
+    return {name: (here, there) for name, (here, there) in told.items() if here != there}
 
 
 def check_one_host(first: Recording, other: Recording) -> None:
