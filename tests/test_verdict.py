@@ -322,7 +322,7 @@ def test_an_estimate_is_graded_by_the_bounds_of_inspect(gain, words):
     line = open_loop_line([found, other])
     assert line.startswith(f"verdict: {words}")
     assert "; 6 evaluations: 7.0 dB below the best formula on these anchors (reuse), do not" in line
-    assert "--budgets '[8, 6]'" in line
+    assert "--budgets 8,6" in line
 
 
 @pytest.mark.parametrize(
