@@ -132,10 +132,16 @@ class LineChart(Chart):
             raise ValueError(f"the chart {self.caption!r} has no point to draw; leave it out.")
 
     def values(self) -> Table:
-        """A line per x, a column per curve."""
-        found = [dict(curve.points) for curve in self.curves]
-        heads = [self.axes.x, *(curve.label for curve in self.curves)]
-        return heads, [[f"{x:g}", *(self._said(y.get(x)) for y in found)] for x in self._xs()]
+        """A line per x and a column per curve, or the other way round where x are fewer."""
+        xs, found = self._xs(), [dict(curve.points) for curve in self.curves]
+        labels, cells = [curve.label for curve in self.curves], [f"{x:g}" for x in xs]
+        if len(xs) < len(labels):
+            lines = [[self._said(y.get(x)) for x in xs] for y in found]
+            return [self.axes.x, *cells], [
+                [name, *of] for name, of in zip(labels, lines, strict=True)
+            ]
+        lines = [[self._said(y.get(x)) for y in found] for x in xs]
+        return [self.axes.x, *labels], [[x, *of] for x, of in zip(cells, lines, strict=True)]
 
     def words(self) -> str:
         """Axes and number of curves."""
@@ -249,7 +255,13 @@ class LineChart(Chart):
                 "gid": f"mark{index}",
             }
             style["fontweight"] = "bold" if curve.kind == "learned" else "normal"
-            line = {"color": colours[index], "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2}
+            line = {
+                "color": colours[index],
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 2,
+                "gid": style["gid"],
+            }
             panel.annotate(
                 curve.label,
                 ends[index] or (left, place_y),

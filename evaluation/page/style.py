@@ -97,7 +97,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
     + (  # figures
         """
 .drawing { overflow-x: auto; }
-.drawing svg { display: block; width: 100%; height: auto; max-width: 72rem; min-width: 34rem;
+.drawing svg { display: block; width: 100%; height: auto; max-width: 72rem; min-width: 44rem;
   stroke-linejoin: round; }
 .pair .drawing svg { max-width: 28rem; min-width: 15rem; }
 .drawing text { font-variant-numeric: tabular-nums; }
