@@ -71,6 +71,13 @@ def test_the_samples_themselves_are_written_at_their_own_size(generate, tmp_path
     assert re.search(told, printed)
 
 
+def test_what_takes_long_shows_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0)
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    module.timed(tiny_pipeline(), [{"class_labels": 1}], 0, "full run", settings)
+    assert "full run:   0%|" in capsys.readouterr().err
+
+
 def test_a_large_image_stays_large(tmp_path):
     (path,) = save_samples(torch.rand(1, 3, 1024, 1024), tmp_path / "new", "full")
     with Image.open(path) as image:
