@@ -4,6 +4,7 @@
 # make docs    the documentation site, in site/: open site/index.html
 # make test    check, tests on the source tree, those of files on the wheel from another folder;
 #              JOBS=8 takes 8 processes instead of 2
+# make oldest  the tests of deploying, recording and fitting on the lowest versions of pyproject.toml
 # make test-all  the same with the cases marked `nightly`; notes in tests/LAST_FULL_RUN.txt that it ran
 
 PYTHON ?= python3
@@ -17,15 +18,19 @@ unexport PYTHONPATH
 
 DEV := .venv/bin/python
 TEST := .venv-test/bin/python
+OLDEST := .venv-oldest/bin/python
 # A file's tests share what they have prepared, so files are dealt out, not tests, in their order.
 JOBS ?= 2
 PYTEST := -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=20
 FULL_RUN := tests/LAST_FULL_RUN.txt
 # What an installation can break: all that is looked up beside the code, or started by its name.
 OF_FILES := 'zoo|configs|__file__|foreseer\.cli|sys\.executable'
+OLDEST_TESTS := core predictors rules checkpoints forecasting modes adaptive schedules hosts \
+	pixel_pipeline pixel_flux_pipeline recorder kept_inputs shards repair merge dataset gram face \
+	any_anchors refit lesa_training search_command benchmark verify_pipeline generate cli mistakes
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo dev docs check test test-all editable test-source test-wheel clean
+.PHONY: demo dev docs check test test-all editable test-source test-wheel oldest clean
 
 demo: .venv/.installed
 	@$(DEV) -m foreseer demo --out runs/demo
@@ -73,8 +78,17 @@ test-wheel: .venv-test/.installed
 	"$(CURDIR)/$(TEST)" $(PYTEST) -m "not (slow or fault or nightly)" \
 	$$(grep -lE $(OF_FILES) tests/test_*.py)
 
+# Now and then, not in `make test`: torch of that age comes with CUDA, 7 GB on disk. In one process.
+oldest:
+	$(PYTHON) -m venv --clear .venv-oldest
+	$(OLDEST) $(PIP_INSTALL) --constraint .ci/oldest.txt torch
+	$(OLDEST) $(PIP_INSTALL) --constraint .ci/oldest.txt --editable ".[train]" \
+	accelerate beartype hypothesis markdown-it-py peft pytest
+	$(OLDEST) -m pytest -q $(addprefix tests/test_,$(addsuffix .py,$(OLDEST_TESTS))) \
+	-k "not ernie and not zimage and not ltx2 and not count_tokens_first and not host_without_taps and not why_a_host"
+
 clean:
-	rm -rf .venv .venv-test build dist src/foreseer.egg-info packages/foreseer-zoo/build
+	rm -rf .venv .venv-test .venv-oldest build dist src/foreseer.egg-info packages/foreseer-zoo/build
 
 # With pip's bars: this is what a newcomer waits for.
 .venv/.installed: pyproject.toml

@@ -12,6 +12,7 @@ from foreseer import extras
 from foreseer.cli import main
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+OLDEST = PYPROJECT.parent / ".ci" / "oldest.txt"
 BLOCKED = f"""
 import sys
 sys.modules.update(dict.fromkeys({sorted(extras.OF_EXTRAS["train"])}))
@@ -71,3 +72,12 @@ def test_the_extras_are_those_of_the_package():
     for extra, packages in extras.OF_EXTRAS.items():
         names = {re.split(r"[^\w-]", line)[0] for line in declared[extra]}
         assert names - {"fsspec"} == set(packages.values())
+
+
+@pytest.mark.skipif(not OLDEST.exists(), reason="needs the checkout")
+def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
+    pins = OLDEST.read_text().splitlines()[1:]
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    bounds = {re.sub(r"\[.*?\]", "", each).replace(">=", "==") for each in declared}
+    assert set(pins) == bounds

@@ -15,7 +15,7 @@ from foreseer.cli import main
 from foreseer.evaluation.verified import table, verdict
 from foreseer.evaluation.verify import Check, final_latents, verify_pipeline
 from foreseer.integration.host.trunk import UnsupportedHost
-from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.load import DTYPE, load_pipeline
 from foreseer.integration.pipelines.pipeline_call import (
     call_settings,
     first_samples,
@@ -221,7 +221,7 @@ def test_a_pipeline_on_the_hub_is_found_by_its_name(folder, tmp_path, monkeypatc
     seen, made = [], load_pipeline(folder)
     monkeypatch.setattr(
         "foreseer.integration.pipelines.load.DiffusionPipeline.from_pretrained",
-        lambda name, dtype, **safely: seen.append((name, dtype, safely)) or made,
+        lambda name, **given: seen.append((name, given.pop(DTYPE), given)) or made,
     )
     load_pipeline("owner/name", torch.bfloat16)
     safely = {"use_safetensors": True, "trust_remote_code": False}
