@@ -24,7 +24,8 @@ from foreseer.integration.schedule import PUBLISHED_L2P, uniform, warped
 from foreseer.predictors.rules import RULES
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.export import export_predictor
-from foreseer.training.l2p import L2PAdam, L2PLeastSquares, L2PModule
+from foreseer.training.gram_fit import GramFit
+from foreseer.training.l2p import L2PAdam, L2PLeastSquares
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record as record_trajectories
@@ -130,7 +131,7 @@ def fit(
 
 def fit_one(kind: str, tap: str, recording: str, anchors: Sequence[int], out: Path) -> None:
     """Fit one predictor and export it with its fit time."""
-    module: L2PModule
+    module: GramFit
     data: lightning.LightningDataModule
     if kind == "closed_loop":
         module = L2PClosedLoop(recording, PIPELINE, anchors, tap)

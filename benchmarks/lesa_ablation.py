@@ -33,9 +33,9 @@ from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.training.export import export_predictor
-from foreseer.training.l2p import spec_of
 from foreseer.training.lesa.lesa_fit import LesaModule
 from foreseer.training.lesa.linear_refit import refit
+from foreseer.training.recorded import spec_of
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record as record_trajectories

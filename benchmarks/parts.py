@@ -28,8 +28,7 @@ from foreseer.predictors.per_part import FreqCa
 from foreseer.predictors.rules import HiCache, Reuse, Taylor
 from foreseer.predictors.spectrum import Bands, equal_bands
 from foreseer.training.clusters import cluster_channels, fit_hyca, random_groups
-from foreseer.training.l2p import spec_of
-from foreseer.training.parts import stack_part_grams
+from foreseer.training.recorded import spec_of, stack_part_grams
 from foreseer.trajectories.gram import relative_errors
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record

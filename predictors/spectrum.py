@@ -3,6 +3,7 @@
 Shapes: B batch, N tokens, D channels, P bands, S sampling steps.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -186,7 +187,7 @@ def partition_from(description: Mapping[str, Any]) -> Partition:
     """The partition that `describe` told of.
 
     Raises:
-        ValueError: it names no partition, or lacks an argument.
+        ValueError: it names no partition, or has other arguments.
     """
     known: dict[str, type[Bands] | type[ChannelGroups]]
     known = {"Bands": Bands, "ChannelGroups": ChannelGroups}
@@ -194,7 +195,7 @@ def partition_from(description: Mapping[str, Any]) -> Partition:
     name = description.get("class")
     if name not in known:
         raise ValueError(f"found the partition {name!r}, expected one of {sorted(known)}.")
-    try:
-        return known[name](**arguments)
-    except TypeError as error:
-        raise ValueError(f"{name} does not take {sorted(arguments)}: {error}") from error
+    takes = sorted(inspect.signature(known[name]).parameters)
+    if sorted(arguments) != takes:
+        raise ValueError(f"found {name} with {sorted(arguments)}, expected {takes}.")
+    return known[name](**arguments)

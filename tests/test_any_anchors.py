@@ -16,8 +16,8 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.any_anchors import L2PGram, interpolation, regrid
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
-from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.export import export_command, export_predictor
+from foreseer.training.l2p import L2PGramModule
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.gram import gram
 from foreseer.trajectories.recorder import record

@@ -114,16 +114,21 @@ def changed(checkpoint: Path, out: Path, change) -> str:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: c["hyper_parameters"].update(recording="gone/away"), "gone/away, which is not"),
+        (lambda c: c["hyper_parameters"].update(recordings=["gone/away"]), "away, which is not"),
+        (lambda c: c["hyper_parameters"].update(digests=["0123"]), "recipe 0123, .* was replaced"),
+        (
+            lambda c: c["hyper_parameters"].update({"class": "Taylor"}),
+            "of a Taylor, expected one of",
+        ),
         (lambda c: c["hyper_parameters"].pop("tap"), r"lacks the hyper-parameters \['tap'\]"),
         (
             lambda c: c.pop("hyper_parameters"),
-            r"lacks the hyper-parameters \['recording', 'anchors'",
+            r"lacks the hyper-parameters \['recordings', 'digests'",
         ),
-        (lambda c: c["state_dict"].pop("predictor.weight"), "or the tensor predictor.weight"),
+        (lambda c: c["state_dict"].pop("predictor.weight"), "or the tensors of a predictor"),
         (
             lambda c: c["state_dict"].update({"predictor.weight": torch.zeros(2, 4, 4)}),
-            r"rows of shape \(2, 4, 4\), but its recording .* asks for \(2, 6, 6\)",
+            "(?s)does not hold the predictor it describes .*size mismatch for weight",
         ),
     ],
 )

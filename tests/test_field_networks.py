@@ -24,7 +24,8 @@ from foreseer.evaluation.verify import (
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.denoisers import others_of, transformers_of
 from foreseer.predictors.rules import Reuse, Taylor
-from foreseer.training.l2p import rows_predictor, spec_of
+from foreseer.training.l2p import rows_predictor
+from foreseer.training.recorded import spec_of
 from foreseer.trajectories.inspect_pipeline import inspected
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record

@@ -14,14 +14,13 @@ from foreseer.evaluation.page.sheet import SMALLEST
 from foreseer.predictors.base import Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.continuous import L2PContinuousModule, SeveralGrams
 from foreseer.training.disca import disca_fit as disca
 from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.fit_figures import NUM_SAMPLES, SAMPLES, StepMeans
 from foreseer.training.fit_report import FitReport
-from foreseer.training.l2p import L2PAdam, L2PLeastSquares
+from foreseer.training.l2p import L2PAdam, L2PGramModule, L2PLeastSquares
 from foreseer.training.lesa.lesa_fit import LesaModule
 from foreseer.training.plumbing.board import Board
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule

@@ -26,7 +26,8 @@ from foreseer.integration.host.proof import prove
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.session import Session
 from foreseer.predictors.rules import Reuse
-from foreseer.training.l2p import rows_predictor, spec_of
+from foreseer.training.l2p import rows_predictor
+from foreseer.training.recorded import spec_of
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

@@ -30,7 +30,8 @@ from foreseer.training.clusters import (
     random_groups,
 )
 from foreseer.training.export import export_command, export_predictor
-from foreseer.training.parts import L2PPartsLeastSquares, stack_part_grams
+from foreseer.training.l2p import L2PLeastSquares
+from foreseer.training.recorded import stack_part_grams
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.files.shards import read_shard
 from foreseer.trajectories.gram import relative_errors, squared_errors
@@ -233,8 +234,8 @@ def test_a_part_that_is_zero_at_an_anchor_is_refused():
 
 
 @pytest.fixture(scope="module", params=["bands", "groups"])
-def fitted(request, recording) -> tuple[L2PPartsLeastSquares, Path]:
-    module = L2PPartsLeastSquares(str(recording.folder), ANCHORS, "hidden", request.param)
+def fitted(request, recording) -> tuple[L2PLeastSquares, Path]:
+    module = L2PLeastSquares(str(recording.folder), ANCHORS, "hidden", partition=request.param)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, **quiet)
     data = GramDataModule(str(recording.folder), f"hidden/{request.param}", 0.0)
@@ -270,7 +271,7 @@ def test_an_exported_fit_deploys_and_keeps_its_part_grams(fitted, recording, tmp
 
 def test_a_partition_that_was_not_recorded_is_refused_by_name(recording):
     with pytest.raises(ValueError, match=r"hidden/bands.*not 'output/bands'"):
-        L2PPartsLeastSquares(str(recording.folder), ANCHORS, "output", "bands")
+        L2PLeastSquares(str(recording.folder), ANCHORS, "output", partition="bands")
 
 
 # ----------------------------------------------------------------------------------------- clusters

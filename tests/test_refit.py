@@ -21,11 +21,9 @@ from foreseer.fit_commands import refit as refit_command
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.spectrum import equal_bands
-from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.export import export_predictor
 from foreseer.training.extends import WEIGHTS, differences
-from foreseer.training.l2p import L2PLeastSquares
-from foreseer.training.parts import L2PPartsLeastSquares
+from foreseer.training.l2p import L2PGramModule, L2PLeastSquares
 from foreseer.training.refit import refit
 from foreseer.training.shipped import read_sums, trajectory_digests, write_sums
 from foreseer.trajectories.files.merge import merge
@@ -60,7 +58,9 @@ def lora_pipe() -> Any:
 def least_squares(recording: str, out: Path) -> str:
     """A predictor fitted in closed form on all of a recording, exported with its sums."""
     module = L2PLeastSquares(recording, ANCHORS, ridge=RIDGE)
-    module.set_rows(rows_fitted(Recording(recording).stack("gram/output"), ANCHORS, RIDGE))
+    module.predictor.set_rows(
+        rows_fitted(Recording(recording).stack("gram/output"), ANCHORS, RIDGE)
+    )
     module.num_trajectories.fill_(len(Recording(recording)))
     return str(export_predictor(module, out, {"psnr_db": 30.0}))
 
@@ -283,7 +283,7 @@ def test_rows_of_parts_are_solved_on_the_grams_of_the_parts(tmp_path):
     recordings = [
         made(tmp_path / name, first, 4, partitions=bands) for name, first in (("a", 0), ("b", 4))
     ]
-    module = L2PPartsLeastSquares(recordings[0], ANCHORS, "hidden", "bands")
+    module = L2PLeastSquares(recordings[0], ANCHORS, "hidden", partition="bands")
     module.predictor.weight.copy_(
         rows_fitted(Recording(recordings[0]).stack("gram/hidden/bands"), ANCHORS)
     )
@@ -323,7 +323,7 @@ def test_rows_of_several_transformers_stay_apart(tmp_path):
     ]
     grams = torch.cat([Recording(each).stack("gram/output") for each in recordings])
     module = L2PLeastSquares(recordings[0], anchors)
-    module.set_rows(rows_fitted(grams[:4], anchors, RIDGE, [0, 3]))
+    module.predictor.set_rows(rows_fitted(grams[:4], anchors, RIDGE, [0, 3]))
     export_predictor(module, tmp_path / "predictor", {})
     found: Any = refit(str(tmp_path / "predictor"), recordings[1:], RIDGE)
     assert type(found.predictor) is L2P
@@ -332,7 +332,7 @@ def test_rows_of_several_transformers_stay_apart(tmp_path):
     assert not found.predictor.weight[:, 3:, :3].any()
     load_predictor(write(found, tmp_path / "new"))
     with pytest.raises(ValueError, match="2 transformers that take over at the steps"):
-        L2PPartsLeastSquares(recordings[0], anchors, "output", "bands")
+        L2PLeastSquares(recordings[0], anchors, "output", "bands")
 
 
 @pytest.mark.parametrize("budget", [6, 8, 11])
@@ -345,7 +345,7 @@ def test_rows_fitted_in_closed_loop_are_not_replaced_by_least_squares(budget):
 def test_rows_of_any_usual_ridge_count_as_the_closed_form(place, tmp_path, ridge):
     grams = Recording(str(place / "a")).stack("gram/output")
     module = L2PLeastSquares(str(place / "a"), ANCHORS)
-    module.set_rows(rows_fitted(grams[:4], ANCHORS, ridge))  # one was held out
+    module.predictor.set_rows(rows_fitted(grams[:4], ANCHORS, ridge))  # one was held out
     export_predictor(module, tmp_path / "predictor", {})
     refit(str(tmp_path / "predictor"), [str(place / "b")], RIDGE)
 

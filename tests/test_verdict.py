@@ -25,15 +25,13 @@ from foreseer.predictors.base import History, Predictor, Step
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.rules import RULES, Reuse, Taylor
 from foreseer.predictors.spectrum import equal_bands
-from foreseer.training.any_anchors import L2PGramModule
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.continuous import L2PContinuousModule, SeveralGrams
 from foreseer.training.disca import disca_fit as disca
 from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.export import export_command
-from foreseer.training.l2p import L2PAdam, L2PLeastSquares
+from foreseer.training.l2p import L2PAdam, L2PGramModule, L2PLeastSquares
 from foreseer.training.lesa.lesa_fit import LesaModule
-from foreseer.training.parts import L2PPartsLeastSquares
 from foreseer.training.verdict_callbacks import NO_HELD_OUT
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.recorder import record
@@ -127,7 +125,7 @@ FITS: dict[str, Any] = {
     "adam": lambda place: L2PAdam(place, ANCHORS, "hidden"),
     "gram": lambda place: L2PGramModule(place, ANCHORS, "hidden"),
     "continuous": lambda place: L2PContinuousModule([place], ANCHORS, "hidden", num_lists=4),
-    "parts": lambda place: L2PPartsLeastSquares(place, ANCHORS, "hidden", "bands"),
+    "parts": lambda place: L2PLeastSquares(place, ANCHORS, "hidden", partition="bands"),
 }
 
 
@@ -295,7 +293,7 @@ def test_a_refit_is_judged_on_trajectories_it_was_solved_without(folder, tmp_pat
         kept = [item for item in range(8) if item != left]
         without = L2PLeastSquares(place, ANCHORS, "hidden", ridge=1e-3)
         total = Recording(place).stack("gram/hidden", kept).double().sum(0)
-        without.set_rows(rows_fitted(total[None], ANCHORS, 1e-3))
+        without.predictor.set_rows(rows_fitted(total[None], ANCHORS, 1e-3))
         one = (Recording(place), [left], "hidden", ANCHORS)
         squares["mine"].append(piled_up(without.predictor, *one))
         squares[rival].append(piled_up(RULES[rival], *one))

@@ -3,17 +3,14 @@
 Shapes: n trajectories, S sampling steps.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning
 import torch
 from jaxtyping import Float
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from foreseer.training.plumbing.resuming import Resumable
-from foreseer.training.verdict_callbacks import OpenLoopVerdict
+from foreseer.training.predictor_fit import PredictorFit
 
 ONE_PARAMETER = "needed_by_ddp"
 
@@ -38,16 +35,12 @@ class HeldOut:
         return self.total / self.count
 
 
-class ClosedForm(Resumable):
+class ClosedForm(PredictorFit):
     """A fit that is solved for, in one step: nothing is descended to.
 
     It may run on several processes: each gets the whole sum of the Grams (`GramDataModule`) and
     solves for the same rows.
     """
-
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """End the fit with its verdict."""
-        return [OpenLoopVerdict()]
 
     def setup(self, stage: str) -> None:
         """Give DistributedDataParallel the parameter without which it refuses a module."""

@@ -23,7 +23,9 @@ from foreseer.training.gauss_newton import (
     feature_bases,
     linearise,
 )
-from foreseer.training.l2p import L2PModule
+from foreseer.training.gram_fit import GramFit
+from foreseer.training.l2p import rows_predictor
+from foreseer.training.recorded import open_recording
 from foreseer.training.tracking import check_branches, track
 from foreseer.training.verdict_callbacks import StartVerdict, Verdict
 from foreseer.trajectories.gram_sums import sum_grams
@@ -33,7 +35,7 @@ LINEARISED = "linearised"  # what the checkpoint keeps of an epoch's batches
 MOVES = "moves"  # and of the start: LAPACK may round otherwise in another process
 
 
-class L2PClosedLoop(L2PModule):
+class L2PClosedLoop(GramFit):
     """Fit rows on the error of the finished sample, never ending below the best analytic rule.
 
     1. The formula (or AB2) with the least closed-loop error on these anchors is the start.
@@ -75,7 +77,8 @@ class L2PClosedLoop(L2PModule):
         device: str | None = None,
         dtype: str | None = None,
     ) -> None:
-        super().__init__(recording, anchors, tap)
+        opened = open_recording(recording, tap)
+        super().__init__([opened], anchors, tap, rows_predictor(opened.header, anchors))
         self.automatic_optimization = False
         if not self.recording.header.states:
             raise ValueError(f"{recording} holds no states; record it again with states: true.")
@@ -221,7 +224,7 @@ class L2PClosedLoop(L2PModule):
     def _consider(self, rows: Float[Tensor, "branches S S"], error: float) -> None:
         if error < float(self.best_error):
             self.best_error.fill_(error)
-            self.set_rows(rows)
+            self.predictor.set_rows(rows)
 
     def _error(self, rows: Float[Tensor, "branches S S"], references: References) -> float:
         errors = closed_loop_errors(

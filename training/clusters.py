@@ -15,8 +15,7 @@ from torch import Tensor
 
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.per_part import POOL, HyCa
-from foreseer.training.l2p import spec_of
-from foreseer.training.parts import stack_part_grams
+from foreseer.training.recorded import spec_of, stack_part_grams
 from foreseer.trajectories.gram import squared_errors
 from foreseer.trajectories.recording import Recording
 

@@ -17,10 +17,9 @@ from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors import solve
 from foreseer.predictors.continuous import L2PContinuous
-from foreseer.training.closed_form import ClosedForm, HeldOut
 from foreseer.training.extends import EXPERTS, STEPS, differences
-from foreseer.training.fit_figures import log_figures
-from foreseer.training.l2p import open_recording, spec_of
+from foreseer.training.gram_fit import ClosedGramFit, Sum
+from foreseer.training.recorded import open_recording, spec_of
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.gram import relative_errors
 
@@ -31,7 +30,7 @@ Equations = dict[int, tuple[Tensor, Tensor]]
 """Normal matrix (branches, M, M) and right side (branches, M), by the number of differences."""
 
 
-class L2PContinuousModule(ClosedForm):
+class L2PContinuousModule(ClosedGramFit):
     """Fit the corrections on all recordings together, in closed form (set `max_epochs: 1`).
 
     Args:
@@ -53,6 +52,7 @@ class L2PContinuousModule(ClosedForm):
     """
 
     fit_name = "continuous"
+    errors_label = "held out, drawn anchors"
 
     def __init__(
         self,
@@ -68,71 +68,33 @@ class L2PContinuousModule(ClosedForm):
         sigma_margin: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.recordings = [open_recording(folder, tap) for folder in recordings]
-        self.recording = self.recordings[0]
-        self.headers = [recording.header for recording in self.recordings]
-        self.anchors = check_anchors(anchors, len(self.headers[0].sigmas))
-        self.tap = tap
+        opened = [open_recording(folder, tap) for folder in recordings]
+        first, *_ = headers = [recording.header for recording in opened]
+        for header in headers:
+            check_alike(spec_of(first, tap, anchors, 0), spec_of(header, tap, anchors, 0))
+        grids = [header.sigmas for header in headers]
+        lengths = [len(grid) for grid in grids]
+        predictor = L2PContinuous(
+            grids,
+            first.num_branches,
+            order,
+            degree,
+            min(lengths) if min_steps is None else min_steps,
+            max(lengths) if max_steps is None else max_steps,
+            sigma_margin,
+        )
+        super().__init__(opened, check_anchors(anchors, lengths[0]), tap, predictor)
         self.ridge = ridge
         self.num_lists = num_lists
         self.seed = seed
-        for header in self.headers:
-            check_alike(spec_of(self.headers[0], tap, anchors, 0), spec_of(header, tap, anchors, 0))
-        grids = [header.sigmas for header in self.headers]
-        lengths = [len(grid) for grid in grids]
-        arguments: dict[str, Any] = {
-            "order": order,
-            "degree": degree,
-            "min_steps": min(lengths) if min_steps is None else min_steps,
-            "max_steps": max(lengths) if max_steps is None else max_steps,
-            "sigma_margin": sigma_margin,
-        }
-        told: dict[str, Any] = {
-            "recording": recordings[0],
-            "recordings": list(recordings),
-            "tap": tap,
-        }
-        told |= {"anchors": list(anchors), "fit": self.fit_name, "arguments": arguments}
-        self.save_hyperparameters(told)
-        self.predictor = L2PContinuous(grids, self.headers[0].num_branches, **arguments)
-        self.num_trajectories: Tensor
-        self.register_buffer("num_trajectories", torch.tensor(0))
 
-    def spec(self) -> PredictorSpec:
-        """What the predictor was fitted on; anchors and sigmas are the first recording's."""
-        digest = "+".join(header.recipe_hash for header in self.headers)
-        count, others = int(self.num_trajectories), self.headers[1:]
-        return spec_of(self.headers[0], self.tap, self.anchors, count, digest, others)
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def solve(self, sums: Sequence[Sum]) -> None:
         """Solve for the corrections."""
-        self.num_trajectories.fill_(sum(batch["counts"]))
-        pairs = zip(batch["grams"], batch["counts"], strict=True)
-        means = [total[0] / count for total, count in pairs]
+        means = [total[:, 0] / count for total, count in sums]
         fit_continuous(self.predictor, means, self.num_lists, self.ridge, self.seed)
-        errors = [self.open_loop_errors(total, i).mean() for i, total in enumerate(batch["grams"])]
-        self.log("train/open_loop_error", torch.stack(errors).mean(), batch_size=1)
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last epoch's errors."""
-        self.held_out = [HeldOut() for _ in self.recordings]
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Held-out error of some trajectories, on anchor lists that were not fitted on."""
-        place = batch["recording"]
-        self.held_out[place].add(self.open_loop_errors(batch["gram"], place))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log its mean over the recordings, which count alike; draw the first one's."""
-        found = [errors.by_step for errors in self.held_out if errors.count]
-        self.log("val/open_loop_error", torch.stack([each.mean() for each in found]).mean())
-        if self.held_out[0].count:
-            log_figures(self, self.anchors, {"held out, drawn anchors": self.held_out[0].by_step})
 
     def open_loop_errors(
-        self, grams: Float[Tensor, "n branches S S"], place: int
+        self, grams: Float[Tensor, "n branches *parts S S"], place: int = 0
     ) -> Float[Tensor, "n branches S"]:
         """Relative error of every step, averaged over a few drawn anchor lists.
 
@@ -140,12 +102,11 @@ class L2PContinuousModule(ClosedForm):
             grams: of trajectories of one recording.
             place: which recording.
         """
-        sigmas = self.headers[place].sigmas
+        sigmas = self.recordings[place].header.sigmas
         errors = []
         for anchors in anchor_lists(len(sigmas), VALIDATION_LISTS, self.seed + 1):
-            errors.append(
-                relative_errors(grams.unsqueeze(-3), self.predictor.rows(anchors, sigmas))
-            )
+            rows = self.predictor.rows(anchors, sigmas)
+            errors.append(relative_errors(self.with_parts(grams), rows))
         return torch.stack(errors).mean(0)
 
 

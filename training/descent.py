@@ -10,24 +10,22 @@ from torch import Tensor
 
 from foreseer.integration.pipelines.load import device_of
 from foreseer.training.plumbing.processes import check_strategy
-from foreseer.training.plumbing.resuming import Resumable
+from foreseer.training.predictor_fit import PredictorFit
 from foreseer.training.verdict_callbacks import RivalsVerdict, Verdict
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in the place of its parameters
 
 
-class Descent(Resumable):
+class Descent(PredictorFit):
     """A training whose measures are part of its checkpoint.
 
     Attributes:
-        num_trajectories: trajectories trained on.
         fit_seconds: time spent in training batches, over all resumed runs.
         start_error: held-out error of the start, in dB; infinite until it is measured.
         val_error: held-out error after the newest epoch, in dB.
     """
 
     home: torch.device | None = None  # where the pipeline runs, once it is known
-    num_trajectories: Tensor
     fit_seconds: Tensor
     start_error: Tensor
     val_error: Tensor

@@ -11,52 +11,28 @@ import pickle
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from foreseer.checkpoints.arguments import REFUSALS
 from foreseer.checkpoints.config import is_number
 from foreseer.checkpoints.format import CLASSES, save_predictor
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import Predictor
-from foreseer.predictors.continuous import L2PContinuous
 from foreseer.predictors.kan import with_pykan, without_pykan
-from foreseer.predictors.linear import L2P
-from foreseer.predictors.neural import DiscaPredictor
-from foreseer.predictors.readout import Readout
-from foreseer.training.any_anchors import L2PGramModule
-from foreseer.training.continuous import L2PContinuousModule
-from foreseer.training.disca.disca_fit import DiscaModule
-from foreseer.training.l2p import L2PModule, rows_predictor, spec_of
-from foreseer.training.lesa.lesa_fit import LesaModule
-from foreseer.training.parts import L2PPartsLeastSquares, recorded_partition
-from foreseer.training.readout.readout_fit import SUMS, ReadoutFit
+from foreseer.training.predictor_fit import PredictorFit
+from foreseer.training.readout.readout_fit import SUMS
 from foreseer.training.readout.shipped_sums import write_segments
+from foreseer.training.recorded import spec_of
 from foreseer.training.shipped import sums_of, write_sums
 from foreseer.training.verdict_callbacks import CHECKPOINT_KEY
-from foreseer.trajectories.files.header import Header
 from foreseer.trajectories.files.storage import exists
 from foreseer.trajectories.recording import Recording
 
-HYPER_PARAMETERS = ("recording", "anchors", "tap", "fit")
-WHOLE: dict[str, type[Predictor]] = {
-    DiscaModule.fit_name: DiscaPredictor,
-    ReadoutFit.fit_name: Readout,
-}
-"""The fits whose checkpoints hold the predictor as it is deployed."""
-STATE = {"gram": "gram", "continuous": "theta", "disca": "out.weight"}
-"""The tensor a fit learns; `weight` for the fits that are not named here."""
-Fitted: TypeAlias = (
-    L2PModule
-    | L2PPartsLeastSquares
-    | L2PGramModule
-    | L2PContinuousModule
-    | LesaModule
-    | DiscaModule
-    | ReadoutFit
-)
+PREFIX = "predictor."  # of its tensors in the state of a module
+HYPER_PARAMETERS = ("recordings", "digests", "anchors", "tap", "fit", "class", "arguments")
 
 
 def export_command(checkpoint: str, out: str) -> None:
@@ -72,19 +48,12 @@ def export_command(checkpoint: str, out: str) -> None:
     """
     content = read_checkpoint(Path(checkpoint))
     settings, state = content["hyper_parameters"], content["state_dict"]
-    recordings = [open_recorded(checkpoint, name) for name in recording_names(settings)]
-    headers = [recording.header for recording in recordings]
-    predictor: Predictor
-    if settings["fit"] == LesaModule.fit_name:
-        predictor = trained_lesa(settings, state, checkpoint)
-    elif settings["fit"] in WHOLE:
-        predictor = WHOLE[settings["fit"]](**settings["arguments"])
-        load_predictor_state(predictor, state, checkpoint)
-    else:
-        predictor = fitted_l2p(settings, headers, state, checkpoint)
-    digest = "+".join(header.recipe_hash for header in headers)
+    pairs = zip(settings["recordings"], settings["digests"], strict=True)
+    recordings = [open_recorded(checkpoint, *pair) for pair in pairs]
+    predictor = trained(settings, state, checkpoint)
+    first, *others = (recording.header for recording in recordings)
     count = int(state["num_trajectories"])
-    spec = spec_of(headers[0], settings["tap"], settings["anchors"], count, digest, headers[1:])
+    spec = spec_of(first, settings["tap"], settings["anchors"], count, others)
     errors = validation_errors(state, checkpoint) | content.get(CHECKPOINT_KEY, {})
     partition, segments = settings.get("partition"), content.get(SUMS)
     _save(predictor, spec, recordings, out, errors, partition, segments)
@@ -93,8 +62,8 @@ def export_command(checkpoint: str, out: str) -> None:
     print(f"{out}: {settings['fit']} fit on {total} trajectories of {folders}")
 
 
-def trained_lesa(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> Predictor:
-    """The predictor of a LESA fit, without pykan.
+def trained(settings: dict[str, Any], state: dict[str, Tensor], where: str) -> Predictor:
+    """The predictor of a fit, without what only its training needed.
 
     Args:
         settings: hyper-parameters of the fit.
@@ -102,12 +71,23 @@ def trained_lesa(settings: dict[str, Any], state: dict[str, Tensor], where: str)
         where: what to call the checkpoint in an error.
 
     Raises:
-        ValueError: the state is not that of the predictor.
+        ValueError: the class is not known, or the state is not that of the predictor.
     """
-    plain: Any = CLASSES[settings["class"]](**settings["arguments"])
-    trained = with_pykan(plain, 0) if settings["pykan"] else plain
-    load_predictor_state(trained, state, where)
-    return without_pykan(trained) if settings["pykan"] else trained
+    if settings["class"] not in CLASSES or not isinstance(settings["arguments"], dict):
+        raise ValueError(
+            f"{where} is of a {str(settings['class'])[:80]}, expected one of {sorted(CLASSES)} "
+            "with its arguments; fit again."
+        )
+    try:
+        plain: Any = CLASSES[settings["class"]](**settings["arguments"])
+    except REFUSALS as error:
+        raise ValueError(
+            f"{where} does not hold the predictor it describes ({error}); fit again."
+        ) from error
+    in_pykan = settings.get("pykan", False)
+    found = with_pykan(plain, 0) if in_pykan else plain
+    load_predictor_state(found, state, where)
+    return without_pykan(found) if in_pykan else found
 
 
 def load_predictor_state(predictor: Predictor, state: dict[str, Tensor], where: str) -> None:
@@ -116,8 +96,7 @@ def load_predictor_state(predictor: Predictor, state: dict[str, Tensor], where: 
     Raises:
         ValueError: the state is not that of the predictor.
     """
-    prefix = "predictor."
-    mine = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    mine = {n.removeprefix(PREFIX): t for n, t in state.items() if n.startswith(PREFIX)}
     try:
         predictor.load_state_dict(mine, strict=True)
     except RuntimeError as error:
@@ -126,43 +105,16 @@ def load_predictor_state(predictor: Predictor, state: dict[str, Tensor], where: 
         ) from error
 
 
-def fitted_l2p(
-    settings: dict[str, Any], headers: Sequence[Header], state: dict[str, Tensor], where: str
-) -> Predictor:
-    """The predictor of an L2P fit with what it learned.
-
-    Args:
-        settings: hyper-parameters of the fit.
-        headers: of its recordings.
-        state: of its module.
-        where: what to call the checkpoint in an error.
-
-    Raises:
-        ValueError: the recording was replaced by another one.
-    """
-    predictor = predictor_of(settings, headers)
-    name = STATE.get(settings["fit"], "weight")
-    fitted, mine = state[f"predictor.{name}"], getattr(predictor, name)
-    if fitted.shape != mine.shape:
-        raise ValueError(
-            f"{where} has rows of shape {tuple(fitted.shape)}, but its recording "
-            f"{settings['recording']} asks for {tuple(mine.shape)}; the recording was replaced. "
-            "Fit again."
-        )
-    mine.copy_(fitted)
-    return predictor
-
-
-def recording_names(settings: dict[str, Any]) -> list[str]:
-    """Folders of the recordings of a fit, from its hyper-parameters."""
-    return list(settings.get("recordings", [settings["recording"]]))
-
-
-def open_recorded(checkpoint: str, folder: str) -> Recording:
+def open_recorded(checkpoint: str, folder: str, digest: str) -> Recording:
     """A recording that a checkpoint was fitted on.
 
+    Args:
+        checkpoint: its file.
+        folder: of the recording.
+        digest: `recipe_hash` of the recording that was fitted on.
+
     Raises:
-        ValueError: it is gone.
+        ValueError: it is gone, or another one is in its place.
     """
     if not exists(folder):
         raise ValueError(
@@ -170,31 +122,17 @@ def open_recorded(checkpoint: str, folder: str) -> Recording:
             "holds what a predictor must know. Restore it, or run export where `foreseer fit` ran "
             "if the path is relative."
         )
-    return Recording(folder)
-
-
-def predictor_of(settings: dict[str, Any], headers: Sequence[Header]) -> Predictor:
-    """The predictor of a fit before anything was learned.
-
-    Args:
-        settings: hyper-parameters of the fit.
-        headers: of its recordings.
-    """
-    header = headers[0]
-    num_steps, num_branches = len(header.sigmas), header.num_branches
-    if settings["fit"] == "gram":
-        return L2PGram(num_steps, num_branches, settings["ridge"], settings["window"])
-    if settings["fit"] == "continuous":
-        grids = [header.sigmas for header in headers]
-        return L2PContinuous(grids, num_branches, **settings["arguments"])
-    if (name := settings.get("partition")) is not None:
-        partition = recorded_partition(header, settings["tap"], name)
-        return L2P(num_steps, settings["anchors"], num_branches, partition=partition)
-    return rows_predictor(header, settings["anchors"])
+    recording = Recording(folder)
+    if recording.header.recipe_hash != digest:
+        raise ValueError(
+            f"{checkpoint} was fitted on a recording of the recipe {digest}, in {folder} is one of "
+            f"{recording.header.recipe_hash}: it was replaced. Restore it, or fit again."
+        )
+    return recording
 
 
 def export_predictor(
-    module: Fitted,
+    module: PredictorFit,
     out: str | Path,
     metrics: dict[str, float],
 ) -> Path:
@@ -208,15 +146,8 @@ def export_predictor(
     Returns:
         The folder.
     """
-    recordings = [module.recording]
-    if isinstance(module, L2PContinuousModule):
-        recordings = module.recordings
-    partition = module.hparams.get("partition")
-    predictor = (
-        module.deployed() if isinstance(module, LesaModule | ReadoutFit) else module.predictor
-    )
-    segments = module.sums if isinstance(module, ReadoutFit) else None
-    return _save(predictor, module.spec(), recordings, out, metrics, partition, segments)
+    partition, deployed = module.hparams.get("partition"), module.deployed()
+    return _save(deployed, module.spec(), module.recordings, out, metrics, partition, module.sums)
 
 
 # What torch.load and the zip and pickle readers below it raise on damaged bytes.
@@ -225,7 +156,7 @@ DAMAGED = (*READERS_ERRORS, LookupError, ValueError, TypeError, AttributeError)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint of an L2P, LESA or DisCa fit, read with `weights_only`.
+    """A Lightning checkpoint of a fit, read with `weights_only`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -251,11 +182,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(judged, dict) or not all(map(is_number, judged.values())):
         raise ValueError(f"{path} has the verdict {str(judged)[:80]}, expected numbers; fit again.")
     missing = [name for name in HYPER_PARAMETERS if name not in told]
-    learned = f"predictor.{STATE.get(str(told.get('fit', '')), 'weight')}"
-    if missing or learned not in state:
+    if missing or not any(name.startswith(PREFIX) for name in state):
         raise ValueError(
-            f"{path} lacks the hyper-parameters {missing} or the tensor {learned}; expected "
-            "a checkpoint of an L2P, LESA or DisCa fit."
+            f"{path} lacks the hyper-parameters {missing} or the tensors of a predictor; expected "
+            "a checkpoint of a fit that this release made."
         )
     if not bool(state.get("finished", True)):
         raise ValueError(f"{path} is from before the last segment was fitted; let the fit run on.")

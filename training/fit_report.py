@@ -21,7 +21,7 @@ from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
-from foreseer.training.l2p import L2PModule
+from foreseer.training.gram_fit import GramFit
 from foreseer.training.verdict_callbacks import held_out
 from foreseer.trajectories.gram import projection_fidelity, relative_errors
 from foreseer.trajectories.prompts import generate_batch
@@ -170,8 +170,8 @@ class FitReport(Callback):
             TypeError: the module is no L2P fit.
             ValueError: no trajectory is held out.
         """
-        if not isinstance(pl_module, L2PModule):
-            raise TypeError(f"FitReport reports on an L2PModule, got {type(pl_module).__name__}.")
+        if not isinstance(pl_module, GramFit):
+            raise TypeError(f"FitReport reports on a GramFit, got {type(pl_module).__name__}.")
         if not held_out(trainer):
             raise ValueError("FitReport needs held-out trajectories; raise validation_fraction.")
 
@@ -179,7 +179,7 @@ class FitReport(Callback):
         """Write it, from one process only."""
         if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, L2PModule)
+        assert isinstance(pl_module, GramFit)
         items = held_out(trainer)
         predictor, tap, recording = pl_module.predictor, pl_module.tap, pl_module.recording
         pipe, closed_loop = getattr(pl_module, "pipe", None), None

@@ -71,7 +71,7 @@ def fitted(
     metrics = train(recipe, module, data, seed)
     if out is not None:
         print(f"wrote {export_predictor(module, out, metrics)}", flush=True)
-    predictor: Predictor = module.deployed() if hasattr(module, "deployed") else module.predictor
+    predictor: Predictor = module.deployed()
     predictor.spec = dataclasses.replace(module.spec(), metrics=metrics)
     return predictor
 

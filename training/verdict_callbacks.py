@@ -115,7 +115,7 @@ class RivalsVerdict(Verdict):
 
     def error(self, trainer: lightning.Trainer, module: Any) -> float:
         """Error in dB of the final latents under the module's predictor as it is now."""
-        predictor = module.deployed() if hasattr(module, "deployed") else module.predictor
+        predictor = module.deployed()
         references = References(module.recording, held_out(trainer), batch_of(trainer, module))
         errors = predictor_errors(
             module.pipe,
@@ -201,7 +201,7 @@ class StartVerdict(RivalsVerdict):
 
 def anchors_of(module: Any) -> Sequence[int]:
     """Steps at which the network runs for a fit."""
-    return getattr(module, "anchors", None) or module.predictor.anchors
+    return module.anchors
 
 
 def batch_of(trainer: lightning.Trainer, module: Any) -> int:

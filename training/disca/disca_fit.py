@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.measure import References, generate, item_of, log_error, opened_for
 from foreseer.integration.host.facts import modulation_width
 from foreseer.integration.schedule import check_anchors
@@ -30,7 +29,6 @@ from foreseer.training.disca.replayed_runs import (
     velocity_error,
 )
 from foreseer.training.fit_figures import StepMeans, log_figures
-from foreseer.training.l2p import spec_of
 from foreseer.training.lesa.lesa_rates import rate_factor
 from foreseer.training.lesa.lesa_samples import open_features
 from foreseer.training.plumbing.progress import watched
@@ -100,7 +98,7 @@ class DiscaModule(Descent):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.recording = open_features(recording, self.tap)
+        self.recordings = [open_features(recording, self.tap)]
         header = self.recording.header
         self.anchors = check_anchors(anchors, header.num_steps)
         self.pipe = opened_for(self.recording, pipeline, dtype, device)
@@ -126,16 +124,10 @@ class DiscaModule(Descent):
         }
         self.predictor = DiscaPredictor(**arguments)
         self.adversary = Adversary(self.pipe, width) if gan_epochs else None
-        told = {"recording": recording, "anchors": list(anchors), "tap": self.tap}
-        self.save_hyperparameters(told | {"fit": self.fit_name, "arguments": arguments})
+        self.save_hyperparameters(self.told(DiscaPredictor, arguments))
         self.add_measures()
         self.errors: list[Tensor] = []
         self.step_errors = StepMeans()
-
-    def spec(self) -> PredictorSpec:
-        """What the predictor was fitted on."""
-        count = int(self.num_trajectories)
-        return spec_of(self.recording.header, self.tap, self.anchors, count)
 
     @property
     def phase(self) -> str:

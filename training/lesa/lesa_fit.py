@@ -18,7 +18,6 @@ from jaxtyping import Float
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.measure import References, item_of, log_error, opened_for
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors.kan import with_pykan, without_pykan
@@ -27,7 +26,6 @@ from foreseer.predictors.lesa_values import LesaValues
 from foreseer.training.descent import Descent
 from foreseer.training.disca.frozen_runs import final_latents
 from foreseer.training.fit_figures import StepMeans, log_figures
-from foreseer.training.l2p import spec_of
 from foreseer.training.lesa.lesa_figures import gate_figure
 from foreseer.training.lesa.lesa_rates import rate_factor
 from foreseer.training.lesa.lesa_samples import (
@@ -40,7 +38,7 @@ from foreseer.training.lesa.lesa_samples import (
     sample_errors,
     stage_errors,
 )
-from foreseer.training.lesa.lesa_start import LesaFactory, description, untrained
+from foreseer.training.lesa.lesa_start import LesaFactory, untrained
 from foreseer.training.plumbing.progress import watched
 
 
@@ -110,7 +108,7 @@ class LesaModule(Descent):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.recording = open_features(recording, tap)
+        self.recordings = [open_features(recording, tap)]
         header = self.recording.header
         self.anchors = check_anchors(anchors, header.num_steps)
         self.pipeline, self.place, self.tap = pipeline, (dtype, device), tap
@@ -126,8 +124,7 @@ class LesaModule(Descent):
                 f"{steps_per_update}, expected none below 0 and at least 1."
             )
         plain = untrained(self.recording, predictor, tap, self.anchors, find_boundaries)
-        told = {"recording": recording, "anchors": list(anchors), "tap": tap, "fit": self.fit_name}
-        told |= description(plain) | {"pykan": pykan_seed is not None}
+        told = self.told(type(plain), plain.arguments()) | {"pykan": pykan_seed is not None}
         self.save_hyperparameters(told)
         self.predictor = plain if pykan_seed is None else with_pykan(plain, pykan_seed)
         self.pipe: Any = None
@@ -138,11 +135,6 @@ class LesaModule(Descent):
     def deployed(self) -> LesaPredictor:
         """The predictor without pykan, as it is exported."""
         return without_pykan(self.predictor) if self.hparams["pykan"] else self.predictor
-
-    def spec(self) -> PredictorSpec:
-        """What the predictor was fitted on."""
-        count = int(self.num_trajectories)
-        return spec_of(self.recording.header, self.tap, self.anchors, count)
 
     @property
     def closed_loop(self) -> bool:

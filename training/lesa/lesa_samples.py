@@ -18,7 +18,7 @@ from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Step
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.training.l2p import open_recording
+from foreseer.training.recorded import open_recording
 from foreseer.trajectories.prompts import Item, generate_batch
 from foreseer.trajectories.recording import Recording
 

@@ -1,9 +1,7 @@
 """The untrained LESA predictor of a fit, and the plain values that describe it in a checkpoint."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from foreseer.checkpoints.format import argument_names
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.training.lesa.stages import find_stages
 from foreseer.trajectories.recording import Recording
@@ -34,11 +32,3 @@ def untrained(
         return plain
     found = find_stages(recording.stack(f"gram/{tap}"), header.sigmas, plain.taps, anchors)
     return predictor(header.sigmas, header.num_branches, boundaries=found)  # type: ignore[call-arg]
-
-
-def description(predictor: LesaPredictor) -> dict[str, Any]:
-    """Class and constructor's arguments, lists in place of tuples."""
-    kind = type(predictor).__name__
-    values = {name: getattr(predictor, name) for name in argument_names(kind)}
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-    return {"class": kind, "arguments": plain}

@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.measure import References, opened_for, predictor_errors
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Grid
@@ -19,13 +18,13 @@ from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout
 from foreseer.training.closed_form import ClosedForm
 from foreseer.training.fit_figures import SampleLog
-from foreseer.training.l2p import open_recording, spec_of
 from foreseer.training.readout.readout_callbacks import Detaching, LastVerdict
 from foreseer.training.readout.segment import Part, Segment, SegmentFit, fit_segment
 from foreseer.training.readout.segment_parts import SegmentParts, check_header, folds_of, sizes_of
 from foreseer.training.readout.shipped_sums import segment_tensors
 from foreseer.training.readout.sums import add_up
 from foreseer.training.readout.walk import Visited, Walk
+from foreseer.training.recorded import open_recording
 
 TAP = "output"
 SUMS = "segment_sums"  # in a checkpoint
@@ -77,12 +76,11 @@ class ReadoutFit(ClosedForm):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.recording = open_recording(recording, TAP, experts=True)
+        self.recordings = [open_recording(recording, TAP, experts=True)]
         header = self.recording.header
         check_header(header, recording)
-        told = {"recording": recording, "anchors": list(anchors), "tap": TAP, "fit": self.fit_name}
-        self.save_hyperparameters(told | {"arguments": None})  # known once the network has run
         self.tap, self.anchors = TAP, list(anchors)
+        self.save_hyperparameters(self.told(Readout, None))  # known once the network has run
         sizes = len(header.sigmas), anchors, header.num_branches, header.expert_steps
         self.rows = L2P(*sizes)  # those of the formula that each segment started at
         self.predictor: Readout | None = None
@@ -105,11 +103,6 @@ class ReadoutFit(ClosedForm):
     def configure_callbacks(self) -> list[Callback]:
         """End the fit with its verdict, and leave the pipeline as it was, come what may."""
         return [Detaching(), LastVerdict()]
-
-    def spec(self) -> PredictorSpec:
-        """What the predictor was fitted on."""
-        count = int(self.num_trajectories)
-        return spec_of(self.recording.header, TAP, self.rows.anchors, count)
 
     def deployed(self) -> Readout:
         """The predictor.
