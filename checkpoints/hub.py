@@ -1,10 +1,10 @@
 """Find a checkpoint by name, on the disk, among the bundled ones or on the Hugging Face hub."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from foreseer.checkpoints.config import CheckpointError
+from foreseer.checkpoints.spec import REPO_ID
 from foreseer.checkpoints.zoo import resolve
 
 MAX_DOWNLOAD_BYTES = 2**30 + 2**21
@@ -12,8 +12,6 @@ MAX_DOWNLOAD_BYTES = 2**30 + 2**21
 
 MAX_TITLE, MAX_ABOUT = 59, 150
 """Characters that the hub takes of a collection's title and description."""
-
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def locate(name: str | Path, revision: str | None, files: Sequence[str]) -> Path:

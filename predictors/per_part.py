@@ -11,15 +11,7 @@ from torch import Tensor
 
 from foreseer.predictors.base import History, LinearPredictor, Step
 from foreseer.predictors.partition import ChannelGroups, Partition
-from foreseer.predictors.rules import (
-    BDF2,
-    AdamsBashforth2,
-    AdamsMoulton,
-    HiCache,
-    Reuse,
-    RungeKutta2,
-    Taylor,
-)
+from foreseer.predictors.rules import RULES, AdamsBashforth2, HiCache, Reuse
 from foreseer.predictors.spectrum import Bands
 
 
@@ -77,12 +69,12 @@ class FreqCa(PartedRules):
 
 
 POOL: dict[str, LinearPredictor] = {
-    "reuse": Reuse(),
-    "taylor_1": Taylor(1),
-    "rk2": RungeKutta2(),
+    "reuse": RULES["reuse"],
+    "taylor_1": RULES["taylor_1"],
+    "rk2": RULES["rk2"],
     "ab2": AdamsBashforth2(),
-    "bdf2": BDF2(),
-    "adams_moulton": AdamsMoulton(),
+    "bdf2": RULES["bdf2"],
+    "adams_moulton": RULES["adams_moulton"],
 }
 """The solvers to choose from: HyCa's, and reuse, which is not in its pool."""
 

@@ -291,4 +291,7 @@ SHOWN = ("reuse", "taylor_1")
 """The formulas that every card, verdict and refit names, whatever else did best."""
 
 RUN = (*SHOWN, "taylor_2")
-"""Those that are run, drawn and tabled where running all would take too long."""
+"""Those that are run and drawn where running all would take too long."""
+
+TABLED = (*RUN, "taylor_3", "newton_1", "newton_2", "hicache_2")
+"""Those that have a line of their own in short tables."""

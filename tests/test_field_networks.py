@@ -8,7 +8,6 @@ import torch
 from families import MORE, call
 from families.family import noise
 from field_pipelines import IDEOGRAM
-from row_cases import rows_fitted
 from tiny_hosts import pipeline as tiny
 from tiny_hosts import run, tiny_flux
 
@@ -24,8 +23,7 @@ from foreseer.evaluation.verify import (
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.denoisers import others_of, transformers_of
 from foreseer.predictors.rules import Reuse, Taylor
-from foreseer.training.l2p import rows_predictor
-from foreseer.training.recorded import spec_of
+from foreseer.training.least_squares import fit_rows
 from foreseer.trajectories.inspect_pipeline import inspected
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
@@ -76,10 +74,8 @@ def test_field_networks_a_fit_has_a_branch_for_each(tap, tmp_path):
     folder = record(pipe, items, tmp_path / "r", taps=[tap], batch_size=2, **IDEOGRAM.settings)
     header = Recording(folder).header
     assert (header.num_branches, header.expert_steps) == (2, [0])
-    predictor = rows_predictor(header, ANCHORS)
-    grams = Recording(folder).stack(f"gram/{tap}")
-    predictor.weight.copy_(rows_fitted(grams, ANCHORS, expert_steps=header.expert_steps))
-    save_predictor(predictor, spec_of(header, tap, ANCHORS, 4), tmp_path / "p")
+    predictor = fit_rows(Recording(folder), ANCHORS, tap)
+    save_predictor(predictor, predictor.spec, tmp_path / "p")
     full = call(IDEOGRAM, pipe, (7, 8))
     with forecasting(pipe, load_predictor(tmp_path / "p")) as attached:
         error = (call(IDEOGRAM, pipe, (7, 8)) - full).norm() / full.norm()

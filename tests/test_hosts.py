@@ -7,7 +7,6 @@ import torch
 from diffusers import ConsisIDTransformer3DModel
 from families import FAMILIES, MORE, call
 from families.family import noise, tiny
-from row_cases import rows_fitted
 from torch import nn
 
 from foreseer.checkpoints.format import load_predictor, save_predictor
@@ -26,8 +25,7 @@ from foreseer.integration.host.proof import prove
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.session import Session
 from foreseer.predictors.rules import Reuse
-from foreseer.training.l2p import rows_predictor
-from foreseer.training.recorded import spec_of
+from foreseer.training.least_squares import fit_rows
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
@@ -172,11 +170,8 @@ def recorded(name, folder, **changes):
 
 def fitted(recording, tap, anchors, folder):
     """A predictor fitted on a recording, saved and loaded again."""
-    header = recording.header
-    predictor = rows_predictor(header, anchors)
-    grams = recording.stack(f"gram/{tap}")
-    predictor.weight.copy_(rows_fitted(grams, anchors, expert_steps=header.expert_steps))
-    save_predictor(predictor, spec_of(header, tap, anchors, len(recording)), folder)
+    predictor = fit_rows(recording, anchors, tap)
+    save_predictor(predictor, predictor.spec, folder)
     return load_predictor(folder)
 
 
@@ -203,7 +198,7 @@ def test_a_predictor_of_two_transformers_keeps_to_their_steps(tmp_path):
     assert type(predictor).__name__ == "L2P"
     assert not predictor.weight[:, 3:, :3].any()
     with pytest.raises(ValueError, match="all of them anchors"):
-        rows_predictor(recording.header, [0, 2, 5])
+        fit_rows(recording, [0, 2, 5])
     pipe.register_to_config(boundary_ratio=0.5)
     with pytest.raises(ValueError, match="changes over at another step"):
         with forecasting(pipe, predictor):

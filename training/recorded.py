@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.checkpoints.call_settings import as_settings
-from foreseer.checkpoints.hub import REPO_ID
-from foreseer.checkpoints.spec import VALUES, PredictorSpec
+from foreseer.checkpoints.spec import REPO_ID, VALUES, PredictorSpec
 from foreseer.predictors.partition import Partition
 from foreseer.predictors.spectrum import partition_from
 from foreseer.trajectories.files.header import Header
@@ -18,25 +17,29 @@ from foreseer.trajectories.recording import Recording
 
 
 def open_recording(folder: str, tap: str, experts: bool = False) -> Recording:
-    """A recording that has a tap.
+    """A recording that has a tap, see `check_tap`."""
+    return check_tap(Recording(folder), tap, experts)
+
+
+def check_tap(recording: Recording, tap: str, experts: bool = False) -> Recording:
+    """The recording, which has a tap.
 
     Args:
-        folder: of the recording.
+        recording: any.
         tap: recorded tap.
         experts: whether it may be of a pipeline with several transformers.
 
     Raises:
         ValueError: it lacks the tap, or has several transformers.
     """
-    recording = Recording(folder)
-    steps = recording.header.expert_steps
-    if len(steps) > 1 and not experts:
+    header, folder = recording.header, recording.folder
+    if len(header.expert_steps) > 1 and not experts:
         raise ValueError(
-            f"{folder} was recorded of {len(steps)} transformers that take over at the steps "
-            f"{steps}; the fit that takes them apart is L2PLeastSquares."
+            f"{folder} was recorded of {len(header.expert_steps)} transformers that take over at "
+            f"the steps {header.expert_steps}; the fit that takes them apart is L2PLeastSquares."
         )
-    if tap not in recording.header.taps:
-        raise ValueError(f"{folder} has the taps {recording.header.taps}, not {tap!r}; record it.")
+    if tap not in header.taps:
+        raise ValueError(f"{folder} has the taps {header.taps}, not {tap!r}; record it.")
     return recording
 
 

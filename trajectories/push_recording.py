@@ -4,8 +4,9 @@ from pathlib import Path
 
 from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.folder import CARD_FILE
-from foreseer.checkpoints.hub import REPO_ID, upload
+from foreseer.checkpoints.hub import upload
 from foreseer.checkpoints.page import with_licence
+from foreseer.checkpoints.spec import REPO_ID
 from foreseer.trajectories.files.header import HEADER_FILE, RecordingError
 from foreseer.trajectories.files.storage import Folder
 from foreseer.trajectories.recording import Recording

@@ -15,12 +15,12 @@ from foreseer.evaluation.page.table import best_rows
 from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.results import BenchRow
 from foreseer.evaluation.runs import Samples, run_entry, run_plain
-from foreseer.evaluation.solvers import sampling_with, solver_scheduler
+from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
 from foreseer.integration.host.clock import Clock
 from foreseer.predictors.rules import RUN
 from foreseer.trajectories.prompts import Item
 
-SHEET_METHODS = ("euler", "ab2", "dpmpp_2m", "unipc", *RUN)
+SHEET_METHODS = (*SOLVERS, *RUN)
 Curve = list[tuple[int, float]]
 
 

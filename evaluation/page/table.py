@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from foreseer.evaluation.results import BenchRow
+from foreseer.evaluation.solvers import SOLVERS
+from foreseer.predictors.rules import TABLED
 
 README_BUDGETS = (11, 8, 6)
-NAMED_RIVALS = (
-    ("euler", "ab2", "dpmpp_2m", "unipc")
-    + ("reuse", "taylor_1", "taylor_2", "taylor_3", "newton_1", "newton_2", "hicache_2")
-    + ("l2p_adam", "l2p_lstsq", "l2p_closed_loop")
-)
+NAMED_RIVALS = (*SOLVERS, *TABLED, "l2p_adam", "l2p_lstsq", "l2p_closed_loop")
 COLUMNS = ("method", "kind", "tap", "anchors", "PSNR mean [95 % CI]", "median", "q10 to q90") + (
     "SSIM",
     "latent rel. L2",
