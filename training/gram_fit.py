@@ -34,8 +34,6 @@ class GramFit(PredictorFit):
         partition: name of the recorded partition whose Grams the data are; None of whole features.
     """
 
-    errors_label = HELD_OUT
-
     def __init__(
         self,
         recordings: Sequence[Recording],
@@ -51,10 +49,6 @@ class GramFit(PredictorFit):
         told = self.told(type(predictor), predictor.arguments())
         self.save_hyperparameters(told | {"partition": partition})
         self.register_buffer("num_trajectories", torch.tensor(0))
-
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """End the fit with its verdict."""
-        return [OpenLoopVerdict()]
 
     def on_fit_start(self) -> None:
         """Count the trajectories fitted on."""
@@ -79,6 +73,16 @@ class GramFit(PredictorFit):
         rows = self.predictor.rows(self.anchors, header.sigmas, header.expert_steps)
         return relative_errors(self.with_parts(grams), rows)
 
+
+class OpenLoopFit(GramFit):
+    """A fit that is measured on held-out Grams, at every validation and by its verdict."""
+
+    errors_label = HELD_OUT
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """End the fit with its verdict."""
+        return [OpenLoopVerdict()]
+
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch's errors."""
         self.held_out = [HeldOut() for _ in self.recordings]
@@ -96,7 +100,7 @@ class GramFit(PredictorFit):
             log_figures(self, self.anchors, {self.errors_label: self.held_out[0].by_step})
 
 
-class ClosedGramFit(ClosedForm, GramFit):
+class ClosedGramFit(ClosedForm, OpenLoopFit):
     """A fit that is one solve (set `max_epochs: 1`): the one module behind all closed forms."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

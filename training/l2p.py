@@ -15,7 +15,7 @@ from foreseer.integration.schedule import check_anchors
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.linear import L2P, fitted_rows, fold
 from foreseer.training.cross_validation import CrossValidation, cross_validate
-from foreseer.training.gram_fit import ClosedGramFit, GramFit, Sum
+from foreseer.training.gram_fit import ClosedGramFit, OpenLoopFit, Sum
 from foreseer.training.recorded import open_recording, recorded_partition
 from foreseer.trajectories.files.header import Header
 
@@ -25,7 +25,7 @@ def rows_predictor(header: Header, anchors: Sequence[int]) -> L2P:
     return L2P(len(header.sigmas), anchors, header.num_branches, header.expert_steps)
 
 
-class L2PAdam(GramFit):
+class L2PAdam(OpenLoopFit):
     """The published recipe on Grams: all earlier steps, reuse init, full-batch Adam.
 
     Every step is teacher forced. 201 iterations at rate 0.01 are the release's (set
