@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from foreseer.checkpoints.config import CheckpointError
-from foreseer.checkpoints.spec import REPO_ID
+from foreseer.checkpoints.strict import REPO_ID
 from foreseer.checkpoints.zoo import resolve
 
 MAX_DOWNLOAD_BYTES = 2**30 + 2**21

@@ -1,6 +1,5 @@
 """What a learned predictor was fitted on, and the checks that keep it off anything else."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +10,6 @@ from foreseer.predictors.base import Predictor
 
 VALUES = "values_digest"
 """Entry of a host: digest of its weights in any layout, which files before version 6 lack."""
-
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-"""How the hub names a repository."""
 
 SIGMA_TOLERANCE = 1e-5  # float32 grids of one recipe agree to about 1e-7
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from foreseer.errors import ForeseerError
 
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # how the hub names a repository
 MAX_HEADER_BYTES = 1_000_000
 MAX_TENSORS = 4096
 MAX_NAME_LENGTH = 256

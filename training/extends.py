@@ -6,7 +6,7 @@ from typing import Any
 
 from foreseer.checkpoints.call_settings import as_settings, first_difference, with_weights_of
 from foreseer.checkpoints.spec import SIGMA_TOLERANCE, PredictorSpec
-from foreseer.training.l2p import spec_of
+from foreseer.training.recorded import spec_of
 from foreseer.training.shipped import ShippedSums
 from foreseer.trajectories.files.header import Header
 from foreseer.trajectories.recording import Recording

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.checkpoints.call_settings import as_settings
-from foreseer.checkpoints.spec import REPO_ID, VALUES, PredictorSpec
+from foreseer.checkpoints.spec import VALUES, PredictorSpec
+from foreseer.checkpoints.strict import REPO_ID
 from foreseer.predictors.partition import Partition
 from foreseer.predictors.spectrum import partition_from
 from foreseer.trajectories.files.header import Header

@@ -6,7 +6,7 @@ from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.folder import CARD_FILE
 from foreseer.checkpoints.hub import upload
 from foreseer.checkpoints.page import with_licence
-from foreseer.checkpoints.spec import REPO_ID
+from foreseer.checkpoints.strict import REPO_ID
 from foreseer.trajectories.files.header import HEADER_FILE, RecordingError
 from foreseer.trajectories.files.storage import Folder
 from foreseer.trajectories.recording import Recording
