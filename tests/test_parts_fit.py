@@ -1,6 +1,7 @@
 """Part Grams are recorded, resumed and fitted; clusters are found again; exports deploy."""
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from foreseer.training.clusters import (
 )
 from foreseer.training.export import export_command, export_predictor
 from foreseer.training.l2p import L2PLeastSquares
+from foreseer.training.least_squares import fit_rows
 from foreseer.training.recorded import stack_part_grams
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.files.shards import read_shard
@@ -250,6 +252,21 @@ def test_the_module_fits_the_rows_of_every_part(fitted, recording):
     grams = recording.stack(f"gram/hidden/{module.hparams['partition']}")
     assert torch.equal(module.predictor.weight, rows_fitted(grams, ANCHORS))
     assert module.spec().num_trajectories == 6
+
+
+def test_the_module_fits_what_the_plain_function_fits(fitted, recording):
+    module, _ = fitted
+    plain = fit_rows(recording, ANCHORS, "hidden", partition=module.hparams["partition"])
+    assert torch.equal(module.predictor.weight, plain.weight)
+    assert module.spec() == plain.spec and module.predictor.arguments() == plain.arguments()
+
+
+def test_the_fit_of_parts_that_earlier_yaml_names_is_this_one(recording):
+    with pytest.warns(DeprecationWarning):
+        earlier = importlib.import_module("foreseer.training.parts").L2PPartsLeastSquares
+        module = earlier(str(recording.folder), ANCHORS)
+    assert isinstance(module, L2PLeastSquares)
+    assert (module.tap, module.partition, module.ridge) == ("hidden", "bands", 1e-4)
 
 
 def test_an_exported_fit_deploys_and_keeps_its_part_grams(fitted, recording, tmp_path):
