@@ -201,10 +201,14 @@ def _measure(
 
 
 def rule_key(entry: Entry, sigmas: Sequence[float]) -> tuple[str, tuple[int, ...], bytes] | None:
-    """What decides a formula's samples: tap, anchors and weights to 12 digits; None for others."""
-    if entry.kind != "formula" or not isinstance(entry.predictor, LinearPredictor):
+    """What decides a formula's samples: tap, anchors and weights to 12 digits; None for others.
+
+    Weights of parts do not say what the parts are.
+    """
+    rule = entry.predictor
+    if entry.kind != "formula" or not isinstance(rule, LinearPredictor) or rule.partition:
         return None
-    weights = entry.predictor.rows(entry.anchors, sigmas)
+    weights = rule.rows(entry.anchors, sigmas)
     return entry.tap, entry.anchors, weights.round(decimals=12).numpy().tobytes()
 
 

@@ -15,7 +15,7 @@ import foreseer as fs
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
 from foreseer.evaluation import benchmark
-from foreseer.evaluation.benchmark import compare_methods, rows_predictor
+from foreseer.evaluation.benchmark import compare_methods, rows_predictor, rule_key
 from foreseer.evaluation.flops import StepFlops, first_call, run_flops, step_flops
 from foreseer.evaluation.page.curves import traced
 from foreseer.evaluation.plan import Entry, plan
@@ -23,6 +23,7 @@ from foreseer.evaluation.results import load_meta, load_rows, save_rows
 from foreseer.evaluation.store import ROWS_FILE, RowLog
 from foreseer.evaluation.timing import attach_overhead, forecast_step_ratio
 from foreseer.predictors.linear import L2P
+from foreseer.predictors.per_part import FreqCa
 from foreseer.predictors.rules import RULES, Taylor
 from foreseer.trajectories.prompts import class_items, generate_batch
 
@@ -294,3 +295,16 @@ def test_a_row_log_keeps_infinity(tmp_path):
     row = replace(run(tmp_path / "a")[0], psnr_db=math.inf)
     RowLog(tmp_path / "log").add("k", row)
     assert RowLog(tmp_path / "log").rows == {"k": row}
+
+
+def test_formulas_of_other_parts_are_not_taken_for_one_another():
+    anchors, sigmas = (0, 2, 5), [1 - step / 8 for step in range(8)]
+    bands = [FreqCa((2, 2), transform) for transform in ("dct", "fft")]
+    tables = [rule.rows(anchors, sigmas) for rule in bands]
+    assert torch.equal(*tables)  # and yet they forecast otherwise
+    entries = [Entry("freqca", "formula", "hidden", "own", anchors, rule) for rule in bands]
+    assert [rule_key(entry, sigmas) for entry in entries] == [None, None]
+    names = ("taylor_1", "newton_1", "taylor_2")
+    plain = [Entry(name, "formula", "hidden", "own", anchors, RULES[name]) for name in names]
+    first, same, other = (rule_key(entry, sigmas) for entry in plain)
+    assert first == same != other

@@ -96,3 +96,12 @@ def test_the_wrapper_in_a_stand_in_refuses_in_the_usual_words(sampling, pipe):
     forecast(lambda *args: x, x, options)
     with pytest.raises(fs.PredictorMismatch, match=r"fitted with 2 guidance branch\(es\) per step"):
         forecast(lambda *args: x, x, {**options, "sigmas": sigmas[1:2]})
+
+
+def test_rows_of_parts_are_refused_since_comfyui_lays_tokens_out_in_its_own_way(sampling):
+    plain = fs.load(ROWS)
+    parts = fs.predictors.ChannelGroups([0, 1] * 24)
+    predictor = fs.predictors.L2P(plain.num_steps, plain.anchors, 2, partition=parts)
+    predictor.spec = plain.spec
+    with pytest.raises(fs.UnsupportedHost, match="L2P looks at more than whole outputs"):
+        sampling.Forecast(predictor, "conditional")

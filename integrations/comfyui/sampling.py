@@ -53,7 +53,8 @@ class Forecast:
                 f"{type(predictor).__name__} and first_branch {first_branch!r}, expected a "
                 f"predictor of Load Predictor and one of {list(FIRST_BRANCHES)}."
             )
-        if predictor.reads or not isinstance(predictor, LinearPredictor):
+        whole = isinstance(predictor, LinearPredictor) and predictor.partition is None
+        if predictor.reads or not whole:
             raise UnsupportedHost(
                 f"{type(predictor).__name__} looks at more than whole outputs, and ComfyUI lays "
                 "them out in its own way; use a predictor of linear rows, such as L2P, on the tap "
