@@ -51,28 +51,25 @@ def toy(
 '''
 FIT = '''"""Reuse, a tenth smaller, as a fit."""
 
-from typing import Any
+from collections.abc import Sequence
 
-from foreseer.training.closed_form import ClosedForm
-from foreseer.training.l2p import L2PModule
+from foreseer.training.gram_fit import ClosedGramFit, Sum
+from foreseer.training.l2p import rows_predictor
+from foreseer.training.recorded import open_recording
 
 
-class Toy(ClosedForm, L2PModule):
+class Toy(ClosedGramFit):
     """Rows that repeat the newest anchor, a tenth smaller."""
 
     fit_name = "toy"
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def __init__(self, recording: str, anchors: Sequence[int], tap: str = "output") -> None:
+        opened = open_recording(recording, tap)
+        super().__init__([opened], anchors, tap, rows_predictor(opened.header, anchors))
+
+    def solve(self, sums: Sequence[Sum]) -> None:
         """Set the rows, whatever was recorded."""
-        self.set_rows(0.9 * self.predictor.weight)
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Held-out error."""
-        self.held_out.add(self.open_loop_errors(batch["gram"]))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log it."""
-        self.log_step_errors()
+        self.predictor.set_rows(0.9 * self.predictor.weight)
 '''
 FIGURE = '''
 
