@@ -332,7 +332,7 @@ def test_rows_of_several_transformers_stay_apart(tmp_path):
     assert not found.predictor.weight[:, 3:, :3].any()
     load_predictor(write(found, tmp_path / "new"))
     with pytest.raises(ValueError, match="2 transformers that take over at the steps"):
-        L2PLeastSquares(recordings[0], anchors, "output", "bands")
+        L2PGramModule(recordings[0], anchors)
 
 
 @pytest.mark.parametrize("budget", [6, 8, 11])
