@@ -16,7 +16,7 @@ from test_report import META, row
 
 from foreseer.evaluation.page.charts import Axes, Curve, LineChart
 from foreseer.evaluation.page.compare import LARGEST, comparison, encoded
-from foreseer.evaluation.page.figures import weights
+from foreseer.evaluation.page.figures import gates, weights
 from foreseer.evaluation.page.heat import HeatAxes, HeatMap, Timeline
 from foreseer.evaluation.page.html import write_report
 from foreseer.evaluation.page.template import Section, drawn, page, sortable, tile
@@ -229,6 +229,15 @@ def test_a_heat_map_has_a_pixel_per_cell_and_leaves_zero_without_a_colour():
         HeatMap("c", values.T, axes, signed=True)
     with pytest.raises(ValueError, match="no finite value"):
         HeatMap("c", values * math.nan, axes, signed=True)
+
+
+def test_the_gate_is_drawn_at_forecast_steps_with_its_stages():
+    alpha = torch.arange(12.0).reshape(2, 6)
+    chart = gates(alpha, [1.0, 0.8, 0.6, 0.4, 0.2, 0.1], [0.5], [0, 3])
+    found = lines_of(chart)["mark1"].get_ydata()
+    assert [None if math.isnan(y) else y for y in found] == [None, 7, 8, None, 10, 11]
+    (edge,) = [line for line in chart.figure().axes[0].get_lines() if not line.get_gid()]
+    assert list(edge.get_xdata()) == [2.5, 2.5]  # between sigma 0.6 and 0.4
 
 
 def test_a_timeline_marks_the_steps_and_refuses_others():

@@ -114,6 +114,7 @@ class LineChart(Chart):
         curves: the lines, the most important first: it lies on top.
         axes: names and scale.
         band: (x, low, high): a region drawn behind, in the hue of the learned.
+        edges: x at which something changes, drawn as dashed lines.
         wide: whether it is drawn across the page.
 
     Raises:
@@ -125,6 +126,7 @@ class LineChart(Chart):
     axes: Axes
     band: Sequence[tuple[Number, Number, Number]] = ()
     wide: bool = True
+    edges: Sequence[Number] = ()
 
     def __post_init__(self) -> None:
         """Refuse a chart of nothing."""
@@ -175,6 +177,8 @@ class LineChart(Chart):
         if self.band:
             xs, low, high = zip(*self.band, strict=True)
             panel.fill_between(xs, low, high, color=WARM[0], alpha=0.12, linewidth=0)
+        for x in self.edges:
+            panel.axvline(x, color=HUES["soft"][0], linestyle=DASHES[1], linewidth=0.7)
         colours = self._lines(panel)
         self._scales(panel)
         self._names(panel, colours, names + notes + 0.15)

@@ -123,6 +123,28 @@ def kinds_of(ranked: Sequence[str], learned: str) -> dict[str, str]:
     return {**kinds, learned: "learned"}
 
 
+def gates(
+    alpha: Float[Tensor, "branches S"],
+    sigmas: Sequence[float],
+    boundaries: Sequence[float],
+    anchors: Sequence[int],
+) -> LineChart:
+    """LESA's gate at the forecast steps, a curve per branch, a dashed line per boundary.
+
+    Args:
+        alpha: gate of every step.
+        sigmas: flow time of every step.
+        boundaries: between the stages, in flow time.
+        anchors: steps at which the network runs: the gate is not used there, which breaks a line.
+    """
+    curves = []
+    for branch, values in enumerate(alpha.detach().double().tolist()):
+        shown = [math.nan if step in anchors else value for step, value in enumerate(values)]
+        curves.append(Curve(f"branch {branch}", list(enumerate(shown))))
+    edges = [sum(sigma > boundary for sigma in sigmas) - 0.5 for boundary in boundaries]
+    return LineChart("Gate of every step", curves, Axes(STEP, "gate alpha"), edges=edges)
+
+
 def parts_of_norm(caption: str, curves: Curves) -> LineChart:
     """What part of a feature's norm something is, per step.
 

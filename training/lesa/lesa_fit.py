@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from foreseer.evaluation.measure import References, item_of, log_error, opened_for
+from foreseer.evaluation.page.figures import gates
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors.kan import with_pykan, without_pykan
 from foreseer.predictors.lesa import LesaPredictor
@@ -26,7 +27,6 @@ from foreseer.predictors.lesa_values import LesaValues
 from foreseer.training.descent import Descent
 from foreseer.training.disca.frozen_runs import final_latents
 from foreseer.training.fit_figures import StepMeans, log_figures
-from foreseer.training.lesa.lesa_figures import gate_figure
 from foreseer.training.lesa.lesa_rates import rate_factor
 from foreseer.training.lesa.lesa_samples import (
     Sample,
@@ -262,8 +262,8 @@ class LesaModule(Descent):
         if isinstance(self.logger, TensorBoardLogger):
             sigmas, boundaries = self.predictor.sigmas, self.predictor.boundaries
             with torch.no_grad():
-                figure = gate_figure(self.predictor.alpha(), sigmas, boundaries, self.anchors)
-            self.logger.experiment.add_figure("gates", figure, self.current_epoch)
+                chart = gates(self.predictor.alpha(), sigmas, boundaries, self.anchors)
+            self.logger.experiment.add_figure("gates", chart.figure(), self.current_epoch)
 
     def run(self, batch: dict[str, Any]) -> tuple[list[Sample], Float[Tensor, " B"]]:
         """Generate a batch while forecasting: the samples, and the error of its latents in dB."""
