@@ -31,7 +31,7 @@ from foreseer.integration.schedule import warped
 from foreseer.predictors.any_anchors import L2PGram, regrid
 from foreseer.predictors.continuous import L2PContinuous
 from foreseer.predictors.solve import least_squares_rows
-from foreseer.training.continuous import fit_continuous
+from foreseer.training.continuous_fit import fit_continuous
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record as record_trajectories
 from foreseer.trajectories.recording import Recording

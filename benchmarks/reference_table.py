@@ -38,7 +38,7 @@ from foreseer.predictors.per_part import FreqCa
 from foreseer.predictors.rules import RULES
 from foreseer.predictors.spectrum import equal_bands
 from foreseer.training.clusters import cluster_channels, fit_hyca
-from foreseer.training.continuous import fit_continuous
+from foreseer.training.continuous_fit import fit_continuous
 from foreseer.training.recorded import spec_of, stack_part_grams
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record

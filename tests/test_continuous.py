@@ -18,7 +18,7 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.continuous import L2PContinuous, basis, exponents, sigma_at
 from foreseer.predictors.rules import Newton
-from foreseer.training.continuous import (
+from foreseer.training.continuous_fit import (
     L2PContinuousModule,
     SeveralGrams,
     add_equations,

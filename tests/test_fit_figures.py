@@ -15,7 +15,7 @@ from foreseer.predictors.base import Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
 from foreseer.training.closed_loop import L2PClosedLoop
-from foreseer.training.continuous import L2PContinuousModule, SeveralGrams
+from foreseer.training.continuous_fit import L2PContinuousModule, SeveralGrams
 from foreseer.training.disca import disca_fit as disca
 from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.fit_figures import NUM_SAMPLES, SAMPLES, StepMeans

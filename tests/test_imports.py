@@ -12,7 +12,6 @@ from source_files import PACKAGE, module_name, source_files
 
 ROOMS = "predictors checkpoints integration trajectories evaluation training distill"
 ORDER = tuple(ROOMS.split())
-PREDICTORS_OF_A_FIT = {"any_anchors", "continuous"}  # which bears the name of its predictor
 # Modules of no room that rooms import; commands are none of them.
 SHARED = ("__version__", "environment", "errors", "extras", "moved")
 LIGHTNING = {"lightning", "pytorch_lightning"}
@@ -94,7 +93,7 @@ def test_a_forbidden_import_is_found(path, line):
 
 def test_no_two_modules_have_one_name():
     names = [Path(path).stem for path in source_files() if not path.endswith("__init__.py")]
-    assert {name for name in names if names.count(name) > 1} <= PREDICTORS_OF_A_FIT
+    assert not {name for name in names if names.count(name) > 1}
     assert not [name for name in names if name.endswith("_command")]  # rooms hold no commands
 
 

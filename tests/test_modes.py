@@ -21,7 +21,7 @@ from foreseer.evaluation.verify import Replay, check_tap, final_latents
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.session import Session
 from foreseer.predictors.rules import Newton, Reuse, Taylor
-from foreseer.training.continuous import L2PContinuousModule
+from foreseer.training.continuous_fit import L2PContinuousModule
 from foreseer.trajectories.collector import Recorder
 from foreseer.trajectories.files.header import RecordingError
 from foreseer.trajectories.prompts import Item

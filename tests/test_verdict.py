@@ -26,7 +26,7 @@ from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.rules import RULES, Reuse, Taylor
 from foreseer.predictors.spectrum import equal_bands
 from foreseer.training.closed_loop import L2PClosedLoop
-from foreseer.training.continuous import L2PContinuousModule, SeveralGrams
+from foreseer.training.continuous_fit import L2PContinuousModule, SeveralGrams
 from foreseer.training.disca import disca_fit as disca
 from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.export import export_command

@@ -83,6 +83,7 @@ MOVED = {
     "training.benchmark": "evaluation.benchmark",
     "training.board": "training.plumbing.board",
     "training.callbacks": "training.plumbing.callbacks",
+    "training.continuous": "training.continuous_fit",
     "training.disca_gan": "training.disca.gan",
     "training.frozen_runs": "training.disca.frozen_runs",
     "training.inspect_command": "evaluation.inspection",
