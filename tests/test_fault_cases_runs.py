@@ -16,8 +16,8 @@ from tiny_hosts import bare_pipeline, pipeline, run, seeded, spec_for
 
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import attach, forecasting
+from foreseer.integration.histories import most_bytes
 from foreseer.integration.host.clock import flow_sigmas
-from foreseer.integration.memory import most_bytes
 from foreseer.integration.partial import PartialTrunk
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
