@@ -303,8 +303,8 @@ def test_a_schedule_that_looks_first_adds_anchors_and_reads_at_the_rows_own(host
     predictor = awake(Readout(STEPS, ANCHORS, 2, (0,), 16, HOSTS[host], 3), 0.05)
     latents = {}
     for threshold in (1e9, 1e-9):
-        controller = Forecaster(predictor, "output", ANCHORS, schedule=TeaCache(threshold))
-        session = Session(pipe, controller)
+        source = Forecaster(predictor, "output", ANCHORS, schedule=TeaCache(threshold))
+        session = Session(pipe, source)
         latents[threshold] = run(host, pipe)
         session.detach()
         added = [step for step in session.report.anchors if step not in ANCHORS]

@@ -113,7 +113,7 @@ class Parts:
 
     @classmethod
     def of(cls, host: nn.Module, trunk: Trunk, taps: set[str], probe: str | None) -> "Parts":
-        """What a controller asks for, see `prove`."""
+        """What a run asks for, see `prove`."""
         return cls(
             TrunkSkipper(host, trunk),
             FirstLook(host, trunk, probe) if probe is not None else None,
@@ -122,11 +122,11 @@ class Parts:
 
 
 def prove(call: Call, taps: set[str], probe: str | None) -> tuple[Trunk, Parts]:
-    """Find the trunk and check that what a controller asks for is exact.
+    """Find the trunk and check that what a run asks for is exact.
 
     Args:
         call: the call to check it on.
-        taps: taps the controller captures, `last_block` where it has forecasts checked.
+        taps: taps the run captures, `last_block` where it has forecasts checked.
         probe: what it looks at in the first block; None for nothing.
 
     Raises:
