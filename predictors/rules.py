@@ -1,9 +1,9 @@
 """The fixed rules: weighted sums of the newest anchors whose weights depend on the clock alone.
 
-F_0 is the newest anchor, F_1 the one before, g_1 = the gap between them, j the horizon from F_0 and
-r = j / g_1. Most rules weigh the ladder of backward differences that TaylorSeer's released code
-keeps (`Ladder`); the others move along the last two slopes, D_0 = (F_0 - F_1) / g_1 and
-D_1 = (F_1 - F_2) / g_2 (`Slopes`). With one anchor all repeat it. Shapes: K history length.
+F_0 is the newest anchor, F_1 the one before, g_1 the gap between them, j the horizon, r = j / g_1.
+`Ladder` rules weigh TaylorSeer's backward differences, `Slopes` rules move along the last slopes
+D_0 = (F_0 - F_1) / g_1 and D_1 = (F_1 - F_2) / g_2. With one anchor all repeat it.
+Shapes: K history length.
 """
 
 import math
@@ -122,7 +122,7 @@ class HiCache(Ladder):
         return [scale * value for scale, value in zip(scales, hermite, strict=True)]
 
 
-class Newton(LinearPredictor):
+class Newton(Ladder):
     """The polynomial through the newest `order + 1` anchors: Newton's, which is Lagrange's.
 
     c_k = prod_{m != k} (u - u_m) / (u_k - u_m), exact on polynomials of degree `order` in the
@@ -137,9 +137,7 @@ class Newton(LinearPredictor):
     """
 
     def __init__(self, order: int = 1, clock: str = "step") -> None:
-        super().__init__()
-        known = Taylor(order, clock=clock)  # which refuses others
-        self.order, self.clock, self.window = known.order, known.clock, known.window
+        super().__init__(order, clock)
 
     def coefficients(self, history: History, step: Step) -> Float[Tensor, " K"]:
         """Lagrange's weights."""
@@ -232,10 +230,9 @@ class AdamsMoulton(Slopes):
 class Foca2Point(Slopes):
     """F_hat = F_0 + (1/6 + 5r/6) (F_0 - F_1): FoCa (arXiv 2508.16211) from anchors alone.
 
-    A reconstruction: the paper's code was never published and it leaves open which features stand
-    for past ones; no parity with its numbers is claimed. The BDF2 predictor P = 4/3 F_0 - 1/3 F_1 +
-    2j/3 D_0 is corrected by Heun to F_0 + j/2 (D_0 + (P - F_0) / j). At r = 1 it is Taylor's first
-    order; elsewhere it misses a ramp by (1 - r) / 6 of the last difference, also as r goes to 0.
+    A reconstruction, as no code was published; no parity with its numbers is claimed. BDF2's
+    P = 4/3 F_0 - 1/3 F_1 + 2j/3 D_0 is corrected by Heun to F_0 + j/2 (D_0 + (P - F_0) / j). At
+    r = 1 it is Taylor's first order; elsewhere it misses a ramp by (1 - r) / 6 of the last gap.
     """
 
     def moves(self, horizon: float, gap: float) -> tuple[float, ...]:
@@ -246,7 +243,7 @@ class Foca2Point(Slopes):
 class FocaRecursive(LinearPredictor):
     """F_hat = F_0 + j D_0 + (d_0 - D_0) (1 - 2^-j): FoCa stepped through its own forecasts.
 
-    A reconstruction as well. After an anchor the step d_{i+1} = (D_0 + d_i) / 2 is added i times,
+    Also a reconstruction. After an anchor the step d_{i+1} = (D_0 + d_i) / 2 is added i times,
     with d_0 = F_0 - (feature used at the step before the anchor). That was itself forecast from
     older anchors, so the weights run over all anchors so far and every feature has to be kept; the
     last forecast's error comes back with the other sign from segment to segment and fades slowly.
