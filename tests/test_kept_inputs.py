@@ -17,16 +17,13 @@ from foreseer.trajectories.files.writer import RecordingWriter
 from foreseer.trajectories.kept_inputs import can_repeat
 from foreseer.trajectories.prompts import Item, generate_batch
 from foreseer.trajectories.recipe import item_meta
-from foreseer.trajectories.recorder import record
 
 STEPS = 6
 SETTINGS = settings("flux", STEPS)
 
 
 def recorded(out: Path, asked: list[Item], **options: Any) -> fs.Recording:
-    taps = ["output", "hidden"]
-    record(pipeline("flux"), asked, out, taps=taps, batch_size=2, **options, **SETTINGS)
-    return fs.Recording(out)
+    return fs.record(pipeline("flux"), asked, str(out), batch_size=2, **options, **SETTINGS)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from foreseer.extras import require
 
 def record(
     pipeline: Any,
-    prompts: str | Sequence[str] | None,
+    prompts: str | Sequence[Any] | None,
     out: str,
     *,
     guidance_scale: float | None = None,
