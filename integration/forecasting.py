@@ -133,6 +133,11 @@ def _hidden_for(
     """The tap of forecasts of which tokens are computed, once all goes together."""
     if tokens is None:
         raise ValueError("attention_rule is for computed tokens; pass tokens=, which of them.")
+    if not isinstance(tokens, TokenPolicy):
+        raise ValueError(
+            f"tokens is {tokens!r}, expected a policy of foreseer.predictors.tokens, such as "
+            "ClusterPolicy(16)."
+        )
     if schedule is not None:
         raise ValueError(
             f"tokens are computed on a list of anchors, not under {type(schedule).__name__}; leave "
@@ -214,19 +219,28 @@ def checked_forecaster(
         )
     if anchors is None and schedule is None:
         raise ValueError("this predictor has no anchors of its own; pass anchors=[0, ...].")
+    if not (schedule is None or isinstance(schedule, Schedule)):
+        raise ValueError(
+            f"schedule is {schedule!r}, expected one of foreseer.schedules, such as TeaCache(0.1), "
+            "or a Schedule of your own; a list of steps is anchors=."
+        )
     anchors = (0,) if anchors is None else tuple(anchors)
     tap = tap or ("hidden" if schedule is not None and schedule.checks else "output")
     if tap not in ("output", "hidden", "residual"):
         raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden' or 'residual'.")
+    _check_together(predictor, tap, schedule)
+    return Forecaster(predictor, tap, anchors, spec, pipe, copy.copy(schedule))
+
+
+def _check_together(predictor: Predictor, tap: str, schedule: Schedule | None) -> None:
+    """Raise unless predictor, tap and schedule go together."""
     if predictor.reads and tap != "output":
         raise ValueError(
             f"{type(predictor).__name__} reads the output off the hidden state, so it forecasts "
             f"the tap 'output', not {tap!r}."
         )
-    inside, decides = (
-        sorted(predictor.needs - {"x_t"}),
-        schedule is not None and (schedule.probe is not None or schedule.checks),
-    )
+    inside = sorted(predictor.needs - {"x_t"})
+    decides = schedule is not None and (schedule.probe is not None or schedule.checks)
     if inside and (tap != "hidden" or decides):
         raise ValueError(
             f"{type(predictor).__name__} needs the {' and '.join(inside)} of the step, which exist "
@@ -238,7 +252,6 @@ def checked_forecaster(
             f"{type(schedule).__name__} checks what enters the head, so the tap must be 'hidden', "
             f"not {tap!r}."
         )
-    return Forecaster(predictor, tap, anchors, spec, pipe, copy.copy(schedule))
 
 
 def _check_pipeline(spec: PredictorSpec, pipe: Any) -> None:

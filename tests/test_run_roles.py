@@ -1,5 +1,6 @@
 """Histories go by transformer and branches; whoever takes part in a run has one of three roles."""
 
+import jaxtyping
 import pytest
 import torch
 from tiny_hosts import STEPS, pipeline, run
@@ -224,3 +225,20 @@ def test_tokens_go_with_a_list_of_anchors_on_the_hidden_tap(arguments, match):
     with pytest.raises(ValueError, match=match), forecasting(pipe, Reuse(), ANCHORS, **arguments):
         pass
     assert "forward" not in vars(pipe.transformer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"schedule": TeaCache}, "such as TeaCache"),
+        ({"schedule": (0, 4)}, "a list of steps is anchors="),
+        ({"tokens": 16}, "such as ClusterPolicy"),
+    ],
+)
+def test_what_is_no_schedule_or_policy_is_refused_in_words(arguments, match):
+    jaxtyping.config.update("jaxtyping_disable", True)  # as users run it
+    try:
+        with pytest.raises(ValueError, match=match):
+            attach(pipeline("dit_guided"), Reuse(), ANCHORS, **arguments)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
