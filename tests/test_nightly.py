@@ -32,5 +32,5 @@ def test_it_is_said_when_everything_last_ran():
     if not LAST.exists():
         pytest.skip("`make test-all` writes it")
     day, commit, result = LAST.read_text().splitlines()
-    assert datetime.date.fromisoformat(day) <= datetime.date.today()
+    assert datetime.date.fromisoformat(day) <= datetime.datetime.now(datetime.UTC).date()
     assert re.match(r"[0-9a-f]{40}", commit) and re.search(r"\d+ passed", result)
