@@ -5,16 +5,20 @@ Shapes: n trajectories, P parts (1 of the whole feature), S sampling steps, K an
 segment, R ridges.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foreseer.evaluation.verdict import Estimate, estimate
+from foreseer.predictors.base import LinearPredictor
 from foreseer.predictors.solve import closed_form, segments
 
 RIDGES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+MAX_LEFT_OUT = 32  # trajectories whose rows are solved for a verdict
 STANDS_OUT = 4.0
 """Times the median left-out error, or the median norm, from which a trajectory is named."""
 
@@ -153,3 +157,31 @@ def left_out_errors(
     nothing_left = rest.diagonal(dim1=-2, dim2=-1).flatten(1).sum(1) <= 0
     means = errors.mean((2, 3)).masked_fill(nothing_left, torch.inf)
     return torch.nan_to_num(means, torch.inf, torch.inf)
+
+
+def leave_one_out(
+    old: LinearPredictor,
+    total: Float[Tensor, "branches P S S"],
+    count: int,
+    ridge: float,
+    chunks: Iterator[tuple[list[str], Float[Tensor, "n branches P S S"]]],
+) -> Estimate:
+    """The estimate of the first `MAX_LEFT_OUT` trajectories, with rows solved without each of them.
+
+    Args:
+        old: determined by Grams (`from_grams`), with `spec`.
+        total: summed Grams, of the trajectories in `chunks` too.
+        count: of how many trajectories.
+        ridge: shrinkage toward reuse.
+        chunks: names and Grams.
+    """
+    spec = old.spec
+    each = (gram for _, grams in chunks for gram in grams)
+    pairs = (
+        (
+            gram[None],
+            old.refitted(total - gram, count - 1, ridge).rows(spec.anchors, spec.sigmas),
+        )
+        for gram in islice(each, MAX_LEFT_OUT)
+    )
+    return estimate(pairs, spec.anchors, spec.sigmas, spec.expert_steps)

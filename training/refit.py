@@ -35,9 +35,13 @@ from foreseer.predictors.base import LinearPredictor, Predictor
 from foreseer.predictors.readout import Readout
 from foreseer.predictors.rules import RULES, SHOWN
 from foreseer.training.choosing import recorded_pipeline
-from foreseer.training.cross_validation import RIDGES, CrossValidation, cross_validate
+from foreseer.training.cross_validation import (
+    RIDGES,
+    CrossValidation,
+    cross_validate,
+    leave_one_out,
+)
 from foreseer.training.extends import check_extends, check_one_host, extended_spec
-from foreseer.training.left_out import leave_one_out
 from foreseer.training.readout.readout_refit import refit_readout
 from foreseer.training.shipped import ShippedSums, read_sums, write_sums
 from foreseer.trajectories.gram import relative_errors

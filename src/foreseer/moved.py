@@ -89,6 +89,7 @@ MOVED = {
     "training.inspect_command": "evaluation.inspection",
     "training.inspect_markdown": "evaluation.page.inspect_markdown",
     "training.inspect_page": "evaluation.page.inspect_page",
+    "training.left_out": "training.cross_validation",
     "training.lesa_rates": "training.lesa.lesa_rates",
     "training.lesa_samples": "training.lesa.lesa_samples",
     "training.lesa_start": "training.lesa.lesa_start",
