@@ -34,7 +34,7 @@ from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.training.export import export_predictor
 from foreseer.training.lesa.lesa_fit import LesaModule
-from foreseer.training.lesa.linear_refit import refit
+from foreseer.training.lesa.linear_equivalent import refit
 from foreseer.training.recorded import spec_of
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.prompts import class_items

@@ -12,9 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from foreseer.distill.guidance import Conditions
+from foreseer.distill.guidance import Conditions, Points
 from foreseer.distill.meanflow import MeanFlowTarget, Target, expand
-from foreseer.distill.points import Points
 from foreseer.distill.times import RestrictedTimes, Times
 
 NUM_WAVES = 4

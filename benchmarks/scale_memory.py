@@ -29,7 +29,7 @@ from foreseer.training.l2p import L2PLeastSquares
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.dataset import TrajectoryDataset
 from foreseer.trajectories.files.header import Header
-from foreseer.trajectories.files.merge import merge
+from foreseer.trajectories.files.repair import merge
 from foreseer.trajectories.prompts import class_items
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording, RecordingWriter

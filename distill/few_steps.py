@@ -1,11 +1,13 @@
-"""Draw with a student in few equal steps, and compare with where the teacher's runs end.
+"""Where a stage of a distillation begins, and what its student draws in few steps.
 
 Shapes: B batch.
 """
 
+from pathlib import Path
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from foreseer.distill.meanflow import AverageVelocity
 
@@ -27,3 +29,26 @@ def psnr_db(
 ) -> Float[Tensor, " B"]:
     """10 log10(4 / mean squared difference) of latents in [-1, 1]."""
     return -10 * (sample - reference).double().square().flatten(1).mean(1).div(4).log10()
+
+
+def load_student_state(module: nn.Module, checkpoint: str | Path) -> None:
+    """Load the (averaged) weights of another stage's checkpoint into a module.
+
+    Lightning's `WeightAveraging` keeps the averaged weights under `state_dict`.
+
+    Args:
+        module: a `DistillModule`.
+        checkpoint: Lightning checkpoint of one.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is another module's, or one of another size.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; train the stage before this one first.")
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not of this student: {error}") from error

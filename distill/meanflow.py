@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from foreseer.distill.points import Points
+from foreseer.distill.guidance import Points
 
 AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # u(x, r, t)
 

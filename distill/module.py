@@ -14,17 +14,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.distill.few_steps import few_steps, psnr_db
+from foreseer.distill.few_steps import few_steps, load_student_state, psnr_db
 from foreseer.distill.guidance import (
     Conditions,
+    Points,
+    Runs,
     class_conditions,
     guidance_range,
     guided,
     guided_velocity,
 )
 from foreseer.distill.meanflow import AverageVelocity, Target, expand
-from foreseer.distill.points import Points, Runs
-from foreseer.distill.start import load_student_state
 from foreseer.distill.teacher_runs import starting
 from foreseer.distill.times import Times
 from foreseer.integration.pipelines.average_velocity import (

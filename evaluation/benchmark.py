@@ -21,8 +21,15 @@ from foreseer.evaluation.page.curves import sheet
 from foreseer.evaluation.page.html import write_report
 from foreseer.evaluation.plan import Entry, plan, spec_of
 from foreseer.evaluation.results import BenchRow
-from foreseer.evaluation.runs import Samples, run_entry, score
-from foreseer.evaluation.store import ROWS_FILE, RowLog, load_samples, save_samples
+from foreseer.evaluation.runs import (
+    ROWS_FILE,
+    RowLog,
+    Samples,
+    load_samples,
+    run_entry,
+    save_samples,
+    score,
+)
 from foreseer.integration.host.denoisers import transformer_of
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.pipelines.pipeline_call import guidance_of_call

@@ -23,7 +23,7 @@ from foreseer.predictors.base import Predictor
 from foreseer.predictors.linear import L2P
 from foreseer.trajectories.kept_inputs import recorded_inputs
 from foreseer.trajectories.prompts import Item, generate_batch
-from foreseer.trajectories.ranks import own_device
+from foreseer.trajectories.recorder import own_device
 from foreseer.trajectories.recording import Recording
 
 

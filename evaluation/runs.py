@@ -1,22 +1,28 @@
-"""One entry of a benchmark: its samples, and how far they are from the full run's.
+"""One entry of a benchmark: its samples, how far off they are, and what is kept of them.
 
 Shapes: B samples, C channels, H height, W width.
+
+A kill loses at most the row in progress; the same command goes on from there.
 """
 
+import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median_low
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foreseer.evaluation.flops import StepFlops, run_flops
 from foreseer.evaluation.metrics import latent_rel_l2, psnr, ssim, summarise
 from foreseer.evaluation.plan import Entry
-from foreseer.evaluation.results import BenchRow
+from foreseer.evaluation.results import BenchRow, from_record, to_record
 from foreseer.evaluation.solvers import sampling_with, solver_scheduler
 from foreseer.evaluation.timing import StepTimer, transformer_device
 from foreseer.integration.forecaster import Forecaster
@@ -194,3 +200,54 @@ def _timed(
     started = time.perf_counter()
     images = pictures(generate_batch(pipe, batch, **{**settings, "output_type": "pt"}))
     return images, (time.perf_counter() - started) / len(batch)
+
+
+ROWS_FILE = "rows.partial.jsonl"
+
+
+class RowLog:
+    """Finished rows by key, one JSON line each, on disk before `add` returns.
+
+    Args:
+        path: the file; begun when missing. A last line torn by a kill is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, BenchRow] = {}
+        text = path.read_bytes() if path.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            os.truncate(path, len(whole))
+        for number, line in enumerate(whole.decode().splitlines(), 1):
+            record = json.loads(line)
+            self.rows[record["key"]] = from_record(record["row"], f"{path}, line {number}")
+
+    def add(self, key: str, row: BenchRow) -> None:
+        """Append a row."""
+        line = json.dumps({"key": key, "row": to_record(row)}, allow_nan=False)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows[key] = row
+
+
+def save_samples(samples: Samples, path: Path) -> None:
+    """Write the full run's samples, under a temporary name first."""
+    tensors = {
+        "images": samples.images.contiguous(),
+        "latents": samples.latents.contiguous().cpu(),
+        "sigmas": torch.tensor(samples.sigmas, dtype=torch.float64),
+        "seconds": torch.tensor(samples.seconds, dtype=torch.float64),
+    }
+    unfinished = path.with_suffix(".tmp")
+    save_file(tensors, unfinished)
+    unfinished.replace(path)
+
+
+def load_samples(path: Path) -> Samples:
+    """What `save_samples` wrote."""
+    tensors = load_file(path)
+    sigmas, seconds = tensors["sigmas"].tolist(), float(tensors["seconds"])
+    return Samples(tensors["images"], tensors["latents"], sigmas, seconds)

@@ -23,7 +23,7 @@ from tiny_hosts import pipeline
 
 from foreseer.training.disca import disca_fit as disca
 from foreseer.training.lesa.lesa_fit import LesaModule
-from foreseer.training.plumbing.processes import UNUSED
+from foreseer.training.plumbing.resuming import UNUSED
 from foreseer.trajectories.datamodule import RecordingDataModule
 from foreseer.trajectories.recording import Recording
 

@@ -21,9 +21,8 @@ from foreseer.integration.forecasting import attach
 from foreseer.integration.host.clock import Clock
 from foreseer.integration.host.facts import modulation_width
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.masks import mask_anchors
 from foreseer.integration.observers import Observer, StepRecord
-from foreseer.integration.schedule import interval, warped
+from foreseer.integration.schedule import interval, mask_anchors, warped
 from foreseer.integration.session import Session
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import Predictor

@@ -20,7 +20,7 @@ from foreseer.evaluation.flops import StepFlops, first_call, run_flops, step_flo
 from foreseer.evaluation.page.curves import traced
 from foreseer.evaluation.plan import Entry, plan
 from foreseer.evaluation.results import load_meta, load_rows, save_rows
-from foreseer.evaluation.store import ROWS_FILE, RowLog
+from foreseer.evaluation.runs import ROWS_FILE, RowLog
 from foreseer.evaluation.timing import attach_overhead, forecast_step_ratio
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.per_part import FreqCa

@@ -26,7 +26,7 @@ from foreseer.predictors.spectrum import Bands
 from foreseer.training.shipped import read_sums
 from foreseer.trajectories.files import header
 from foreseer.trajectories.files.header import RecordingError
-from foreseer.trajectories.files.merge import merge
+from foreseer.trajectories.files.repair import merge
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 

@@ -18,7 +18,7 @@ from recording_cases import record as write_recording
 from test_disca import SETTINGS
 from tiny_hosts import pipeline
 
-from foreseer.training.plumbing.processes import check_strategy
+from foreseer.training.plumbing.resuming import check_strategy
 from foreseer.trajectories import epoch_sampler as sampler
 from foreseer.trajectories.dataset import TrajectoryDataset
 from foreseer.trajectories.epoch_sampler import EpochSampler, ResumableLoader, everything

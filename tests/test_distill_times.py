@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from foreseer.distill.points import Runs
+from foreseer.distill.guidance import Runs
 from foreseer.distill.times import EqualTimes, MeanFlowTimes, RestrictedTimes, SamplerTimes
 
 SIZE = 20_000

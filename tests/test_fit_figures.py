@@ -22,7 +22,7 @@ from foreseer.training.fit_figures import NUM_SAMPLES, SAMPLES, StepMeans
 from foreseer.training.fit_report import FitReport
 from foreseer.training.l2p import L2PAdam, L2PGramModule, L2PLeastSquares
 from foreseer.training.lesa.lesa_fit import LesaModule
-from foreseer.training.plumbing.board import Board
+from foreseer.training.plumbing.progress import Board
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

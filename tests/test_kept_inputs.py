@@ -12,7 +12,7 @@ from tiny_hosts import items, pipeline, prompt, settings
 import foreseer as fs
 from foreseer.evaluation.measure import References, item_of
 from foreseer.trajectories import kept_inputs
-from foreseer.trajectories.files.merge import merge
+from foreseer.trajectories.files.repair import merge
 from foreseer.trajectories.files.writer import RecordingWriter
 from foreseer.trajectories.kept_inputs import can_repeat
 from foreseer.trajectories.prompts import Item, generate_batch

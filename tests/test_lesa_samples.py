@@ -20,8 +20,8 @@ from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.training.lesa.lesa_samples import collect, recorded_samples
-from foreseer.training.lesa.linear_refit import add_samples, refit
-from foreseer.training.lesa.windows import from_grams
+from foreseer.training.lesa.linear_equivalent import add_samples, refit
+from foreseer.training.lesa.stages import from_grams
 from foreseer.trajectories.prompts import generate_batch
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording

@@ -25,7 +25,6 @@ from tiny_hosts import items, pipeline, settings
 
 from foreseer.evaluation.measure import References, log_error
 from foreseer.training.lesa.lesa_fit import LesaModule
-from foreseer.training.lesa.lesa_rates import rate_factor
 from foreseer.training.lesa.lesa_samples import (
     collect,
     mean_absolute_error,
@@ -33,6 +32,7 @@ from foreseer.training.lesa.lesa_samples import (
     sample_errors,
     stage_errors,
 )
+from foreseer.training.lesa.lesa_start import rate_factor
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from flow_fields import Gaussian, ring
 
-from foreseer.distill.guidance import Conditions
+from foreseer.distill.guidance import Conditions, Points
 from foreseer.distill.meanflow import (
     AlphaFlowTarget,
     ChordTarget,
@@ -13,7 +13,6 @@ from foreseer.distill.meanflow import (
     difference,
     exact_derivative,
 )
-from foreseer.distill.points import Points
 
 SIZE = 4096
 NONE = Conditions({})

@@ -7,7 +7,7 @@ from recording_cases import record, small_header, trajectory
 
 from foreseer.cli import main
 from foreseer.trajectories.files.header import RecordingError
-from foreseer.trajectories.files.merge import merge
+from foreseer.trajectories.files.repair import merge
 from foreseer.trajectories.files.writer import RecordingWriter
 from foreseer.trajectories.recording import CorruptShard, Recording
 

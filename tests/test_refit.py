@@ -26,7 +26,7 @@ from foreseer.training.extends import WEIGHTS, differences
 from foreseer.training.l2p import L2PGramModule, L2PLeastSquares
 from foreseer.training.refit import refit
 from foreseer.training.shipped import read_sums, trajectory_digests, write_sums
-from foreseer.trajectories.files.merge import merge
+from foreseer.trajectories.files.repair import merge
 from foreseer.trajectories.files.shards import read_shard, write_shard
 from foreseer.trajectories.files.writer import RecordingWriter
 from foreseer.trajectories.prompts import class_items

@@ -5,8 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreseer.integration.masks import SCM_RUNS, anchors_mask, mask_anchors, scm
-from foreseer.integration.schedule import diffusers_interval, interval, magcache
+from foreseer.integration.schedule import (
+    SCM_RUNS,
+    anchors_mask,
+    diffusers_interval,
+    interval,
+    magcache,
+    mask_anchors,
+    scm,
+)
 from foreseer.trajectories.gram import gram, magnitude_ratios
 
 

@@ -9,8 +9,17 @@ from row_cases import errors_of
 from foreseer.integration.schedule import uniform
 from foreseer.predictors.linear import fold
 from foreseer.training.lesa.linear_equivalent import fit_linear_equivalent, stage_of
-from foreseer.training.lesa.stages import best_stages, find_stages, stage_costs, stage_starts
-from foreseer.training.lesa.windows import Quadratic, add_sample, from_grams, solve, window_steps
+from foreseer.training.lesa.stages import (
+    Quadratic,
+    add_sample,
+    best_stages,
+    find_stages,
+    from_grams,
+    solve,
+    stage_costs,
+    stage_starts,
+    window_steps,
+)
 from foreseer.trajectories.gram import gram
 
 STEPS = 10

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from foreseer.cli import main
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
-from foreseer.training.plumbing import callbacks
-from foreseer.training.plumbing.callbacks import ClockCosine
+from foreseer.training.plumbing import progress as callbacks
+from foreseer.training.plumbing.progress import ClockCosine
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "bundled_models"
 

@@ -29,7 +29,7 @@ from training_crash_cases import CASES, Case, Kill, configuration, flat, make_so
 from foreseer.cli import main as foreseer
 from foreseer.training import fit_report
 from foreseer.training.disca import gan as disca_gan
-from foreseer.training.plumbing import callbacks
+from foreseer.training.plumbing import progress as callbacks
 
 # What no two runs have in common, and a score that Lightning does not restore.
 CLOCKS = ("fit_seconds", "time_elapsed", "}.current_score")

@@ -9,7 +9,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from foreseer.integration.pipelines.load import device_of
-from foreseer.training.plumbing.processes import check_strategy
+from foreseer.training.plumbing.resuming import check_strategy
 from foreseer.training.predictor_fit import PredictorFit
 from foreseer.training.verdict_callbacks import RivalsVerdict, Verdict
 

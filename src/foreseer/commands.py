@@ -73,7 +73,7 @@ def record(
     from foreseer.trajectories.estimate import check_room, estimate, summary
     from foreseer.trajectories.partitions import asked_partitions
     from foreseer.trajectories.prompts import asked_items
-    from foreseer.trajectories.ranks import own_device, place
+    from foreseer.trajectories.recorder import own_device, place
     from foreseer.trajectories.recorder import record as record_items
     from foreseer.trajectories.recording import Recording
 
@@ -178,7 +178,7 @@ def merge(out: str, recordings: Sequence[str]) -> None:
         out: folder or URL, new or one of them.
         recordings: list of folders or URLs.
     """
-    from foreseer.trajectories.files.merge import merge as add_all
+    from foreseer.trajectories.files.repair import merge as add_all
     from foreseer.trajectories.recording import Recording
 
     added, total = add_all(out, recordings), len(Recording(out))

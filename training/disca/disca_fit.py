@@ -29,8 +29,8 @@ from foreseer.training.disca.replayed_runs import (
     velocity_error,
 )
 from foreseer.training.fit_figures import StepMeans, log_figures
-from foreseer.training.lesa.lesa_rates import rate_factor
 from foreseer.training.lesa.lesa_samples import open_features
+from foreseer.training.lesa.lesa_start import rate_factor
 from foreseer.training.plumbing.progress import watched
 
 PHASES = ("mse", "gan", "closed")

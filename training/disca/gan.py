@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from foreseer.integration.host.facts import time_facts
 from foreseer.integration.host.trunk import stream_of
 from foreseer.training.disca.replayed_runs import Forced
-from foreseer.training.plumbing.processes import mean_over_processes
+from foreseer.training.plumbing.resuming import mean_over_processes
 
 DEPTHS = (1 / 6, 1 / 3, 1 / 2)
 CHANCE, SEPARATING = 0.5, 0.55  # accuracy of a coin, and from where on its verdict is worth a term

@@ -27,7 +27,6 @@ from foreseer.predictors.lesa_values import LesaValues
 from foreseer.training.descent import Descent
 from foreseer.training.disca.frozen_runs import final_latents
 from foreseer.training.fit_figures import StepMeans, log_figures
-from foreseer.training.lesa.lesa_rates import rate_factor
 from foreseer.training.lesa.lesa_samples import (
     Sample,
     collect,
@@ -38,7 +37,7 @@ from foreseer.training.lesa.lesa_samples import (
     sample_errors,
     stage_errors,
 )
-from foreseer.training.lesa.lesa_start import LesaFactory, untrained
+from foreseer.training.lesa.lesa_start import LesaFactory, rate_factor, untrained
 from foreseer.training.plumbing.progress import watched
 
 

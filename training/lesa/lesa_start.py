@@ -1,5 +1,6 @@
-"""The untrained LESA predictor of a fit, and the plain values that describe it in a checkpoint."""
+"""What a LESA fit starts with, and its learning rates."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from foreseer.predictors.lesa import LesaPredictor
@@ -32,3 +33,20 @@ def untrained(
         return plain
     found = find_stages(recording.stack(f"gram/{tap}"), header.sigmas, plain.taps, anchors)
     return predictor(header.sigmas, header.num_branches, boundaries=found)  # type: ignore[call-arg]
+
+
+HALVING = 500  # optimiser steps between halvings, of the release
+FLOOR = 0.01  # final rate of the cosine, relative to the first
+
+
+def rate_factor(decay: str, progress: float, updates: int) -> float:
+    """Learning rate relative to the phase's first: 1 at its start, whatever came before.
+
+    Args:
+        decay: `cosine` or `halving`.
+        progress: share of the phase that is done, in [0, 1].
+        updates: updates of the phase so far.
+    """
+    if decay == "halving":
+        return 0.5 ** (updates // HALVING)
+    return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
