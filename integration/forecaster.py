@@ -1,6 +1,7 @@
 """A predictor at work in a run: the histories it forecasts from, and the checks against its fit."""
 
-from collections.abc import Hashable, Sequence
+import itertools
+from collections.abc import Container, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from foreseer.checkpoints.spec import PredictorSpec, check_host, check_run
 from foreseer.integration.histories import Histories, check_shape, most_bytes, predicted, push
 from foreseer.integration.host.denoisers import transformers_of
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.host.hook import LAST_BLOCK
+from foreseer.integration.host.hook import LAST_BLOCK, stream_tap
 from foreseer.integration.observers import CallRecord, Source, StepRecord
 from foreseer.integration.policy import Anchors, Schedule, is_finite
 from foreseer.integration.schedule import check_anchors
@@ -98,7 +99,7 @@ class Forecaster(Source):
         """Forecasts of what enters the last block, one per stream."""
         found = self.histories.at(step)
         assert found is not None  # only known calls are checked
-        return [self._forecast(tap, step, None) for tap in sorted(found) if tap != self.tap]
+        return [self._forecast(tap, step, None) for tap in self._streams(found)]
 
     def _forecast(self, tap: str, step: Step, slot: Hashable) -> Tensor:
         if self.spec is not None:
@@ -141,14 +142,18 @@ class Forecaster(Source):
         samples = self.schedule.computed(step, count, first, found is not None)
         if found is None:
             found = self.histories.start(step, call.slot)
-        for tap, rows in call.taps.items():
-            if tap == self.tap or (self.schedule.checks and tap.startswith(LAST_BLOCK)):
-                if tap not in found:
-                    num = 1 if samples is None else len(samples)
-                    found[tap] = [History(self.predictor.window) for _ in range(num)]
-                check_shape(found[tap], rows, tap, step, samples)
-                read = self._read(call, found[tap][0]) if self.predictor.reads else None
-                push(found[tap], step, rows, samples, read)
+        for tap in (self.tap, *(self._streams(call.taps) if self.schedule.checks else ())):
+            rows = call.taps[tap]
+            if tap not in found:
+                num = 1 if samples is None else len(samples)
+                found[tap] = [History(self.predictor.window) for _ in range(num)]
+            check_shape(found[tap], rows, tap, step, samples)
+            read = self._read(call, found[tap][0]) if self.predictor.reads else None
+            push(found[tap], step, rows, samples, read)
+
+    def _streams(self, taps: Container[str]) -> Iterator[str]:
+        """Names of what enters the last block, stream after stream."""
+        return itertools.takewhile(taps.__contains__, map(stream_tap, itertools.count()))
 
     def _read(self, call: CallRecord, history: History) -> Reading | None:
         """What the predictor reads off an anchor's hidden state, laid out like the output."""

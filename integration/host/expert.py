@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from foreseer.integration.host.call import Call, Narrowed, form_of, prediction
 from foreseer.integration.host.facts import Trunk
 from foreseer.integration.host.gate import FirstLook, LastBlock
-from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing, own
+from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing, own, stream_tap
 from foreseer.integration.host.layout import Layout, find_grid, find_layout
 from foreseer.integration.host.proof import HostFacts, Parts, check_rows, facts_of, prove
 from foreseer.integration.host.trunk import UnsupportedHost
@@ -106,7 +106,7 @@ class Expert:
             captured["output"] = own(prediction(output))
         if LAST_BLOCK in taps and self.trunk is not None:
             taps.remove(LAST_BLOCK)
-            taps |= {f"{LAST_BLOCK}.{number}" for number in range(len(self.trunk.streams))}
+            taps |= set(map(stream_tap, range(len(self.trunk.streams))))
         kept = {tap: captured[tap] for tap in taps if tap in captured}
         if len(kept) < len(taps):
             raise UnsupportedHost(

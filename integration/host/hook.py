@@ -241,12 +241,17 @@ class _BlockTaps:
         if block == self.last:
             for number, place in enumerate(self.streams):
                 value = args[place] if isinstance(place, int) else kwargs[place]
-                self.found[f"{LAST_BLOCK}.{number}"] = own(value)
+                self.found[stream_tap(number)] = own(value)
 
     def leaving(self, block: str, output: Any) -> None:
         """Keep the stream after a block."""
         if block in self.outputs and (stream := stream_of(output, self.place)) is not None:
             self.found[self.outputs[block]] = own(stream.transpose(0, self.axis))
+
+
+def stream_tap(number: int) -> str:
+    """Name under which a stream that enters the last block is captured."""
+    return f"{LAST_BLOCK}.{number}"
 
 
 def block_list(transformer: nn.Module, name: str) -> nn.ModuleList:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from foreseer.integration.host.call import Call, prediction
 from foreseer.integration.host.facts import Trunk
 from foreseer.integration.host.gate import FirstLook, LastBlock
-from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing
+from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing, stream_tap
 from foreseer.integration.host.layout import Layout
 from foreseer.integration.host.methods import ReplacedMethod
 from foreseer.integration.host.trunk import TrunkTracer, UnsupportedHost
@@ -151,7 +151,7 @@ def prove(call: Call, taps: set[str], probe: str | None) -> tuple[Trunk, Parts]:
     if "residual" in taps:
         check_residual(call, found["trunk_in"], skipper)
     if last_block is not None:
-        inputs = [found[f"{LAST_BLOCK}.{i}"] for i in range(len(trunk.streams))]
+        inputs = [found[stream_tap(i)] for i in range(len(trunk.streams))]
         replayed = last_block(forward, args, kwargs, inputs, lambda entering: entering)
         check_same(call, expected, replayed, "running the last block on its own input")
     if first_look is not None:
