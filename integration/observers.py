@@ -54,6 +54,8 @@ class StepRecord:
         before: the latents that the step started from.
         after: the latents that it ended at.
         calls: its calls, in order.
+        opening: the settings as the run began; a pipeline may change them before its first step
+            ends.
     """
 
     index: int
@@ -63,6 +65,7 @@ class StepRecord:
     before: Tensor
     after: Tensor
     calls: Sequence[CallRecord] = ()
+    opening: Mapping[str, float | None] = field(default_factory=dict)
 
 
 class Observer:

@@ -134,8 +134,9 @@ class Session:
         self.report.num_steps = self._num_steps
         self._step_began = time.perf_counter()
         self._settings = CallSettings(expert.transformer for expert in self.experts.values())
+        self._opening = self._settings.read(pipeline_call())
         if self.source is not None:
-            self.source.settings = self._settings.read(pipeline_call())
+            self.source.settings = self._opening
             self.source.open(self._sigmas)
         self._begun = True
 
@@ -159,7 +160,7 @@ class Session:
         calls = [self._with_branches(form, call, started) for form, call in self._pending]
         self._pending = []
         settings = self._settings.read(pipeline_call())
-        record = StepRecord(index, self._sigmas, settings, v, before, after, calls)
+        record = StepRecord(index, self._sigmas, settings, v, before, after, calls, self._opening)
         for observer in self.observers:
             observer.on_step(record)
         budget = None if self.source is None else self.source.memory_budget

@@ -40,6 +40,7 @@ class Recorder(Observer):
     def _begin(self, sigmas: Sequence[float]) -> None:
         """Forget the last run."""
         self.sigmas = list(sigmas)
+        self.opening: Mapping[str, float | None] = {}  # settings as the run began
         self.settings: list[Mapping[str, float | None]] = []  # of every step
         self.features: dict[str, list[dict[int, Tensor]]] = {}
         self.experts: list[int] = []  # the one that ran at every step
@@ -56,6 +57,7 @@ class Recorder(Observer):
         """
         if record.index == 0:
             self._begin(record.sigmas)
+            self.opening = record.opening
         for call in record.calls:
             self._keep(call)
         self.settings.append(record.settings)
@@ -86,7 +88,7 @@ class Recorder(Observer):
     @property
     def guidance_scale(self) -> float | None:
         """As the run began; None where the call has none."""
-        return self.settings[0].get("guidance_scale") if self.settings else None
+        return self.opening.get("guidance_scale")
 
     @property
     def num_branches(self) -> int:
