@@ -24,6 +24,7 @@ from foreseer.checkpoints.card import model_card
 from foreseer.checkpoints.config import CONFIG_FILE as CONFIG_FILE
 from foreseer.checkpoints.config import CheckpointError as CheckpointError
 from foreseer.checkpoints.config import Config, decode_config, encode_config, read_config
+from foreseer.checkpoints.evaluations import check_evaluations
 from foreseer.checkpoints.folder import CARD_FILE as CARD_FILE
 from foreseer.checkpoints.folder import GRAMS_FILE as GRAMS_FILE
 from foreseer.checkpoints.folder import MODEL_FILE as MODEL_FILE
@@ -152,21 +153,6 @@ def load_predictors(name: str | Path, revision: str | None = None) -> dict[int, 
         predictor = load_predictor(name, revision)
         return {len(predictor.spec.anchors): predictor}
     return {budget: load_predictor(name, revision, budget) for budget in budgets}
-
-
-def check_evaluations(predictor: Predictor, evaluations: int | None) -> None:
-    """Raise unless a predictor is for a number of evaluations, where one is named.
-
-    Raises:
-        CheckpointError: it is for another.
-    """
-    anchors = None if predictor.spec is None else predictor.spec.anchors
-    if evaluations is not None and (anchors is None or len(anchors) != evaluations):
-        own = "no number" if anchors is None else str(len(anchors))
-        raise CheckpointError(
-            f"the predictor is for {own} of evaluations, asked for {evaluations}; leave "
-            "evaluations out, or name a predictor for several."
-        )
 
 
 def argument_names(name: str) -> list[str]:

@@ -275,26 +275,3 @@ def check_run(spec: PredictorSpec, predictor: Predictor, sigmas: list[float]) ->
         predictor.check_grid(sigmas)
     except ValueError as error:
         raise PredictorMismatch(str(error)) from error
-
-
-def choose_anchors(
-    spec: PredictorSpec, predictor: Predictor, anchors: Sequence[int] | None
-) -> tuple[int, ...]:
-    """The anchors to run with: those given, where the predictor serves them, else the fit's.
-
-    Args:
-        spec: what the predictor was fitted on.
-        predictor: the predictor.
-        anchors: as given by the caller; None asks for the fit's own.
-
-    Raises:
-        PredictorMismatch: the predictor was fitted for other anchors.
-    """
-    if anchors is None:
-        return spec.anchors
-    if tuple(anchors) != spec.anchors and not predictor.any_anchors:
-        raise PredictorMismatch(
-            f"the predictor was fitted for the anchors {list(spec.anchors)}, found "
-            f"{list(anchors)}; fit one for these anchors or leave `anchors` out."
-        )
-    return tuple(anchors)

@@ -6,8 +6,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from foreseer.checkpoints.format import check_evaluations, load_predictor
-from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, choose_anchors
+from foreseer.checkpoints.evaluations import check_evaluations, choose_anchors
+from foreseer.checkpoints.spec import (
+    PredictorMismatch,
+    PredictorSpec,
+    check_host,
+)
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.denoisers import transformers_of
 from foreseer.integration.host.fingerprint import host_fingerprint
@@ -172,6 +176,8 @@ def one_of(
         ValueError: there is none for that number, or several and none is asked for.
     """
     if isinstance(predictor, str | os.PathLike):
+        from foreseer.checkpoints.format import load_predictor  # every learned class
+
         return load_predictor(os.fspath(predictor), evaluations=evaluations)
     if not isinstance(predictor, Mapping):
         check_evaluations(predictor, evaluations)

@@ -210,7 +210,8 @@ def save(predictor: Any, folder: str) -> Any:
         The folder.
     """
     from foreseer.checkpoints.budgets import check_free_of_others, write_budgets
-    from foreseer.checkpoints.format import check_evaluations, save_predictor
+    from foreseer.checkpoints.evaluations import check_evaluations
+    from foreseer.checkpoints.format import save_predictor
     from foreseer.errors import CheckpointError
 
     if isinstance(predictor, dict):
