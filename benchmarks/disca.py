@@ -33,12 +33,11 @@ from judge import load_classifier
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.benchmark import FIRST_ITEM
-from foreseer.evaluation.flops import first_call, step_flops
-from foreseer.evaluation.machine import collect_meta
 from foreseer.evaluation.plan import Entry
-from foreseer.evaluation.results import to_record
+from foreseer.evaluation.results import collect_meta, to_record
 from foreseer.evaluation.runs import Samples, run_entry, score
-from foreseer.integration.host.denoisers import transformer_of
+from foreseer.evaluation.timing import first_call, step_flops
+from foreseer.integration.host.trunk import transformer_of
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.rules import Reuse, Taylor

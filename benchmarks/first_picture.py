@@ -13,9 +13,9 @@ from typing import Any
 from readout_page import README, put
 
 from foreseer.demo import GUIDANCE_SCALE, NUM_STEPS, PROMPTS
-from foreseer.evaluation.machine import collect_meta
 from foreseer.evaluation.metrics import psnr
 from foreseer.evaluation.page.side_by_side import picture, side_by_side, told
+from foreseer.evaluation.results import collect_meta
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.pipeline_call import samples
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from foreseer.evaluation.flops import StepFlops, run_flops, step_flops
+from foreseer.evaluation.timing import StepFlops, run_flops, step_flops
 from foreseer.integration.schedule import uniform
-from foreseer.trajectories.estimate import GRAM_BYTES, STATE_BYTES
+from foreseer.trajectories.recipe import GRAM_BYTES, STATE_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "configs" / "recipes"

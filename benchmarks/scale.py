@@ -29,7 +29,7 @@ from scale_estimates import estimates
 
 from foreseer.trajectories.dataset import TrajectoryDataset
 from foreseer.trajectories.files.header import Header
-from foreseer.trajectories.files.uploads import open_writer
+from foreseer.trajectories.files.writer import open_writer
 from foreseer.trajectories.gram import gram
 from foreseer.trajectories.recording import Recording
 

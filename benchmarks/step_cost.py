@@ -18,9 +18,15 @@ from statistics import median
 import overhead_host
 import torch
 
-from foreseer.evaluation.flops import first_call, run_flops, step_flops
-from foreseer.evaluation.timing import anchor_step_ratios, attach_overhead, forecast_step_ratio
-from foreseer.integration.host.denoisers import transformer_of
+from foreseer.evaluation.timing import (
+    anchor_step_ratios,
+    attach_overhead,
+    first_call,
+    forecast_step_ratio,
+    run_flops,
+    step_flops,
+)
+from foreseer.integration.host.trunk import transformer_of
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.predictors.linear import L2P

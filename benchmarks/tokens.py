@@ -25,12 +25,11 @@ from torch import Tensor
 from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.metrics import psnr
 from foreseer.integration.forecasting import Run, forecasting
-from foreseer.integration.host.denoisers import transformer_of
 from foreseer.integration.host.hook import TrunkSkipper, capturing
-from foreseer.integration.host.trunk import TrunkTracer
-from foreseer.integration.partial import PartialTrunk, Pick
+from foreseer.integration.host.trunk import TrunkTracer, transformer_of
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
+from foreseer.integration.token_runner import PartialTrunk, Pick
 from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
 from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy, TokenPolicy

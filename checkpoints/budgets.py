@@ -11,14 +11,15 @@ from typing import Any
 
 from foreseer.checkpoints.card import answers, card_head
 from foreseer.checkpoints.config import CONFIG_FILE, CheckpointError, is_int, is_list
-from foreseer.checkpoints.folder import (
+from foreseer.checkpoints.hub import (
     CARD_FILE,
     MODEL_FILE,
     check_free,
     check_holds,
+    download,
+    is_remote,
     replace_file,
 )
-from foreseer.checkpoints.hub import download, is_remote
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.checkpoints.strict import parse_json
 

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from foreseer.checkpoints.call_settings import at_step, readable_setting
-from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.checkpoints.spec import PredictorSpec, at_step, readable_setting
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.rules import SHOWN
 

@@ -18,21 +18,25 @@ from safetensors.torch import save as lay_out_tensors
 from torch import Tensor
 
 from foreseer import __version__
-from foreseer.checkpoints.arguments import REFUSALS, check_arguments
 from foreseer.checkpoints.budgets import BUDGETS_FILE, budget_folder, read_budgets
 from foreseer.checkpoints.card import model_card
 from foreseer.checkpoints.config import CONFIG_FILE as CONFIG_FILE
+from foreseer.checkpoints.config import (
+    REFUSALS,
+    Config,
+    check_arguments,
+    decode_config,
+    encode_config,
+    read_config,
+)
 from foreseer.checkpoints.config import CheckpointError as CheckpointError
-from foreseer.checkpoints.config import Config, decode_config, encode_config, read_config
-from foreseer.checkpoints.evaluations import check_evaluations
-from foreseer.checkpoints.folder import CARD_FILE as CARD_FILE
-from foreseer.checkpoints.folder import GRAMS_FILE as GRAMS_FILE
-from foreseer.checkpoints.folder import MODEL_FILE as MODEL_FILE
-from foreseer.checkpoints.folder import SEGMENTS_FILE as SEGMENTS_FILE
-from foreseer.checkpoints.folder import check_free, replace_file
 from foreseer.checkpoints.golden import check_golden, golden_pair
-from foreseer.checkpoints.hub import locate
-from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.checkpoints.hub import CARD_FILE as CARD_FILE
+from foreseer.checkpoints.hub import GRAMS_FILE as GRAMS_FILE
+from foreseer.checkpoints.hub import MODEL_FILE as MODEL_FILE
+from foreseer.checkpoints.hub import SEGMENTS_FILE as SEGMENTS_FILE
+from foreseer.checkpoints.hub import check_free, locate, replace_file
+from foreseer.checkpoints.spec import PredictorSpec, check_evaluations
 from foreseer.checkpoints.strict import (
     DTYPE_CODES,
     MalformedFile,

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.checkpoints.arguments import REFUSALS
-from foreseer.checkpoints.config import CheckpointError
+from foreseer.checkpoints.config import REFUSALS, CheckpointError
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.predictors.base import SMALLEST, History, Predictor, Reading, Step
 

@@ -6,9 +6,16 @@ from pathlib import Path
 from foreseer.checkpoints.budgets import BUDGETS_FILE, read_budgets
 from foreseer.checkpoints.card import model_card
 from foreseer.checkpoints.config import CheckpointError
-from foreseer.checkpoints.folder import CARD_FILE, GRAMS_FILE, OWN, PICTURES, SEGMENTS_FILE
 from foreseer.checkpoints.format import AGAIN, load_predictor
-from foreseer.checkpoints.hub import collect, upload
+from foreseer.checkpoints.hub import (
+    CARD_FILE,
+    GRAMS_FILE,
+    OWN,
+    PICTURES,
+    SEGMENTS_FILE,
+    collect,
+    upload,
+)
 from foreseer.checkpoints.page import (
     Benchmark,
     base_model_of,

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foreseer.integration.host.call import prediction
-from foreseer.integration.host.facts import time_facts
+from foreseer.integration.host.trunk import time_facts
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,10 @@ from tqdm.auto import tqdm
 
 from foreseer import __version__
 from foreseer.checkpoints.spec import PredictorSpec, check_host
-from foreseer.evaluation.flops import StepFlops, first_call, step_flops
-from foreseer.evaluation.machine import collect_meta
 from foreseer.evaluation.page.curves import sheet
 from foreseer.evaluation.page.html import write_report
 from foreseer.evaluation.plan import Entry, plan, spec_of
-from foreseer.evaluation.results import BenchRow
+from foreseer.evaluation.results import BenchRow, collect_meta
 from foreseer.evaluation.runs import (
     ROWS_FILE,
     RowLog,
@@ -30,8 +28,9 @@ from foreseer.evaluation.runs import (
     save_samples,
     score,
 )
-from foreseer.integration.host.denoisers import transformer_of
+from foreseer.evaluation.timing import StepFlops, first_call, step_flops
 from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.trunk import transformer_of
 from foreseer.integration.pipelines.pipeline_call import guidance_of_call
 from foreseer.integration.schedule import COMMON
 from foreseer.predictors.base import LinearPredictor, Predictor

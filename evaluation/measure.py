@@ -15,14 +15,13 @@ from torch import Tensor
 
 from foreseer.checkpoints.spec import check_model, check_scheduler
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.host.denoisers import transformers_of
 from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.trunk import transformers_of
 from foreseer.integration.pipelines.load import opened
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.linear import L2P
-from foreseer.trajectories.kept_inputs import recorded_inputs
-from foreseer.trajectories.prompts import Item, generate_batch
+from foreseer.trajectories.prompts import Item, generate_batch, recorded_inputs
 from foreseer.trajectories.recorder import own_device
 from foreseer.trajectories.recording import Recording
 

@@ -1,13 +1,19 @@
-"""The rows of a benchmark result, and the files that hold them."""
+"""The rows of a benchmark result, the files that hold them, and the machine they come from."""
 
+import datetime
 import json
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from foreseer import __version__
 from foreseer.checkpoints.page import Benchmark
+from foreseer.environment import commit, installed, processor, usable_cores
 from foreseer.integration.schedule import COMMON
 
 KINDS = ("solver", "formula", "learned", "full")
@@ -232,3 +238,33 @@ def _checked(name: str, annotation: Any, value: Any, method: str) -> Any:
     if wanted is float and (math.isnan(value) or value == -math.inf):
         raise ValueError(f"Row of {method}: {name} is {value}; a diverged run cannot be ranked.")
     return value
+
+
+PACKAGES = ("torch", "diffusers", "lightning", "torchmetrics", "numpy")
+
+
+def collect_meta(command: str, seeds: Sequence[int]) -> BenchMeta:
+    """What is needed to run a benchmark again, without naming the machine.
+
+    Args:
+        command: the command line.
+        seeds: seed of every sample.
+    """
+    versions = {"foreseer": __version__, "python": platform.python_version()}
+    versions |= {name: installed(name) for name in PACKAGES}
+    return BenchMeta(
+        versions=versions,
+        seeds=list(seeds),
+        hardware=hardware(),
+        command=command,
+        date=datetime.date.today().isoformat(),
+        commit=commit(),
+    )
+
+
+def hardware() -> str:
+    """Processor model, cores and threads used, and the GPU where there is one."""
+    words = f"{processor()}, {usable_cores()} cores, {torch.get_num_threads()} torch thread(s)"
+    if torch.cuda.is_available():
+        words += f", {torch.cuda.get_device_name()}"
+    return words

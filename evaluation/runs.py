@@ -19,12 +19,11 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foreseer.evaluation.flops import StepFlops, run_flops
 from foreseer.evaluation.metrics import latent_rel_l2, psnr, ssim, summarise
 from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.results import BenchRow, from_record, to_record
 from foreseer.evaluation.solvers import sampling_with, solver_scheduler
-from foreseer.evaluation.timing import StepTimer, transformer_device
+from foreseer.evaluation.timing import StepFlops, StepTimer, run_flops, transformer_device
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.clock import Clock
 from foreseer.integration.pipelines.pipeline_call import pictures

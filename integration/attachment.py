@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 from foreseer.integration.host.caller import PIPELINES, pipeline_call, variable
 from foreseer.integration.host.clock import Clock, Pace
-from foreseer.integration.host.denoisers import TURNS, others_of, transformers_of
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.hook import Attached, refuse_other_caches
-from foreseer.integration.host.methods import replace_method, restore_method
+from foreseer.integration.host.hook import (
+    Attached,
+    refuse_other_caches,
+    replace_method,
+    restore_method,
+)
+from foreseer.integration.host.trunk import TURNS, others_of, transformers_of
 
 
 class Attachment:

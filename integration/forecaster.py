@@ -9,9 +9,9 @@ from torch import Tensor
 
 from foreseer.checkpoints.spec import PredictorSpec, check_host, check_run
 from foreseer.integration.histories import Histories, check_shape, most_bytes, predicted, push
-from foreseer.integration.host.denoisers import transformers_of
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.host.hook import LAST_BLOCK, stream_tap
+from foreseer.integration.host.trunk import transformers_of
 from foreseer.integration.observers import CallRecord, Source, StepRecord
 from foreseer.integration.policy import Anchors, Schedule, is_finite
 from foreseer.integration.schedule import check_anchors

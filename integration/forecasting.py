@@ -6,15 +6,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from foreseer.checkpoints.evaluations import check_evaluations, choose_anchors
 from foreseer.checkpoints.spec import (
     PredictorMismatch,
     PredictorSpec,
+    check_evaluations,
     check_host,
+    choose_anchors,
 )
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.host.denoisers import transformers_of
 from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.trunk import transformers_of
 from foreseer.integration.memory import check_budget
 from foreseer.integration.policy import Schedule
 from foreseer.integration.report import Report

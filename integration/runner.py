@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foreseer.integration.host.call import Call, prediction
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.facts import modulations
+from foreseer.integration.host.trunk import modulations
 from foreseer.integration.observers import Source
 from foreseer.predictors.base import Step
 

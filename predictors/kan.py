@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foreseer.predictors.gates import NOISE, SplineNet, in_chunks
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.predictors.splines import NOISE, SplineNet, in_chunks
 
 CHUNK_NUMBERS = 2**20  # pykan holds a number per row and edge several times over
 CHECK_ROWS = 256

@@ -16,8 +16,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foreseer.predictors.base import History, Predictor, Step, walked_rows
-from foreseer.predictors.gates import GATES, build_gate, check_stages, time_differences
-from foreseer.predictors.kept_values import same_values, values_of
+from foreseer.predictors.gates import (
+    GATES,
+    build_gate,
+    check_stages,
+    same_values,
+    time_differences,
+    values_of,
+)
 from foreseer.predictors.weighted import combine
 
 MAX_FOLDED = 1000  # lists of anchors whose rows are kept; an adaptive schedule meets ever new ones

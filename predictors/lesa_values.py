@@ -13,9 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foreseer.predictors.base import History, Step
-from foreseer.predictors.kept_values import same_values, values_of
+from foreseer.predictors.gates import SplineNet, same_values, values_of
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.predictors.splines import SplineNet
 from foreseer.predictors.weighted import wide_dtype
 
 

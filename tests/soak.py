@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from foreseer.evaluation.verify import footprint
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.methods import ReplacedMethod
+from foreseer.integration.host.hook import ReplacedMethod
 from foreseer.integration.session import Session
 from foreseer.predictors.base import History
 from foreseer.predictors.partition import Partition

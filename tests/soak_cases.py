@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
 from foreseer.integration.forecasting import attach
 from foreseer.integration.host.clock import Clock
-from foreseer.integration.host.facts import modulation_width
 from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.trunk import modulation_width
 from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.schedule import interval, mask_anchors, warped
 from foreseer.integration.session import Session

@@ -21,7 +21,7 @@ from tiny_hosts import (
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.call import take_rows
 from foreseer.integration.host.trunk import UnsupportedHost
-from foreseer.integration.speca import relative_errors
+from foreseer.integration.policy import relative_errors
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Reuse, Taylor

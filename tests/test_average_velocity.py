@@ -13,9 +13,13 @@ from foreseer.distill.guidance import velocity
 from foreseer.distill.meanflow import difference, exact_derivative
 from foreseer.evaluation.solvers import sampling_with, solver_scheduler
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host.facts import modulation_places, modulation_width, modulations
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.host.trunk import (
+    UnsupportedHost,
+    modulation_places,
+    modulation_width,
+    modulations,
+)
 from foreseer.integration.pipelines.average_velocity import (
     Conditioning,
     IntervalConditioner,

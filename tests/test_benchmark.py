@@ -16,12 +16,18 @@ from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
 from foreseer.evaluation import benchmark
 from foreseer.evaluation.benchmark import compare_methods, rows_predictor, rule_key
-from foreseer.evaluation.flops import StepFlops, first_call, run_flops, step_flops
 from foreseer.evaluation.page.curves import traced
 from foreseer.evaluation.plan import Entry, plan
 from foreseer.evaluation.results import load_meta, load_rows, save_rows
 from foreseer.evaluation.runs import ROWS_FILE, RowLog
-from foreseer.evaluation.timing import attach_overhead, forecast_step_ratio
+from foreseer.evaluation.timing import (
+    StepFlops,
+    attach_overhead,
+    first_call,
+    forecast_step_ratio,
+    run_flops,
+    step_flops,
+)
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.per_part import FreqCa
 from foreseer.predictors.rules import RULES, Taylor

@@ -19,7 +19,7 @@ import torch
 
 import foreseer as fs
 from foreseer.integration.host.fingerprint import values_digest
-from foreseer.integration.pipelines.pixel_flux_pipeline import pack, unpack
+from foreseer.integration.pipelines.pixel_pipeline import pack, unpack
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "integrations" / "comfyui"

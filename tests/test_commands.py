@@ -9,8 +9,8 @@ from tiny_pipelines import tiny_pipeline
 from foreseer.cli import main
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
-from foreseer.trajectories.estimate import check_room, estimate
 from foreseer.trajectories.prompts import class_items, number_of_classes
+from foreseer.trajectories.recipe import check_room, estimate
 from foreseer.trajectories.recorder import place
 from foreseer.trajectories.recording import Recording
 

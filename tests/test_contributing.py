@@ -104,7 +104,7 @@ def follow_schedule(package: Path) -> None:
 
 def follow_host(package: Path) -> None:
     row = '    "ToyTransformer2DModel": Trunk(("layers",), "final_norm", (), -1, 1),\n'
-    put(package / "integration/host/facts.py", '    "LatteTransformer3DModel"', row)
+    put(package / "integration/host/trunk.py", '    "LatteTransformer3DModel"', row)
 
 
 def follow_fit(package: Path) -> None:
@@ -112,7 +112,7 @@ def follow_fit(package: Path) -> None:
     shipped = (package / "configs/fit/l2p_lstsq.yaml").read_text()
     own = shipped.replace("l2p.L2PLeastSquares", "toy.Toy").replace("l2p_lstsq", "toy")
     (package / "configs/fit/toy.yaml").write_text(own)
-    put(package / "training/recipes.py", '    "lstsq": ', '    "toy": "toy",\n')
+    put(package / "training/fits.py", '    "lstsq": ', '    "toy": "toy",\n')
 
 
 def follow_figure(package: Path) -> None:

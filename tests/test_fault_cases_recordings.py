@@ -18,7 +18,7 @@ from tiny_pipelines import tiny_pipeline
 from foreseer.cli import main
 from foreseer.trajectories.files.repair import repair
 from foreseer.trajectories.files.writer import RecordingWriter
-from foreseer.trajectories.gram_sums import sum_grams
+from foreseer.trajectories.gram import sum_grams
 from foreseer.trajectories.recording import CorruptShard, Recording, RecordingError
 
 pytestmark = pytest.mark.fault

@@ -18,7 +18,7 @@ from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.histories import most_bytes
 from foreseer.integration.host.clock import flow_sigmas
-from foreseer.integration.partial import PartialTrunk
+from foreseer.integration.token_runner import PartialTrunk
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Newton, Reuse, Taylor

@@ -12,9 +12,8 @@ from families import FAMILIES, MORE, Family, call
 from test_composition_weights import lora
 from test_hosts import fitted
 
-from foreseer.checkpoints.call_settings import first_difference
 from foreseer.checkpoints.format import CheckpointError, load_predictor
-from foreseer.checkpoints.spec import PredictorMismatch
+from foreseer.checkpoints.spec import PredictorMismatch, first_difference
 from foreseer.integration.forecasting import forecasting
 from foreseer.trajectories.files.header import RecordingError
 from foreseer.trajectories.prompts import Item

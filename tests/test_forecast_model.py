@@ -8,7 +8,7 @@ from tiny_hosts import tiny_dit
 from torch import Tensor
 
 import foreseer as fs
-from foreseer.integration.sampler_sigmas import flow_time
+from foreseer.integration.sigma_run import flow_time
 
 PIPELINE, READOUT, ROWS = "zoo:fashion_dit", "zoo:fashion_dit_readout_8", "zoo:emoji_flux_l2p_8"
 

@@ -9,7 +9,7 @@ from tiny_hosts import items, pipeline, settings
 from foreseer.evaluation.measure import log_error
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.rules import Taylor
-from foreseer.training.disca.frozen_runs import final_latents
+from foreseer.training.disca.replayed_runs import final_latents
 from foreseer.training.lesa.lesa_samples import collect
 
 STEPS = 8

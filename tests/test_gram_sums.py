@@ -20,10 +20,10 @@ from recording_cases import small_header
 
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares
-from foreseer.trajectories import gram_sums
+from foreseer.trajectories import gram as gram_sums
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.files.writer import RecordingWriter
-from foreseer.trajectories.gram_sums import GramBatches, load_grams, shared_sum, sum_grams
+from foreseer.trajectories.gram import GramBatches, load_grams, shared_sum, sum_grams
 from foreseer.trajectories.recording import Recording, RecordingError
 
 STEPS = 8

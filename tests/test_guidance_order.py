@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES
 from test_field_settings import ANCHORS, fitted, recorded
 
-from foreseer.trajectories.guidance_order import first_branch
+from foreseer.trajectories.collector import first_branch
 
 ORDER = {
     "flux": "",

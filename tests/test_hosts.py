@@ -20,9 +20,8 @@ from foreseer.evaluation.verify import (
 )
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.host.call import Call
-from foreseer.integration.host.facts import TRUNK_FACTS, Trunk
 from foreseer.integration.host.proof import prove
-from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.host.trunk import TRUNK_FACTS, Trunk, UnsupportedHost
 from foreseer.integration.session import Session
 from foreseer.predictors.rules import Reuse
 from foreseer.training.least_squares import fit_rows

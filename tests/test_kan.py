@@ -13,8 +13,8 @@ from tiny_hosts import pipeline, spec_for
 from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.predictors import kan
+from foreseer.predictors.gates import SplineNet, six_cubic_splines
 from foreseer.predictors.kan import PykanNet, difference, splines_of, with_pykan, without_pykan
-from foreseer.predictors.splines import SplineNet, six_cubic_splines
 
 TOLERANCE = 1e-5
 
@@ -98,7 +98,7 @@ def test_rows_in_chunks_are_the_rows_at_once(monkeypatch):
     x = torch.randn(100, 3)
     whole = net(x), splines_of(net)(x)
     monkeypatch.setattr(kan, "CHUNK_NUMBERS", 12 * 8 * 7)
-    monkeypatch.setattr("foreseer.predictors.splines.CHUNK_ROWS", 13)
+    monkeypatch.setattr("foreseer.predictors.gates.CHUNK_ROWS", 13)
     for found, expected in zip((net(x), splines_of(net)(x)), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 

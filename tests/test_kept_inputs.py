@@ -11,11 +11,10 @@ from tiny_hosts import items, pipeline, prompt, settings
 
 import foreseer as fs
 from foreseer.evaluation.measure import References, item_of
-from foreseer.trajectories import kept_inputs
+from foreseer.trajectories import prompts as kept_inputs
 from foreseer.trajectories.files.repair import merge
 from foreseer.trajectories.files.writer import RecordingWriter
-from foreseer.trajectories.kept_inputs import can_repeat
-from foreseer.trajectories.prompts import Item, generate_batch
+from foreseer.trajectories.prompts import Item, can_repeat, generate_batch
 from foreseer.trajectories.recipe import item_meta
 
 STEPS = 6

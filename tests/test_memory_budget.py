@@ -16,7 +16,7 @@ from foreseer.evaluation.verify import check_tap, final_latents
 from foreseer.integration import memory
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host.facts import modulation_width
+from foreseer.integration.host.trunk import modulation_width
 from foreseer.integration.memory import available_bytes, readable
 from foreseer.integration.observers import CallRecord
 from foreseer.predictors.any_anchors import L2PGram

@@ -13,7 +13,7 @@ from tiny_pipelines import tiny_pipeline
 import foreseer as fs
 from foreseer import cli
 from foreseer.cli import main
-from foreseer.refusing import is_told
+from foreseer.words import is_told
 
 STEPS = 8
 

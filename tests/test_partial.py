@@ -28,12 +28,11 @@ from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.host.hook import capturing
 from foreseer.integration.host.trunk import Trunk, TrunkTracer, UnsupportedHost
-from foreseer.integration.partial import PartialTrunk
+from foreseer.integration.token_runner import PartialTrunk
 from foreseer.predictors.base import History
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Reuse, Taylor
-from foreseer.predictors.token_clusters import take
-from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
+from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy, take
 
 ANCHORS = (0, 1, 4)
 FORECASTS = [2, 3, 5, 6, 7]

@@ -37,7 +37,7 @@ from foreseer.training.recorded import stack_part_grams
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.files.shards import read_shard
 from foreseer.trajectories.gram import relative_errors, squared_errors
-from foreseer.trajectories.partitions import token_grid
+from foreseer.trajectories.recipe import token_grid
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording, RecordingError, RecordingWriter
 

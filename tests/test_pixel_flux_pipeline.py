@@ -9,7 +9,7 @@ from tiny_text import PROMPTS, tiny_text_pipeline
 
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.pipeline_call import first_samples
-from foreseer.integration.pipelines.pixel_flux_pipeline import (
+from foreseer.integration.pipelines.pixel_pipeline import (
     PixelFluxPipeline,
     image_ids,
     pack,

@@ -30,13 +30,12 @@ from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.evaluation.measure import References, predictor_errors
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.readout import STORED, neighbourhood, normalised
-from foreseer.training.closed_form import ONE_PARAMETER
 from foreseer.training.export import export_command, export_predictor
+from foreseer.training.gram_fit import ONE_PARAMETER
 from foreseer.training.readout import segment as readout_segment
 from foreseer.training.readout import sums as readout_sums
-from foreseer.training.readout.segment import Part, fit_segment
-from foreseer.training.readout.segment_parts import folds_of
-from foreseer.training.readout.sums import NUM_FOLDS, SegmentSums, Total
+from foreseer.training.readout.segment import NUM_FOLDS, Part, SegmentSums, Total, fit_segment
+from foreseer.training.readout.walk import folds_of
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record

@@ -20,9 +20,8 @@ from foreseer.fit_commands import refit as refit_command
 from foreseer.training.export import export_command, export_predictor
 from foreseer.training.readout import segment as readout_segment
 from foreseer.training.readout.readout_refit import refit_readout
-from foreseer.training.readout.segment import Part, extend_segment
+from foreseer.training.readout.segment import Part, Total, extend_segment
 from foreseer.training.readout.shipped_sums import read_segments
-from foreseer.training.readout.sums import Total
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.files.shards import read_shard, write_shard
 from foreseer.trajectories.recording import Recording

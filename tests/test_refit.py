@@ -22,10 +22,15 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.spectrum import equal_bands
 from foreseer.training.export import export_predictor
-from foreseer.training.extends import WEIGHTS, differences
 from foreseer.training.l2p import L2PGramModule, L2PLeastSquares
 from foreseer.training.refit import refit
-from foreseer.training.shipped import read_sums, trajectory_digests, write_sums
+from foreseer.training.shipped import (
+    WEIGHTS,
+    differences,
+    read_sums,
+    trajectory_digests,
+    write_sums,
+)
 from foreseer.trajectories.files.repair import merge
 from foreseer.trajectories.files.shards import read_shard, write_shard
 from foreseer.trajectories.files.writer import RecordingWriter

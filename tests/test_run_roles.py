@@ -8,10 +8,9 @@ from torch import nn
 
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.forecasting import attach, forecasting
-from foreseer.integration.histories import Histories, push
+from foreseer.integration.histories import Histories, Kept, push
 from foreseer.integration.host.branches import Branches
 from foreseer.integration.host.call import Call
-from foreseer.integration.kept import Kept
 from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.policy import Action, Anchors, Schedule
 from foreseer.integration.session import Session

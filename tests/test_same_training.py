@@ -19,8 +19,7 @@ import foreseer.training
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.l2p import L2PAdam, L2PLeastSquares
-from foreseer.training.plumbing.resuming import Resumable
-from foreseer.training.plumbing.same_training import check_same, described
+from foreseer.training.plumbing.resuming import Resumable, check_same, described
 from foreseer.training.readout.readout_fit import ReadoutFit
 from foreseer.trajectories.datamodule import GramDataModule, ItemsDataModule, RecordingDataModule
 from foreseer.trajectories.recorder import record

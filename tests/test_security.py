@@ -18,7 +18,7 @@ from recording_cases import record
 from safetensors.torch import load_file, save_file
 from test_fault_cases_files import Bomb, change_config, seal
 
-from foreseer.checkpoints.arguments import ARGUMENT_RULES, OF_PARTITIONS
+from foreseer.checkpoints.config import ARGUMENT_RULES, OF_PARTITIONS
 from foreseer.checkpoints.format import (
     CLASSES,
     CheckpointError,

@@ -1,4 +1,4 @@
-"""No source file is longer than 300 lines and no function longer than 60.
+"""No source file is longer than 500 lines and no function longer than 60.
 
 The docstring of a command is the help text of its options, a page of its own, and does not count.
 """
@@ -8,7 +8,7 @@ import ast
 import pytest
 from source_files import PACKAGE, source_files
 
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
 
@@ -33,7 +33,7 @@ def test_files_and_functions_stay_short(path):
 
 
 def test_the_guard_names_the_number_of_lines():
-    assert too_long("x = 1\n" * 301) == ["301 lines, at most 300"]
+    assert too_long("x = 1\n" * 501) == ["501 lines, at most 500"]
     long_function = "def f():\n" + "    x = 1\n" * 60
     assert too_long(long_function) == ["f has 61 lines, at most 60"]
     assert too_long("def f():\n" + "    x = 1\n" * 59) == []

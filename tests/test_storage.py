@@ -17,10 +17,8 @@ from torch.utils.data import DataLoader
 
 from foreseer.trajectories.dataset import TrajectoryDataset, trajectory_index, trajectory_stream
 from foreseer.trajectories.files.header import RecordingError
-from foreseer.trajectories.files.remote import STALE_S, Remote
-from foreseer.trajectories.files.storage import is_url, storage
-from foreseer.trajectories.files.uploads import UploadingWriter, open_writer
-from foreseer.trajectories.files.writer import RecordingWriter
+from foreseer.trajectories.files.storage import STALE_S, Remote, is_url, storage
+from foreseer.trajectories.files.writer import RecordingWriter, UploadingWriter, open_writer
 from foreseer.trajectories.recording import CorruptShard, Recording
 
 

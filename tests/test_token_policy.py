@@ -6,8 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_hosts import seeded
 
-from foreseer.predictors.token_clusters import kmeans, take
-from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy, TokenPolicy, innovate
+from foreseer.predictors.tokens import (
+    ClusterPolicy,
+    RandomPolicy,
+    TokenPolicy,
+    innovate,
+    kmeans,
+    take,
+)
 
 
 def separated(num_samples: int = 3, per_cluster: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,8 +12,7 @@ from tiny_pipelines import tiny_pipeline
 
 from foreseer.checkpoints.format import save_predictor
 from foreseer.cli import main
-from foreseer.evaluation.verified import table, verdict
-from foreseer.evaluation.verify import Check, final_latents, verify_pipeline
+from foreseer.evaluation.verify import Check, final_latents, table, verdict, verify_pipeline
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.pipelines.load import DTYPE, load_pipeline
 from foreseer.integration.pipelines.pipeline_call import (

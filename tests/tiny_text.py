@@ -3,7 +3,7 @@
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-from foreseer.integration.pipelines.pixel_flux_pipeline import PixelFluxPipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelFluxPipeline
 from foreseer.integration.pipelines.sentence_encoder import NUM_TOKENS, WIDTH, SentenceEncoder
 
 PROMPTS = ("", "a cat", "a dog", "a red apple")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from recording_cases import small_header, trajectory
 
-from foreseer.trajectories.files.uploads import open_writer
+from foreseer.trajectories.files.writer import open_writer
 from foreseer.trajectories.recording import Recording
 
 ITEMS = 16

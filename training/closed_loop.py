@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from foreseer.evaluation.measure import References, closed_loop_errors, opened_for
 from foreseer.evaluation.rows import analytic_rows
-from foreseer.training.closed_form import refuse_several_processes
 from foreseer.training.fit_figures import HELD_OUT, SampleLog, draws_now, log_figures
 from foreseer.training.gauss_newton import (
     Direction,
@@ -23,12 +22,12 @@ from foreseer.training.gauss_newton import (
     feature_bases,
     linearise,
 )
-from foreseer.training.gram_fit import GramFit
+from foreseer.training.gram_fit import GramFit, refuse_several_processes
 from foreseer.training.l2p import rows_predictor
 from foreseer.training.recorded import open_recording
 from foreseer.training.tracking import check_branches, track
 from foreseer.training.verdict_callbacks import StartVerdict, Verdict
-from foreseer.trajectories.gram_sums import sum_grams
+from foreseer.trajectories.gram import sum_grams
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 LINEARISED = "linearised"  # what the checkpoint keeps of an epoch's batches

@@ -17,9 +17,9 @@ from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors import solve
 from foreseer.predictors.continuous import L2PContinuous
-from foreseer.training.extends import EXPERTS, STEPS, differences
 from foreseer.training.gram_fit import ClosedGramFit, Sum
 from foreseer.training.recorded import open_recording, spec_of
+from foreseer.training.shipped import EXPERTS, STEPS, differences
 from foreseer.trajectories.datamodule import GramDataModule
 from foreseer.trajectories.gram import relative_errors
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreseer.checkpoints.arguments import REFUSALS
-from foreseer.checkpoints.config import is_number
+from foreseer.checkpoints.config import REFUSALS, is_number
 from foreseer.checkpoints.format import CLASSES, save_predictor
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.predictors.base import Predictor

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foreseer.integration.kept import Kept
+from foreseer.integration.histories import Kept
 from foreseer.integration.observers import Source, StepRecord
 from foreseer.integration.policy import Anchors
 from foreseer.integration.session import Session

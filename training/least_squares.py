@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from foreseer.predictors.linear import L2P, fitted_rows
 from foreseer.training.recorded import check_tap, recorded_partition, spec_of
-from foreseer.trajectories.gram_sums import sum_grams
+from foreseer.trajectories.gram import sum_grams
 from foreseer.trajectories.recording import Recording
 
 

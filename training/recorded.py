@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.checkpoints.call_settings import as_settings
-from foreseer.checkpoints.spec import VALUES, PredictorSpec
+from foreseer.checkpoints.spec import VALUES, PredictorSpec, as_settings
 from foreseer.checkpoints.strict import REPO_ID
 from foreseer.predictors.partition import Partition
 from foreseer.predictors.spectrum import partition_from

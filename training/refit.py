@@ -17,7 +17,6 @@ from torch import Tensor
 
 from foreseer.checkpoints.card import model_card
 from foreseer.checkpoints.config import CONFIG_FILE
-from foreseer.checkpoints.folder import check_free
 from foreseer.checkpoints.format import (
     CARD_FILE,
     GRAMS_FILE,
@@ -26,7 +25,7 @@ from foreseer.checkpoints.format import (
     load_predictor,
     save_predictor,
 )
-from foreseer.checkpoints.hub import locate
+from foreseer.checkpoints.hub import check_free, locate
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.measure import opened_for
 from foreseer.evaluation.verdict import Estimate, open_loop_line
@@ -34,18 +33,23 @@ from foreseer.predictors import LEARNED
 from foreseer.predictors.base import LinearPredictor, Predictor
 from foreseer.predictors.readout import Readout
 from foreseer.predictors.rules import RULES, SHOWN
-from foreseer.training.choosing import recorded_pipeline
 from foreseer.training.cross_validation import (
     RIDGES,
     CrossValidation,
     cross_validate,
     leave_one_out,
 )
-from foreseer.training.extends import check_extends, check_one_host, extended_spec
+from foreseer.training.fits import recorded_pipeline
 from foreseer.training.readout.readout_refit import refit_readout
-from foreseer.training.shipped import ShippedSums, read_sums, write_sums
-from foreseer.trajectories.gram import relative_errors
-from foreseer.trajectories.gram_sums import GramBatches
+from foreseer.training.shipped import (
+    ShippedSums,
+    check_extends,
+    check_one_host,
+    extended_spec,
+    read_sums,
+    write_sums,
+)
+from foreseer.trajectories.gram import GramBatches, relative_errors
 from foreseer.trajectories.recording import Recording
 
 OTHER_FIT = 0.2

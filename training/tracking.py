@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foreseer.integration.kept import Kept
+from foreseer.integration.histories import Kept
 from foreseer.integration.linear_sampler import SamplerMap, pristine, probe
 from foreseer.integration.observers import Source, StepRecord
 from foreseer.integration.policy import Anchors

@@ -19,7 +19,7 @@ from foreseer.evaluation.rows import adams_bashforth_rows, analytic_rows
 from foreseer.evaluation.verdict import Estimate, closed_loop_line, estimate, open_loop_line
 from foreseer.integration.schedule import uniform
 from foreseer.predictors.rules import RULES, RUN
-from foreseer.trajectories.gram_sums import GramBatches
+from foreseer.trajectories.gram import GramBatches
 
 BUDGETS = (11, 8, 6)  # at which a predictor for any anchors is judged, beside its own list
 CHECKPOINT_KEY = "verdict"

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from foreseer.trajectories.dataset import TrajectoryDataset
 from foreseer.trajectories.epoch_sampler import ResumableLoader, everything
-from foreseer.trajectories.gram_sums import GramBatches, shared_sum
+from foreseer.trajectories.gram import GramBatches, shared_sum
 from foreseer.trajectories.recording import Recording, split
 
 

@@ -5,14 +5,18 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from foreseer.integration.host.denoisers import TURNS, others_of, transformers_of
-from foreseer.integration.host.facts import modulation_width
-from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.host.trunk import (
+    TURNS,
+    UnsupportedHost,
+    modulation_width,
+    others_of,
+    transformers_of,
+)
 from foreseer.integration.memory import readable
 from foreseer.integration.session import Session
 from foreseer.trajectories.collector import Recorder
-from foreseer.trajectories.estimate import Enough, FirstStep, count
 from foreseer.trajectories.prompts import Item, generate_batch
+from foreseer.trajectories.recipe import Enough, FirstStep, count
 
 TAPS = ("output", "hidden", "residual")
 

@@ -1,8 +1,12 @@
-"""What is generated: numbered items with a seed and pipeline inputs, and how a batch is called."""
+"""What is generated: numbered items with a seed and pipeline inputs, and how a batch is called.
+
+With them a run can be repeated though nobody has the file of embeddings any more.
+"""
 
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -12,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foreseer.integration.host.denoisers import transformer_of
+from foreseer.integration.host.trunk import transformer_of
 from foreseer.integration.pipelines.load import device_of
 from foreseer.integration.pipelines.pipeline_call import (
     embeddings_on,
@@ -21,6 +25,7 @@ from foreseer.integration.pipelines.pipeline_call import (
     samples,
     takes_labels,
 )
+from foreseer.trajectories.recording import Recording
 
 CLASS_ITEMS = 64  # trajectories of a pipeline that draws classes, unless told otherwise
 CONTENT = "inputs_sha256"
@@ -178,3 +183,68 @@ def content(name: str, value: Any) -> bytes:
             "known, so a later run could not tell whether it is the same; expected numbers, "
             "words, tensors, arrays, PIL pictures, or lists and mappings of those."
         ) from error
+
+
+PREFIX = "input/"  # of their names in a shard: `input/<argument>`, in lists `input/<argument>/0`
+NAME = re.compile(r"\w+")
+MAX_BYTES = 2**26  # of one item; FLUX takes 4 MB a prompt
+
+
+def kept_inputs(item: Item) -> dict[str, Tensor]:
+    """What is stored of an item's inputs: all its tensors, or none of them.
+
+    None where they cannot stand for the inputs: there is a picture too, a value that is not
+    finite, or more than `MAX_BYTES`. Words and numbers are in the manifest.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in item.inputs.items():
+        if isinstance(value, str | int | float):
+            continue
+        if isinstance(value, Tensor):
+            found[PREFIX + name] = value
+        elif isinstance(value, list) and value and all(isinstance(v, Tensor) for v in value):
+            found |= {f"{PREFIX}{name}/{place}": v for place, v in enumerate(value)}
+        else:
+            return {}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    finite = all(bool(tensor.isfinite().all()) for tensor in found.values())
+    return found if finite and size <= MAX_BYTES and all(map(_storable, found)) else {}
+
+
+def _storable(name: str) -> bool:
+    return all(NAME.fullmatch(part) for part in name.split("/"))
+
+
+def recorded_inputs(recording: Recording, item: int) -> dict[str, Any] | None:
+    """The inputs an item was recorded from, or None where the recording has but their digest.
+
+    Args:
+        recording: the recording.
+        item: number of the item.
+    """
+    meta = dict(recording.meta(item))
+    meta.pop("seed")
+    told = meta.pop(CONTENT, None)
+    if told is None:
+        return meta
+    names = [name for name in recording.names(item) if name.startswith(PREFIX)]
+    found: dict[str, Any] = {}
+    for name, tensor in recording.load(item, names).items() if names else ():
+        argument, listed, place = name.removeprefix(PREFIX).partition("/")
+        if listed:
+            found.setdefault(argument, {})[int(place)] = tensor
+        else:
+            found[argument] = tensor
+    for argument, value in found.items():
+        if isinstance(value, dict):
+            found[argument] = [value[place] for place in sorted(value)]
+    return meta | found if found and digest([], found) == told else None
+
+
+def can_repeat(recording: Recording) -> bool:
+    """Whether every recorded run can be repeated from what the recording holds."""
+    return all(
+        CONTENT not in recording.meta(item)
+        or any(name.startswith(PREFIX) for name in recording.names(item))
+        for item in recording.items
+    )

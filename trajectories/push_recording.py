@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from foreseer.checkpoints.config import CheckpointError
-from foreseer.checkpoints.folder import CARD_FILE
-from foreseer.checkpoints.hub import upload
+from foreseer.checkpoints.hub import CARD_FILE, upload
 from foreseer.checkpoints.page import with_licence
 from foreseer.checkpoints.strict import REPO_ID
 from foreseer.trajectories.files.header import HEADER_FILE, RecordingError

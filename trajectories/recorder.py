@@ -11,10 +11,8 @@ from tqdm.auto import tqdm
 from foreseer.integration.session import Session
 from foreseer.predictors.partition import Partition
 from foreseer.trajectories.collector import Recorder
-from foreseer.trajectories.files.uploads import open_writer
-from foreseer.trajectories.files.writer import RecordingWriter
-from foreseer.trajectories.kept_inputs import kept_inputs
-from foreseer.trajectories.prompts import Item, digest, generate_batch
+from foreseer.trajectories.files.writer import RecordingWriter, open_writer
+from foreseer.trajectories.prompts import Item, digest, generate_batch, kept_inputs
 from foreseer.trajectories.recipe import (
     check_alike,
     describe,

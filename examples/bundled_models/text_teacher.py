@@ -11,7 +11,7 @@ from flow_teacher import FlowTeacher, initialise_linear
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from foreseer.integration.pipelines.pixel_flux_pipeline import (
+from foreseer.integration.pipelines.pixel_pipeline import (
     PixelFluxPipeline,
     image_ids,
     pack,

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foreseer.integration.host.denoisers import TIME_ARGUMENTS
-from foreseer.integration.host.trunk import UnsupportedHost, first_tensor
+from foreseer.integration.host.trunk import TIME_ARGUMENTS, UnsupportedHost, first_tensor
 
 DEVICES = ("cpu", "cuda")  # that autocast is asked of
 

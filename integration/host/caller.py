@@ -18,7 +18,7 @@ from typing import Any
 from diffusers import ClassifierFreeGuidance, DiffusionPipeline, ModularPipeline
 from torch import nn
 
-from foreseer.checkpoints.call_settings import LORA, Value
+from foreseer.checkpoints.spec import LORA, Value
 from foreseer.integration.host.fingerprint import adapter_layers
 
 CALLER = "_foreseer_caller"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreseer.integration.host.methods import replace_method, restore_method
+from foreseer.integration.host.hook import replace_method, restore_method
 
 
 def flow_sigmas(scheduler: Any) -> list[float]:

@@ -11,12 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from foreseer.integration.host.call import Call, Narrowed, form_of, prediction
-from foreseer.integration.host.facts import Trunk
 from foreseer.integration.host.gate import FirstLook, LastBlock
 from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing, own, stream_tap
 from foreseer.integration.host.layout import Layout, find_grid, find_layout
 from foreseer.integration.host.proof import HostFacts, Parts, check_rows, facts_of, prove
-from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.host.trunk import Trunk, UnsupportedHost
 
 
 class Expert:

@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from foreseer.integration.host.call import Narrowed
-from foreseer.integration.host.facts import Trunk
 from foreseer.integration.host.hook import block_list, exchanged, own
-from foreseer.integration.host.trunk import SkippedBlocks, UnsupportedHost, first_tensor, stream_of
+from foreseer.integration.host.trunk import (
+    SkippedBlocks,
+    Trunk,
+    UnsupportedHost,
+    first_tensor,
+    stream_of,
+)
 
 Enter = Callable[[Tensor], Tensor]  # what enters the head, given what would have
 

@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from foreseer.integration.host.call import Call, prediction
-from foreseer.integration.host.facts import Trunk
 from foreseer.integration.host.gate import FirstLook, LastBlock
-from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing, stream_tap
+from foreseer.integration.host.hook import (
+    LAST_BLOCK,
+    ReplacedMethod,
+    TrunkSkipper,
+    capturing,
+    stream_tap,
+)
 from foreseer.integration.host.layout import Layout
-from foreseer.integration.host.methods import ReplacedMethod
-from foreseer.integration.host.trunk import TrunkTracer, UnsupportedHost
+from foreseer.integration.host.trunk import Trunk, TrunkTracer, UnsupportedHost
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 CALLED = ("forward", "_old_forward", "_compiled_call_impl")  # what stands on a module's instance
@@ -143,7 +147,7 @@ def prove(call: Call, taps: set[str], probe: str | None) -> tuple[Trunk, Parts]:
     if "hidden" not in found:
         raise UnsupportedHost(
             f"the head {trunk.head!r} of {type(host).__name__} was not called with a tensor; its "
-            "row in integration/host/facts.py names another module."
+            "row in integration/host/trunk.py names another module."
         )
     check_batch_axis(call, found["hidden"], expected)
     replayed = skipper(forward, args, kwargs, lambda entering: found["hidden"])
@@ -172,7 +176,7 @@ def check_batch_axis(call: Call, hidden: Tensor, expected: Tensor) -> None:
         raise UnsupportedHost(
             f"the head of {type(call.transformer).__name__} is given a tensor of shape "
             f"{tuple(hidden.shape)} for {len(expected)} samples; expected samples first. Use the "
-            "`output` tap, or add a row with its batch_axis to integration/host/facts.py."
+            "`output` tap, or add a row with its batch_axis to integration/host/trunk.py."
         )
 
 

@@ -2,18 +2,156 @@
 
 The trunk is the block lists; the head is the first module called after the last block whose first
 tensor argument has the block output's rank, batch and channels. Both are read from one traced
-forward; classes where that finds nothing, or the wrong module, have a row in facts.py.
+forward; classes where that finds nothing, or the wrong module, have a row in `TRUNK_FACTS`.
+
+Where the trunk is, where tracing does not find it, and how the class takes its time: where it makes
+modulation vectors, and in which unit.
+
+Shapes: B batch, W width of a modulation vector.
 """
 
+import contextlib
 import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foreseer.errors import UnsupportedHost as UnsupportedHost
-from foreseer.integration.host.facts import TRUNK_FACTS, Trunk
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """Where the blocks and the head of a transformer are.
+
+    Args:
+        block_lists: names of the root's `ModuleList`s of blocks, in calling order.
+        head: qualified name of the head module.
+        streams: where the last block takes what the block before it returned: positions and
+            keywords; empty where something happens in between.
+        place: which of the tensors that a block returns is the stream the head takes, counted
+            from the end: -1 for the last.
+        batch_axis: axis of the head's input that counts samples; features have it first.
+    """
+
+    block_lists: tuple[str, ...]
+    head: str
+    streams: tuple[int | str, ...] = ()
+    place: int = -1
+    batch_axis: int = 0
+
+
+TRUNK_FACTS: dict[str, Trunk | str] = {
+    # The modules of the face are called between the blocks.
+    "ConsisIDTransformer3DModel": Trunk(("transformer_blocks",), "norm_final", (), -2),
+    # Tokens come before samples.
+    "ErnieImageTransformer2DModel": Trunk(("layers",), "final_norm", (), -1, 1),
+    # The tokens get their place in the grid back before the head, which adds two axes.
+    "Kandinsky5Transformer3DModel": Trunk(
+        ("text_transformer_blocks", "visual_transformer_blocks"), "out_layer"
+    ),
+    "LatteTransformer3DModel": "has frames and samples on one axis; use the `output` tap",
+    "LTX2VideoTransformer3DModel": "predicts sound beside the video, with a head for each; it is "
+    "not supported",
+}
+"""The trunk of a class where tracing does not find it; a text says why there is none."""
+
+
+@dataclass(frozen=True)
+class TimeFacts:
+    """How a transformer class takes its time.
+
+    Args:
+        places: pattern of the names of the modules that return modulation vectors.
+        waves: pattern of the names of the modules that turn the time into sines and cosines.
+        time_scale: what the flow time is multiplied by before it is passed as `timestep`.
+    """
+
+    places: str
+    waves: str
+    time_scale: float
+
+
+TIME_FACTS = {
+    "DiTTransformer2DModel": TimeFacts(
+        r"transformer_blocks\.\d+\.norm1\.emb",
+        r"transformer_blocks\.\d+\.norm1\.emb\.time_proj",
+        1000.0,
+    ),
+    "FluxTransformer2DModel": TimeFacts(r"time_text_embed", r"time_text_embed\.time_proj", 1.0),
+}
+"""Known hosts by class name; another one is a row here."""
+
+
+def time_facts(transformer: nn.Module) -> TimeFacts:
+    """The row of a transformer's class.
+
+    Raises:
+        UnsupportedHost: there is none.
+    """
+    name = type(transformer).__name__
+    if name not in TIME_FACTS:
+        raise UnsupportedHost(
+            f"it is not known where {name} makes its modulation vector; known are "
+            f"{sorted(TIME_FACTS)}. Add a row to TIME_FACTS in integration/host/trunk.py."
+        )
+    return TIME_FACTS[name]
+
+
+def modulation_places(transformer: nn.Module) -> list[nn.Module]:
+    """The modules of a transformer that return modulation vectors, in the order of their names.
+
+    Raises:
+        UnsupportedHost: its class is not known.
+    """
+    return _matching(transformer, time_facts(transformer).places)
+
+
+def wave_places(transformer: nn.Module) -> list[nn.Module]:
+    """The modules of a transformer that turn the time into sines and cosines.
+
+    Raises:
+        UnsupportedHost: its class is not known.
+    """
+    return _matching(transformer, time_facts(transformer).waves)
+
+
+def _matching(transformer: nn.Module, pattern: str) -> list[nn.Module]:
+    found = re.compile(pattern)
+    return [module for name, module in transformer.named_modules() if found.fullmatch(name)]
+
+
+@contextlib.contextmanager
+def modulations(transformer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the modulation vectors of the forward inside, as its head sees them.
+
+    Only the first place counts: on a host that makes one per block, that is the one of its head.
+
+    Raises:
+        UnsupportedHost: the host's class is not known.
+    """
+    found: list[Tensor] = []
+    place = modulation_places(transformer)[0]
+    handle = place.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def modulation_width(transformer: nn.Module) -> int:
+    """Width of a modulation vector: what the last linear layer of its module returns.
+
+    Raises:
+        UnsupportedHost: the host's class is not known.
+    """
+    place = modulation_places(transformer)[0]
+    layers = [module for module in place.modules() if isinstance(module, nn.Linear)]
+    return layers[-1].out_features
 
 
 class SkippedBlocks(nn.ModuleList):
@@ -231,3 +369,70 @@ def _place_of(tensor: Tensor, streams: list[Tensor]) -> int:
     equal = [i for i, stream in enumerate(streams) if tensor.shape == stream.shape]
     exact = [i for i in equal if torch.equal(tensor, streams[i])]
     return (exact or equal or [len(streams) - 1])[-1] - len(streams)
+
+
+TURNS = {"transformer": 0, "unconditional_transformer": 0, "transformer_2": 1}
+"""Networks that are forecast, by name. Wan 2.2 runs `transformer` at high noise and `transformer_2`
+at low noise, so they take turns; Ideogram 4 guides with `unconditional_transformer` at every step
+of `transformer`."""
+
+TIME_ARGUMENTS = ("timestep", "timesteps", "t", "sigma")
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline that are forecast, by name, those for high noise first.
+
+    Raises:
+        UnsupportedHost: the pipeline has no `transformer`, or a compiled one.
+    """
+    found: dict[str, nn.Module] = {}
+    for name in TURNS:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module) and all(module is not other for other in found.values()):
+            found[name] = module
+    if not found:
+        raise UnsupportedHost(
+            f"{type(pipe).__name__} has no `transformer` module; foreseer works on diffusion "
+            "transformers."
+        )
+    for name, module in found.items():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise UnsupportedHost(
+                f"the whole {name} is compiled, which fixes one path through it; "
+                f"use pipe.{name}.compile_repeated_blocks(fullgraph=True) instead, which compiles "
+                "the blocks and keeps forecasting exact."
+            )
+    return found
+
+
+def transformer_of(pipe: Any) -> nn.Module:
+    """The denoiser of a pipeline that has one.
+
+    Raises:
+        UnsupportedHost: the pipeline has no `transformer`, or two.
+    """
+    found = transformers_of(pipe)
+    if len(found) > 1:
+        raise UnsupportedHost(
+            f"{type(pipe).__name__} has the experts {', '.join(found)}; this needs a pipeline with "
+            "one transformer. Recording, L2PLeastSquares and forecasting take both."
+        )
+    return next(iter(found.values()))
+
+
+def others_of(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline that take a time and are not forecast, such as a ControlNet."""
+    forecast = list(transformers_of(pipe).values())
+    return {
+        name: module
+        for name, module in vars(pipe).items()
+        if isinstance(module, nn.Module)
+        and all(module is not other for other in forecast)
+        and takes_time(module)
+    }
+
+
+def takes_time(network: nn.Module) -> bool:
+    """Whether a network is told a time, as whatever denoises is."""
+    owner: Any = type(getattr(network, "_orig_mod", network))
+    return any(name in inspect.signature(owner.forward).parameters for name in TIME_ARGUMENTS)

@@ -20,9 +20,13 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foreseer.integration.host.facts import modulation_places, modulation_width, wave_places
 from foreseer.integration.host.fingerprint import CONDITIONER
-from foreseer.integration.host.trunk import UnsupportedHost
+from foreseer.integration.host.trunk import (
+    UnsupportedHost,
+    modulation_places,
+    modulation_width,
+    wave_places,
+)
 
 NUM_FREQUENCIES = 32
 HIGHEST_FREQUENCY = 30.0  # radians over the unit interval: smooth enough to be differentiated

@@ -18,8 +18,7 @@ from diffusers.utils import is_accelerate_available, logging
 from foreseer.checkpoints.strict import parse_json, read_plain
 from foreseer.checkpoints.zoo import beside, resolve
 from foreseer.errors import meant
-from foreseer.integration.pipelines.pixel_flux_pipeline import PixelFluxPipeline
-from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline, PixelFluxPipeline
 from foreseer.integration.pipelines.student_pipeline import StudentPipeline
 from foreseer.moved import MOVED
 

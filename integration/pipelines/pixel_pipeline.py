@@ -1,19 +1,27 @@
-"""Pipelines of diffusion transformers that work on pixels; one that draws classes.
+"""Pipelines of small diffusion transformers that work on pixels: classes, and prompts.
 
 Shapes: B batch, C channels, H height, W width.
+
+Shapes: B batch, C channels, H height, W width, N = (H / p) (W / p) image tokens of p x p pixels,
+D = C p p channels of a token, L text tokens, E text channels.
 """
+
+from collections.abc import Sequence
 
 import torch
 from diffusers import (
     DiffusionPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     ImagePipelineOutput,
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from foreseer.integration.pipelines.sentence_encoder import SentenceEncoder
 
 
 class PixelPipeline(DiffusionPipeline):
@@ -145,3 +153,153 @@ class PixelDiTPipeline(PixelPipeline):
                 f"class_labels holds {wrong or 'nothing'}, expected labels in [0, {num_classes})."
             )
         return labels
+
+
+class PixelFluxPipeline(PixelPipeline):
+    """Draw images of plain prompts with a pixel-space `FluxTransformer2DModel`.
+
+    With guidance, both branches run in one batched call, the conditional half first, and
+    v = v_uncond + guidance_scale * (v_cond - v_uncond) (Ho & Salimans, arXiv 2207.12598, eq. 6).
+    Latents are packed, `(B, N, D)`, as in diffusers' `FluxPipeline`.
+
+    Args:
+        transformer: predicts v = eps - x_0 of packed pixels.
+        text_encoder: encodes prompts.
+        scheduler: any diffusers scheduler configured for flow prediction.
+        sample_size: image side in pixels.
+        patch_size: pixels per token side.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer"
+
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        text_encoder: SentenceEncoder,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        sample_size: int = 32,
+        patch_size: int = 4,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, text_encoder=text_encoder, scheduler=scheduler
+        )
+        self.register_to_config(sample_size=sample_size, patch_size=patch_size)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=False)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Float[Tensor, "B N D"] | None = None,
+        prompt_embeds: Float[Tensor, "B L E"] | None = None,
+        pooled_prompt_embeds: Float[Tensor, "B E"] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw one image per prompt.
+
+        Args:
+            prompt: one prompt or several; None where `prompt_embeds` are given.
+            guidance_scale: guidance strength; at 1 or below the unconditional branch is not run.
+            num_inference_steps: sampler steps.
+            generator: source of the initial noise, one for all images or one per image.
+            latents: initial noise, packed, instead of drawing it.
+            prompt_embeds: hidden states of the text encoder, instead of prompts.
+            pooled_prompt_embeds: their pooled vectors.
+            output_type: `pil`, `np` or `pt` (in [0, 1]), or `latent` (packed, in [-1, 1]).
+            return_dict: return an `ImagePipelineOutput` instead of a tuple.
+
+        Returns:
+            The images.
+
+        Raises:
+            MissingExtra: a prompt is none the pipeline was saved with, and the package with
+                the sentence encoder is not installed.
+            ValueError: prompts and embeddings are both given, neither is, or shapes disagree.
+        """
+        embeds, pooled = self._encoded(prompt, prompt_embeds, pooled_prompt_embeds)
+        self._guidance_scale = guidance_scale
+        latents = self._initial(len(embeds), generator, latents)
+        guided = guidance_scale > 1
+        if guided:
+            null_embeds, null_pooled = self.text_encoder([""] * len(embeds))
+            embeds = torch.cat([embeds, null_embeds.to(embeds)])
+            pooled = torch.cat([pooled, null_pooled.to(pooled)])
+        img_ids = image_ids(self.config.sample_size // self.config.patch_size).to(latents.device)
+        txt_ids = img_ids.new_zeros(embeds.shape[1], 3)
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            x_t = torch.cat([latents, latents]) if guided else latents
+            v = self.transformer(
+                x_t,
+                timestep=(timestep / 1000).to(x_t.dtype).expand(len(x_t)),
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+                return_dict=False,
+            )[0]
+            if guided:
+                v_cond, v_uncond = v.chunk(2)
+                v = v_uncond + guidance_scale * (v_cond - v_uncond)
+            latents = self.scheduler.step(v, timestep, latents, return_dict=False)[0]
+        return self._finish(latents, output_type, return_dict)
+
+    def _encoded(
+        self,
+        prompt: str | Sequence[str] | None,
+        prompt_embeds: Float[Tensor, "B L E"] | None,
+        pooled_prompt_embeds: Float[Tensor, "B E"] | None,
+    ) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B E"]]:
+        """Embeddings on the pipeline's device and in its dtype."""
+        given = (prompt_embeds is not None, pooled_prompt_embeds is not None)
+        if given not in {(True, True), (False, False)} or given[0] == (prompt is not None):
+            raise ValueError(
+                "expected a prompt, or prompt_embeds and pooled_prompt_embeds together; found "
+                f"prompt {prompt!r}, prompt_embeds {'given' if given[0] else 'not given'}, "
+                f"pooled_prompt_embeds {'given' if given[1] else 'not given'}."
+            )
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            if not prompts:
+                raise ValueError("prompt is an empty list, expected at least one prompt.")
+            prompt_embeds, pooled_prompt_embeds = self.text_encoder(prompts)
+        place = {"device": self._execution_device, "dtype": self.transformer.dtype}
+        return prompt_embeds.to(**place), pooled_prompt_embeds.to(**place)  # type: ignore[union-attr]
+
+    def _initial(
+        self,
+        count: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Float[Tensor, "B N D"] | None,
+    ) -> Float[Tensor, "B N D"]:
+        """The initial noise, drawn or as given."""
+        side = self.config.sample_size // self.config.patch_size
+        shape = (count, side * side, self.transformer.config.in_channels)
+        return self._start(shape, generator, latents)
+
+    def _pixels(self, latents: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
+        """The packed latents as images."""
+        return unpack(latents, self.config.patch_size)
+
+
+def image_ids(side: int) -> Float[Tensor, "N 3"]:
+    """Rotary positions (0, row, column) of a square of tokens, row by row."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).float()
+
+
+def pack(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B N D"]:
+    """Images as tokens of `patch_size` x `patch_size` pixels, row by row."""
+    return nn.functional.pixel_unshuffle(images, patch_size).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Float[Tensor, "B N D"], patch_size: int) -> Float[Tensor, "B C H W"]:
+    """Square images of their tokens, the inverse of `pack`."""
+    side = round(tokens.shape[1] ** 0.5)
+    grid = tokens.transpose(1, 2).unflatten(2, (side, side))
+    return nn.functional.pixel_shuffle(grid, patch_size)

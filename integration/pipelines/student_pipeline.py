@@ -14,7 +14,7 @@ from diffusers import (
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foreseer.integration.host.facts import time_facts
+from foreseer.integration.host.trunk import time_facts
 from foreseer.integration.pipelines.average_velocity import Conditioning, IntervalConditioner
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, check_scheduler
 from foreseer.errors import UnsupportedHost
 from foreseer.integration.forecast_model import any_layout, output_forecaster
-from foreseer.integration.sampler_sigmas import flow_time, one_sigma, without_end
-from foreseer.integration.sigma_run import SigmaRun
+from foreseer.integration.sigma_run import SigmaRun, flow_time, one_sigma, without_end
 from foreseer.predictors.base import LinearPredictor, Predictor
 
 KEY = "foreseer"

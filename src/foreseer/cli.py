@@ -12,8 +12,7 @@ from foreseer import commands, fit_commands, pipeline_commands
 from foreseer.errors import meant
 from foreseer.extras import require
 from foreseer.moved import RECIPES_MOVED
-from foreseer.refusing import RESUMING, refusing
-from foreseer.words import by_trainer, flagged, linked, packaged
+from foreseer.words import RESUMING, by_trainer, flagged, linked, packaged, refusing
 
 TRAINER_WORDS = {
     "validate": "Run a trained predictor over the validation split (LightningCLI).",

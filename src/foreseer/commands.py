@@ -70,9 +70,8 @@ def record(
     """
     from foreseer.integration.pipelines.load import opened
     from foreseer.integration.pipelines.pipeline_call import call_settings
-    from foreseer.trajectories.estimate import check_room, estimate, summary
-    from foreseer.trajectories.partitions import asked_partitions
     from foreseer.trajectories.prompts import asked_items
+    from foreseer.trajectories.recipe import asked_partitions, check_room, estimate, summary
     from foreseer.trajectories.recorder import own_device, place
     from foreseer.trajectories.recorder import record as record_items
     from foreseer.trajectories.recording import Recording

@@ -50,11 +50,17 @@ def fit(
         The predictor, with its `spec`, ready for `forecasting`; of a list of evaluations a
         dictionary of them.
     """
-    from foreseer.checkpoints.folder import check_free
+    from foreseer.checkpoints.hub import check_free
     from foreseer.evaluation.measure import opened_for
-    from foreseer.training.choosing import choose_method, recorded_pipeline
-    from foreseer.training.fits import chosen, fit_each, fitted
-    from foreseer.training.recipes import SEVERAL, Recipe
+    from foreseer.training.fits import (
+        SEVERAL,
+        Recipe,
+        choose_method,
+        chosen,
+        fit_each,
+        fitted,
+        recorded_pipeline,
+    )
     from foreseer.trajectories.recording import Recording, split
 
     if not (evaluations is None or isinstance(evaluations, int)):
@@ -210,8 +216,8 @@ def save(predictor: Any, folder: str) -> Any:
         The folder.
     """
     from foreseer.checkpoints.budgets import check_free_of_others, write_budgets
-    from foreseer.checkpoints.evaluations import check_evaluations
     from foreseer.checkpoints.format import save_predictor
+    from foreseer.checkpoints.spec import check_evaluations
     from foreseer.errors import CheckpointError
 
     if isinstance(predictor, dict):

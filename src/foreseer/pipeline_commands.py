@@ -216,7 +216,7 @@ def verify(
         command ends with code 1 where one did.
     """
     from foreseer.checkpoints.format import load_predictor
-    from foreseer.evaluation.verified import num_steps_of, one_call, verified
+    from foreseer.evaluation.verify import num_steps_of, one_call, verified
     from foreseer.integration.pipelines.load import opened
     from foreseer.integration.pipelines.pipeline_call import call_settings, first_samples
 

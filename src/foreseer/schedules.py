@@ -1,6 +1,7 @@
 """Which steps the network runs at: lists of anchors, and rules that decide while a run goes on."""
 
 from foreseer.integration.policy import FirstBlock as FirstBlock
+from foreseer.integration.policy import SpeCa as SpeCa
 from foreseer.integration.policy import TeaCache as TeaCache
 from foreseer.integration.schedule import PUBLISHED_L2P as PUBLISHED_L2P
 from foreseer.integration.schedule import anchors_mask as anchors_mask
@@ -11,7 +12,6 @@ from foreseer.integration.schedule import mask_anchors as mask_anchors
 from foreseer.integration.schedule import scm as scm
 from foreseer.integration.schedule import uniform as uniform
 from foreseer.integration.schedule import warped as warped
-from foreseer.integration.speca import SpeCa as SpeCa
 
 __all__ = [
     "PUBLISHED_L2P",

@@ -22,7 +22,7 @@ from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.pipeline_call import call_settings, default_prompt, samples
 from foreseer.predictors.base import Predictor
-from foreseer.refusing import is_told
+from foreseer.words import is_told
 
 PIPELINE = "zoo:emoji_flux"
 BUDGETS = (4, 6, 8, 11)  # of the readouts bundled with it

@@ -15,15 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foreseer.evaluation.measure import References, generate, item_of, log_error, opened_for
-from foreseer.integration.host.facts import modulation_width
+from foreseer.integration.host.trunk import modulation_width
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors.neural import DiscaPredictor
-from foreseer.training.descent import Descent
-from foreseer.training.disca.frozen_runs import final_latents
 from foreseer.training.disca.gan import Adversary
 from foreseer.training.disca.replayed_runs import (
     Forced,
     draw_anchors,
+    final_latents,
     longest_gap,
     replayed,
     velocity_error,
@@ -32,6 +31,7 @@ from foreseer.training.fit_figures import StepMeans, log_figures
 from foreseer.training.lesa.lesa_samples import open_features
 from foreseer.training.lesa.lesa_start import rate_factor
 from foreseer.training.plumbing.progress import watched
+from foreseer.training.predictor_fit import Descent
 
 PHASES = ("mse", "gan", "closed")
 

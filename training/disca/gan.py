@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from foreseer.integration.host.facts import time_facts
-from foreseer.integration.host.trunk import stream_of
+from foreseer.integration.host.trunk import stream_of, time_facts
 from foreseer.training.disca.replayed_runs import Forced
 from foreseer.training.plumbing.resuming import mean_over_processes
 

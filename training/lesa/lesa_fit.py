@@ -24,8 +24,7 @@ from foreseer.integration.schedule import check_anchors
 from foreseer.predictors.kan import with_pykan, without_pykan
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
-from foreseer.training.descent import Descent
-from foreseer.training.disca.frozen_runs import final_latents
+from foreseer.training.disca.replayed_runs import final_latents
 from foreseer.training.fit_figures import StepMeans, log_figures
 from foreseer.training.lesa.lesa_samples import (
     Sample,
@@ -39,6 +38,7 @@ from foreseer.training.lesa.lesa_samples import (
 )
 from foreseer.training.lesa.lesa_start import LesaFactory, rate_factor, untrained
 from foreseer.training.plumbing.progress import watched
+from foreseer.training.predictor_fit import Descent
 
 
 class LesaModule(Descent):

@@ -29,7 +29,7 @@ from foreseer.training.lesa.stages import (
     stage_starts,
     window_steps,
 )
-from foreseer.trajectories.gram_sums import sum_grams
+from foreseer.trajectories.gram import sum_grams
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recording import Recording
 

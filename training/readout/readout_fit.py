@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -16,15 +17,53 @@ from foreseer.integration.session import Session
 from foreseer.predictors.base import Grid
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout
-from foreseer.training.closed_form import ClosedForm
 from foreseer.training.fit_figures import SampleLog
-from foreseer.training.readout.readout_callbacks import Detaching, LastVerdict
-from foreseer.training.readout.segment import Part, Segment, SegmentFit, fit_segment
-from foreseer.training.readout.segment_parts import SegmentParts, check_header, folds_of, sizes_of
+from foreseer.training.gram_fit import ClosedForm
+from foreseer.training.readout.segment import Part, Segment, SegmentFit, add_up, fit_segment
 from foreseer.training.readout.shipped_sums import segment_tensors
-from foreseer.training.readout.sums import add_up
-from foreseer.training.readout.walk import Visited, Walk
+from foreseer.training.readout.walk import (
+    SegmentParts,
+    Visited,
+    Walk,
+    check_header,
+    folds_of,
+    sizes_of,
+)
 from foreseer.training.recorded import open_recording
+from foreseer.training.verdict_callbacks import RivalsVerdict
+
+
+class Detaching(Callback):
+    """Takes the hooks of a fit off after an interruption, of which Lightning tells no module."""
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Take them off."""
+        detach: Any = pl_module.detach  # the fit brings this callback
+        detach()
+
+
+class LastVerdict(RivalsVerdict):
+    """The verdict of a readout fit: rivals are run once the walk leaves the pipeline free."""
+
+    def error(self, trainer: lightning.Trainer, module: Any) -> float:
+        """The fit has measured it: its validation chooses nothing."""
+        return float(module.val_error)
+
+    def on_save_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Keep the formulas' errors in the checkpoints of a finished fit."""
+        if pl_module.finished:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
 
 TAP = "output"
 SUMS = "segment_sums"  # in a checkpoint

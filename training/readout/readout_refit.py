@@ -19,14 +19,18 @@ from foreseer.checkpoints.format import save_predictor
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.measure import check_pipeline
 from foreseer.predictors.readout import Readout
-from foreseer.training.extends import check_extends, check_one_host, extended_spec
-from foreseer.training.readout.readout_callbacks import Detaching
-from foreseer.training.readout.readout_fit import TAP, ReadoutFit
+from foreseer.training.readout.readout_fit import TAP, Detaching, ReadoutFit
 from foreseer.training.readout.readout_runs import run_fit
-from foreseer.training.readout.segment import Segment, SegmentFit, extend_segment
+from foreseer.training.readout.segment import Segment, SegmentFit, add_up, extend_segment
 from foreseer.training.readout.shipped_sums import read_segments, segments_of, write_segments
-from foreseer.training.readout.sums import add_up
-from foreseer.training.shipped import ShippedSums, read_sums, write_sums
+from foreseer.training.shipped import (
+    ShippedSums,
+    check_extends,
+    check_one_host,
+    extended_spec,
+    read_sums,
+    write_sums,
+)
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.recording import Recording
 

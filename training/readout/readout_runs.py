@@ -7,8 +7,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from foreseer.training.plumbing.progress import quiet
-from foreseer.training.readout.readout_callbacks import Detaching
-from foreseer.training.readout.readout_fit import ReadoutFit
+from foreseer.training.readout.readout_fit import Detaching, ReadoutFit
 from foreseer.trajectories.datamodule import ItemsDataModule
 
 

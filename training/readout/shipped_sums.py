@@ -17,8 +17,7 @@ from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.checkpoints.strict import MalformedFile, read_header
 from foreseer.predictors.linear import expert_start
 from foreseer.predictors.readout import Readout
-from foreseer.training.readout.segment import Segment
-from foreseer.training.readout.sums import Total
+from foreseer.training.readout.segment import Segment, Total
 from foreseer.training.shipped import DIGEST
 from foreseer.trajectories.files.shards import CorruptShard, read_shard, shard_metadata, write_shard
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from foreseer.checkpoints.call_settings import as_settings, first_difference
+from foreseer.checkpoints.spec import as_settings, first_difference
 from foreseer.checkpoints.strict import parse_json
 from foreseer.checkpoints.upgrade import RECORDING, NewerVersion, upgraded
 from foreseer.errors import RecordingError as RecordingError
@@ -39,7 +39,7 @@ class Header:
         states: whether the sampler states are stored.
         latent_shape: shape of one latent, without the batch axis.
         guidance: what the pipeline call sets that changes the function, by argument (see
-            checkpoints/call_settings.py): a number, None, or a list of a value per step.
+            checkpoints/spec.py): a number, None, or a list of a value per step.
         branch_steps: steps each guidance branch lasts; empty where all last to the end.
         expert_steps: first step of each transformer of the pipeline, starting with 0.
         pipeline: name or folder the pipeline was loaded by; empty where it does not tell. It is no

@@ -32,7 +32,7 @@ from foreseer.trajectories.files.shards import (
     write_atomically,
 )
 from foreseer.trajectories.files.storage import Folder, is_url, read_header, refuse_links, storage
-from foreseer.trajectories.files.uploads import open_writer
+from foreseer.trajectories.files.writer import open_writer
 from foreseer.trajectories.recording import Recording
 
 
