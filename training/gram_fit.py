@@ -85,7 +85,7 @@ def refuse_several_processes(module: lightning.LightningModule) -> None:
         )
 
 
-Sum = tuple[Float[Tensor, "branches P S S"], int]
+Sum = tuple[Float[Tensor, "branches P _ _"], int]  # S x S, of as many steps as each recording has
 """Summed Grams of one recording, and of how many trajectories."""
 
 
