@@ -44,7 +44,7 @@ from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import RULES
 from foreseer.training.export import export_predictor
-from foreseer.training.readout import sums as readout_sums
+from foreseer.training.readout import segment as readout_sums
 from foreseer.training.readout.readout_fit import ReadoutFit
 from foreseer.training.readout.readout_runs import run_fit
 from foreseer.trajectories.datamodule import ItemsDataModule

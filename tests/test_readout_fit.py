@@ -33,7 +33,7 @@ from foreseer.predictors.readout import STORED, neighbourhood, normalised
 from foreseer.training.export import export_command, export_predictor
 from foreseer.training.gram_fit import ONE_PARAMETER
 from foreseer.training.readout import segment as readout_segment
-from foreseer.training.readout import sums as readout_sums
+from foreseer.training.readout import segment as readout_sums
 from foreseer.training.readout.segment import NUM_FOLDS, Part, SegmentSums, Total, fit_segment
 from foreseer.training.readout.walk import folds_of
 from foreseer.trajectories.datamodule import ItemsDataModule

@@ -78,15 +78,17 @@ def test_every_test_that_the_page_names_exists() -> None:
 
 
 def test_the_page_states_the_limits_that_the_code_has() -> None:
-    from foreseer.checkpoints import arguments, config, format, strict
+    from foreseer.checkpoints import config, format, strict
     from foreseer.trajectories.files import header, manifest
 
     text = PAGE.read_text()
     for module, names in {
         strict: ["MAX_HEADER_BYTES", "MAX_TENSORS", "MAX_NAME_LENGTH", "MAX_AXES", "MAX_DEPTH"],
-        config: ["MAX_CONFIG_BYTES", "MAX_STEPS", "MAX_BRANCHES", "MAX_STRING", "MAX_REPLAY"],
+        config: [
+            *("MAX_CONFIG_BYTES", "MAX_STEPS", "MAX_BRANCHES", "MAX_STRING", "MAX_REPLAY"),
+            *("MAX_CHANNELS", "MAX_TOKENS", "MAX_HIDDEN", "MAX_LAYERS", "MAX_TAPS"),
+        ],
         format: ["MAX_MODEL_BYTES"],
-        arguments: ["MAX_CHANNELS", "MAX_TOKENS", "MAX_HIDDEN", "MAX_LAYERS", "MAX_TAPS"],
         header: ["MAX_RECORDING_JSON_BYTES"],
         manifest: ["MAX_LINE_BYTES"],
     }.items():
