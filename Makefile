@@ -4,8 +4,8 @@
 # make docs    the documentation site, in site/: open site/index.html
 # make test    check, tests on the source tree, those of files on the wheel from another folder;
 #              JOBS=8 takes 8 processes instead of 2
+# make test-all  make test with the cases marked `nightly`; notes in tests/LAST_FULL_RUN.txt that it ran
 # make oldest  the tests of deploying, recording and fitting on the lowest versions of pyproject.toml
-# make test-all  the same with the cases marked `nightly`; notes in tests/LAST_FULL_RUN.txt that it ran
 
 PYTHON ?= python3
 # Installed first, so that a CPU build is taken where the package index offers one.

@@ -56,7 +56,7 @@ def compare_methods(
     common: Collection[str] = COMMON,
     **settings: Any,
 ) -> Path:
-    """Run every method of a plan (bench_plan.py) on the same items and write the report.
+    """Run every method of a plan (plan.py) on the same items and write the report.
 
     Called again with the same arguments it goes on after the last finished row.
 

@@ -1,12 +1,11 @@
 """Forecasts whose most telling tokens are computed: `forecasting(pipe, predictor, tokens=policy)`.
 
-Shapes: B samples, M = branches * B rows of a call, N tokens, D channels, n selected tokens.
-
 Everything outside self-attention acts on tokens one by one, so the rows of the selected tokens
 come out as in a full run whenever the attention outputs do. Recomputing attention on a part of the
 tokens is known to be worse than keeping its output (a finding of ClusCa's and DuCa's authors).
 
-Shapes: B batch, N tokens of the stream, T text tokens beside it, n selected tokens, D channels.
+Shapes: B samples (rows of the stream's batch), M = branches * B rows of a call, N tokens of the
+stream, T text tokens beside it, n selected tokens, D channels.
 """
 
 import contextlib

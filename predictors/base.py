@@ -1,10 +1,7 @@
 """What every forecaster is: a function of the anchors so far and the step to forecast.
 
-Shapes: K history length, B batch, N tokens, D channels. Features keep whatever shape the tap has,
-batch first; (B, N, D) stands for it.
-
-Shapes: B batch, M tokens of the picture, P elements of a token. Features keep whatever shape the
-tap has, batch first.
+Shapes: K history length, B batch, N tokens, D channels, M tokens of the picture, P elements of a
+token. Features keep whatever shape the tap has, batch first; (B, N, D) stands for it.
 """
 
 import inspect

@@ -41,5 +41,5 @@ def L2PGroups(  # noqa: N802
 
 
 def _warn(old: str, new: str) -> None:
-    text = f"{old} is {new} since version 0.3; change it in your YAML or code."
+    text = f"{old} is {new} now: change it in your YAML or code."
     warnings.warn(text, DeprecationWarning, stacklevel=3)

@@ -1,11 +1,10 @@
 """The gates of LESA: B-splines over inputs, networks of them, and values kept while weights stay.
 
-Shapes: n rows, I inputs, O outputs, P = G + 3 splines on G grid intervals.
+Shapes: n rows, I inputs, O outputs, P = G + 3 splines on G grid intervals, S sampling
+steps, T = S + 1 times: those of the steps and the end.
 Source: KAN, arXiv 2404.19756: y_o = sum_i a_io silu(x_i) + sum_ij c_ioj B_j(x_i), with G + 3 cubic
 B-splines B_j on a grid of G intervals extended by 3 on either side. On a uniform grid they are
 shifts of one function, so no recursion is needed.
-
-Shapes: S sampling steps, T = S + 1 times: those of the steps and the end.
 """
 
 import itertools

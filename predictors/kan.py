@@ -1,7 +1,7 @@
 """pykan's layers in place of ours, to train with; the only file that imports pykan.
 
 pykan's splines and initialisation define the model; what is deployed and saved is the closed form
-in `splines.py`, which is the same function. Shapes: n rows, I inputs, O outputs.
+in `gates.py`, which is the same function. Shapes: n rows, I inputs, O outputs.
 Source: pykan 0.2.8, `KANLayer`.
 """
 

@@ -5,8 +5,6 @@ never touches the history, so it composes with every forecaster.
 
 Shapes: B samples, N tokens, D channels, K clusters, n selected tokens. All guidance branches of a
 sample share its clusters and picks; a batch that holds them all is (branches * B, N, D).
-
-Shapes: B samples, N tokens, C channels, K clusters, n selected tokens.
 """
 
 from collections.abc import Sequence

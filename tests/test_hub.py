@@ -86,7 +86,9 @@ def test_a_page_answers_what_is_asked_first_and_shows_pictures(hub, tmp_path):
     assert f"| How far from the full run | at 4 evaluations {far} |" in card
     assert "![sheet.png](sheet.png)" in card
     data = ModelCard(card).data
-    assert (data.license, data.base_model, data.library_name) == ("other", BASE, "foreseer")
+    head = data.to_dict()
+    told = {"license": "other", "base_model": BASE, "library_name": "foreseer"}
+    assert told.items() <= head.items()
     assert [each.metric_value for each in data.eval_results] == [31.5]
     assert "apache" in (tmp_path / "p" / "README.md").read_text()  # the folder is as it was
 

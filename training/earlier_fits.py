@@ -31,7 +31,7 @@ class L2PPartsLeastSquares(L2PLeastSquares):
     ) -> None:
         text = (
             "foreseer.training.parts.L2PPartsLeastSquares is foreseer.training.l2p.L2PLeastSquares "
-            "with a partition since version 0.3; change the name in your YAML."
+            "with a partition now: change the name in your YAML."
         )
         warnings.warn(text, DeprecationWarning, stacklevel=2)
         super().__init__(recording, anchors, tap, ridge, partition)

@@ -1,8 +1,6 @@
 """What the fits on Grams share: a predictor with rows, its errors on held-out Grams, its figures.
 
 Shapes: n trajectories, P parts (1 of the whole feature), S sampling steps.
-
-Shapes: n trajectories, S sampling steps.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 """The recipe of a recording: its taps and parts, what a first step says it will take, its header.
 
-Shapes: S sampling steps.
-
-Shapes: N tokens, H height, W width.
+Shapes: S sampling steps, N tokens, H height, W width.
 """
 
 import json

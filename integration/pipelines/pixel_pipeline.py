@@ -1,7 +1,5 @@
 """Pipelines of small diffusion transformers that work on pixels: classes, and prompts.
 
-Shapes: B batch, C channels, H height, W width.
-
 Shapes: B batch, C channels, H height, W width, N = (H / p) (W / p) image tokens of p x p pixels,
 D = C p p channels of a token, L text tokens, E text channels.
 """

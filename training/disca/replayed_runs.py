@@ -4,12 +4,11 @@ The recorded outputs stand in for the network, so a batch costs its forecasts an
 which tells whether the pipeline is the recorded one. Every forecast is made from true features at
 true states: the open loop. Tokens, modulation and head are the pipeline's own, so nothing here
 knows a host.
-Shapes: B batch, S sampling steps.
 
-The network's features at the anchors count as constants, so no graph of the network is kept: a
-forecast moves the latents through the head, the guidance and the sampler, and what the network
-would answer to moved latents is left out.
-Shapes: B batch.
+Runs that forecast are differentiated in the predictor: the network's features at the anchors count
+as constants, so no graph of the network is kept. A forecast moves the latents through the head, the
+guidance and the sampler, and what the network would answer to moved latents is left out.
+Shapes: B batch, S sampling steps.
 """
 
 import random

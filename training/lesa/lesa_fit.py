@@ -2,7 +2,7 @@
 
 Source: LESA, arXiv 2602.20497. As published, both phases minimise the mean absolute error of single
 forecasts and differ in what the forecasts are made from (lesa_samples.py). The second phase may
-instead minimise the error of the finished sample, which is ours (frozen_runs.py). Weights and
+instead minimise the error of the finished sample, which is ours (replayed_runs.py). Weights and
 updates are float32 and the learning rate starts anew with the second phase; neither holds in the
 release.
 Shapes: B batch, S sampling steps.

@@ -4,13 +4,11 @@ Forecasts of a segment are alike up to their rows, so what they should be is one
 the forecast that would land the next state on the recorded one. Rows explain what they can of it,
 then a reduced-rank regression finds which r directions of the hidden state tell most of the rest,
 of the token itself and of its neighbours, and last rows and readout are solved for together.
-Shapes: n trajectories of a part, M tokens, P elements of a token, D channels, Q outputs known so
-far (one per branch and anchor), r directions read, k * k tokens of a neighbourhood.
-
 Everything a segment's rows and readout need is quadratic in the data, so batches and processes add
 up, and strengths are compared on folds of trajectories without a second look at them.
-Shapes: M tokens, P elements of a token, D numbers read for a token and a constant, Q outputs known
-so far (one per branch and anchor), V = Q + 1 with the target, J folds.
+Shapes: n trajectories of a part, M tokens, P elements of a token, D channels (in the sums: numbers
+read for a token, and a constant), Q outputs known so far (one per branch and anchor), V = Q + 1
+with the target, J folds, r directions read, k * k tokens of a neighbourhood.
 """
 
 from collections.abc import Callable, Iterator, Mapping

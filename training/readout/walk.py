@@ -4,11 +4,11 @@ A pipeline cannot be suspended, so a visit of an anchor is one more call of the 
 what earlier visits computed is put back, the predictor forecasts between the anchors, and the call
 is ended once the new anchor has run. What a batch of trajectories computed lies in a file between
 two visits, so memory does not grow with their number.
-Shapes: B batch, M tokens, D channels, P elements of a token.
 
 The sampler is a linear map of the network's outputs, so the next state is a sum that the segment's
 forecasts enter with one weight, and solving for the forecast that lands it is a subtraction.
-Shapes: S sampling steps, B batch, Q outputs known so far (one per branch and anchor).
+Shapes: S sampling steps, B batch, M tokens, D channels, P elements of a token, Q outputs known so
+far (one per branch and anchor).
 """
 
 from collections.abc import Hashable, Iterable, Sequence
