@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("foreseer")
 
 @pytest.fixture(scope="module", autouse=True)
 def imports_out_of_the_collectors_sight():
-    """A collection looks through half a million objects of imports, and every training asks for one."""
+    """A collection looks through half a million objects of imports; every training asks for one."""
     gc.collect()
     gc.freeze()
 
