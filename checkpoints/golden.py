@@ -45,7 +45,7 @@ def replay(
     device = next((tensor.device for tensor in state), torch.device("cpu"))
     forecasts = [features[:0]]
     for index, sigma in enumerate(spec.sigmas):
-        step = Step(index, sigma, len(spec.sigmas), branches)
+        step = Step(index, sigma, len(spec.sigmas), branches, sigmas=spec.sigmas)
         if predictor.needs:
             step = _asked(predictor, step, features[index % len(features)].to(device))
         if index in anchors:

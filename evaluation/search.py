@@ -155,7 +155,8 @@ class _Segments:
         history = History(None, list(window), [self.sigmas[a] for a in window])
         c = torch.zeros(end - newest + 1, num_steps, dtype=torch.float64)
         if end > newest + 1:
-            steps = [Step(t, self.sigmas[t], num_steps) for t in range(newest + 1, end)]
+            later = range(newest + 1, end)
+            steps = [Step(t, self.sigmas[t], num_steps, sigmas=self.sigmas) for t in later]
             weights = torch.stack([self.rule.coefficients(history, s).flatten() for s in steps])
             c[2:, list(window)] = weights.double() * self.euler_steps[newest + 1 : end, None]
             c[2:, newest + 1 : end] -= self.euler_steps[newest + 1 : end].diag()

@@ -3,6 +3,7 @@
 A one is an anchor, a zero a forecast; the list has one entry per step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, zip_longest
 
@@ -142,6 +143,35 @@ def diffusers_interval(
         for step in range(num_steps)
         if step < warmup or (step - warmup - 1) % interval == 0 or step >= end
     )
+
+
+def spectrum(
+    num_steps: int, window: float = 2.0, growth: float = 0.75, warmup: int = 5
+) -> tuple[int, ...]:
+    """Spectrum's schedule: `0 .. warmup - 1`, then gaps that grow (arXiv 2603.01623, its code).
+
+    Gap k is floor(window + k growth), k = 0, 1, ... At 50 steps growth 0.75 makes 14 anchors and 3
+    makes 10, the two settings published for FLUX.
+
+    Args:
+        num_steps: steps of the run.
+        window: its first window, >= 1.
+        growth: its `flex_window`, >= 0.
+        warmup: its `warmup_steps`, >= 1.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if not (1 <= window < math.inf and 0 <= growth < math.inf) or warmup < 1:
+        raise ValueError(
+            f"found window {window}, growth {growth} and warmup {warmup}; expected window >= 1, "
+            "growth >= 0 and warmup >= 1."
+        )
+    anchors, gaps = list(range(min(warmup, num_steps))), 0
+    while (step := anchors[-1] + math.floor(round(window + gaps * growth, 3))) < num_steps:
+        anchors.append(step)
+        gaps += 1
+    return tuple(anchors)
 
 
 def magcache(

@@ -229,7 +229,10 @@ class Session:
             self.runner.prove(expert, call)
         branches, index = self._branches.of(form), self.clock.index
         held = (self._branches.calls,) if branches is None else branches  # one, while not known
-        step = Step(index, self._sigmas[index], self._num_steps, held, expert.number, call.x_t)
+        sigmas = self._sigmas
+        step = Step(
+            index, sigmas[index], self._num_steps, held, expert.number, call.x_t, sigmas=sigmas
+        )
         answer = self._decide(expert, call, step, branches is not None)
         self._branches.count(form, len(prediction(answer.output)))
         self._put_aside(form, expert, call, step, answer)

@@ -157,8 +157,8 @@ class SigmaRun:
             self._next(place, sigma, x_t)
         alone = len(keys) == len(branches)
         self._calls |= {k: (branches[i],) if alone else tuple(branches) for i, k in enumerate(keys)}
-        index, num_steps = place - self._first, len(self.sigmas) - self._first
-        return Step(index, sigma, num_steps, tuple(branches), x_t=x_t)
+        index, sigmas = place - self._first, self.sigmas[self._first :]
+        return Step(index, sigma, len(sigmas), tuple(branches), x_t=x_t, sigmas=sigmas)
 
     def _begin(self, place: int) -> None:
         self.reset()

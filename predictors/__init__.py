@@ -27,10 +27,12 @@ from foreseer.predictors.rules import (
     Foca2Point,
     FocaRecursive,
     HiCache,
+    MeanCache,
     Newton,
     Reuse,
     RungeKutta2,
     ScaledTaylor,
+    Spectrum,
     Taylor,
 )
 from foreseer.predictors.spectrum import Bands
@@ -73,6 +75,7 @@ __all__ = [
     "LesaPredictor",
     "LesaValues",
     "LinearPredictor",
+    "MeanCache",
     "Newton",
     "Predictor",
     "RandomPolicy",
@@ -80,6 +83,7 @@ __all__ = [
     "Reuse",
     "RungeKutta2",
     "ScaledTaylor",
+    "Spectrum",
     "Step",
     "Taylor",
 ]

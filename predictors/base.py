@@ -35,6 +35,7 @@ class Step:
         x_t: the network's input at this step, only for predictors that list it in `needs`.
         tokens: what enters the first block at this step, likewise.
         modulation: the host's modulation vector at this step, likewise.
+        sigmas: flow time of every step of the run; empty where nobody has said it.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Step:
     x_t: Tensor | None = None
     tokens: Tensor | None = None
     modulation: Tensor | None = None
+    sigmas: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,7 @@ def walked_rows(
     rows = torch.zeros(size, parts, num_steps, num_steps, dtype=torch.float64)
     history = History(predictor.window)
     for t, sigma in enumerate(sigmas):
-        step = Step(t, sigma, num_steps, tuple(range(size)))
+        step = Step(t, sigma, num_steps, tuple(range(size)), sigmas=sigmas)
         if t in expert_steps:
             history.reset()
         if t in anchors:

@@ -4,6 +4,7 @@ Shapes: K history length.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -147,6 +148,28 @@ def slope_weights(
         share = move / (steps[-back] - steps[-back - 1])
         weights[-back] += share
         weights[-back - 1] -= share
+    return weights
+
+
+def mean_weights(sigmas: Sequence[float]) -> list[float]:
+    """Weights of the last K steps' velocities in MeanCache's forecast, see there.
+
+    Args:
+        sigmas: flow times of these steps, oldest first, of the step to forecast, and of the next.
+
+    Raises:
+        ValueError: the K steps end at the flow time they began at.
+    """
+    gaps = [later - earlier for earlier, later in pairwise(sigmas)]
+    span = sigmas[-2] - sigmas[0]
+    if span == 0:
+        raise ValueError(
+            f"{len(gaps) - 1} steps begin and end at the flow time {sigmas[0]}, as samplers that "
+            "evaluate twice have them; MeanCache needs one evaluation per step, such as Euler's."
+        )
+    weights = [gaps[-1] / span * gap / span for gap in gaps[:-1]]
+    weights[0] -= gaps[-1] / span
+    weights[-1] += 1
     return weights
 
 

@@ -2,12 +2,14 @@
 
 F_0 is the newest anchor, F_1 the one before, g_1 the gap between them, j the horizon, r = j / g_1.
 `Ladder` rules weigh TaylorSeer's backward differences, `Slopes` rules move along the last slopes
-D_0 = (F_0 - F_1) / g_1 and D_1 = (F_1 - F_2) / g_2. With one anchor all repeat it.
+D_0 = (F_0 - F_1) / g_1 and D_1 = (F_1 - F_2) / g_2. `Spectrum`, `FocaRecursive` and `MeanCache`
+weigh every anchor of the run. With one anchor all repeat it.
 Shapes: K history length.
 """
 
 import math
 from collections.abc import Sequence
+from operator import mul
 
 import torch
 from jaxtyping import Float
@@ -20,6 +22,7 @@ from foreseer.predictors.ladder import (
     checked_contraction,
     clock_positions,
     lagrange_weights,
+    mean_weights,
     powers,
     slope_weights,
 )
@@ -264,6 +267,102 @@ class FocaRecursive(LinearPredictor):
         return unit[-1] + j * slope + (1 - 0.5**j) * (first - slope)
 
 
+class MeanCache(LinearPredictor):
+    """F_hat_i = F_{i-1} - J (s_{i+1} - s_i), J = (F_{i-K} - u) / (s_i - s_{i-K}): a mean velocity.
+
+    u = sum_{j=i-K}^{i-1} (s_{j+1} - s_j) F_j / (s_i - s_{i-K}) over the last K *steps*, F_j what
+    the sampler was given there, an anchor or a forecast, and s flow times: what Euler moved the
+    sample by, over the flow time that took (arXiv 2601.19961; its code's `jvp1_sK`). On an even
+    grid (-1/4, 5/4) at K = 2, oldest first; K = 1 is `Reuse`. Unrolled over its own forecasts the
+    weights run over all anchors so far. The release forecasts the velocity after guidance, with a K
+    of its own for every gap of its lists.
+
+    Args:
+        length: the release's K, steps of the mean, >= 2; fewer while the run has no more.
+
+    Raises:
+        ValueError: the length is out of range.
+    """
+
+    window = None
+
+    def __init__(self, length: int = 3) -> None:
+        super().__init__()
+        if length < 2:
+            raise ValueError(f"length is {length}, expected at least 2 steps; 1 is Reuse.")
+        self.length = length
+
+    def coefficients(self, history: History, step: Step) -> Float[Tensor, " K"]:
+        """Weights of the recursion, unrolled over the anchors.
+
+        Raises:
+            ValueError: the step does not say the run's flow times, or they repeat.
+        """
+        if len(step.sigmas) != step.num_steps:
+            raise ValueError(
+                f"the step holds {len(step.sigmas)} flow times of a run of {step.num_steps} steps; "
+                "MeanCache averages over steps between anchors: give Step all of them as sigmas."
+            )
+        if len(history) == 1:  # rounding would come in
+            return torch.ones(1, dtype=torch.float64)
+        grid, unit = [*step.sigmas, 0.0], torch.eye(len(history), dtype=torch.float64).tolist()
+        anchors = dict(zip(history.steps, unit, strict=True))
+        rows: list[list[float]] = []  # of the steps from the first anchor on
+        for index in range(history.steps[0], step.index + 1):
+            row = anchors.get(index)
+            if row is None:
+                recent = rows[-self.length :]
+                own = mean_weights(grid[index - len(recent) : index + 2])
+                row = [sum(map(mul, own, column)) for column in zip(*recent, strict=True)]
+            rows.append(row)
+        return torch.tensor(rows[-1], dtype=torch.float64)
+
+
+class Spectrum(LinearPredictor):
+    """F_hat = w phi(t)^T (Phi^T Phi + lambda I)^-1 Phi^T F + (1 - w) (F_0 + j D_0): a global fit.
+
+    phi = (T_0, ..., T_M), Chebyshev's polynomials at tau = 2 t / S - 1 of step t of S; Phi has a
+    row for every anchor so far (arXiv 2603.01623, as its released code computes it, but for the
+    code's rounding to bfloat16). The ridge shrinks: the fit's weights sum to less than 1.
+
+    Args:
+        blend: the release's w, the part of the fit, in [0, 1]; its paper has 1, its recommended
+            command 0.5.
+        degree: M, >= 1.
+        ridge: lambda, > 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    window = None
+
+    def __init__(self, blend: float = 0.5, degree: int = 4, ridge: float = 0.1) -> None:
+        super().__init__()
+        if not (0 <= blend <= 1 and degree >= 1 and math.isfinite(ridge) and ridge > 0):
+            raise ValueError(
+                f"found blend {blend}, degree {degree} and ridge {ridge}; expected a blend in "
+                "[0, 1], a degree >= 1 and a finite ridge > 0."
+            )
+        self.blend = blend
+        self.degree = degree
+        self.ridge = ridge
+
+    def coefficients(self, history: History, step: Step) -> Float[Tensor, " K"]:
+        """The fit's weights, blended with Taylor's first order."""
+        steps = history.steps
+        if len(steps) == 1:  # the release computes five steps before it forecasts
+            return torch.ones(1, dtype=torch.float64)
+        times = torch.tensor([*steps, step.index], dtype=torch.float64)
+        angles = (2 * times / step.num_steps - 1).acos()
+        basis = (angles[:, None] * torch.arange(self.degree + 1)).cos()
+        nodes, at = basis[:-1], basis[-1]
+        ridge = self.ridge * torch.eye(self.degree + 1, dtype=torch.float64)
+        fit = nodes @ torch.linalg.solve(nodes.T @ nodes + ridge, at)
+        line = slope_weights(steps, float(step.index - steps[-1]))
+        return self.blend * fit + (1 - self.blend) * line
+
+
 RULES: dict[str, LinearPredictor] = {
     "reuse": Reuse(),
     "taylor_1": Taylor(1),
@@ -281,6 +380,8 @@ RULES: dict[str, LinearPredictor] = {
     "foca_2pt": Foca2Point(),
     "foca_recursive": FocaRecursive(),
     "damped_half": Damped(0.5),
+    "meancache_3": MeanCache(3),
+    "spectrum": Spectrum(),
 }
 """The formulas every learned predictor is measured against, by the name used in tables."""
 

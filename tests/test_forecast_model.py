@@ -171,6 +171,25 @@ def test_a_formula_goes_on_any_grid_and_eps_are_found_by_k_diffusions_sigma():
         assert float(denoiser(x, sigma)[0, 0]) == pytest.approx(-float(sigma) * value)
 
 
+def test_a_rule_over_steps_is_told_the_runs_flow_times_by_pipelines_and_loops(pipe, noise):
+    rule, anchors = fs.predictors.MeanCache(2), (0, 1, 9)
+    with fs.forecasting(pipe, rule, tap="output", anchors=anchors):
+        drawn = pipe([3, 7], latents=noise, output_type="latent").images
+    sigmas = pipe.scheduler.sigmas
+    model = fs.forecast_model(network(pipe), rule, sigmas=sigmas, anchors=anchors)
+    assert torch.equal(euler(model, pipe, noise), drawn)
+    rows, computed = rule.rows(anchors, sigmas[:-1].tolist())[0, 0], {}
+    plain, step = network(pipe), iter(range(50))
+
+    def by_rows(x, sigma, labels, branches):
+        s = next(step)
+        if s in anchors:
+            computed[s] = plain(x, sigma, labels)
+        return sum(rows[s, a].float() * v for a, v in computed.items())
+
+    assert (euler(by_rows, pipe, noise) - drawn).abs().max() < 1e-4
+
+
 # ---------------------------------------------------------------------------------- what it refuses
 
 

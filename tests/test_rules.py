@@ -22,10 +22,12 @@ from foreseer.predictors.rules import (
     Foca2Point,
     FocaRecursive,
     HiCache,
+    MeanCache,
     Newton,
     Reuse,
     RungeKutta2,
     ScaledTaylor,
+    Spectrum,
     Taylor,
 )
 
@@ -47,7 +49,8 @@ def weights_at(
     history = History(rule.window)
     for step in steps:
         history.push(Step(step, sigma(step), 100), torch.zeros(1))
-    return rule.coefficients(history, Step(index, sigma(index), 100))
+    grid = [sigma(step) for step in range(100)]
+    return rule.coefficients(history, Step(index, sigma(index), 100, sigmas=grid))
 
 
 def after(rule: LinearPredictor, gap_list: list[int], horizon: int) -> list[float]:
@@ -180,7 +183,9 @@ def test_a_three_point_solver_starts_as_reuse_then_forward_euler(rule):
     assert after(rule, [4], 3) == pytest.approx([1.75, -0.75])
 
 
-@pytest.mark.parametrize("rule", [BDF2(), Damped(0.7), Foca2Point(), FocaRecursive()])
+@pytest.mark.parametrize(
+    "rule", [BDF2(), Damped(0.7), Foca2Point(), FocaRecursive(), MeanCache(), Spectrum()]
+)
 def test_a_slope_rule_starts_as_reuse(rule):
     assert after(rule, [], 3) == [1.0]
 
@@ -219,6 +224,7 @@ ORDER_OF_ERROR = [
     (FocaRecursive(), [0, 1, 7, 13], 2),
     *((rule, [0, 6, 12], 1) for rule in (BDF2(), Damped(0.5), HiCache(2), ScaledTaylor(2))),
     (Foca2Point(), [0, 6], 1),
+    (MeanCache(3), [0, 6, 12], 1),
 ]
 
 
@@ -386,6 +392,121 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+# ------------------------------------------------------------------------- MeanCache and Spectrum
+
+
+@pytest.mark.parametrize(
+    ("length", "newest_first"),
+    [(2, [5 / 4, -1 / 4]), (3, [10 / 9, 1 / 9, -2 / 9]), (4, [17 / 16, 1 / 16, 1 / 16, -3 / 16])],
+)
+def test_the_weights_of_meancache_after_adjacent_anchors_are_the_published_ones(
+    length, newest_first
+):
+    assert after(MeanCache(length), [1] * 4, 1) == pytest.approx(
+        [*newest_first, *[0] * (5 - length)], abs=1e-14
+    )
+
+
+def released_meancache(
+    velocities: dict[int, float], length: int, grid: list[float], end: int
+) -> float:
+    """The release's loop up to a forecast: Euler's states, the mean velocity between two."""
+    x, states, used = 0.7, [], []
+    for i in range(end + 1):
+        if i in velocities:
+            v = velocities[i]
+        else:
+            first = max(0, i - length)
+            span = grid[i] - grid[first]
+            mean = (x - states[first]) / span
+            v = used[-1] - (used[first] - mean) / span * (grid[i + 1] - grid[i])
+        states.append(x)
+        used.append(v)
+        x += (grid[i + 1] - grid[i]) * v
+    return used[-1]
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+@pytest.mark.parametrize("power", [1, 1.5])
+@pytest.mark.parametrize("anchors", [PUBLISHED_L2P[8], uniform(8, 50)])
+def test_meancache_is_the_released_loop_on_even_and_uneven_sigmas(length, power, anchors):
+    sigmas = [(1 - s / 50) ** power for s in range(50)]
+    values = torch.randn(8, dtype=torch.float64, generator=_seeded(length)).tolist()
+    velocities = dict(zip(anchors, values, strict=True))
+    table = tabulate(MeanCache(length), anchors, sigmas)[:, list(anchors)]
+    found = table @ torch.tensor(values, dtype=torch.float64)
+    for s in range(50):
+        known = {a: v for a, v in velocities.items() if a <= s}
+        expected = released_meancache(known, length, [*sigmas, 0.0], s)
+        assert float(found[s]) == pytest.approx(expected, abs=1e-11 * max(1, abs(expected)))
+
+
+def test_meancache_asks_for_the_flow_times_of_all_steps():
+    history = History(None, [0, 2], [1.0, 0.9], [torch.zeros(1)] * 2)
+    with pytest.raises(ValueError, match="0 flow times of a run of 50 steps; MeanCache averages"):
+        MeanCache()(history, Step(4, 0.8, 50))
+    twice = [1.0, 1.0, 0.5, 0.5, 0.2, 0.2]
+    history = History(None, [0, 1], [1.0, 1.0], [torch.zeros(1)] * 2)
+    with pytest.raises(ValueError, match="2 steps begin and end at the flow time 0.5"):
+        MeanCache(2).rows((0, 2, 3), [1.0, 0.7, 0.5, 0.6, 0.5, 0.2])
+    assert MeanCache(2).rows((0, 1, 2), twice).isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 0, -3])
+def test_a_mean_over_less_than_two_steps_is_refused(length):
+    with pytest.raises(ValueError, match=f"length is {length}, expected at least 2 steps"):
+        MeanCache(length)
+
+
+@pytest.mark.parametrize(
+    ("blend", "anchors", "step", "weights"),
+    [
+        (1.0, [0, 10, 20, 30], 35, [-0.052924, 0.342334, -0.749424, 1.331767]),
+        (0.5, [0, 10, 20, 30], 35, [-0.026462, 0.171167, -0.624712, 1.415883]),
+        (
+            0.5,
+            [0, 1, 2, 3, 4, 5, 7, 9, 12],
+            14,
+            [0.114494, 0.012575, -0.053315, -0.08729, -0.093281, -0.075039]
+            + [0.020051, -0.161721, 1.287644],
+        ),
+    ],
+)
+def test_the_weights_of_spectrum_are_the_released_ones(blend, anchors, step, weights):
+    history = History(None, anchors, [1 - a / 50 for a in anchors], [])
+    found = Spectrum(blend).coefficients(history, Step(step, 1 - step / 50, 50))
+    assert found.tolist() == pytest.approx(weights, abs=5.1e-7)
+
+
+@given(gap_list=gaps, horizon=horizons, seed=seeds)
+def test_spectrum_is_a_ridge_fit_of_chebyshev_polynomials_blended_with_a_line(
+    gap_list, horizon, seed
+):
+    steps = steps_from(gap_list)
+    values = torch.randn(len(steps), dtype=torch.float64, generator=_seeded(seed))
+    at = steps[-1] + horizon
+    tau = torch.tensor([*steps, at]).double() / 50 - 1
+    columns = [torch.ones_like(tau), tau]
+    for _ in range(3):
+        columns.append(2 * tau * columns[-1] - columns[-2])
+    phi = torch.stack(columns, dim=1)
+    penalty = math.sqrt(0.1) * torch.eye(5, dtype=torch.float64)
+    design, target = torch.cat([phi[:-1], penalty]), torch.cat([values, torch.zeros(5).double()])
+    fitted = float(phi[-1] @ torch.linalg.lstsq(design, target).solution)
+    line = float(weights_at(Taylor(1), steps[-2:], at) @ values[-2:])
+    expected = 0.25 * fitted + 0.75 * line
+    weights = weights_at(Spectrum(0.25), steps, at)
+    assert float(weights @ values) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(-0.1,), (1.1,), (0.5, 0), (0.5, 4, 0.0), (0.5, 4, math.inf)]
+)
+def test_a_spectrum_out_of_range_is_refused(arguments):
+    with pytest.raises(ValueError, match="expected a blend in"):
+        Spectrum(*arguments)
+
+
 # ------------------------------------------------------------------------------------ the gap bound
 
 
@@ -444,7 +565,8 @@ def test_every_rule_has_finite_rows_on_the_usual_anchors(name, num_anchors):
         table = tabulate(RULES[name], anchors, SIGMAS)
         assert table.isfinite().all()
         size = table.abs().sum(1)
-        assert ((table.sum(1) - 1).abs() <= 1e-13 * size).all()
+        if name != "spectrum":  # its ridge shrinks
+            assert ((table.sum(1) - 1).abs() <= 1e-13 * size).all()
         others = [s for s in range(50) if s not in anchors]
         assert not table[:, others].any()
         assert (table.triu(1) == 0).all()

@@ -1,5 +1,7 @@
 """Lists of anchors are those of the releases they are named after, and masks go there and back."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from foreseer.integration.schedule import (
     magcache,
     mask_anchors,
     scm,
+    spectrum,
 )
 from foreseer.trajectories.gram import gram, magnitude_ratios
 
@@ -41,6 +44,32 @@ def test_diffusers_rule_is_its_hooks():
     assert diffusers_interval(12, 4, 2, last_forecast=10) == (0, 1, 3, 7, 10, 11)
     with pytest.raises(ValueError, match="expected both >= 1"):
         diffusers_interval(50, interval=0)
+
+
+@pytest.mark.parametrize(
+    ("growth", "anchors"),
+    [
+        (0.75, [0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46]),
+        (3.0, [0, 1, 2, 3, 4, 6, 11, 19, 30, 44]),
+        (0.0, [0, 1, 2, 3, *range(4, 50, 2)]),
+    ],
+)
+def test_spectrums_windows_grow_as_in_its_release(growth, anchors):
+    assert list(spectrum(50, growth=growth)) == anchors
+    computed, window, run = [], 2.0, 0
+    for step in range(50):  # the released counter
+        computes = step < 5 or (run + 1) % math.floor(window) == 0
+        if computes and step >= 5:
+            window = round(window + growth, 3)
+        run = 0 if computes else run + 1
+        computed += [step] * computes
+    assert computed == anchors
+
+
+def test_spectrum_refuses_arguments_out_of_range():
+    for wrong in ({"window": 0.5}, {"growth": -1.0}, {"growth": math.nan}, {"warmup": 0}):
+        with pytest.raises(ValueError, match="expected window >= 1"):
+            spectrum(50, **wrong)
 
 
 def test_magcache_forecasts_while_the_product_stays_near_one():

@@ -10,6 +10,7 @@ from foreseer.integration.schedule import interval as interval
 from foreseer.integration.schedule import magcache as magcache
 from foreseer.integration.schedule import mask_anchors as mask_anchors
 from foreseer.integration.schedule import scm as scm
+from foreseer.integration.schedule import spectrum as spectrum
 from foreseer.integration.schedule import uniform as uniform
 from foreseer.integration.schedule import warped as warped
 
@@ -24,6 +25,7 @@ __all__ = [
     "magcache",
     "mask_anchors",
     "scm",
+    "spectrum",
     "uniform",
     "warped",
 ]
