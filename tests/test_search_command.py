@@ -43,6 +43,38 @@ def test_a_readout_is_searched_with_the_readout_in_the_loop(tmp_path, capsys):
     assert "verdict" not in printed  # a fit among many says nothing
 
 
+def test_published_searches_are_options_that_say_what_they_spend(tmp_path, capsys):
+    pipe = tiny_pipeline()
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+    place = fs.record(pipe, None, str(tmp_path / "r"), num_trajectories=3, **settings)
+    options = {"num_anchors": [4], "methods": ["taylor_1|hidden"], "num_moves": 2}
+
+    def search(algorithm: str, **more) -> tuple[list[int], float, list[int]]:
+        out = str(tmp_path / f"{algorithm}{len(more)}.json")
+        found = fs.search(place, pipe, out, algorithm=algorithm, **options, **more)
+        told = re.search(
+            r"at (\S+) dB; (\d+) lists tried on (\d+) samples, (\d+) net", capsys.readouterr().out
+        )
+        error, *counts = told.groups()
+        return found["taylor_1|hidden|4"], float(error), [int(count) for count in counts]
+
+    ours, error, (lists, samples, evaluations) = search("beam", num_samples=2)
+    assert samples == 2 and evaluations == lists * 2 * 4
+    planned, planned_error, counts = search("dpcache", num_samples=2)
+    assert counts in ([1, 2, 8], [2, 2, 16]) and planned_error >= error
+    annealed, annealed_error, (lists, samples, evaluations) = search("budcache", num_samples=2)
+    assert lists == 10 and evaluations == 80  # all there are: 0 and three of five
+    assert annealed_error <= min(error, planned_error)
+    assert search("budcache")[2] == [10, 1, 40]  # of one sample, as published
+    with pytest.raises(fs.RecordingError, match="or of another algorithm"):
+        fs.search(place, pipe, str(tmp_path / "beam1.json"), algorithm="dpcache", **options)
+    with pytest.raises(ValueError, match="algorithm is 'best', expected one of beam, dpcache, bud"):
+        fs.search(place, pipe, str(tmp_path / "t.json"), algorithm="best", **options)
+    with pytest.raises(ValueError, match="'ab2' is none"):
+        other = {**options, "methods": ["ab2|none"]}
+        fs.search(place, pipe, str(tmp_path / "t.json"), algorithm="dpcache", **other)
+
+
 def test_another_pipeline_and_another_search_are_refused(tmp_path):
     pipe, out = tiny_pipeline(), str(tmp_path / "s.json")
     settings = {"num_inference_steps": STEPS, "guidance_scale": 3.0}

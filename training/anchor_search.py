@@ -1,14 +1,15 @@
 """The best anchors of every method for a number of evaluations, in closed loop.
 
 Every method is given the same effort: the same candidate lists, as many lists from its own search
-on Grams, the same number of single moves, the same calibration samples.
+on Grams, the same number of single moves, the same calibration samples. Other searches are told
+with the network evaluations that they spend.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import xxhash
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 
 from foreseer.errors import RecordingError
 from foreseer.evaluation.measure import References, closed_loop_errors, log_error
+from foreseer.evaluation.published_search import annealed, shortest_path
 from foreseer.evaluation.search import Found, beam_search, closed_loop_search, start_lists
 from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
 from foreseer.predictors.rules import RULES
@@ -30,6 +32,10 @@ from foreseer.trajectories.recording import Recording
 
 SEARCH = "search"  # what a file's lists were searched on, beside them
 NUM_OPEN_LOOP = 3  # lists taken from the search on Grams
+RUNS_PER_LIST = {"l2p_closed_loop": 2}  # of every sample: it is tracked, then measured
+
+Algorithm: TypeAlias = Literal["beam", "dpcache", "budcache"]
+"""How lists are searched: ours, or as published (`evaluation.published_search`)."""
 
 
 def search_anchors(
@@ -39,8 +45,12 @@ def search_anchors(
     tap: str,
     num_anchors: int,
     num_moves: int = 8,
+    algorithm: Algorithm = "beam",
 ) -> list[Found]:
     """Rank anchor lists of one method by closed-loop error on calibration samples.
+
+    Every list costs `num_anchors` network evaluations per sample and guidance branch, and
+    `l2p_closed_loop` twice that.
 
     Args:
         pipe: the pipeline.
@@ -50,24 +60,47 @@ def search_anchors(
             on three of four samples for every list and measured on the others: give it 256.
         tap: `output` or `hidden`; `none` for a solver.
         num_anchors: network evaluations.
-        num_moves: evaluations spent on moving single anchors of the best list.
+        num_moves: lists that `beam` tries by moving single anchors of the best one.
+        algorithm: `beam` is ours. `dpcache` has the exact dynamic programme on Grams, with the
+            first three steps forced, as published, and with step 0 alone. `budcache` anneals.
 
     Returns:
         Everything evaluated, best first.
 
     Raises:
-        ValueError: the method is unknown.
+        ValueError: the method or algorithm is unknown, or the method none that `dpcache` is for.
     """
-    recording = references.recording
-    sigmas = recording.header.sigmas
-    rule = RULES.get(method, RULES["newton_1"])
-    grams = recording.stack(f"gram/{tap if tap != 'none' else 'output'}")
-    lists = start_lists(num_anchors, len(sigmas))
-    lists += beam_search(grams, sigmas, num_anchors, rule)[:NUM_OPEN_LOOP]
-    evaluate, starts = evaluator(pipe, references, method, tap), list(dict.fromkeys(lists))
+    evaluate = evaluator(pipe, references, method, tap)
+    num_steps = len(references.recording.header.sigmas)
+    starts: list[tuple[int, ...]] = []
+    if algorithm != "budcache":
+        starts = _open_loop_lists(references.recording, method, tap, num_anchors, algorithm)
+    total = {"beam": len(starts) + num_moves, "dpcache": len(starts)}.get(algorithm)
     options: dict[str, Any] = {"desc": f"{method} {tap}", "unit": "list", "leave": False}
-    with tqdm(total=len(starts) + num_moves, delay=QUIET_SECONDS, **options) as bar:
-        return closed_loop_search(partial(_counted, evaluate, bar), starts, len(sigmas), num_moves)
+    with tqdm(total=total, delay=QUIET_SECONDS, **options) as bar:
+        counted = partial(_counted, evaluate, bar)
+        if algorithm == "budcache":
+            return annealed(counted, num_anchors, num_steps)
+        moves = num_moves if algorithm == "beam" else 0
+        return closed_loop_search(counted, starts, num_steps, moves)
+
+
+def _open_loop_lists(
+    recording: Recording, method: str, tap: str, num_anchors: int, algorithm: Algorithm
+) -> list[tuple[int, ...]]:
+    """The lists that an algorithm finds on Grams, and for ours the common ones before them."""
+    sigmas = recording.header.sigmas
+    grams = recording.stack(f"gram/{tap if tap != 'none' else 'output'}")
+    if algorithm == "beam":
+        rule = RULES.get(method, RULES["newton_1"])
+        lists = start_lists(num_anchors, len(sigmas))
+        lists += beam_search(grams, sigmas, num_anchors, rule)[:NUM_OPEN_LOOP]
+    elif method in RULES:
+        forced = (min(3, num_anchors), 1)
+        lists = [shortest_path(grams, sigmas, num_anchors, RULES[method], n) for n in forced]
+    else:
+        raise ValueError(f"dpcache sums the errors of a formula's forecasts; {method!r} is none.")
+    return list(dict.fromkeys(lists))
 
 
 def _counted(
@@ -162,30 +195,51 @@ def check_one_transformer(recording: Recording) -> None:
 
 
 def search_lists(
-    pipe: Any, references: References, wanted: Sequence[str], num_moves: int, path: Path
+    pipe: Any,
+    references: References,
+    wanted: Sequence[str],
+    num_moves: int,
+    path: Path,
+    algorithm: Algorithm = "beam",
 ) -> dict[str, list[int]]:
     """Search every list that a file does not hold yet, and write each as it is found.
+
+    What each has cost is printed beside it: lists tried, and network evaluations of one guidance
+    branch.
 
     Args:
         pipe: the recorded pipeline.
         references: calibration samples of the recording.
         wanted: `method|tap|num_anchors` of each.
-        num_moves: evaluations spent on moving single anchors.
+        num_moves: lists that `beam` tries by moving single anchors.
         path: JSON file.
+        algorithm: see `search_anchors`.
 
     Raises:
         RecordingError: the file holds the lists of another search.
+        ValueError: the algorithm is unknown.
     """
+    if algorithm not in get_args(Algorithm):
+        raise ValueError(
+            f"algorithm is {algorithm!r}, expected one of {', '.join(get_args(Algorithm))}."
+        )
     told = f"{references.recording.header.recipe_hash} {references.items} {num_moves}"
+    if algorithm != "beam":
+        told += f" {algorithm}"
     made = xxhash.xxh3_128(told.encode()).hexdigest()
     found = begun(path, made)
     for key in tqdm(wanted, desc="search", unit="list"):
         if key in found:
             continue
         method, tap, budget = key.split("|")
-        best = search_anchors(pipe, references, method, tap, int(budget), num_moves)[0]
-        found[key] = list(best.anchors)
-        tqdm.write(f"{key}: {' '.join(map(str, best.anchors))} at {best.error_db:.2f} dB")
+        tried = search_anchors(pipe, references, method, tap, int(budget), num_moves, algorithm)
+        anchors, error = tried[0]
+        found[key] = list(anchors)
+        runs = len(tried) * RUNS_PER_LIST.get(method, 1) * len(references.items)
+        tqdm.write(
+            f"{key}: {' '.join(map(str, anchors))} at {error:.2f} dB; {len(tried)} lists tried on "
+            f"{len(references.items)} samples, {runs * int(budget)} network evaluations"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({SEARCH: made} | found, indent=1) + "\n")
     return found
@@ -205,6 +259,7 @@ def begun(path: Path, made: str) -> dict[str, list[int]]:
     if found.pop(SEARCH, None) != made:
         raise RecordingError(
             f"{path} holds the lists of another recording, or of another number of samples or "
-            "moves; expected those of this search. Give another file with out."
+            "moves, or of another algorithm; expected those of this search. Give another file with "
+            "out."
         )
     return found

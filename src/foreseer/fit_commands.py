@@ -100,10 +100,11 @@ def search(
     out: str = "runs/search.json",
     num_anchors: Sequence[int] = (8,),
     methods: Sequence[str] = ("newton_1|output",),
-    num_samples: int = 16,
+    num_samples: int | None = None,
     num_moves: int = 8,
     dtype: str | None = None,
     device: str | None = None,
+    algorithm: Literal["beam", "dpcache", "budcache"] = "beam",
 ) -> dict[str, list[int]]:
     """Choose the steps at which the network runs: on Grams, then by the error of real samples.
 
@@ -113,10 +114,13 @@ def search(
         out: JSON file for the lists; the same command resumes.
         num_anchors: network evaluations per trajectory (NFE), one search each.
         methods: `method|tap` pairs: `newton_1|hidden`, `ab2|none`, `l2p_closed_loop|output`, ...
-        num_samples: calibration trajectories the lists are compared on.
-        num_moves: evaluations spent on moving single anchors of the best list.
+        num_samples: calibration trajectories the lists are compared on; None takes 16, of
+            `budcache` 1, as published.
+        num_moves: lists tried by moving single anchors of the best one, for `beam`.
         dtype: dtype to load the pipeline in; None takes that of the recording.
         device: where to put it; None takes a GPU where there is one.
+        algorithm: `beam` on Grams, then single moves; or, to compare with, the published
+            `dpcache` (dynamic programme on Grams) or `budcache` (annealing on samples).
 
     Returns:
         The lists, by `method|tap|num_anchors`.
@@ -128,9 +132,10 @@ def search(
     source = Recording(folder_of(recording))
     check_one_transformer(source)
     pipe = opened_for(source, pipeline, dtype, device)
-    references = References(source, source.items[:num_samples])
+    asked = num_samples if num_samples is not None else 1 if algorithm == "budcache" else 16
+    references = References(source, source.items[:asked])
     wanted = [f"{method}|{n}" for n in num_anchors for method in methods]
-    return search_lists(pipe, references, wanted, num_moves, Path(out))
+    return search_lists(pipe, references, wanted, num_moves, Path(out), algorithm)
 
 
 def folder_of(recording: Any) -> str:
