@@ -35,7 +35,7 @@ from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.benchmark import FIRST_ITEM
 from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.results import collect_meta, to_record
-from foreseer.evaluation.runs import Samples, run_entry, score
+from foreseer.evaluation.runs import Judge, Samples, run_entry
 from foreseer.evaluation.timing import first_call, step_flops
 from foreseer.integration.host.trunk import transformer_of
 from foreseer.integration.pipelines.load import load_pipeline
@@ -390,7 +390,8 @@ class Table:
             return
         cost = self.flops.get(host, {})
         near = first(samples, self.num_samples)
-        row = score(entry, near, first(self.reference[reference], self.num_samples), cost, GUIDANCE)
+        full = first(self.reference[reference], self.num_samples)
+        row, _ = Judge(full, range(self.num_samples), GUIDANCE, cost).row(entry, near)
         per_image = self.reference["teacher_50"].seconds
         told = to_record(replace(row, flops_ratio=None)) | {
             "host": host,

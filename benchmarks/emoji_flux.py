@@ -27,11 +27,12 @@ from jsonargparse import auto_cli
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.cli import main
+from foreseer.evaluation.advice import advice
 from foreseer.evaluation.benchmark import FIRST_ITEM, compare_methods
 from foreseer.evaluation.generate import draw, save_panels, titles
 from foreseer.evaluation.metrics import psnr
 from foreseer.evaluation.page.figures import pareto
-from foreseer.evaluation.page.table import markdown_table, short_table, verdict
+from foreseer.evaluation.page.table import markdown, short_table
 from foreseer.evaluation.plan import load_learned
 from foreseer.evaluation.results import load_meta, load_rows, save_meta, save_rows
 from foreseer.integration.forecasting import forecasting
@@ -185,8 +186,7 @@ def publish(budgets: Sequence[int] = BUDGETS) -> None:
     save_rows(rows, RESULT)
     meta = load_meta(folders[0] / "results.json")
     save_meta(replace(meta, command="python benchmarks/emoji_flux.py bench, publish"), RESULT)
-    table = f"{verdict(rows)}\n\n{short_table(rows, BUDGETS)}\n{markdown_table(rows)}"
-    RESULT.with_suffix(".md").write_text(table)
+    RESULT.with_suffix(".md").write_text(markdown(rows, BUDGETS))
     for name, chart in pareto(rows).items():
         chart.save(RESULT.with_name(f"emoji_flux_{name}.png"))
 
@@ -215,7 +215,8 @@ def sheet(prompts: Sequence[str] = SHEET_PROMPTS, seed: int = 0) -> None:
 def page() -> None:
     """Write the table of docs/text_to_image.md from the published rows."""
     rows = load_rows(RESULT)
-    block = f"<!-- emoji -->\n{verdict(rows)}\n\n{short_table(rows, BUDGETS)}<!-- /emoji -->"
+    told = "\n".join(f"- {sentence}" for sentence in advice(rows))
+    block = f"<!-- emoji -->\n{told}\n\n{short_table(rows, BUDGETS)}<!-- /emoji -->"
     for path in PAGES:
         text = path.read_text()
         path.write_text(

@@ -13,10 +13,10 @@ import torch
 from jsonargparse import auto_cli
 
 from foreseer.checkpoints.format import load_predictor
+from foreseer.evaluation.advice import best_rows
 from foreseer.evaluation.benchmark import FIRST_ITEM
 from foreseer.evaluation.page.curves import sheet
 from foreseer.evaluation.page.html import write_report
-from foreseer.evaluation.page.table import best_rows
 from foreseer.evaluation.plan import Entry, spec_of
 from foreseer.evaluation.results import BenchRow, load_meta, load_rows
 from foreseer.integration.pipelines.load import load_pipeline

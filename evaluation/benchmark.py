@@ -17,16 +17,23 @@ from foreseer import __version__
 from foreseer.checkpoints.spec import PredictorSpec, check_host
 from foreseer.evaluation.page.curves import sheet
 from foreseer.evaluation.page.html import write_report
+from foreseer.evaluation.pairing import prompts_of, with_rivals
 from foreseer.evaluation.plan import Entry, plan, spec_of
-from foreseer.evaluation.results import BenchRow, collect_meta
+from foreseer.evaluation.results import (
+    RESULTS_FILE,
+    BenchRow,
+    Errors,
+    collect_meta,
+    save_errors,
+)
 from foreseer.evaluation.runs import (
     ROWS_FILE,
+    Judge,
     RowLog,
-    Samples,
+    Tick,
     load_samples,
     run_entry,
     save_samples,
-    score,
 )
 from foreseer.evaluation.timing import StepFlops, first_call, step_flops
 from foreseer.integration.host.fingerprint import host_fingerprint
@@ -92,12 +99,16 @@ def compare_methods(
     full = Entry("full", "full", "none", "all", tuple(range(num_steps)))
     common = _common_key(pipe, host, items, batch_size, settings)
     batches = _in_batches(items, batch_size)
-    ran, reference = _measure(pipe, [full, *entries], out, batches, common, settings)
+    entries = [full, *entries]
+    ran, judge = _measure(pipe, entries, out, batches, common, settings)
+    errors = [each for _, each in ran]
+    rows = with_rivals([row for row, _ in ran], errors, judge.prompts)
+    save_errors(errors, judge.prompts, out / RESULTS_FILE)
     few = _in_batches(items[:SHEET_SAMPLES], batch_size)
-    shown = sheet(pipe, ran, reference.sigmas, few, settings)
+    drawn = list(zip(entries, rows, strict=True))
+    shown = sheet(pipe, drawn, judge.reference.sigmas, few, settings)
     meta = collect_meta(command, [item.seed for item in items])
-    rows, errors, weights = [row for _, row in ran], shown.step_errors, shown.weights
-    return write_report(rows, meta, shown.images, out, errors, weights=weights)
+    return write_report(rows, meta, shown.images, out, shown.step_errors, weights=shown.weights)
 
 
 def rows_predictor(
@@ -172,38 +183,56 @@ def _measure(
     batches: Sequence[Sequence[Item]],
     common: str,
     settings: dict[str, Any],
-) -> tuple[list[tuple[Entry, BenchRow]], Samples]:
-    """Run every entry whose row is not on disk yet, the full run first; all rows, its samples."""
+) -> tuple[list[tuple[BenchRow, Errors]], Judge]:
+    """Run every entry whose row is not on disk yet, the full run first; all rows, their judge."""
     log = RowLog(out / ROWS_FILE)
-    same: dict[tuple[str, tuple[int, ...], bytes], BenchRow] = {}
+    same: dict[tuple[str, tuple[int, ...], bytes], tuple[BenchRow, Errors]] = {}
     keys = [entry.key(common) for entry in entries]
     pending = [
         (entry, key) for entry, key in zip(entries, keys, strict=True) if key not in log.rows
     ]
-    kept = out / f"reference.{common[:12]}.safetensors"
     work = sum(len(entry.anchors) for entry, _ in pending) * sum(map(len, batches))
     with tqdm(total=work, desc="bench", unit="evaluation") as bar:
-        if kept.exists():
-            reference = load_samples(kept)
-        else:
-            reference = run_entry(pipe, entries[0], [], batches, bar.update, **settings)
-            save_samples(reference, kept)
-        flops = _flops(pipe, entries, batches[0][:1], settings)
+        judge = _judge(pipe, entries, out, batches, common, settings, bar.update)
+        sigmas = judge.reference.sigmas
         for entry, key in pending:
             bar.set_postfix_str(f"{entry.method} {entry.tap}")
-            alike = rule_key(entry, reference.sigmas)
+            alike = rule_key(entry, sigmas)
             if alike in same:  # newton_1 has the very weights of taylor_1
-                log.add(key, replace(same[alike], method=entry.method))
+                row, errors = same[alike]
+                log.add(key, replace(row, method=entry.method), errors)
                 continue
-            samples = reference
+            samples = judge.reference
             if entry.kind != "full":
-                samples = run_entry(pipe, entry, reference.sigmas, batches, bar.update, **settings)
-            row = score(entry, samples, reference, flops, guidance_of_call(pipe, settings))
-            log.add(key, row)
+                samples = run_entry(pipe, entry, sigmas, batches, bar.update, **settings)
+            log.add(key, *judge.row(entry, samples))
             if alike is not None:
-                same[alike] = row
-    rows = [log.rows[key] for key in keys]
-    return list(zip(entries, rows, strict=True)), reference
+                same[alike] = log.rows[key]
+    return [log.rows[key] for key in keys], judge
+
+
+def _judge(
+    pipe: Any,
+    entries: Sequence[Entry],
+    out: Path,
+    batches: Sequence[Sequence[Item]],
+    common: str,
+    settings: dict[str, Any],
+    tick: Tick,
+) -> Judge:
+    """What the rows are measured against; the full run is drawn where it is not on disk yet."""
+    kept = out / f"reference.{common[:12]}.safetensors"
+    if kept.exists():
+        reference = load_samples(kept)
+    else:
+        reference = run_entry(pipe, entries[0], [], batches, tick, **settings)
+        save_samples(reference, kept)
+    return Judge(
+        reference,
+        prompts_of([item for batch in batches for item in batch]),
+        guidance_of_call(pipe, settings),
+        _flops(pipe, entries, batches[0][:1], settings),
+    )
 
 
 def rule_key(entry: Entry, sigmas: Sequence[float]) -> tuple[str, tuple[int, ...], bytes] | None:

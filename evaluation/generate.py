@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foreseer.evaluation.metrics import psnr
 from foreseer.evaluation.page.sheet import DIFFERENCE_GAIN, Row, sheet
-from foreseer.evaluation.page.table import decibels
+from foreseer.evaluation.results import decibels
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.pipeline_call import drawn, generators, joined, middle
 from foreseer.predictors.base import Predictor

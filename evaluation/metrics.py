@@ -3,14 +3,18 @@
 Shapes: B batch, C channels, H height, W width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foreseer.checkpoints.standing import Standing, standing
+
 NUM_RESAMPLES = 10_000  # bootstrap resamples of the mean
 RESAMPLING_SEED = 0
+EXACT_DB = 150.0  # what a PSNR counts as in differences where the image is reproduced exactly
 SSIM_WINDOW = 11  # pixels: side of the Gaussian window of Wang et al. 2004
 
 
@@ -107,16 +111,18 @@ def latent_rel_l2(
     return (latents.double() - reference.double()).flatten(1).norm(dim=1) / scale
 
 
-def summarise(values: Float[Tensor, " B"]) -> Summary:
+def summarise(values: Float[Tensor, " B"], prompts: Sequence[int] | None = None) -> Summary:
     """Condense per-sample values; the interval of the mean is a percentile bootstrap.
 
     Resampling uses a fixed seed, so equal values give equal summaries.
 
     Args:
         values: one number per sample; `inf` is allowed.
+        prompts: of each sample, a number: those of one prompt are alike, so they are resampled
+            together (a cluster bootstrap); None takes every sample for itself.
 
     Raises:
-        ValueError: there is no sample, or a value is NaN.
+        ValueError: there is no sample, a value is NaN, or there are other numbers of prompts.
     """
     if values.numel() == 0 or bool(values.isnan().any()):
         raise ValueError(
@@ -124,9 +130,7 @@ def summarise(values: Float[Tensor, " B"]) -> Summary:
             f"{int(values.isnan().sum())} are NaN; did a run diverge?"
         )
     values = values.detach().double().cpu()
-    generator = torch.Generator().manual_seed(RESAMPLING_SEED)
-    picks = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)
-    means = values[picks].mean(1)
+    means = _resampled_means(values, range(len(values)) if prompts is None else prompts)
     return Summary(
         mean=float(values.mean()),
         median=_quantile(values, 0.5),
@@ -135,6 +139,19 @@ def summarise(values: Float[Tensor, " B"]) -> Summary:
         ci_low=_quantile(means, 0.025),
         ci_high=_quantile(means, 0.975),
     )
+
+
+def _resampled_means(values: Float[Tensor, " B"], prompts: Sequence[int]) -> Float[Tensor, " R"]:
+    """Means of `NUM_RESAMPLES` draws of prompts with all their samples, with replacement."""
+    if len(prompts) != len(values):
+        raise ValueError(f"found the prompts of {len(prompts)} samples, expected {len(values)}.")
+    groups = torch.as_tensor(list(prompts)).unique(return_inverse=True)[1]
+    count = int(groups.max()) + 1
+    sums = torch.zeros(count, dtype=torch.float64).index_add(0, groups, values)
+    sizes = torch.bincount(groups, minlength=count).double()
+    generator = torch.Generator().manual_seed(RESAMPLING_SEED)
+    picks = torch.randint(count, (NUM_RESAMPLES, count), generator=generator)
+    return sums[picks].sum(1) / sizes[picks].sum(1)
 
 
 @dataclass(frozen=True)
@@ -155,22 +172,32 @@ class Paired:
     wins: int
     count: int
 
+    @property
+    def standing(self) -> Standing:
+        """Whether the method is ahead of its rival, level with it or behind."""
+        return standing(self.low, self.high)
 
-def paired(values: Float[Tensor, " B"], rival: Float[Tensor, " B"]) -> Paired:
+
+def paired(
+    values: Float[Tensor, " B"], rival: Float[Tensor, " B"], prompts: Sequence[int] | None = None
+) -> Paired:
     """Compare two methods sample by sample; the interval is a percentile bootstrap.
 
     Args:
-        values: one number per sample of the method, such as its PSNR.
+        values: one number in dB per sample of the method, such as its PSNR; more than `EXACT_DB`
+            counts as that, so that an exact sample has a difference.
         rival: the rival's, of the same samples in the same order.
+        prompts: of each sample, see `summarise`.
 
     Raises:
         ValueError: other numbers of samples, no sample, or a difference that is no finite number.
     """
     _check_shapes(values, rival)
-    differences = values.detach().double().cpu() - rival.detach().double().cpu()
+    mine, other = (each.detach().double().cpu().clamp(max=EXACT_DB) for each in (values, rival))
+    differences = mine - other
     if not bool(differences.isfinite().all()):
         raise ValueError("A difference is NaN or infinite; leave samples without an error out.")
-    summary = summarise(differences)
+    summary = summarise(differences, prompts)
     wins = int((differences > 0).sum())
     return Paired(summary.mean, summary.ci_low, summary.ci_high, wins, len(differences))
 

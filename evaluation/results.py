@@ -5,20 +5,24 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from foreseer import __version__
 from foreseer.checkpoints.page import Benchmark
+from foreseer.checkpoints.standing import Standing, standing
 from foreseer.environment import commit, installed, processor, usable_cores
 from foreseer.integration.schedule import COMMON
 
-KINDS = ("solver", "formula", "learned", "full")
+KINDS = ("solver", "formula", "learned solver", "learned", "full")
 TAPS = ("output", "hidden", "none")
 ANCHOR_NAMES = (*COMMON, "searched", "given", "all")
+RESULTS_FILE = "results.json"
 INFINITE_KEY = "infinite"  # JSON has no inf: it is written as null and its key is named here
 
 
@@ -28,7 +32,8 @@ class BenchRow:
 
     Args:
         method: name of the solver or predictor.
-        kind: `solver` (few-step sampler), `formula` (untrained forecast), `learned` or `full`.
+        kind: `solver` (few-step sampler), `learned solver` (one whose coefficients were fitted),
+            `formula` (untrained forecast), `learned` (ours) or `full`.
         tap: tensor that is forecast; `none` where nothing is.
         anchors_name: where the anchor list comes from; `given` was picked by hand, `all` is every
             step.
@@ -51,6 +56,17 @@ class BenchRow:
         flops_ratio: FLOPs of the accelerated run over the full run.
         num_samples: samples behind the means.
         seconds_per_image: wall time per image; None when not measured.
+        rival: the method it is compared with sample by sample: of a learned row the best of
+            everything else with as many evaluations, of others the best learned row. None where
+            there is none, and in older files, as for all fields below.
+        paired_db: mean PSNR of the row minus that of its rival, in dB.
+        paired_low_db: lower end of the 95 % interval of that difference.
+        paired_high_db: upper end.
+        wins: samples on which the row is ahead of its rival.
+        fit_evaluations: network evaluations the fit took for each trajectory fitted on; 0 for what
+            is not fitted.
+        st_lpips: mean ST-LPIPS, see st_lpips.py; lower is better.
+        fine_psnr_db: mean PSNR against a full run of more steps, which the full run misses too.
 
     Raises:
         ValueError: a value has the wrong type, is NaN, or contradicts another.
@@ -78,6 +94,14 @@ class BenchRow:
     flops_ratio: float | None
     num_samples: int
     seconds_per_image: float | None
+    rival: str | None = None
+    paired_db: float | None = None
+    paired_low_db: float | None = None
+    paired_high_db: float | None = None
+    wins: int | None = None
+    fit_evaluations: float | None = None
+    st_lpips: float | None = None
+    fine_psnr_db: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no benchmark can have produced."""
@@ -95,6 +119,13 @@ class BenchRow:
                 f"Row of {self.method}: anchors must be {self.num_anchors} ascending step "
                 f"indices (num_anchors), got {self.anchors!r}."
             )
+
+    @property
+    def standing(self) -> Standing | None:
+        """How it stands to its rival; None where it is not compared with one."""
+        if self.paired_low_db is None or self.paired_high_db is None:
+            return None
+        return standing(self.paired_low_db, self.paired_high_db)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -166,7 +197,7 @@ def from_record(record: Mapping[str, Any], where: str) -> BenchRow:
     """
     values = dict(record)
     infinite = str(values.pop(INFINITE_KEY, "")).split()
-    _check_keys(values, {field.name for field in fields(BenchRow)}, where)
+    _check_keys(values, BenchRow, where)
     for key in infinite:
         if key not in values or values[key] is not None:
             raise ValueError(f"{where}: {key!r} is listed as infinite, so it must be null.")
@@ -175,6 +206,49 @@ def from_record(record: Mapping[str, Any], where: str) -> BenchRow:
     return BenchRow(
         **{k: _checked(k, types[k], v, str(values["method"])) for k, v in values.items()}
     )
+
+
+Errors = Mapping[str, Float[Tensor, " B"]]
+"""Numbers of every sample of a row, by the name of the row's field that is their mean."""
+
+
+def samples_path(path: Path) -> Path:
+    """The sibling of a results file that holds the errors of every sample."""
+    return path.with_suffix(".samples.json")
+
+
+def save_errors(errors: Sequence[Errors], prompts: Sequence[int], path: Path) -> None:
+    """Write the errors of every sample beside the rows in `path`, so that others can be paired.
+
+    Args:
+        errors: of every row, in the rows' order.
+        prompts: of every sample, a number.
+        path: the results file.
+    """
+    content = {"prompts": list(prompts), "rows": [plain_errors(each) for each in errors]}
+    samples_path(path).write_text(json.dumps(content, allow_nan=False) + "\n")
+
+
+def load_errors(path: Path) -> tuple[list[dict[str, Float[Tensor, " B"]]], list[int]]:
+    """What `save_errors` wrote: the errors of every row, in the rows' order, and the prompts."""
+    content = json.loads(samples_path(path).read_text())
+    return [read_errors(each) for each in content["rows"]], list(content["prompts"])
+
+
+def plain_errors(errors: Errors) -> dict[str, list[float | None]]:
+    """Errors as JSON has them: infinite ones as null."""
+    return {
+        name: [value if math.isfinite(value) else None for value in values.tolist()]
+        for name, values in errors.items()
+    }
+
+
+def read_errors(record: Mapping[str, Sequence[float | None]]) -> dict[str, Float[Tensor, " B"]]:
+    """What `plain_errors` made, as it was."""
+    return {
+        name: torch.tensor([math.inf if v is None else v for v in values], dtype=torch.float64)
+        for name, values in record.items()
+    }
 
 
 def meta_path(path: Path) -> Path:
@@ -194,7 +268,7 @@ def load_meta(path: Path) -> BenchMeta:
         ValueError: the file has an unknown or missing key.
     """
     record = json.loads(meta_path(path).read_text())
-    _check_keys(record, {field.name for field in fields(BenchMeta)}, str(meta_path(path)))
+    _check_keys(record, BenchMeta, str(meta_path(path)))
     return BenchMeta(**record)
 
 
@@ -204,7 +278,7 @@ def load_benchmark(folder: str | Path) -> Benchmark:
     Raises:
         ValueError: it is none, or a file of it is malformed.
     """
-    path = Path(folder) / "results.json"
+    path = Path(folder) / RESULTS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {path.name}; expected the folder of a `foreseer bench`.")
     picture = path.with_name("contact_sheet.png")
@@ -212,9 +286,11 @@ def load_benchmark(folder: str | Path) -> Benchmark:
     return Benchmark(rows, load_meta(path).hardware, picture if picture.is_file() else None)
 
 
-def _check_keys(record: Mapping[str, Any], expected: set[str], where: str) -> None:
-    """Refuse unknown and missing keys, naming them."""
-    unknown, missing = sorted(record.keys() - expected), sorted(expected - record.keys())
+def _check_keys(record: Mapping[str, Any], kind: type[BenchRow | BenchMeta], where: str) -> None:
+    """Refuse unknown keys, and missing ones but those that came later, naming them."""
+    known = {field.name: field.default is MISSING for field in fields(kind)}
+    unknown = sorted(record.keys() - known)
+    missing = sorted(name for name, needed in known.items() if needed and name not in record)
     if unknown or missing:
         raise ValueError(
             f"{where}: unknown keys: {', '.join(unknown) or 'none'}; "
@@ -241,6 +317,11 @@ def _checked(name: str, annotation: Any, value: Any, method: str) -> Any:
 
 
 PACKAGES = ("torch", "diffusers", "lightning", "torchmetrics", "numpy")
+
+
+def decibels(value: float) -> str:
+    """A PSNR with two decimals, or `exact` when nothing differs."""
+    return "exact" if value == math.inf else f"{value:.2f}"
 
 
 def collect_meta(command: str, seeds: Sequence[int]) -> BenchMeta:

@@ -8,7 +8,7 @@ A kill loses at most the row in progress; the same command goes on from there.
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
@@ -21,7 +21,14 @@ from torch import Tensor
 
 from foreseer.evaluation.metrics import latent_rel_l2, psnr, ssim, summarise
 from foreseer.evaluation.plan import Entry
-from foreseer.evaluation.results import BenchRow, from_record, to_record
+from foreseer.evaluation.results import (
+    BenchRow,
+    Errors,
+    from_record,
+    plain_errors,
+    read_errors,
+    to_record,
+)
 from foreseer.evaluation.solvers import sampling_with, solver_scheduler
 from foreseer.evaluation.timing import StepFlops, StepTimer, run_flops, transformer_device
 from foreseer.integration.forecaster import Forecaster
@@ -133,63 +140,79 @@ def run_forecast(
     )
 
 
-def score(
-    entry: Entry,
-    samples: Samples,
-    reference: Samples,
-    flops: dict[str, StepFlops],
-    guidance_scale: float,
-) -> BenchRow:
-    """Measure an entry's samples against the full run's.
+@dataclass(frozen=True)
+class Judge:
+    """What every row of a benchmark is measured against.
 
     Args:
-        entry: what was run.
-        samples: what it generated.
-        reference: what the full run generated from the same noise.
-        flops: cost of a step on each tap.
+        reference: what the full run generated.
+        prompts: of every sample, a number: those of one prompt are resampled together.
         guidance_scale: guidance strength of the runs.
-
-    Raises:
-        ValueError: the samples hold NaN or Inf.
+        flops: cost of a step on each tap.
     """
-    if not bool(samples.latents.isfinite().all()):
-        raise ValueError(
-            f"{entry.method} on the tap {entry.tap} diverged on the anchors {list(entry.anchors)}; "
-            "leave it out with `methods`."
+
+    reference: Samples
+    prompts: Sequence[int]
+    guidance_scale: float
+    flops: Mapping[str, StepFlops]
+
+    def errors(self, samples: Samples) -> dict[str, Float[Tensor, " B"]]:
+        """How far off every sample is, by the name of the field of a row that is its mean."""
+        return {
+            "psnr_db": psnr(samples.images, self.reference.images),
+            "ssim": ssim(samples.images, self.reference.images),
+            "latent_rel_l2": latent_rel_l2(samples.latents, self.reference.latents),
+        }
+
+    def row(self, entry: Entry, samples: Samples) -> tuple[BenchRow, Errors]:
+        """A row of what an entry generated, which names no rival yet, and its samples' errors.
+
+        Raises:
+            ValueError: the samples hold NaN or Inf.
+        """
+        if not bool(samples.latents.isfinite().all()):
+            raise ValueError(
+                f"{entry.method} on the tap {entry.tap} diverged on the anchors "
+                f"{list(entry.anchors)}; leave it out with `methods`."
+            )
+        errors = self.errors(samples)
+        quality = summarise(errors["psnr_db"], self.prompts)
+        spec = None if entry.predictor is None else entry.predictor.spec
+        means: dict[str, Any] = {name: float(values.mean()) for name, values in errors.items()}
+        row = BenchRow(
+            method=entry.method,
+            kind=entry.kind,
+            tap=entry.tap,
+            anchors_name=entry.anchors_name,
+            anchors=" ".join(map(str, entry.anchors)),
+            num_anchors=len(entry.anchors),
+            guidance_scale=float(self.guidance_scale),
+            psnr_median=quality.median,
+            psnr_q10=quality.q10,
+            psnr_q90=quality.q90,
+            psnr_ci_low=quality.ci_low,
+            psnr_ci_high=quality.ci_high,
+            forecast_step_ratio=samples.step_ratio,
+            state_bytes=samples.state_bytes,
+            fit_seconds=spec.metrics.get("fit_seconds") if spec else 0.0,
+            fit_evaluations=spec.metrics.get("fit_evaluations") if spec else 0.0,
+            num_trajectories=spec.num_trajectories if spec else 0,
+            flops_ratio=self._flops_ratio(entry),
+            num_samples=len(samples.images),
+            seconds_per_image=samples.seconds,
+            **means,
         )
-    quality = summarise(psnr(samples.images, reference.images))
-    spec = None if entry.predictor is None else entry.predictor.spec
-    num_steps = len(reference.sigmas)
-    if entry.predictor is None:
-        ratio = len(entry.anchors) / num_steps
-    else:
-        window = entry.predictor.window
-        used, whole = run_flops(flops[entry.tap], entry.anchors, num_steps, window)
-        ratio = used / whole
-    return BenchRow(
-        method=entry.method,
-        kind=entry.kind,
-        tap=entry.tap,
-        anchors_name=entry.anchors_name,
-        anchors=" ".join(map(str, entry.anchors)),
-        num_anchors=len(entry.anchors),
-        guidance_scale=float(guidance_scale),
-        psnr_db=quality.mean,
-        psnr_median=quality.median,
-        psnr_q10=quality.q10,
-        psnr_q90=quality.q90,
-        psnr_ci_low=quality.ci_low,
-        psnr_ci_high=quality.ci_high,
-        ssim=float(ssim(samples.images, reference.images).mean()),
-        latent_rel_l2=float(latent_rel_l2(samples.latents, reference.latents).mean()),
-        forecast_step_ratio=samples.step_ratio,
-        state_bytes=samples.state_bytes,
-        fit_seconds=spec.metrics.get("fit_seconds") if spec else 0.0,
-        num_trajectories=spec.num_trajectories if spec else 0,
-        flops_ratio=ratio,
-        num_samples=len(samples.images),
-        seconds_per_image=samples.seconds,
-    )
+        return row, errors
+
+    def _flops_ratio(self, entry: Entry) -> float:
+        """FLOPs of the accelerated run over those of the full run."""
+        num_steps = len(self.reference.sigmas)
+        if entry.predictor is None:
+            return len(entry.anchors) / num_steps
+        used, whole = run_flops(
+            self.flops[entry.tap], entry.anchors, num_steps, entry.predictor.window
+        )
+        return used / whole
 
 
 def _timed(
@@ -205,7 +228,9 @@ ROWS_FILE = "rows.partial.jsonl"
 
 
 class RowLog:
-    """Finished rows by key, one JSON line each, on disk before `add` returns.
+    """Finished rows and their samples' errors by key, on disk before `add` returns.
+
+    One JSON line each. A line of an older version has no errors, so its row is measured again.
 
     Args:
         path: the file; begun when missing. A last line torn by a kill is cut off.
@@ -213,23 +238,25 @@ class RowLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, BenchRow] = {}
+        self.rows: dict[str, tuple[BenchRow, Errors]] = {}
         text = path.read_bytes() if path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         if len(whole) < len(text):
             os.truncate(path, len(whole))
         for number, line in enumerate(whole.decode().splitlines(), 1):
             record = json.loads(line)
-            self.rows[record["key"]] = from_record(record["row"], f"{path}, line {number}")
+            row = from_record(record["row"], f"{path}, line {number}")
+            if "errors" in record:
+                self.rows[record["key"]] = row, read_errors(record["errors"])
 
-    def add(self, key: str, row: BenchRow) -> None:
+    def add(self, key: str, row: BenchRow, errors: Errors) -> None:
         """Append a row."""
-        line = json.dumps({"key": key, "row": to_record(row)}, allow_nan=False)
+        record = {"key": key, "row": to_record(row), "errors": plain_errors(errors)}
         with self.path.open("a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.rows[key] = row
+        self.rows[key] = row, errors
 
 
 def save_samples(samples: Samples, path: Path) -> None:

@@ -16,9 +16,11 @@ from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
 from foreseer.evaluation import benchmark
 from foreseer.evaluation.benchmark import compare_methods, rows_predictor, rule_key
+from foreseer.evaluation.metrics import paired
 from foreseer.evaluation.page.curves import traced
+from foreseer.evaluation.pairing import prompts_of
 from foreseer.evaluation.plan import Entry, plan
-from foreseer.evaluation.results import load_meta, load_rows, save_rows
+from foreseer.evaluation.results import load_errors, load_meta, load_rows, save_rows
 from foreseer.evaluation.runs import ROWS_FILE, RowLog
 from foreseer.evaluation.timing import (
     StepFlops,
@@ -31,7 +33,7 @@ from foreseer.evaluation.timing import (
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.per_part import FreqCa
 from foreseer.predictors.rules import RULES, Taylor
-from foreseer.trajectories.prompts import class_items, generate_batch
+from foreseer.trajectories.prompts import Item, class_items, generate_batch
 
 STEPS = 6
 SETTINGS = {"guidance_scale": 3.0, "num_inference_steps": STEPS}
@@ -110,7 +112,8 @@ def test_a_learned_predictor_equal_to_reuse_gets_the_row_of_reuse(tap, tmp_path)
     pipe = tiny_pipeline()
     rows = run(tmp_path, pipe=pipe, predictors={"l2p": reuse_rows(pipe, (0, 2, 4), tap)})
     same = {row.method: row for row in rows if row.tap == tap and row.anchors == "0 2 4"}
-    own = ("method", "kind", "state_bytes", "flops_ratio", "fit_seconds")
+    own = ("method", "kind", "state_bytes", "flops_ratio", "fit_seconds", "fit_evaluations")
+    own += ("rival", "paired_db", "paired_low_db", "paired_high_db", "wins")
     assert quality(same["l2p"], *own) == quality(same["reuse"], *own)
     assert math.isfinite(same["reuse"].psnr_db)
     assert same["l2p"].state_bytes == 3 * same["reuse"].state_bytes
@@ -236,7 +239,7 @@ def test_the_command_writes_the_report_and_prints_the_verdict(tmp_path, capsys):
     words += ["--searched", str(searched), "--methods", '["ab2","reuse"]']
     main(words)
     printed = capsys.readouterr().out
-    assert "No verdict" in printed and "report.html" in printed
+    assert "at 3 evaluations use " in printed and "report.html" in printed
     meta = load_meta(tmp_path / "out" / "results.json")
     assert meta.seeds == [10_000, 10_001]
     assert "--budgets '[3, 2]'" in meta.command and "cores" in meta.hardware
@@ -299,8 +302,49 @@ def test_a_run_without_the_transformer_is_refused():
 @pytest.mark.usefixtures("rows_only")
 def test_a_row_log_keeps_infinity(tmp_path):
     row = replace(run(tmp_path / "a")[0], psnr_db=math.inf)
-    RowLog(tmp_path / "log").add("k", row)
-    assert RowLog(tmp_path / "log").rows == {"k": row}
+    RowLog(tmp_path / "log").add("k", row, {"psnr_db": torch.tensor([math.inf, 1.0])})
+    found, errors = RowLog(tmp_path / "log").rows["k"]
+    assert found == row and errors["psnr_db"].tolist() == [math.inf, 1.0]
+
+
+@pytest.mark.usefixtures("rows_only")
+def test_later_rows_are_paired_with_earlier_ones_without_running_those_again(tmp_path, monkeypatch):
+    pipe, real, ran = tiny_pipeline(), benchmark.run_entry, []
+    first = run(tmp_path, (3,), pipe)
+    assert {row.rival for row in first if row.kind != "full"} == {"euler", "reuse"}
+
+    def counting(pipe, entry, *args, **settings):
+        ran.append(entry.method)
+        return real(pipe, entry, *args, **settings)
+
+    monkeypatch.setattr(benchmark, "run_entry", counting)
+    learned = {"l2p": reuse_rows(pipe, (0, 2, 4))}
+    rows = run(tmp_path, (3,), pipe, predictors=learned)
+    assert ran == ["l2p"]
+    ours = next(row for row in rows if row.method == "l2p")
+    best = max((r for r in rows if r.kind in ("solver", "formula")), key=lambda r: r.psnr_db)
+    assert ours.rival == best.method
+    errors, prompts = load_errors(tmp_path / "results.json")
+    psnrs = {row: each["psnr_db"] for row, each in zip(rows, errors, strict=True)}
+    gap = paired(psnrs[ours], psnrs[best], prompts)
+    assert (ours.paired_db, ours.paired_low_db) == (gap.mean, gap.low)
+    assert ours.wins == gap.wins and ours.fit_evaluations is None and best.fit_evaluations == 0
+    assert {row.rival for row in rows if row.kind in ("solver", "formula")} == {"l2p"}
+
+
+@pytest.mark.usefixtures("rows_only")
+def test_a_row_without_its_samples_errors_is_measured_again(tmp_path):
+    rows = run(tmp_path)
+    partial = tmp_path / ROWS_FILE
+    lines = [json.loads(line) for line in partial.read_text().splitlines()]
+    partial.write_text("".join(f"{json.dumps({k: r[k] for k in ('key', 'row')})}\n" for r in lines))
+    assert [quality(row) for row in run(tmp_path)] == [quality(row) for row in rows]
+
+
+def test_samples_of_one_prompt_are_known_and_classes_count_one_by_one():
+    asked = [Item(i, i, {"prompt": text}) for i, text in enumerate("abab")]
+    assert prompts_of(asked) == [0, 1, 0, 1]
+    assert prompts_of(class_items(4, 2)) == [0, 1, 2, 3]
 
 
 def test_formulas_of_other_parts_are_not_taken_for_one_another():

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from foreseer.evaluation.metrics import latent_rel_l2, paired, psnr, ssim, summarise
+from foreseer.evaluation.metrics import EXACT_DB, latent_rel_l2, paired, psnr, ssim, summarise
 
 
 def noisy_pair(count=3, channels=1):
@@ -138,4 +138,30 @@ def test_samples_that_cannot_be_paired_are_refused():
     with pytest.raises(ValueError, match="non-empty"):
         paired(torch.ones(0), torch.ones(0))
     with pytest.raises(ValueError, match="NaN or infinite"):
-        paired(torch.tensor([1.0, math.inf]), torch.ones(2))
+        paired(torch.tensor([1.0, -math.inf]), torch.ones(2))
+    with pytest.raises(ValueError, match="prompts of 3 samples, expected 2"):
+        paired(torch.ones(2), torch.ones(2), [0, 0, 1])
+
+
+def test_a_method_is_level_with_itself_and_exact_samples_have_a_difference():
+    values = torch.tensor([20.0, 31.5, math.inf, 28.0])
+    same = paired(values, values)
+    assert (same.mean, same.low, same.high, same.wins) == (0.0, 0.0, 0.0, 0)
+    assert same.standing == "level"
+    exact = paired(torch.full((4,), math.inf), torch.full((4,), 50.0))
+    assert (exact.mean, exact.low, exact.wins) == (EXACT_DB - 50, EXACT_DB - 50, 4)
+    assert exact.standing == "ahead"
+
+
+def test_samples_of_one_prompt_are_resampled_together():
+    """Where a prompt decides, 16 samples of 4 prompts tell no more than 4: naively, half as far."""
+    prompts = [i // 4 for i in range(16)]
+    of_prompt = torch.tensor([1.5, -0.2, 1.0, -0.4]).repeat_interleave(4)
+    generator = torch.Generator().manual_seed(0)
+    differences = of_prompt + 0.01 * torch.randn(16, generator=generator)
+    naive, honest = (paired(differences, torch.zeros(16), p) for p in (None, prompts))
+    assert (naive.mean, naive.wins) == (honest.mean, honest.wins)
+    assert naive.standing == "ahead" and honest.standing == "level"
+    assert honest.high - honest.low > 1.8 * (naive.high - naive.low)
+    each = summarise(differences, range(16))
+    assert each == summarise(differences)

@@ -9,21 +9,18 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from foreseer.evaluation.advice import advice, best_rows, gaps
 from foreseer.evaluation.page.html import anchor_lists, write_report
 from foreseer.evaluation.page.sheet import GAP, MARGIN, SHRUNK, against
-from foreseer.evaluation.page.table import (
-    best_rows,
-    gaps,
-    markdown_table,
-    save_csv,
-    short_table,
-    verdict,
-)
+from foreseer.evaluation.page.table import markdown_table, save_csv, short_table
+from foreseer.evaluation.pairing import with_rivals
 from foreseer.evaluation.results import (
     BenchMeta,
     BenchRow,
+    load_errors,
     load_meta,
     load_rows,
+    save_errors,
     save_meta,
     save_rows,
 )
@@ -137,16 +134,104 @@ def test_the_best_anchor_list_stands_for_each_method_and_tap(rows):
 def test_gaps_compare_only_equal_evaluations_and_guidance_and_may_be_negative(rows):
     found = [(g.learned.guidance_scale, g.learned.num_anchors, g.psnr_db) for g in gaps(rows)]
     assert found == [(3.0, 8, 4.0), (3.0, 6, -4.0)]  # guidance 1 has no rival, the full run is none
-    assert "in 1 of 2 settings" in verdict(rows) and "from -4.00 to +4.00 dB" in verdict(rows)
-    assert "No verdict" in verdict(rows[:4])
-    single = verdict([row for row in rows if (row.guidance_scale, row.num_anchors) == (3.0, 8)])
-    assert "settings" not in single and "ahead of every solver and formula: +4.00 dB" in single
 
 
-def test_overlapping_intervals_are_called_so(rows):
-    near = [row("ab2", psnr_db=30.0), row("l2p_lstsq", "learned", 31.5)]
-    assert gaps(near)[0].intervals_overlap and not gaps(rows)[0].intervals_overlap
-    assert "intervals overlap" in gaps(near)[0].sentence()
+def errors(*values):
+    return {"psnr_db": torch.tensor(values, dtype=torch.float64)}
+
+
+def test_rivals_are_the_best_of_the_other_side_and_wins_add_up(rows):
+    spread = [*range(16)]
+    noise = {r.method: errors(*(r.psnr_db + 8 * ((i * 7) % 5) for i in spread)) for r in rows}
+    found = with_rivals(rows, [noise[r.method] for r in rows], spread)
+    rivals = [(r.num_anchors, r.guidance_scale, r.method, r.rival) for r in found]
+    assert rivals == [
+        (8, 3.0, "euler", "l2p_closed_loop"),
+        (8, 3.0, "ab2", "l2p_closed_loop"),
+        (8, 3.0, "ab2", "l2p_closed_loop"),
+        (8, 3.0, "taylor_1", "l2p_closed_loop"),
+        (8, 3.0, "l2p_closed_loop", "ab2"),
+        (8, 3.0, "l2p_closed_loop", "ab2"),
+        (6, 3.0, "l2p_closed_loop", "ab2"),
+        (6, 3.0, "ab2", "l2p_closed_loop"),
+        (6, 1.0, "l2p_closed_loop", None),  # at guidance 1 there is no rival, the full run is none
+        (2, 3.0, "full", None),
+    ]
+    pair = [row("a", "learned"), row("b")]
+    values = [errors(1, 2, 3, 4, 5), errors(2, 1, 3, 1, 1)]
+    ours, other = with_rivals(pair, values, range(5))
+    assert (ours.wins, other.wins) == (3, 1)  # and one sample on which they are equal
+    assert ours.paired_db == pytest.approx(-other.paired_db)
+    assert ours.paired_low_db == pytest.approx(-other.paired_high_db, abs=0.05)
+    alone = with_rivals([row("a"), row("b")], values, range(5))
+    assert [each.rival for each in alone] == ["b", "a"]  # of formulas alone, the best other one
+
+
+def judged(mine, other, **changes):
+    """A learned row and a formula's with these errors of their samples."""
+    pair = [
+        row(name, kind, sum(values) / len(values), num_samples=len(values), **changes)
+        for name, kind, values in (("readout_8", "learned", mine), ("taylor_2", "formula", other))
+    ]
+    return with_rivals(pair, [errors(*mine), errors(*other)], range(len(mine)))
+
+
+HARD = [20 + 0.7 * ((7 * i) % 32) for i in range(32)]  # samples differ far more than methods
+
+
+def test_the_word_follows_the_paired_interval_and_not_those_of_the_means():
+    ahead = judged([db + 0.5 + 0.2 * (i % 3) for i, db in enumerate(HARD)], HARD)
+    mean = sum(HARD) / 32
+    apart = [replace(r, psnr_ci_low=r.psnr_db - 2, psnr_ci_high=r.psnr_db + 2) for r in ahead]
+    assert apart[0].psnr_ci_low < apart[1].psnr_ci_high  # the intervals of the means overlap
+    assert [r.standing for r in apart] == ["ahead", "behind"] and ahead[0].wins == 32
+    assert gaps(apart)[0].sentence().endswith("; ahead, paired +0.6 to +0.7, ahead on 32 of 32)")
+    told = advice([*apart, row("full", "full", math.inf, 2, anchors_name="all")])
+    assert told == [
+        f"at 8 evaluations use readout_8: {mean + 0.69:.1f} dB, 0.25 s per image, 1.0 x faster; "
+        "0.7 dB ahead of taylor_2 (paired 0.6 to 0.7)."
+    ]
+    behind = advice(judged([db - 0.5 - 0.2 * (i % 3) for i, db in enumerate(HARD)], HARD))
+    assert "use taylor_2" in behind[0] and "0.7 dB ahead of readout_8 (paired 0.6 to" in behind[0]
+
+
+def test_of_two_that_are_level_the_cheaper_is_to_be_used():
+    close = [db + (-1) ** i for i, db in enumerate(HARD)]
+    same = advice(judged(close, HARD))[0]
+    assert "use taylor_2" in same and "level with readout_8" in same and "needs no fit" in same
+    mine, other = judged(close, HARD)
+    quicker = advice([replace(mine, seconds_per_image=0.2), other])[0]
+    assert "use readout_8" in quicker and "and faster: 0.20 s against 0.25" in quicker
+
+
+def test_overall_the_fewest_evaluations_that_reach_thirty_decibels_are_advised(rows):
+    told = [line for line in advice(rows) if line.startswith("overall")]
+    assert told == [
+        "overall at guidance 3 use l2p_closed_loop at 8 evaluations, the fewest with 30 dB or "
+        "more: 35.0 dB, 0.25 s per image, 1.0 x faster."
+    ]
+    fewer = [replace(each, psnr_db=each.psnr_db - 10) for each in rows[:8]]
+    assert "overall nothing reaches 30 dB; nearest is l2p_closed_loop at 8" in advice(fewer)[-1]
+
+
+def test_rows_of_before_pairing_still_read_and_say_so(rows, tmp_path):
+    later = ("rival", "paired_db", "paired_low_db", "paired_high_db", "wins")
+    later += ("fit_evaluations", "st_lpips", "fine_psnr_db")
+    old = [{k: v for k, v in asdict(each).items() if k not in later} for each in rows[:-1]]
+    (tmp_path / "results.json").write_text(json.dumps(old))
+    assert load_rows(tmp_path / "results.json") == rows[:-1]
+    assert "not paired" in gaps(rows)[0].sentence()
+    assert "not paired with any other" in advice(rows)[0] or "not paired" in " ".join(advice(rows))
+
+
+def test_errors_of_samples_lie_beside_the_rows_and_can_be_paired_later(tmp_path):
+    made = [errors(1.5, math.inf), errors(2.25, 3.0) | {"ssim": torch.tensor([0.5, 1.0])}]
+    save_errors(made, [4, 4], tmp_path / "results.json")
+    found, prompts = load_errors(tmp_path / "results.json")
+    assert (tmp_path / "results.samples.json").exists() and prompts == [4, 4]
+    for one, other in zip(found, made, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name].double()) for name in one)
 
 
 def test_markdown_holds_one_block_per_budget_ordered_by_psnr(rows):
@@ -215,7 +300,9 @@ def test_the_report_is_complete_and_needs_no_network(rows, tmp_path):
     outside = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
     assert not re.search(r"https?:|url\((?!#)|@import|<link|<iframe", outside)
     assert "one &lt;CPU&gt;" in text and "one <CPU>" not in text
-    assert verdict(rows) in text and load_rows(page.parent / "results.json") == rows
+    first = advice(rows)[0]
+    assert first[0].upper() + first[1:] in text
+    assert load_rows(page.parent / "results.json") == rows
 
 
 def test_a_report_needs_only_rows_and_images(tmp_path):

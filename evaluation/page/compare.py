@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from foreseer.evaluation.metrics import psnr
-from foreseer.evaluation.page.table import decibels
 from foreseer.evaluation.page.template import data_uri, island
+from foreseer.evaluation.results import decibels
 
 LARGEST = 384  # pixels of the longer side; larger samples are averaged down
 LOSSLESS = 128  # up to this longer side samples are PNG, above it WebP

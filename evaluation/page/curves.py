@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foreseer.evaluation.page.table import best_rows
+from foreseer.evaluation.advice import best_rows
 from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.results import BenchRow
 from foreseer.evaluation.runs import Samples, run_entry, run_plain

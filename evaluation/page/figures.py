@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foreseer.evaluation.advice import best_rows
 from foreseer.evaluation.page.charts import Axes, Curve, LineChart
 from foreseer.evaluation.page.heat import HeatAxes, HeatMap
-from foreseer.evaluation.page.table import best_rows, decibels
-from foreseer.evaluation.results import BenchRow
+from foreseer.evaluation.results import BenchRow, decibels
 
 Points = Sequence[tuple[int, float]]  # (step, value)
 Curves = Mapping[str, Points]  # by label

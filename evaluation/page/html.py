@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer import __version__
+from foreseer.evaluation.advice import advice, compared, gaps
 from foreseer.evaluation.page import figures
 from foreseer.evaluation.page.compare import address, comparison
 from foreseer.evaluation.page.figures import Curves, Weights
@@ -19,12 +20,10 @@ from foreseer.evaluation.page.heat import Timeline
 from foreseer.evaluation.page.sheet import against
 from foreseer.evaluation.page.table import (
     blocks,
-    decibels,
-    gaps,
-    markdown_table,
+    difference,
+    markdown,
+    measured,
     save_csv,
-    short_table,
-    verdict,
 )
 from foreseer.evaluation.page.template import (
     Cell,
@@ -36,7 +35,14 @@ from foreseer.evaluation.page.template import (
     sortable,
     tile,
 )
-from foreseer.evaluation.results import BenchMeta, BenchRow, save_meta, save_rows
+from foreseer.evaluation.results import (
+    RESULTS_FILE,
+    BenchMeta,
+    BenchRow,
+    decibels,
+    save_meta,
+    save_rows,
+)
 
 TEXT_COLUMNS = ("method", "kind", "tap", "anchors")
 
@@ -71,12 +77,11 @@ def write_report(
     if not rows:
         raise ValueError("Expected at least one benchmark row, got none; did every method fail?")
     out.mkdir(parents=True, exist_ok=True)
-    save_rows(rows, out / "results.json")
-    save_meta(meta, out / "results.json")
+    save_rows(rows, out / RESULTS_FILE)
+    save_meta(meta, out / RESULTS_FILE)
     save_csv(rows, out / "results.csv")
-    (out / "results.md").write_text(
-        f"{verdict(rows)}\n\n{short_table(rows)}\n{markdown_table(rows)}"
-    )
+    told = advice(rows)
+    (out / "results.md").write_text(markdown(rows))
     sections = [
         _pareto(rows),
         _samples(images, out / "contact_sheet.png"),
@@ -84,7 +89,7 @@ def write_report(
         *_inside(rows, step_errors or {}, weights or {}),
         Section("again", "Run it again", f"<pre>{escape(meta.command)}</pre>\n{_facts(meta)}"),
     ]
-    text = page("bench", _context(rows, meta), verdict(rows), sections, __version__, _tiles(rows))
+    text = page("bench", _context(rows, meta), told, sections, __version__, _tiles(rows))
     (out / "report.html").write_text(text)
     save_figures(sections, out)
     return out / "report.html"
@@ -102,7 +107,9 @@ def _methods(rows: Sequence[BenchRow]) -> Section:
     note = (
         "Each method and tap on the best of its anchor lists, chosen by mean PSNR on the samples "
         "of this report; every list is in results.csv. Brackets hold the bootstrap 95 % interval "
-        "of the mean; a tenth of the samples lies below q10, a tenth above q90. Press a heading to "
+        "of the mean; a tenth of the samples lies below q10, a tenth above q90. Minus its rival: "
+        "the difference on the same samples, with its own interval; the rival of a learned "
+        "predictor is the best of everything else, of others the best learned. Press a heading to "
         "sort."
     )
     return Section("methods", "All methods", _tables(rows), note)
@@ -194,8 +201,8 @@ def _tiles(rows: Sequence[BenchRow]) -> list[str]:
             f"{gap.learned.num_anchors} evaluations, guidance {gap.learned.guidance_scale:g}",
             f"{gap.psnr_db:+.2f} dB",
             f"{gap.learned.method} {decibels(gap.learned.psnr_db)}, "
-            f"{gap.other.method} {decibels(gap.other.psnr_db)}",
-            gap.psnr_db > 0,
+            f"{gap.other.method} {decibels(gap.other.psnr_db)}; {compared(gap.learned)}",
+            {"ahead": True, "behind": False}.get(gap.learned.standing or ""),
         )
         for gap in gaps(rows)
     ]
@@ -209,7 +216,8 @@ def _tables(rows: Sequence[BenchRow]) -> str:
     parts: list[str] = []
     for (scale, evaluations), block in blocks(rows).items():
         head = f"{evaluations} evaluations, guidance {scale:g}"
-        lines = [(row.kind, _cells(row)) for row in block]
+        extra = measured(rows)
+        lines = [(row.kind, _cells(row) | _asked_for(row, extra)) for row in block]
         gap = sentences.get((scale, evaluations))
         parts.append(
             f'<details class="block"{"" if parts else " open"}><summary><b>{head}</b>'
@@ -226,6 +234,8 @@ def _cells(row: BenchRow) -> dict[str, Cell]:
     return {
         "method": (row.method, row.method),
         "PSNR mean (dB)": (f"{decibels(row.psnr_db)} {interval}", _sortable(row.psnr_db)),
+        "minus its rival (dB)": (difference(row), row.paired_db),
+        "ahead on": _number(row.wins, "d"),
         "median": (decibels(row.psnr_median), _sortable(row.psnr_median)),
         "q10": (decibels(row.psnr_q10), _sortable(row.psnr_q10)),
         "q90": (decibels(row.psnr_q90), _sortable(row.psnr_q90)),
@@ -236,10 +246,19 @@ def _cells(row: BenchRow) -> dict[str, Cell]:
         "anchors": (f"{row.anchors_name}: {row.anchors}", row.anchors_name),
         "forecast / full step": _number(row.forecast_step_ratio, ".3f"),
         "state (KiB)": _number(kib, ".0f"),
+        "fit (evaluations each)": _number(row.fit_evaluations, "g"),
         "fit (s)": _number(row.fit_seconds, ".1f"),
         "fitted on": _number(row.num_trajectories, "d"),
         "FLOPs / full run": _number(row.flops_ratio, ".3f"),
         "s per image": _number(row.seconds_per_image, ".3f"),
+    }
+
+
+def _asked_for(row: BenchRow, headings: Mapping[str, str]) -> dict[str, Cell]:
+    """Cells of what is measured only when asked for."""
+    return {
+        heading: _number(getattr(row, name), ".4f" if name == "st_lpips" else ".2f")
+        for name, heading in headings.items()
     }
 
 

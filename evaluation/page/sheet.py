@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from foreseer.evaluation.metrics import psnr
-from foreseer.evaluation.page.table import decibels
+from foreseer.evaluation.results import decibels
 
 SMALLEST, LARGEST = 112, 384  # pixels: sides that samples are enlarged and reduced to
 GAP, MARGIN = 8, 16  # pixels: between samples, around the sheet

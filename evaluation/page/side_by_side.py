@@ -19,7 +19,7 @@ from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.generate import draw, titles
 from foreseer.evaluation.metrics import psnr
 from foreseer.evaluation.page.sheet import Row, sheet
-from foreseer.evaluation.page.table import decibels
+from foreseer.evaluation.results import decibels
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.pipelines.pipeline_call import call_settings
 

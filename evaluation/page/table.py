@@ -1,12 +1,12 @@
-"""Benchmark rows as Markdown and CSV, with the gap between learned and untrained methods."""
+"""Benchmark rows as Markdown and CSV, with the gap between ours and everything else."""
 
 import csv
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from foreseer.evaluation.results import BenchRow
+from foreseer.evaluation.advice import advice, best_rows, budget, gaps
+from foreseer.evaluation.results import BenchRow, decibels
 from foreseer.evaluation.solvers import SOLVERS
 from foreseer.predictors.rules import TABLED
 
@@ -15,91 +15,11 @@ NAMED_RIVALS = (*SOLVERS, *TABLED, "l2p_adam", "l2p_lstsq", "l2p_closed_loop")
 COLUMNS = ("method", "kind", "tap", "anchors", "PSNR mean [95 % CI]", "median", "q10 to q90") + (
     "SSIM",
     "latent rel. L2",
+    "minus its rival [paired 95 %]",
+    "ahead on",
 )
-
-
-@dataclass(frozen=True)
-class Gap:
-    """The best learned row and the best of everything else, at equal evaluations and guidance."""
-
-    learned: BenchRow
-    other: BenchRow
-
-    @property
-    def psnr_db(self) -> float:
-        """PSNR of the learned row minus that of the other; 0 when both are exact."""
-        if self.learned.psnr_db == self.other.psnr_db:
-            return 0.0
-        return self.learned.psnr_db - self.other.psnr_db
-
-    @property
-    def intervals_overlap(self) -> bool:
-        """Whether the 95 % intervals of the two means overlap."""
-        return (
-            self.learned.psnr_ci_low <= self.other.psnr_ci_high
-            and self.other.psnr_ci_low <= self.learned.psnr_ci_high
-        )
-
-    def sentence(self) -> str:
-        """The gap in words."""
-        overlap = "overlap" if self.intervals_overlap else "do not overlap"
-        return (
-            f"Best learned minus best of everything else at {self.learned.num_anchors} evaluations:"
-            f" {self.psnr_db:+.2f} dB ({self.learned.method} {decibels(self.learned.psnr_db)},"
-            f" {self.other.method} {decibels(self.other.psnr_db)}; 95 % intervals {overlap})"
-        )
-
-
-def best_rows(rows: Iterable[BenchRow], *keys: str) -> list[BenchRow]:
-    """The row with the highest mean PSNR of each group that agrees on `keys`.
-
-    Groups never mix guidance scales or numbers of evaluations. The result is ordered by guidance
-    scale, then evaluations (most first), then PSNR (best first). Full runs are left out.
-
-    Args:
-        rows: rows of one benchmark.
-        keys: fields that tell groups apart, such as `method` and `tap`.
-    """
-    best: dict[tuple, BenchRow] = {}
-    for row in rows:
-        group = (row.guidance_scale, row.num_anchors, *(getattr(row, key) for key in keys))
-        if row.kind != "full" and (group not in best or row.psnr_db > best[group].psnr_db):
-            best[group] = row
-    return sorted(best.values(), key=lambda r: (r.guidance_scale, -r.num_anchors, -r.psnr_db))
-
-
-def gaps(rows: Sequence[BenchRow]) -> list[Gap]:
-    """One gap per guidance scale and number of evaluations at which both sides were measured."""
-    learned = {budget(r): r for r in best_rows(r for r in rows if r.kind == "learned")}
-    others = {budget(r): r for r in best_rows(r for r in rows if r.kind != "learned")}
-    return [Gap(row, others[key]) for key, row in learned.items() if key in others]
-
-
-def verdict(rows: Sequence[BenchRow]) -> str:
-    """Whether learned forecasting beats everything else, in one or two sentences."""
-    found = gaps(rows)
-    if not found:
-        return "No verdict: learned and untrained methods never ran with equal evaluations."
-    if len(found) == 1:
-        overlap = "overlap" if found[0].intervals_overlap else "do not overlap"
-        told = "ahead of" if found[0].psnr_db > 0 else "not ahead of"
-        return (
-            f"At equal evaluations the best learned predictor is {told} every solver and formula: "
-            f"{found[0].psnr_db:+.2f} dB of PSNR to the best of them; the 95 % intervals {overlap}."
-        )
-    ahead = [gap for gap in found if gap.psnr_db > 0]
-    clear = sum(not gap.intervals_overlap for gap in ahead)
-    low, high = min(gap.psnr_db for gap in found), max(gap.psnr_db for gap in found)
-    return (
-        f"At equal evaluations the best learned predictor is ahead of every solver and formula in "
-        f"{len(ahead)} of {len(found)} settings, in {clear} of them with 95 % intervals that do "
-        f"not overlap. The gap runs from {low:+.2f} to {high:+.2f} dB of PSNR."
-    )
-
-
-def budget(row: BenchRow) -> tuple[float, int]:
-    """What must be equal for two rows to be compared: guidance scale and evaluations."""
-    return row.guidance_scale, row.num_anchors
+IF_MEASURED = {"st_lpips": "ST-LPIPS", "fine_psnr_db": "PSNR to the finer run"}
+"""Headings of what is measured only when asked for, by field."""
 
 
 def blocks(rows: Sequence[BenchRow]) -> dict[tuple[float, int], list[BenchRow]]:
@@ -110,14 +30,26 @@ def blocks(rows: Sequence[BenchRow]) -> dict[tuple[float, int], list[BenchRow]]:
     return grouped
 
 
+def markdown(rows: Sequence[BenchRow], budgets: Sequence[int] = README_BUDGETS) -> str:
+    """What to use, the short table and the long ones.
+
+    Args:
+        rows: rows of one benchmark.
+        budgets: numbers of evaluations in the short table.
+    """
+    told = "\n".join(f"- {sentence}" for sentence in advice(rows))
+    return f"{told}\n\n{short_table(rows, budgets)}\n{markdown_table(rows)}"
+
+
 def markdown_table(rows: Sequence[BenchRow]) -> str:
     """One Markdown table per budget: each method and tap on its best anchor list, then the gap."""
     gap_of = {budget(gap.learned): gap for gap in gaps(rows)}
     parts = []
     for key, block in blocks(rows).items():
         lines = [f"### {key[1]} evaluations, guidance {key[0]:g}", ""]
-        lines += _header(COLUMNS)
-        lines += [_line(_cells(row)) for row in block]
+        extra = measured(rows)
+        lines += _header([*COLUMNS, *extra.values()])
+        lines += [_line(_cells(row) + [_optional(row, name) for name in extra]) for row in block]
         lines += ["", f"**{gap_of[key].sentence()}**" if key in gap_of else _no_gap(block)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -137,7 +69,7 @@ def short_table(rows: Sequence[BenchRow], budgets: Sequence[int] = README_BUDGET
     for scale in sorted({row.guidance_scale for row in rows if row.kind != "full"}):
         here = [r for r in rows if r.guidance_scale == scale and r.num_anchors in budgets]
         lines = _header([f"PSNR in dB, guidance {scale:g}", *(f"{b} evaluations" for b in budgets)])
-        for kind in ("learned", "formula", "solver"):
+        for kind in ("learned", "formula", "learned solver", "solver"):
             best = best_rows(row for row in here if row.kind == kind)
             cells = {r.num_anchors: f"{decibels(r.psnr_db)} ({r.method})" for r in best}
             lines += _short_line(f"best {kind}", cells, budgets)
@@ -145,7 +77,10 @@ def short_table(rows: Sequence[BenchRow], budgets: Sequence[int] = README_BUDGET
             best = best_rows(row for row in here if row.method == method)
             cells = {row.num_anchors: decibels(row.psnr_db) for row in best}
             lines += _short_line(f"`{method}`", cells, budgets)
-        cells = {gap.learned.num_anchors: f"**{gap.psnr_db:+.2f}**" for gap in gaps(here)}
+        cells = {
+            gap.learned.num_anchors: f"**{gap.psnr_db:+.2f}**{_ends(gap.learned)}"
+            for gap in gaps(here)
+        }
         lines += _short_line("**best learned minus best of everything else**", cells, budgets)
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -157,11 +92,6 @@ def save_csv(rows: Sequence[BenchRow], path: Path) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(BenchRow)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-
-
-def decibels(value: float) -> str:
-    """A PSNR with two decimals, or `exact` when nothing differs."""
-    return "exact" if value == math.inf else f"{value:.2f}"
 
 
 def _cells(row: BenchRow) -> list[str]:
@@ -177,7 +107,38 @@ def _cells(row: BenchRow) -> list[str]:
         f"{decibels(row.psnr_q10)} to {decibels(row.psnr_q90)}",
         f"{row.ssim:.4f}",
         f"{row.latent_rel_l2:.4f}",
+        difference(row),
+        "–" if row.wins is None else f"{row.wins} of {row.num_samples}",
     ]
+
+
+def measured(rows: Sequence[BenchRow]) -> dict[str, str]:
+    """Headings of what was measured because it was asked for, by field."""
+    return {
+        name: heading
+        for name, heading in IF_MEASURED.items()
+        if any(getattr(row, name) is not None for row in rows)
+    }
+
+
+def difference(row: BenchRow) -> str:
+    """What a row is ahead of its rival by, on the same samples, with the interval."""
+    if row.paired_db is None:
+        return "–"
+    low, high = row.paired_low_db, row.paired_high_db
+    return f"{row.paired_db:+.2f} [{low:+.2f}, {high:+.2f}] {row.rival}"
+
+
+def _ends(row: BenchRow) -> str:
+    """The interval of a paired difference, where it is known."""
+    if row.standing is None:
+        return ""
+    return f" ({row.paired_low_db:+.2f} to {row.paired_high_db:+.2f})"
+
+
+def _optional(row: BenchRow, name: str) -> str:
+    value = getattr(row, name)
+    return "–" if value is None else f"{value:.4f}" if name == "st_lpips" else decibels(value)
 
 
 def _short_line(label: str, cells: dict[int, str], budgets: Sequence[int]) -> list[str]:

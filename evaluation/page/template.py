@@ -302,7 +302,7 @@ class Section:
 def page(
     command: str,
     context: str,
-    verdict: str,
+    verdict: str | Sequence[str],
     sections: Sequence[Section],
     version: str,
     tiles: Sequence[str] = (),
@@ -312,7 +312,7 @@ def page(
     Args:
         command: name of the command it reports on, plain text like the next two.
         context: a line on what was measured.
-        verdict: the answer.
+        verdict: the answer, or one for every number of evaluations.
         sections: its parts.
         version: of foreseer.
         tiles: markup of list items, see `tile`.
@@ -328,7 +328,7 @@ def page(
         style=STYLE,
         command=escape(command),
         context=escape(context),
-        verdict=_sentence(verdict),
+        verdict="<br>\n".join(map(_sentence, [verdict] if isinstance(verdict, str) else verdict)),
         tiles='<ul class="tiles">\n' + "\n".join(tiles) + "\n</ul>" if tiles else "",
         links="\n".join(f'<li><a href="#{s.key}">{escape(s.title)}</a></li>' for s in sections),
         sections="\n".join(section.html() for section in sections),

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from foreseer.commands import inspect
 from foreseer.commands import record as record_trajectories
+from foreseer.evaluation.advice import advice
 from foreseer.evaluation.benchmark import FIRST_ITEM, compare_methods
 from foreseer.evaluation.page.side_by_side import picture, side_by_side, told
-from foreseer.evaluation.page.table import verdict
 from foreseer.evaluation.plan import load_learned
 from foreseer.evaluation.results import load_rows
 from foreseer.fit_commands import fit as fit_predictor
@@ -86,7 +86,7 @@ def run_stages(folder: Path, pipeline: str, stages: Mapping[str, Stage]) -> None
         done[name] = time.perf_counter() - started
         note_seconds(folder, pipeline, done)
         print(f"    ({done[name]:.0f} s)", flush=True)
-    print(f"\n{verdict(load_rows(folder / 'bench' / 'results.json'))}")
+    print("", *advice(load_rows(folder / "bench" / "results.json")), sep="\n")
     print(f"Look at {folder / 'bench' / 'report.html'} and the pictures in {folder}.")
     left = [stage for name, stage in MORE.items() if name not in stages]
     if left:

@@ -154,7 +154,7 @@ def bench(
     options = dict(locals())
     require("train", "foreseer bench")
     from foreseer.evaluation import benchmark
-    from foreseer.evaluation.page.table import gaps, verdict
+    from foreseer.evaluation.advice import advice
     from foreseer.evaluation.plan import load_learned
     from foreseer.evaluation.results import load_rows
     from foreseer.evaluation.timing import threads
@@ -178,7 +178,7 @@ def bench(
             **call_settings(pipe, num_inference_steps, guidance_scale, settings),
         )
     rows = load_rows(page.parent / "results.json")
-    print("\n".join([*(gap.sentence() for gap in gaps(rows)), verdict(rows)]))
+    print("\n".join(advice(rows)))
     print(f"The report lies in {page}.")
     return page
 
