@@ -9,6 +9,7 @@ from typing import Any
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.evaluation.learned_solver import LearnedSolver
 from foreseer.evaluation.solvers import SOLVERS
 from foreseer.integration.schedule import COMMON, check_anchors, common_lists
 from foreseer.predictors.base import Predictor
@@ -23,11 +24,12 @@ class Entry:
 
     Args:
         method: name of the solver, formula or learned predictor; `full` for the full run.
-        kind: `solver`, `formula`, `learned` or `full`.
+        kind: `solver`, `learned solver`, `formula`, `learned` or `full`.
         tap: tensor that is forecast; `none` where nothing is.
         anchors_name: where the list comes from.
         anchors: steps at which the network runs.
         predictor: the forecaster; None for solvers and the full run.
+        solver: the numbers of a learned solver, whose anchors say where its fit began.
     """
 
     method: str
@@ -36,6 +38,7 @@ class Entry:
     anchors_name: str
     anchors: tuple[int, ...]
     predictor: Predictor | None = field(default=None, repr=False)
+    solver: LearnedSolver | None = field(default=None, repr=False)
 
     def key(self, common: str) -> str:
         """SHA-256 of everything that decides this entry's row.
@@ -45,6 +48,8 @@ class Entry:
         """
         told = [self.method, self.kind, self.tap, self.anchors_name, self.anchors, common]
         digest = hashlib.sha256(json.dumps(told).encode())
+        if self.solver is not None:
+            digest.update(json.dumps(self.solver.digest()).encode())
         if self.predictor is not None:
             spec = self.predictor.spec
             digest.update(json.dumps(asdict(spec) if spec else None, sort_keys=True).encode())

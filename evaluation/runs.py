@@ -81,10 +81,14 @@ def run_entry(
     """
     if entry.kind == "full":
         return run_plain(pipe, batches, tick, **settings)
-    if entry.kind == "solver":
-        scheduler = solver_scheduler(entry.method, [sigmas[anchor] for anchor in entry.anchors])
+    if entry.kind in ("solver", "learned solver"):
+        scheduler = (
+            solver_scheduler(entry.method, [sigmas[anchor] for anchor in entry.anchors])
+            if entry.solver is None
+            else entry.solver.scheduler(pipe)
+        )
         with sampling_with(pipe, scheduler):
-            settings = {**settings, "num_inference_steps": len(entry.anchors)}
+            settings = {**settings, "num_inference_steps": len(scheduler.given)}
             return run_plain(pipe, batches, tick, **settings)
     return run_forecast(pipe, entry, batches, tick, **settings)
 

@@ -16,7 +16,12 @@ ORDER = tuple(ROOMS.split())
 SHARED = ("__version__", "environment", "errors", "extras", "moved")
 LIGHTNING = {"lightning", "pytorch_lightning"}
 HUGGING_FACE = {"diffusers", "transformers"}
-DIFFUSERS = {"evaluation/solvers.py", "evaluation/generate.py"}  # rivals, and files of videos
+# Rivals, and files of videos.
+DIFFUSERS = {
+    "evaluation/solvers.py",
+    "evaluation/learned_solver.py",
+    "evaluation/generate.py",
+}
 # Import names that differ from the package's name.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit_learn", "kan": "pykan"}
 

@@ -16,6 +16,7 @@ from foreseer.evaluation.measure import References, closed_loop_errors, opened_f
 from foreseer.evaluation.rows import analytic_rows
 from foreseer.training.fit_figures import HELD_OUT, SampleLog, draws_now, log_figures
 from foreseer.training.gauss_newton import (
+    RIDGES,
     Direction,
     Quadratics,
     directions,
@@ -29,7 +30,6 @@ from foreseer.training.tracking import check_branches, track
 from foreseer.training.verdict_callbacks import StartVerdict, Verdict
 from foreseer.trajectories.gram import sum_grams
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 LINEARISED = "linearised"  # what the checkpoint keeps of an epoch's batches
 MOVES = "moves"  # and of the start: LAPACK may round otherwise in another process
 

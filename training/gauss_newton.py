@@ -29,6 +29,7 @@ from foreseer.trajectories.prompts import Item, generate_batch
 
 UNIT = 0.01  # a coordinate of one moves the state, or the feature, by this share of its RMS
 DIFFERENCE = 0.25  # finite-difference step in coordinates
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,20 @@ class Quadratics:
             right, unit = -(weights @ self.linear)[:, None], normal.diagonal().mean()
             z = ridge(normal, right, strength, units=unit.expand(len(z)))[:, 0]
         return z
+
+    def along(self, moves: Float[Tensor, "P Q"]) -> "Quadratics":
+        """The same as quadratics of other coordinates y, where z = moves y."""
+        return Quadratics(self.constant, self.linear @ moves, moves.mT @ self.curvature @ moves)
+
+    @staticmethod
+    def of(error: Float[Tensor, "n M"], jacobian: Float[Tensor, "n M P"]) -> "Quadratics":
+        """Mean squares of error + jacobian z."""
+        size = error.shape[1]
+        return Quadratics(
+            error.square().mean(1),
+            torch.einsum("nm,nmp->np", error, jacobian) / size,
+            torch.einsum("nmp,nmq->npq", jacobian, jacobian) / size,
+        )
 
     @staticmethod
     def join(parts: Sequence["Quadratics"]) -> "Quadratics":
@@ -225,10 +240,4 @@ def linearise(
     finally:
         session.detach()
     jacobian = torch.stack(columns, dim=-1)  # (n, M, P)
-    error = base - finals.flatten(1).double()
-    size = error.shape[1]
-    return Quadratics(
-        error.square().mean(1),
-        torch.einsum("nm,nmp->np", error, jacobian) / size,
-        torch.einsum("nmp,nmq->npq", jacobian, jacobian) / size,
-    )
+    return Quadratics.of(base - finals.flatten(1).double(), jacobian)
