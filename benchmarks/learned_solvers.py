@@ -5,7 +5,7 @@
     python benchmarks/learned_solvers.py bench
 
 Every stage resumes. Fitted on pairs of the recording that `benchmarks/readout.py record` makes,
-chosen on 32 others of them, judged on the samples of `benchmarks/readout.py bench`. The start is
+chosen on 16 others of them, judged on the samples of `benchmarks/readout.py bench`. The start is
 the closed form that does best on calibration samples: of five solvers on the list searched for
 each and the readout's; `anchors` keeps the readout's times and frees the rest.
 """
@@ -43,8 +43,7 @@ RESULT = Path("benchmarks/results/learned_solvers.json")
 SAMPLES = Path("benchmarks/results/learned_solvers_samples.json")  # PSNR of every judged sample
 FORMS = ("free times", "anchors")
 NUM_PAIRS = 32
-NUM_CHOSEN = 32
-NUM_PROBE = 16  # of them, on which the start is chosen
+NUM_CHOSEN = 16
 METHODS = tuple(FAMILIES)
 
 
@@ -67,7 +66,6 @@ class Calibration:
         mixed = [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
         self.fitted = self._runs(mixed[:num_pairs], ROOT / host / "linearised")
         self.chosen = self._runs(mixed[-NUM_CHOSEN:])
-        self.probe = self._runs(mixed[-NUM_PROBE:])
 
     def _runs(self, items: Sequence[int], folder: Path | None = None) -> SolverRuns:
         return SolverRuns(self.pipe, References(self.recording, sorted(items)), folder)
@@ -94,7 +92,7 @@ class Calibration:
             for name in (*FORMULAS, *LIBRARY):
                 for label, anchors in self.lists(budget, name, form).items():
                     solver = closed_form(name, self.sigmas(anchors))
-                    error = float(self.probe.errors(solver).mean())
+                    error = float(self.chosen.errors(solver).mean())
                     told = {"solver": name, "list": label, "anchors": anchors, "error_db": error}
                     found.append(told)
                     print(self.host, budget, told, flush=True)

@@ -1,5 +1,7 @@
 """Fits of learned solvers: their starts, their derivatives, and that none ends below its start."""
 
+from functools import cache
+
 import pytest
 import torch
 from tiny_pipelines import tiny_pipeline
@@ -32,13 +34,18 @@ class Sampled(References):
         vars(self).update(items=items, batches=batches, finals=finals)
 
 
-def runs(first=0, number=4, folder=None):
-    """A tiny pipeline's full runs of some items, in batches of two."""
-    pipe = tiny_pipeline()
-    items = class_items(number, 3, first)
-    batches = [items[i : i + 2] for i in range(0, number, 2)]
+@cache
+def full_runs(first):
+    """A tiny pipeline's full runs of four items, in batches of two."""
+    pipe, items = tiny_pipeline(), class_items(4, 3, first)
+    batches = [items[:2], items[2:]]
     made = [generate_batch(pipe, each, output_type="latent", **SETTINGS)[0] for each in batches]
-    return SolverRuns(pipe, Sampled(batches, torch.cat(made)), folder)
+    return pipe, Sampled(batches, torch.cat(made))
+
+
+def runs(first=0, folder=None):
+    """What samples them again."""
+    return SolverRuns(*full_runs(first), folder)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -107,16 +114,15 @@ def test_the_linearised_sampler_foretells_the_errors_of_moved_solvers(tmp_path, 
     assert torch.allclose(again.quadratics.linear, kept)
 
 
-@pytest.mark.parametrize("name", ["bns", "gs", "ld3", "neuralsolver", "dyweight"])
-def test_gauss_newton_never_ends_below_its_start(name, tmp_path):
+@pytest.mark.parametrize("name", ["bns", "ld3", "dyweight"])
+def test_gauss_newton_never_ends_below_its_start(name):
     fitted, chosen = runs(), runs(first=8)
-    start = "dpmpp_3m" if name == "gs" else "ab2"
-    made = Parametrisation(FAMILIES[name], start, SIGMAS)
-    found = fit_gauss_newton(made, fitted, chosen, num_epochs=2, tell=lambda line: None)
-    started = float(chosen.errors(closed_form(start, SIGMAS)).mean())
+    made = Parametrisation(FAMILIES[name], "ab2", SIGMAS)
+    found = fit_gauss_newton(made, fitted, chosen, num_epochs=1, tell=lambda line: None)
+    started = float(chosen.errors(closed_form("ab2", SIGMAS)).mean())
     assert found.curve[0] == (0, pytest.approx(started))
     gain = started - found.error_db
-    assert gain > (0.5 if name in ("bns", "gs") else 0)
+    assert gain > (0.5 if name == "bns" else 0)
     assert found.curve[-1][0] > 0 and found.curve[-1][1] == found.error_db
     solver = made.solver(found.theta)  # deployed in a pipeline: the same samples
     finals = []

@@ -141,7 +141,7 @@ class Parametrisation:
     def jacobian(self, theta: Float[Tensor, " T"]) -> Float[Tensor, "P T"]:
         """How the solver's numbers move with theta."""
         moved = torch.autograd.functional.jacobian(lambda at: self.solver(at).flat(), theta)
-        return moved  # type: ignore[no-any-return]
+        return moved
 
 
 def coordinate(number: int, num_steps: int) -> tuple[int, int | None]:
