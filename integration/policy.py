@@ -5,6 +5,7 @@ it says PROBE, the first block runs and `look` decides; where it says CHECK, the
 its forecast input and `check` decides, sample by sample.
 """
 
+import math
 import warnings
 from collections.abc import Container, Sequence
 from enum import Enum, auto
@@ -154,8 +155,8 @@ class ProbeSchedule(Schedule):
         """Judge the statistic; the answer holds for all calls of the step."""
         if not is_finite(statistic):
             raise ValueError(
-                f"the first block of step {step.index} holds NaN or Inf, so nothing can be decided "
-                "from it. Check the model's dtype and inputs."
+                f"what step {step.index} is decided by, the first block or the sample, holds NaN "
+                "or Inf. Check the model's dtype and inputs."
             )
         runs = self.judge(step.index, statistic, step.index in self.planned)
         self.decided = step.index, runs
@@ -204,7 +205,7 @@ class TeaCache(ProbeSchedule):
         ValueError: the threshold is not positive, or there are no coefficients.
     """
 
-    probe = "modulated"
+    probe: str | None = "modulated"
 
     def __init__(self, threshold: float, coefficients: Sequence[float] = (1.0, 0.0)) -> None:
         check_threshold(threshold)
@@ -233,6 +234,66 @@ class TeaCache(ProbeSchedule):
             self.total = 0.0
             return True
         return False
+
+
+class SeaCache(TeaCache):
+    """TeaCache's sum on the sample itself, behind a Wiener filter that follows the noise level.
+
+    Along every axis the gain is a S / (a^2 S + b^2), S = 1 / |f|^power, a = 1 - sigma, b = sigma,
+    f in cycles per entry; their product is divided by its mean (arXiv 2602.18993, eq. 7, on the
+    latents as diffusers' SeaCache has it, where the paper filters TeaCache's input). No polynomial
+    is calibrated, and no block runs to decide.
+
+    Args:
+        threshold: largest sum, > 0; larger skips more.
+        power: of the falling spectrum, > 0; published is 3 for videos.
+        grid: (height, width), or (frames, height, width), of packed latents `(B, N, C)` such as
+            FLUX's; None takes the axes of latents `(B, C, ...)`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    probe = None
+
+    def __init__(
+        self, threshold: float, power: float = 3.0, grid: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(threshold)
+        check_threshold(power, "power")
+        self.power = power
+        self.grid = None if grid is None else tuple(grid)
+
+    def before(self, step: Step) -> Action:
+        """Judge the sample at the first call of a step."""
+        if self.decided[0] != step.index:
+            self.look(step, self.filtered(step))
+        return Action.RUN if self.decided[1] else Action.FORECAST
+
+    def filtered(self, step: Step) -> Tensor:
+        """The sample at a step behind the filter of its flow time.
+
+        Raises:
+            ValueError: the sample has no grid, or another than the one given.
+        """
+        x = step.x_t
+        if x is not None and self.grid is not None and x.ndim == 3:
+            fits = x.shape[1] == math.prod(self.grid)
+            x = x.unflatten(1, self.grid).movedim(-1, 1) if fits else None
+        if x is None or x.ndim < 4:
+            found = "no sample" if step.x_t is None else f"a sample {tuple(step.x_t.shape)}"
+            raise ValueError(
+                f"SeaCache filters over height and width; found {found} with grid={self.grid}. "
+                "Give the grid of packed latents in tokens, or use TeaCache."
+            )
+        axes, a = tuple(range(2, x.ndim)), min(max(1 - step.sigma, 1e-6), 1 - 1e-6)
+        gain = torch.ones((), device=x.device)
+        for axis in axes:
+            rising = torch.fft.fftfreq(x.shape[axis], device=x.device).abs() ** self.power  # 1 / S
+            own = a / (a**2 + (1 - a) ** 2 * rising)
+            gain = gain * own.reshape(-1, *[1] * (x.ndim - 1 - axis))
+        spectrum = torch.fft.fftn(x.float(), dim=axes)
+        return torch.fft.ifftn(spectrum * (gain / gain.mean()), dim=axes).real
 
 
 class FirstBlock(ProbeSchedule):
@@ -268,10 +329,10 @@ def relative_l1(new: Tensor, old: Tensor) -> float:
     return float(change / old.float().abs().mean())
 
 
-def check_threshold(threshold: float) -> None:
-    """Raise unless the threshold is positive."""
+def check_threshold(threshold: float, name: str = "threshold") -> None:
+    """Raise unless the threshold, or what the name says, is positive."""
     if not threshold > 0:
-        raise ValueError(f"threshold is {threshold}, expected a number > 0.")
+        raise ValueError(f"{name} is {threshold}, expected a number > 0.")
 
 
 def is_finite(tensor: Tensor) -> bool:

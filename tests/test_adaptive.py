@@ -1,5 +1,6 @@
 """Adaptive schedules compute what they say, with any predictor, and share one decision per step."""
 
+import itertools
 import warnings
 from typing import Any
 
@@ -21,11 +22,11 @@ from tiny_hosts import (
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.call import take_rows
 from foreseer.integration.host.trunk import UnsupportedHost
-from foreseer.integration.policy import relative_errors
+from foreseer.integration.policy import Action, relative_errors
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Reuse, Taylor
-from foreseer.schedules import FirstBlock, SpeCa, TeaCache
+from foreseer.schedules import FirstBlock, SeaCache, SpeCa, TeaCache
 
 ANCHORS = (0, 1, 4)
 PROBES = {"teacache": TeaCache, "first_block": FirstBlock}
@@ -130,6 +131,75 @@ def test_teacache_says_when_a_host_has_no_attention_to_look_at():
 def test_a_threshold_that_is_not_positive_is_refused(probe, bad):
     with pytest.raises(ValueError, match="expected a number > 0"):
         PROBES[probe](bad)
+
+
+# -------------------------------------------------------------------------------------- SeaCache
+
+
+def released_filter(x: torch.Tensor, sigma: float, power: float) -> torch.Tensor:
+    """diffusers' filter of latents `(B, C, *grid)`, axis after axis, as sums over frequencies."""
+    x, mean = x.to(torch.complex128), 1.0
+    for axis in range(2, x.ndim):
+        size = x.shape[axis]
+        numbers = torch.arange(size, dtype=torch.float64)
+        cycles = torch.where(numbers < size / 2, numbers, numbers - size) / size
+        clean = 1 / (cycles.abs() ** power + 1e-16)
+        gain = (1 - sigma) * clean / ((1 - sigma) ** 2 * clean + sigma**2 + 1e-16)
+        waves = torch.exp(2j * torch.pi * numbers[:, None] * numbers / size)
+        operator = waves @ torch.diag(gain.to(x.dtype)) @ waves.conj().T / size
+        x = torch.tensordot(x, operator, dims=([axis], [1])).movedim(-1, axis)
+        mean = mean * gain.mean()
+    return (x / mean).real.float()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 6), (1, 3, 5, 4, 7)])
+@pytest.mark.parametrize("sigma", [0.97, 0.4, 0.03])
+def test_seacache_filters_as_released_and_packed_latents_as_their_grid(shape, sigma):
+    x = torch.randn(shape, generator=seeded(1))
+    expected = released_filter(x, sigma, 3.0)
+    found = SeaCache(0.1).filtered(Step(3, sigma, 10, x_t=x))
+    torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+    packed = Step(3, sigma, 10, x_t=x.flatten(2).mT)
+    assert torch.equal(SeaCache(0.1, grid=shape[2:]).filtered(packed), found)
+
+
+def test_seacache_sums_filtered_changes_and_runs_no_block_to_decide():
+    schedule, sigmas = SeaCache(0.3, power=2.0), [0.999 * (1 - s / 8) for s in range(8)]
+    moves = torch.tensor([1, 0.02, 0.03, 0.05, 0.2, 0.02, 0.1, 0.1]).reshape(-1, 1, 1, 1, 1)
+    samples = (torch.randn(8, 1, 2, 6, 6, generator=seeded(2)) * moves).cumsum(0)
+    indicators = [released_filter(x, s, 2.0) for x, s in zip(samples, sigmas, strict=True)]
+    total, expected = 0.0, [True]
+    for old, new in itertools.pairwise(indicators[:-1]):
+        total += float((new - old).abs().mean() / old.abs().mean())
+        expected.append(total >= 0.3)
+        total *= total < 0.3
+    schedule.open(8)
+    steps = [Step(i, s, 8, x_t=x) for i, (s, x) in enumerate(zip(sigmas, samples, strict=True))]
+    found = [schedule.before(step) for step in steps for _ in range(2)]  # both guidance branches
+    assert [action is Action.RUN for action in found[::2]] == [*expected, True]
+    assert found[::2] == found[1::2] and {*found} == {Action.RUN, Action.FORECAST}
+
+
+@pytest.mark.parametrize(("host", "grid"), [("dit_guided", None), ("flux_two_calls", (2, 2))])
+def test_seacache_decides_once_for_all_branches_of_a_run(host, grid):
+    pipe = pipeline(host)
+    plain = run(host, pipe)
+    with forecasting(pipe, Reuse(), tap="hidden", schedule=SeaCache(1e-12, grid=grid)) as attached:
+        assert torch.equal(run(host, pipe), plain)
+    with forecasting(pipe, Reuse(), tap="hidden", schedule=SeaCache(1e9, grid=grid)) as attached:
+        run(host, pipe)
+    assert attached.report().anchors == [0, STEPS - 1]
+
+
+def test_seacache_refuses_samples_without_a_grid():
+    packed = Step(0, 1.0, 10, x_t=torch.zeros(1, 12, 4))
+    for schedule in (SeaCache(0.1), SeaCache(0.1, grid=(3, 5))):
+        with pytest.raises(ValueError, match=r"found a sample \(1, 12, 4\) with grid="):
+            schedule.filtered(packed)
+    with pytest.raises(ValueError, match="found no sample"):
+        SeaCache(0.1).filtered(Step(0, 1.0, 10))
+    with pytest.raises(ValueError, match="power is 0.0, expected a number > 0"):
+        SeaCache(0.1, power=0.0)
 
 
 # ------------------------------------------------------------------------------------- checking

@@ -1,6 +1,7 @@
 """Which steps the network runs at: lists of anchors, and rules that decide while a run goes on."""
 
 from foreseer.integration.policy import FirstBlock as FirstBlock
+from foreseer.integration.policy import SeaCache as SeaCache
 from foreseer.integration.policy import SpeCa as SpeCa
 from foreseer.integration.policy import TeaCache as TeaCache
 from foreseer.integration.schedule import PUBLISHED_L2P as PUBLISHED_L2P
@@ -17,6 +18,7 @@ from foreseer.integration.schedule import warped as warped
 __all__ = [
     "PUBLISHED_L2P",
     "FirstBlock",
+    "SeaCache",
     "SpeCa",
     "TeaCache",
     "anchors_mask",
