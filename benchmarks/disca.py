@@ -37,7 +37,7 @@ from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.results import collect_meta, to_record
 from foreseer.evaluation.runs import Judge, Samples, run_entry
 from foreseer.evaluation.timing import first_call, step_flops
-from foreseer.integration.host.trunk import transformer_of
+from foreseer.integration.host.hosts import transformer_of
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.rules import Reuse, Taylor

@@ -41,7 +41,7 @@ from foreseer.evaluation.verify import (
     same,
 )
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host.trunk import transformers_of
+from foreseer.integration.host.hosts import transformers_of
 from foreseer.integration.session import Session
 from foreseer.predictors.rules import Reuse
 from foreseer.training.export import export_predictor

@@ -26,7 +26,7 @@ from foreseer.evaluation.timing import (
     run_flops,
     step_flops,
 )
-from foreseer.integration.host.trunk import transformer_of
+from foreseer.integration.host.hosts import transformer_of
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.predictors.linear import L2P

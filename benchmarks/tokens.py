@@ -26,7 +26,8 @@ from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.metrics import psnr
 from foreseer.integration.forecasting import Run, forecasting
 from foreseer.integration.host.hook import TrunkSkipper, capturing
-from foreseer.integration.host.trunk import TrunkTracer, transformer_of
+from foreseer.integration.host.hosts import transformer_of
+from foreseer.integration.host.trunk import TrunkTracer
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped
 from foreseer.integration.token_runner import PartialTrunk, Pick

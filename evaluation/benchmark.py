@@ -37,7 +37,7 @@ from foreseer.evaluation.runs import (
 )
 from foreseer.evaluation.timing import StepFlops, first_call, step_flops
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.host.trunk import transformer_of
+from foreseer.integration.host.hosts import transformer_of
 from foreseer.integration.pipelines.pipeline_call import guidance_of_call
 from foreseer.integration.schedule import COMMON
 from foreseer.predictors.base import LinearPredictor, Predictor

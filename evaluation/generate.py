@@ -19,10 +19,15 @@ from foreseer.evaluation.metrics import psnr
 from foreseer.evaluation.page.sheet import DIFFERENCE_GAIN, Row, sheet
 from foreseer.evaluation.results import decibels
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.pipelines.pipeline_call import drawn, generators, joined, middle
+from foreseer.integration.pipelines.pipeline_call import (
+    DEFAULT_STEPS,
+    drawn,
+    generators,
+    joined,
+    middle,
+)
 from foreseer.predictors.base import Predictor
 
-DEFAULT_STEPS = 50
 FRAMES_PER_SECOND = 16  # of the MP4s; no pipeline tells its own
 QUIET_SECONDS = 2  # before a bar shows
 TITLE_WIDTH, TITLE_LINES = 16, 4  # what fits above a sample

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from foreseer.checkpoints.spec import check_model, check_scheduler
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.host.trunk import transformers_of
+from foreseer.integration.host.hosts import host_of
+from foreseer.integration.host.module_host import ModuleHost
 from foreseer.integration.pipelines.load import opened
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor
@@ -53,8 +53,9 @@ def check_pipeline(recording: Recording, pipe: Any) -> None:
         PredictorMismatch: another model, other weights or another scheduler.
     """
     header, made = recording.header, f"{recording.folder} was recorded"
-    check_model(header.host, host_fingerprint(*transformers_of(pipe).values()), made)
-    check_scheduler(header.scheduler["class"], type(pipe.scheduler).__name__, made)
+    host = host_of(pipe)
+    check_model(header.host, host.fingerprint(), made)
+    check_scheduler(header.scheduler["class"], type(host.scheduler).__name__, made)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class References:
                 f"the recording was made with the settings {objects}, of which only a digest is "
                 "stored, so its runs cannot be repeated; pass such values per item when recording."
             )
+        if header.recipe.get("pipeline") == ModuleHost.__name__:
+            return settings  # its loop goes by nothing else
         return settings or known  # a pipeline may take no guidance_scale, and run fewer steps
 
     @cached_property

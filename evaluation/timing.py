@@ -24,7 +24,8 @@ from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.call import prediction
 from foreseer.integration.host.clock import Clock
 from foreseer.integration.host.hook import TrunkSkipper, capturing
-from foreseer.integration.host.trunk import TrunkTracer, transformers_of
+from foreseer.integration.host.hosts import transformers_of
+from foreseer.integration.host.trunk import TrunkTracer
 from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor

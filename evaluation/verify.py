@@ -21,7 +21,8 @@ from foreseer.evaluation.timing import forecast_step_ratio
 from foreseer.integration.forecasting import attach
 from foreseer.integration.histories import Kept
 from foreseer.integration.host.clock import Clock
-from foreseer.integration.host.trunk import UnsupportedHost, others_of, transformers_of
+from foreseer.integration.host.hosts import others_of, transformers_of
+from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.observers import Source, StepRecord
 from foreseer.integration.pipelines.pipeline_call import joined
 from foreseer.integration.policy import Anchors, Schedule

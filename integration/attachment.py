@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foreseer.integration.host.caller import PIPELINES, pipeline_call, variable
+from foreseer.integration.host.caller import PIPELINES, variable
 from foreseer.integration.host.clock import Clock, Pace
 from foreseer.integration.host.expert import Expert
 from foreseer.integration.host.hook import (
@@ -18,29 +18,30 @@ from foreseer.integration.host.hook import (
     replace_method,
     restore_method,
 )
-from foreseer.integration.host.trunk import TURNS, others_of, transformers_of
+from foreseer.integration.host.hosts import Host
 
 
 class Attachment:
-    """What a session is attached to on a pipeline: nothing before `install` and after `remove`.
+    """What a session is attached to on a host: nothing before `install` and after `remove`.
 
     Args:
-        pipe: its transformers (`transformers_of`) are the hosts, its `scheduler` the clock.
+        host: its networks are forecast, its scheduler is the clock.
         taps: taps to capture where the hosts run.
         probe: what to look at in their first block; None for nothing.
 
     Raises:
-        UnsupportedHost: the pipeline has no transformer.
+        UnsupportedHost: the host has no network that can be forecast.
     """
 
-    def __init__(self, pipe: Any, taps: frozenset[str], probe: str | None = None) -> None:
-        self.pipe = pipe
-        self.scheduler = pipe.scheduler
+    def __init__(self, host: Host, taps: frozenset[str], probe: str | None = None) -> None:
+        self.host = host
+        self.pipe = host.given
+        self.scheduler = host.scheduler
         self.experts = {
-            name: Expert(TURNS[name], name, transformer, taps, probe)
-            for name, transformer in transformers_of(pipe).items()
+            name: Expert(host.turn(name), name, network, taps, probe)
+            for name, network in host.networks().items()
         }
-        self.others = others_of(pipe)
+        self.others = host.others()
         self.pace = Pace()
         self.attached = False
 
@@ -92,7 +93,7 @@ class Attachment:
     @property
     def has_clock(self) -> bool:
         """Whether the pipeline still has the scheduler that is watched."""
-        return self.pipe.scheduler is self.scheduler
+        return self.host.scheduler is self.scheduler
 
     def check_reached(self) -> None:
         """Raise if calls of the pipeline cannot be seen: clock and transformers were exchanged.
@@ -114,7 +115,7 @@ class Attachment:
         Raises:
             ValueError: the scheduler was exchanged, or steps are made elsewhere.
         """
-        call = pipeline_call()
+        call = self.host.call()
         if call is not None and not self.is_of(call):
             return
         if not self.has_clock:
@@ -142,12 +143,12 @@ class Attachment:
         Raises:
             ValueError: a network or the scheduler was exchanged since, or has a cache now.
         """
-        transformers = transformers_of(self.pipe)  # refuses one that was compiled since
-        found = {**transformers, **others_of(self.pipe), "scheduler": self.pipe.scheduler}
+        networks = self.host.networks()  # refuses one that was compiled since
+        found = {**networks, **self.host.others(), "scheduler": self.host.scheduler}
         hosts = {name: expert.transformer for name, expert in self.experts.items()}
         expected = {**hosts, **self.others, "scheduler": self.scheduler}
-        for transformer in transformers.values():
-            refuse_other_caches(transformer)
+        for network in networks.values():
+            refuse_other_caches(network)
         for name in expected | found:
             if found.get(name) is not expected.get(name):
                 raise ValueError(

@@ -1,5 +1,6 @@
 """A predictor at work in a run: the histories it forecasts from, and the checks against its fit."""
 
+import copy
 import itertools
 from collections.abc import Container, Hashable, Iterator, Sequence
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreseer.checkpoints.spec import PredictorSpec, check_host, check_run
+from foreseer.checkpoints.spec import (
+    PredictorMismatch,
+    PredictorSpec,
+    check_host,
+    check_run,
+)
 from foreseer.integration.histories import Histories, check_shape, most_bytes, predicted, push
-from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.host.hook import LAST_BLOCK, stream_tap
-from foreseer.integration.host.trunk import transformers_of
+from foreseer.integration.host.hosts import host_of
 from foreseer.integration.observers import CallRecord, Source, StepRecord
 from foreseer.integration.policy import Anchors, Schedule, is_finite
 from foreseer.integration.schedule import check_anchors
@@ -84,8 +89,29 @@ class Forecaster(Source):
     def _check_weights(self, spec: PredictorSpec) -> None:
         """Look at the weights of this run: a LoRA may have been loaded since attaching."""
         if self.pipe is not None:
-            found = host_fingerprint(*transformers_of(self.pipe).values())
-            check_host(spec, found, self.pipe.scheduler)
+            host = host_of(self.pipe)
+            check_host(spec, host.fingerprint(), host.scheduler)
+
+    def reset(self, reason: str) -> None:
+        """Forget the anchors of the run under way; its next calls are computed.
+
+        Raises:
+            PredictorMismatch: a learned predictor, whose weights are for anchors of one whole run.
+        """
+        if self.spec is not None and not self.predictor.any_anchors:
+            raise PredictorMismatch(
+                f"the run was reset in its middle ({reason}), and this "
+                f"{type(self.predictor).__name__} was fitted for runs that keep their anchors "
+                f"{list(self.anchors)}; leave the loop and begin a new run, or use a formula."
+            )
+        self.histories.clear()
+
+    def beside(self) -> "Forecaster":
+        """See `Source`."""
+        schedule = copy.copy(self.schedule)
+        found = Forecaster(self.predictor, self.tap, self.anchors, self.spec, self.pipe, schedule)
+        found.memory_budget = self.memory_budget
+        return found
 
     def knows(self, step: Step, slot: Hashable = None) -> bool:
         """Whether the call has an anchor: one that starts in mid-run is computed first."""
@@ -195,7 +221,7 @@ class Forecaster(Source):
                 self.spec.check_guidance(len(branches), self.guidance_scale)
                 self.guidance_checked = True
             self.spec.check_settings(index, record.settings)
-            self.spec.check_latents(tuple(record.after.shape[1:]))
+            self.spec.check_latents(tuple(record.before.shape[1:]))
             self.spec.check_branches(index, branches)
 
     def forget(self) -> None:

@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from foreseer.checkpoints.spec import (
     PredictorMismatch,
@@ -14,8 +16,8 @@ from foreseer.checkpoints.spec import (
     choose_anchors,
 )
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.host.trunk import transformers_of
+from foreseer.integration.host.hosts import host_of, transformers_of
+from foreseer.integration.host.module_host import ModuleHost, Steps
 from foreseer.integration.memory import check_budget
 from foreseer.integration.policy import Schedule
 from foreseer.integration.report import Report
@@ -31,6 +33,37 @@ class Run:
         self.session: Session | None = session  # None when detached: it holds the pipeline
         self._report = session.report
 
+    def steps(self, times: Sequence[float] | Tensor | int, key: Hashable = None) -> Steps:
+        """The steps of one run of a loop, see `ModuleHost.steps`.
+
+        Raises:
+            ValueError: it is detached, or attached to a pipeline, which counts its own.
+        """
+        host = None if self.session is None else self.session.host
+        if not isinstance(host, ModuleHost):
+            raise ValueError(
+                f"{self!r} has no loop to count: a pipeline's scheduler says its steps; for a loop "
+                "around a module attach to foreseer.host(module)."
+            )
+        return host.steps(times, key)
+
+    def reset(self, reason: str) -> None:
+        """Forget what the run under way has computed so far; its next calls are computed.
+
+        Every run begins anew by itself. This is for a run in which something changes that no
+        forecast can know: another observation, tokens taken back.
+
+        Args:
+            reason: of the reset, for the report.
+
+        Raises:
+            ValueError: no run is under way in the code that calls this.
+            PredictorMismatch: a learned predictor, whose anchors are those of a whole run.
+        """
+        if self.session is None:
+            raise ValueError(f"{self!r} follows no run, so there is nothing to reset.")
+        self.session.reset(reason)
+
     def report(self) -> Report:
         """Which steps ran and which were forecast, state bytes, time per kind of step.
 
@@ -40,20 +73,22 @@ class Run:
         """
         if self.session is not None:
             self.session.attachment.check_reached()
+            return self.session.report
         return self._report
 
     def detach(self) -> None:
         """Give the pipeline its own behaviour back."""
         if self.session is not None:
+            self._report = self.session.report
             self.session.detach()
             self.session = None
 
     def __repr__(self) -> str:
         """Whether it is attached and to what, and what the latest call did."""
-        done = str(self._report).splitlines()[0]
         if self.session is None:
-            return f"<Run, detached: {done}>"
-        return f"<Run, attached to {type(self.session.pipe).__name__}: {done}>"
+            return f"<Run, detached: {str(self._report).splitlines()[0]}>"
+        done = str(self.session.report).splitlines()[0]
+        return f"<Run, attached to {self.session.host.name}: {done}>"
 
 
 def detach(pipe: Any) -> bool:
@@ -91,7 +126,7 @@ def attach(
     """Make a pipeline forecast with `predictor` until `detach`.
 
     Args:
-        pipe: a diffusers pipeline with a `transformer` and a `scheduler`.
+        pipe: a diffusers pipeline with a `transformer` and a `scheduler`, or a `host`.
         predictor: a forecaster, several by their evaluations, or the folder, `zoo:<name>` or hub
             name of either.
         anchors: steps at which the network runs; None takes the predictor's own.
@@ -263,7 +298,8 @@ def _check_together(predictor: Predictor, tap: str, schedule: Schedule | None) -
 
 def _check_pipeline(spec: PredictorSpec, pipe: Any) -> None:
     if pipe is not None:
-        check_host(spec, host_fingerprint(*transformers_of(pipe).values()), pipe.scheduler)
+        host = host_of(pipe)
+        check_host(spec, host.fingerprint(), host.scheduler)
 
 
 @contextlib.contextmanager

@@ -130,6 +130,18 @@ class Source(Observer):
         """What is put back at the tap in a call that it knows."""
         raise NotImplementedError
 
+    def reset(self, reason: str) -> None:
+        """Forget what the run under way has computed; `reason` says what made it worthless."""
+        raise ValueError(f"{type(self).__name__} cannot go on from the middle of a run ({reason}).")
+
+    def beside(self) -> "Source":
+        """One of the same kind for a run beside others; it knows nothing of this one's.
+
+        Raises:
+            ValueError: it follows one run at a time.
+        """
+        raise ValueError(f"{type(self).__name__} follows one run at a time; open it without a key.")
+
     def streams(self, step: Step) -> list[Tensor]:
         """Forecasts of what enters the last block, where the schedule checks forecasts."""
         raise NotImplementedError

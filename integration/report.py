@@ -28,6 +28,7 @@ class Report:
         steps: wall-clock seconds of every step, from the end of the one before it.
         partials: steps, of those forecast, at which some tokens were computed.
         partial_seconds: wall-clock seconds of their calls; `seconds` holds the others.
+        resets: steps at which what was computed before was given up, and why.
     """
 
     num_steps: int = 0
@@ -43,6 +44,7 @@ class Report:
     steps: list[float] = field(default_factory=list)
     partials: list[int] = field(default_factory=list)
     partial_seconds: list[float] = field(default_factory=list)
+    resets: list[tuple[int, str]] = field(default_factory=list)
 
     def open(self) -> None:
         """Start over for a new run."""
@@ -53,7 +55,7 @@ class Report:
         self.others = Counter()
         self.seconds = {"anchor": [], "forecast": []}
         self.steps = []
-        self.partials, self.partial_seconds = [], []
+        self.partials, self.partial_seconds, self.resets = [], [], []
 
     def count(self, step_index: int, kind: Kind, seconds: float) -> None:
         """Add one call of the transformer; `partial` is a forecast with some tokens computed."""
@@ -110,6 +112,7 @@ class Report:
         begun = len({*self.anchors, *self.forecasts})
         if begun < self.num_steps:
             lines.append(f"broken off: {begun} of {self.num_steps} steps were begun")
+        lines += [f"reset at step {step}: {reason}" for step, reason in self.resets]
         calls = {kind: len(values) for kind, values in self.seconds.items()}
         if sum(calls.values()) > len(self.anchors) + len(self.forecasts):
             lines.append(

@@ -7,6 +7,7 @@ elsewhere than the pipeline call that opened it, and everything after detaching 
 Since a run exchanges parts of the transformer, calls from several threads take turns.
 """
 
+import copy
 import threading
 import time
 import weakref
@@ -18,16 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from foreseer.integration.attachment import Attachment
-from foreseer.integration.host.branches import Branches, CallForm, rows_per_branch
+from foreseer.integration.host.branches import Branches, CallForm
 from foreseer.integration.host.call import Call, prediction
-from foreseer.integration.host.caller import (
-    Caller,
-    CallSettings,
-    pipeline_call,
-    steps_made_elsewhere,
-)
-from foreseer.integration.host.clock import Pace
+from foreseer.integration.host.caller import CallSettings, steps_made_elsewhere
+from foreseer.integration.host.clock import Clock, Pace
 from foreseer.integration.host.expert import Expert
+from foreseer.integration.host.hosts import host_of
 from foreseer.integration.host.layout import Layout
 from foreseer.integration.memory import check_memory
 from foreseer.integration.observers import CallRecord, Observer, Source, StepRecord
@@ -67,7 +64,8 @@ class Session:
         runner: Runner | None = None,
         repeats: bool = False,
     ) -> None:
-        self.pipe = pipe
+        self.host = host_of(pipe)
+        self.pipe = self.host.given
         self.source = source
         self.observers = [*observers] if source is None else [source, *observers]
         self.runner = Runner() if runner is None else runner
@@ -78,26 +76,79 @@ class Session:
         self._asks_for_tokens = any(each.wants_image_tokens for each in self.observers)
         self._asks_for_layout = any(each.wants_layout for each in self.observers)
         taps = frozenset[str]().union(*(each.taps for each in self.observers))
-        self.attachment = Attachment(pipe, taps, None if source is None else source.schedule.probe)
+        self.attachment = Attachment(
+            self.host, taps, None if source is None else source.schedule.probe
+        )
         self.experts = self.attachment.experts
         self._branches = Branches()
+        self._beside: dict[Any, Session] = {}  # of runs that go on beside the one this follows
         self._reset_run()
         ticks = (self._open, self._close, self._check_caller)
         self.clock = self.attachment.install(self._route, self._counts, ticks)
         SESSIONS.add(self)
+
+    def _at(self, steps: Any) -> "Session":
+        """What answers the calls of a run beside others, which has a clock of its own.
+
+        Raises:
+            ValueError: whoever takes part in runs here follows one at a time.
+        """
+        found = self._beside.get(steps)
+        if found is not None:
+            return found
+        if steps.done:
+            self.host.check_outside()  # attached in its middle
+        if self.source is None or self.observers != [self.source]:
+            raise ValueError(
+                "recordings and fits follow one run at a time; open it without a key, "
+                "host.steps(times)."
+            )
+        for other in [each for each in self._beside if not each.is_open]:
+            del self._beside[other]
+        found = self._beside[steps] = copy.copy(self)
+        found.source = self.source.beside()
+        found.observers = [found.source]
+        found.attachment = copy.copy(self.attachment)
+        found._reset_run()
+        found.clock = Clock(steps.clock, found._open, found._close, found._check_caller)
+        self.report = found.report = Report()
+        found._open(steps.sigmas)
+        return found
+
+    def reset(self, reason: str) -> None:
+        """Forget what the run under way has computed so far; its next calls are computed.
+
+        Args:
+            reason: what made it worthless, for the report.
+
+        Raises:
+            ValueError: no run is under way here, or it cannot go on from its middle.
+        """
+        with self._turn:
+            beside = self.host.beside()
+            run = self if beside is None else self._at(beside)
+            if run.source is None or not run._begun or not run._is_inside():
+                raise ValueError(
+                    "no run is under way here, so there is nothing to reset; every run begins anew."
+                )
+            run._reset_reason = reason  # until the step before it is known to be over
 
     def detach(self) -> None:
         """Give the host and the scheduler their own methods back."""
         with self._turn:
             SESSIONS.discard(self)
             self.attachment.remove()
+            for run in self._beside.values():
+                run.clock.detach()
+                run._reset_run()
             self._reset_run()
 
     def _reset_run(self) -> None:
         for observer in self.observers:
             observer.forget()
-        self._caller: weakref.ref[Caller] | None = None  # who opened the run
+        self._caller: weakref.ref[Any] | None = None  # who opened the run
         self._begun = False
+        self._reset_reason = ""
         if self.repeats:
             self._branches.restart()
         else:
@@ -110,15 +161,15 @@ class Session:
     def _open(self, sigmas: list[float]) -> None:
         with self._turn:
             self._reset_run()
-            call = pipeline_call()
+            call = self.host.call()
             if call is not None and not self.attachment.is_of(call):
                 return  # another pipeline on the same scheduler
             self.report.open()
             self.attachment.check()
-            self._announced, self._by_hand = sigmas, call is None
-            self._caller = weakref.ref(Caller.new(), self._left)
+            self._announced, self._by_hand = sigmas, call is None and self.host.by_hand
+            self._caller = weakref.ref(self.host.new_caller(), self._left)
 
-    def _left(self, caller: weakref.ref[Caller]) -> None:
+    def _left(self, caller: weakref.ref[Any]) -> None:
         """The call that opened the run is over, before its last step where it was interrupted."""
         if self._caller is caller:
             self._reset_run()
@@ -134,7 +185,7 @@ class Session:
         self.report.num_steps = self._num_steps
         self._step_began = time.perf_counter()
         self._settings = CallSettings(expert.transformer for expert in self.experts.values())
-        self._opening = self._settings.read(pipeline_call())
+        self._opening = self._settings.read(self.host.call())
         if self.source is not None:
             self.source.settings = self._opening
             self.source.open(self._sigmas)
@@ -156,10 +207,10 @@ class Session:
         if not self._begun:
             self._begin()
         self.attachment.check_step(index)
-        started = self._branches.close(rows_per_branch(self.pipe, after))
+        started = self._branches.close(self.host.samples(after))
         calls = [self._with_branches(form, call, started) for form, call in self._pending]
         self._pending = []
-        settings = self._settings.read(pipeline_call())
+        settings = self._settings.read(self.host.call())
         record = StepRecord(index, self._sigmas, settings, v, before, after, calls, self._opening)
         for observer in self.observers:
             observer.on_step(record)
@@ -185,9 +236,9 @@ class Session:
     def _is_inside(self) -> bool:
         """Whether the code now running belongs to the run that is open."""
         opened = self._opened_by()
-        return opened is not None and Caller.here() is opened
+        return opened is not None and self.host.caller() is opened
 
-    def _opened_by(self) -> Caller | None:
+    def _opened_by(self) -> Any:
         """Who opened the run; None when it is over or its call is, however that ended."""
         return None if self._caller is None else self._caller()
 
@@ -197,7 +248,14 @@ class Session:
     def _route(self, expert: Expert, forward: Callable, args: tuple, kwargs: dict) -> Any:
         call = Call(expert.transformer, forward, args, kwargs)
         with self._turn:
+            beside = self.host.beside()
+            run = self if beside is None else self._at(beside)
+            return run._answer_call(expert, call)
+
+    def _answer_call(self, expert: Expert, call: Call) -> Any:
+        with self._turn:
             if not (self._is_inside() and self.attachment.has_clock):
+                self.host.check_outside()
                 try:
                     self.attachment.check_outside(call.time if not self._opened_by() else None)
                 except ValueError:
@@ -225,6 +283,10 @@ class Session:
             expert.narrow(narrowed)
             if self.source is not None:
                 self.source.schedule.narrow(narrowed)
+        if self._reset_reason and self.source is not None:
+            self.source.reset(self._reset_reason)
+            self.report.resets.append((self.clock.index, self._reset_reason))
+            self._reset_reason = ""
         if not expert.proven:
             self.runner.prove(expert, call)
         branches, index = self._branches.of(form), self.clock.index

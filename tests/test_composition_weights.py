@@ -20,7 +20,8 @@ from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec
 from foreseer.integration.forecasting import attach, forecasting
 from foreseer.integration.host.clock import flow_sigmas
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.host.trunk import UnsupportedHost, transformers_of
+from foreseer.integration.host.hosts import transformers_of
+from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Reuse, Taylor

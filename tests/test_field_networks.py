@@ -21,7 +21,7 @@ from foreseer.evaluation.verify import (
     footprint,
 )
 from foreseer.integration.forecasting import forecasting
-from foreseer.integration.host.trunk import others_of, transformers_of
+from foreseer.integration.host.hosts import others_of, transformers_of
 from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.training.least_squares import fit_rows
 from foreseer.trajectories.inspect_pipeline import inspected

@@ -5,13 +5,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from foreseer.integration.host.trunk import (
-    TURNS,
-    UnsupportedHost,
-    modulation_width,
-    others_of,
-    transformers_of,
-)
+from foreseer.integration.host.hosts import host_of
+from foreseer.integration.host.trunk import UnsupportedHost, modulation_width
 from foreseer.integration.memory import readable
 from foreseer.integration.session import Session
 from foreseer.trajectories.collector import Recorder
@@ -30,14 +25,15 @@ def inspected(pipe: Any, item: Item, settings: Mapping[str, Any]) -> tuple[list[
         settings: keyword arguments of the call.
     """
     try:
-        transformers = transformers_of(pipe)
+        host = host_of(pipe)
+        transformers = host.networks()
     except UnsupportedHost as error:
         return [f"NOT SUPPORTED: {error}"], False
-    lines = [f"pipeline    {type(pipe).__name__}, scheduler {type(pipe.scheduler).__name__}"]
+    lines = [f"pipeline    {host.name}, scheduler {type(host.scheduler).__name__}"]
     for name, transformer in transformers.items():
         total = sum(parameter.numel() for parameter in transformer.parameters()) / 1e6
         lines.append(f"{name:<11} {type(transformer).__name__}, {total:,.1f} M parameters")
-    for name, other in others_of(pipe).items():
+    for name, other in host.others().items():
         lines.append(f"{name:<11} {type(other).__name__}, is not forecast: it runs at every step")
     usable: list[str] = []
     for tap in tqdm(TAPS, desc="inspect", unit="tap", delay=2, leave=False):
@@ -112,8 +108,9 @@ def _tap_facts(tap: str, session: Session, recorder: Recorder) -> list[str]:
 
 def _limits(pipe: Any) -> list[str]:
     """Which fits and methods do not serve this host."""
-    transformers = transformers_of(pipe)
-    if len({TURNS[name] for name in transformers}) == 1 < len(transformers):
+    host = host_of(pipe)
+    transformers = host.networks()
+    if len({host.turn(name) for name in transformers}) == 1 < len(transformers):
         return ["fits        L2PLeastSquares, a branch for each network of a step"]
     if len(transformers) > 1:
         return [

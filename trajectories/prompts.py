@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foreseer.integration.host.trunk import transformer_of
+from foreseer.integration.host.hosts import transformer_of
+from foreseer.integration.host.module_host import ModuleHost
 from foreseer.integration.pipelines.load import device_of
 from foreseer.integration.pipelines.pipeline_call import (
     embeddings_on,
@@ -61,7 +62,7 @@ def class_items(
 
 def asked_items(
     pipe: Any,
-    prompts: str | Sequence[str] | Sequence[Item] | None,
+    prompts: str | Sequence[str] | Sequence[Item] | Sequence[Mapping[str, Any]] | None,
     num_trajectories: int | None,
     first_item: int,
 ) -> list[Item]:
@@ -70,7 +71,7 @@ def asked_items(
     Args:
         pipe: the pipeline.
         prompts: as `foreseer.record` takes them; None goes round the pipeline's classes. Items are
-            taken as they are.
+            taken as they are; mappings are the inputs of a sample each.
         num_trajectories: how many; None takes one per prompt, 64 of classes.
         first_item: index of the first.
 
@@ -79,14 +80,22 @@ def asked_items(
     """
     if num_trajectories is not None and num_trajectories < 1:
         raise ValueError(f"num_trajectories is {num_trajectories}, expected at least 1.")
-    if prompts is None:
+    if prompts is None and not isinstance(pipe, ModuleHost):
         count = CLASS_ITEMS if num_trajectories is None else num_trajectories
         return class_items(count, number_of_classes(pipe), first_item)
-    given = [] if isinstance(prompts, str) else list(prompts)
+    given = [] if prompts is None or isinstance(prompts, str) else list(prompts)
     items = [each for each in given if isinstance(each, Item)]
     if items and len(items) == len(given):
         return items[:num_trajectories]
-    entries = samples(pipe, cast(Any, prompts))
+    named = [dict(each) for each in given if isinstance(each, Mapping)]
+    if len(named) < len(given) or not given:
+        if isinstance(pipe, ModuleHost):
+            raise ValueError(
+                f"{pipe.name} is run on inputs of its own; give a list with a mapping per sample, "
+                "as in [{'observation': tensor of one row}, ...], or of Items."
+            )
+        named = samples(pipe, cast(Any, prompts))
+    entries = named
     if not entries:
         raise ValueError("prompts is an empty list; expected at least one prompt.")
     count = len(entries) if num_trajectories is None else num_trajectories

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import nn
 
 from foreseer.checkpoints.spec import as_settings, first_difference
-from foreseer.integration.host.fingerprint import host_fingerprint, values_digest
-from foreseer.integration.host.trunk import transformer_of, transformers_of
+from foreseer.integration.host.hosts import host_of, transformer_of, transformers_of
+from foreseer.integration.host.trunk import block_lists_of
 from foreseer.integration.memory import readable
 from foreseer.integration.observers import StepRecord
 from foreseer.integration.session import Session
@@ -319,8 +318,7 @@ def expand_taps(pipe: Any, taps: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a name is unknown.
     """
-    first = next(iter(transformers_of(pipe).values()))
-    lists = [m for _, m in first.named_children() if isinstance(m, nn.ModuleList)]
+    lists = block_lists_of(next(iter(transformers_of(pipe).values()))).values()
     blocks = [f"blocks.{i}" for i in range(sum(len(blocks) for blocks in lists))]
     known = ["output", "hidden", "residual", *blocks]
     expanded = [name for tap in taps for name in (blocks if tap == "blocks.*" else [tap])]
@@ -352,15 +350,15 @@ def describe(
     """The header of a recording, read off the pipeline and the batch just run."""
     if recorder.final is None:
         raise ValueError("no step was recorded: the pipeline never called scheduler.step.")
-    own = getattr(pipe, "guidance_scale", None)
+    host, own = host_of(pipe), getattr(pipe, "guidance_scale", None)
     given = own if recorder.guidance_scale is None else recorder.guidance_scale
     guidance_scale = settings.get("guidance_scale", 1.0) if given is None else given
-    config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
+    config = {k: v for k, v in dict(host.scheduler.config).items() if not k.startswith("_")}
     return Header(
         recipe=recipe,
-        host=host_fingerprint(*transformers_of(pipe).values()),
+        host=host.fingerprint(),
         scheduler={
-            "class": type(pipe.scheduler).__name__,
+            "class": type(host.scheduler).__name__,
             "config": json.dumps(config, sort_keys=True, default=str),
             "guidance_scale": float(guidance_scale),
         },
@@ -375,7 +373,7 @@ def describe(
         branch_steps=recorder.branch_steps,
         expert_steps=recorder.expert_steps,
         first_branch=recorder.first_branch,
-        values_digest=values_digest(*transformers_of(pipe).values()),
+        values_digest=host.values_digest(),
         pipeline=str(getattr(pipe, "name_or_path", None) or ""),
     )
 

@@ -5,6 +5,7 @@ tensor with a row per sample, or a list with a tensor per sample; what else they
 by all rows.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,28 +37,38 @@ def prediction(output: Any) -> Tensor:
             "samples of another size in a call of their own."
         )
     raise UnsupportedHost(
-        f"the transformer returned {type(output).__name__}, expected a tuple of one tensor, a list "
-        "of tensors or an output with a `sample`."
+        f"the transformer returned {type(output).__name__}, expected a tensor, a tuple of one, a "
+        "list of tensors, or an object with `sample` or `logits` and nothing else."
     )
 
 
 def form_of(output: Any) -> Callable[[Tensor], Any]:
     """What puts a prediction back into the form of this return value."""
     listed = isinstance(_sample(output), list)
-    kind = type(output)
+    kind, names = type(output), hasattr(output, "logits")
 
     def wrap(sample: Tensor) -> Any:
         content: Any = list(sample.unbind()) if listed else sample
         if kind is Tensor or kind is list:
             return content
-        return (content,) if kind is tuple else kind(content)
+        if kind is tuple:
+            return (content,)
+        return kind(logits=content) if names else kind(content)
 
     return wrap
 
 
 def _sample(output: Any) -> Any:
     only = output[0] if isinstance(output, tuple) and len(output) == 1 else output
+    if hasattr(only, "logits"):
+        return only.logits if _is_alone(only) else only
     return getattr(only, "sample", only)
+
+
+def _is_alone(output: Any) -> bool:
+    """Whether logits are all that is returned; forecasts could not give the rest."""
+    fields = output._asdict() if hasattr(output, "_asdict") else vars(output)
+    return all(value is None for name, value in fields.items() if name != "logits")
 
 
 Path = tuple[int | str, ...]  # where an argument is found
@@ -259,15 +270,26 @@ class Call:
     @property
     def time(self) -> Tensor | None:
         """The time the network is told; None where its arguments do not show it."""
-        names = list(inspect.signature(type(self.transformer).forward).parameters)[1:]
-        given = dict(zip(names, self.args, strict=False)) | self.kwargs
-        found = next((given[name] for name in TIME_ARGUMENTS if name in given), None)
+        kind: Any = type(self.transformer)
+        places, found = time_places(kind), None
+        for name in TIME_ARGUMENTS:
+            place = places.get(name, len(self.args))
+            if place < len(self.args) or name in self.kwargs:
+                found = self.args[place] if place < len(self.args) else self.kwargs[name]
+                break
         return found if isinstance(found, Tensor) else None
 
     def _input(self) -> Any:
         if self.args:
             return self.args[0]
         return self.kwargs.get("hidden_states", first_tensor((), self.kwargs))
+
+
+@functools.cache
+def time_places(kind: Any) -> dict[str, int]:
+    """Where a class of networks takes its time among the positional arguments, by name."""
+    names = list(inspect.signature(kind.forward).parameters)[1:]
+    return {name: place for place, name in enumerate(names) if name in TIME_ARGUMENTS}
 
 
 def _shapes(value: Any) -> Iterator[tuple[int, ...]]:

@@ -6,7 +6,7 @@ A LoRA counts: its layers by their parameters, its strength by the scale of ever
 import hashlib
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -132,8 +132,7 @@ def host_fingerprint(*transformers: nn.Module) -> dict[str, Any]:
     texts = []
     digest = hashlib.sha256()
     for transformer in transformers:
-        host: Any = transformer
-        config = {k: v for k, v in dict(host.config).items() if not k.startswith("_")}
+        config = {k: v for k, v in config_of(transformer).items() if not k.startswith("_")}
         texts.append(json.dumps(config, sort_keys=True, default=str))
         _add_weights(digest, transformer)
     return {
@@ -142,6 +141,14 @@ def host_fingerprint(*transformers: nn.Module) -> dict[str, Any]:
         "config_sha256": hashlib.sha256("".join(texts).encode()).hexdigest(),
         "weights_sha256": digest.hexdigest(),
     }
+
+
+def config_of(module: nn.Module) -> dict[str, Any]:
+    """The configuration of a module; empty where it has none, as modules of one's own."""
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return dict(config) if isinstance(config, Mapping) else {}
 
 
 def kept_values_digest(module: nn.Module) -> str:

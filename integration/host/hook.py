@@ -22,6 +22,7 @@ from foreseer.integration.host.trunk import (
     ObservedBlocks,
     SkippedBlocks,
     Trunk,
+    exchange,
     first_tensor,
     stream_of,
 )
@@ -253,13 +254,13 @@ def exchanged(
         head: its head.
         entering: what enters the head, given what would have.
     """
-    transformer._modules.update(others)
+    exchange(transformer, others)
     handle = head.register_forward_pre_hook(replacing(entering), with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
-        transformer._modules.update(blocks)
+        exchange(transformer, blocks)
 
 
 def replacing(entering: Callable[[Tensor], Tensor]) -> Callable:
@@ -304,11 +305,11 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
         handles.append(head.register_forward_pre_hook(keep, with_kwargs=True))
     if tapped.wanted:
         seen = {n: ObservedBlocks(b, n, tapped.entering, tapped.leaving) for n, b in lists.items()}
-        transformer._modules.update(seen)
+        exchange(transformer, seen)
     try:
         yield found
     finally:
-        transformer._modules.update(lists)
+        exchange(transformer, lists)
         for handle in handles:
             handle.remove()
     if {"hidden", "trunk_in"} <= found.keys():

@@ -25,7 +25,7 @@ from foreseer.integration.host.hook import (
     stream_tap,
 )
 from foreseer.integration.host.layout import Layout
-from foreseer.integration.host.trunk import Trunk, TrunkTracer, UnsupportedHost
+from foreseer.integration.host.trunk import Trunk, TrunkTracer, UnsupportedHost, given_trunk
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 CALLED = ("forward", "_old_forward", "_compiled_call_impl")  # what stands on a module's instance
@@ -57,7 +57,7 @@ def facts_of(transformer: nn.Module) -> HostFacts:
     Args:
         transformer: the host, with or without a session on it.
     """
-    state, facts = tuple(state_of(transformer)), _known.get(transformer)
+    state, facts = (given_trunk(transformer), *state_of(transformer)), _known.get(transformer)
     if facts is None or facts.state != state:
         facts = _known[transformer] = HostFacts(state)
     return facts

@@ -14,7 +14,8 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Trunk:
     """Where the blocks and the head of a transformer are.
 
     Args:
-        block_lists: names of the root's `ModuleList`s of blocks, in calling order.
+        block_lists: names of the `ModuleList`s of blocks, in calling order.
         head: qualified name of the head module.
         streams: where the last block takes what the block before it returned: positions and
             keywords; empty where something happens in between.
@@ -43,6 +44,76 @@ class Trunk:
     streams: tuple[int | str, ...] = ()
     place: int = -1
     batch_axis: int = 0
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user says of a module's trunk.
+
+    Args:
+        block_lists: names of its `ModuleList`s of blocks, in calling order; None finds them.
+        head: name of the head; None finds it.
+    """
+
+    block_lists: tuple[str, ...] | None = None
+    head: str | None = None
+
+
+_given: "weakref.WeakKeyDictionary[nn.Module, Given]" = weakref.WeakKeyDictionary()
+
+
+def give_trunk(module: nn.Module, given: Given) -> None:
+    """Look for the trunk of a module where its user says from now on, nested lists included.
+
+    Raises:
+        UnsupportedHost: it has no such block list or head.
+    """
+    lists = [name for name, _ in nested_lists(module)]
+    modules = dict(module.named_modules())
+    for name in given.block_lists or ():
+        if name not in lists:
+            kind = f"a {type(modules[name]).__name__}" if name in modules else "missing"
+            raise UnsupportedHost(
+                f"{type(module).__name__} has no ModuleList {name!r} ({kind}); it has "
+                f"{', '.join(lists) or 'none'}. Say blocks=, one of them, or keep the blocks in a "
+                "ModuleList that the forward goes through."
+            )
+    if given.head is not None and given.head not in modules:
+        raise UnsupportedHost(
+            f"{type(module).__name__} has no module {given.head!r}; say head=, the name of the "
+            "first one that is called after the blocks, or leave it out to have it found."
+        )
+    _given[module] = given
+
+
+def nested_lists(module: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The module lists of a module with their names, without those inside of another one."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(child, nn.ModuleList) and len(child) and not inside:
+            found.append((name, child))
+    return found
+
+
+def block_lists_of(module: nn.Module) -> dict[str, nn.ModuleList]:
+    """Where to look for the trunk of a module: its own lists, or those that its user knows of."""
+    if module not in _given:
+        return {name: each for name, each in nested_lists(module) if "." not in name}
+    wanted = _given[module].block_lists
+    return {name: each for name, each in nested_lists(module) if wanted is None or name in wanted}
+
+
+def given_trunk(module: nn.Module) -> Given:
+    """What was said of the trunk of a module."""
+    return _given.get(module, Given())
+
+
+def exchange(module: nn.Module, others: Mapping[str, Any]) -> None:
+    """Put other modules in the places of some, by their names in a module."""
+    for name, other in others.items():
+        owner, _, own = name.rpartition(".")
+        module.get_submodule(owner)._modules[own] = other
 
 
 TRUNK_FACTS: dict[str, Trunk | str] = {
@@ -244,11 +315,7 @@ class TrunkTracer:
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
-        self.lists = {
-            name: module
-            for name, module in transformer.named_children()
-            if isinstance(module, nn.ModuleList) and len(module)
-        }
+        self.lists = block_lists_of(transformer)
         self.calls: list[tuple[str, Tensor | None]] = []  # module name, first tensor argument
         self.outputs: list[Tensor] = []  # what the newest block returned
         self.returned: dict[str, list[Tensor]] = {}  # what each block returned
@@ -261,7 +328,7 @@ class TrunkTracer:
             name: ObservedBlocks(blocks, name, self._entering, self._leaving)
             for name, blocks in self.lists.items()
         }
-        self.transformer._modules.update(seen)
+        exchange(self.transformer, seen)
         for name, module in self.transformer.named_modules():
             if name and not self._is_block(name) and not self._is_compiled(name):
                 called = functools.partial(self._called, name)
@@ -272,7 +339,7 @@ class TrunkTracer:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
-        self.transformer._modules.update(self.lists)
+        exchange(self.transformer, self.lists)
 
     def _called(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensor = first_tensor(args, kwargs)
@@ -298,7 +365,7 @@ class TrunkTracer:
         return any(module._compiled_call_impl is not None for module in modules)
 
     def _is_block(self, name: str) -> bool:
-        return name.count(".") == 1 and name.split(".")[0] in self.lists
+        return name.rpartition(".")[0] in self.lists
 
     def trunk(self) -> Trunk:
         """The trunk and head of the forward just watched.
@@ -331,16 +398,17 @@ class TrunkTracer:
         streams = self.returned.get(last, [])
         if not streams:
             raise UnsupportedHost(f"block {last} returned no tensor; use the `output` tap.")
-        start = called.index(last) + 1
+        start, head = called.index(last) + 1, given_trunk(self.transformer).head
         for name, tensor in self.calls[start:]:
             inside = any(name.startswith(f"{block}.") for block in blocks)
-            if not inside and tensor is not None and _fits(tensor, streams):
+            wanted = head in (None, name) and not inside
+            if wanted and tensor is not None and _fits(tensor, streams):
                 place = _place_of(tensor, streams)
                 return Trunk(tuple(run), name, self.streams.get(last, ()), place)
         shapes = " and ".join(str(tuple(stream.shape)) for stream in streams)
         raise UnsupportedHost(
-            f"no module called after block {last} takes a tensor like its output {shapes}; use the "
-            "`output` tap."
+            f"no module {head or ''}".rstrip() + f" called after block {last} takes a tensor like "
+            f"its output {shapes}; use the `output` tap."
         )
 
     def _block_names(self, name: str) -> set[str]:
@@ -371,65 +439,7 @@ def _place_of(tensor: Tensor, streams: list[Tensor]) -> int:
     return (exact or equal or [len(streams) - 1])[-1] - len(streams)
 
 
-TURNS = {"transformer": 0, "unconditional_transformer": 0, "transformer_2": 1}
-"""Networks that are forecast, by name. Wan 2.2 runs `transformer` at high noise and `transformer_2`
-at low noise, so they take turns; Ideogram 4 guides with `unconditional_transformer` at every step
-of `transformer`."""
-
 TIME_ARGUMENTS = ("timestep", "timesteps", "t", "sigma")
-
-
-def transformers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline that are forecast, by name, those for high noise first.
-
-    Raises:
-        UnsupportedHost: the pipeline has no `transformer`, or a compiled one.
-    """
-    found: dict[str, nn.Module] = {}
-    for name in TURNS:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module) and all(module is not other for other in found.values()):
-            found[name] = module
-    if not found:
-        raise UnsupportedHost(
-            f"{type(pipe).__name__} has no `transformer` module; foreseer works on diffusion "
-            "transformers."
-        )
-    for name, module in found.items():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise UnsupportedHost(
-                f"the whole {name} is compiled, which fixes one path through it; "
-                f"use pipe.{name}.compile_repeated_blocks(fullgraph=True) instead, which compiles "
-                "the blocks and keeps forecasting exact."
-            )
-    return found
-
-
-def transformer_of(pipe: Any) -> nn.Module:
-    """The denoiser of a pipeline that has one.
-
-    Raises:
-        UnsupportedHost: the pipeline has no `transformer`, or two.
-    """
-    found = transformers_of(pipe)
-    if len(found) > 1:
-        raise UnsupportedHost(
-            f"{type(pipe).__name__} has the experts {', '.join(found)}; this needs a pipeline with "
-            "one transformer. Recording, L2PLeastSquares and forecasting take both."
-        )
-    return next(iter(found.values()))
-
-
-def others_of(pipe: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline that take a time and are not forecast, such as a ControlNet."""
-    forecast = list(transformers_of(pipe).values())
-    return {
-        name: module
-        for name, module in vars(pipe).items()
-        if isinstance(module, nn.Module)
-        and all(module is not other for other in forecast)
-        and takes_time(module)
-    }
 
 
 def takes_time(network: nn.Module) -> bool:

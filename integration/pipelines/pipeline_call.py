@@ -17,6 +17,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from foreseer.integration.host.module_host import ModuleHost
 from foreseer.integration.pipelines.load import device_of
 
 READ = (".txt", ".safetensors")
@@ -103,6 +104,7 @@ def lines(path: Path) -> list[str]:
     return [line for line in found if line]
 
 
+DEFAULT_STEPS = 50
 DEFAULT_PROMPT = "a photo of a cat"
 CLASS_GUIDANCE = 3.0
 EMBEDDED = re.compile("prompt|embeds")
@@ -268,15 +270,15 @@ def guidance_of_call(pipe: Any, settings: Mapping[str, Any]) -> float:
 
 def call_settings(
     pipe: Any,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     guidance_scale: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of every call of a pipeline.
+    """Arguments of every call of a pipeline, or of a host.
 
     Args:
-        pipe: the pipeline.
-        num_inference_steps: sampler steps.
+        pipe: the pipeline; or a host, whose loop says its own steps and guidance.
+        num_inference_steps: sampler steps; None takes 50, and of a host what it makes.
         guidance_scale: guidance strength; None leaves the pipeline's default, 3 for one that draws
             classes.
         settings: further arguments, such as `height`, `true_cfg_scale`, `num_frames`.
@@ -284,6 +286,9 @@ def call_settings(
     Raises:
         ValueError: the pipeline does not take one of them.
     """
+    if isinstance(pipe, ModuleHost):
+        return pipe.settings(num_inference_steps, guidance_scale, settings or {})
+    num_inference_steps = num_inference_steps or DEFAULT_STEPS
     given: dict[str, Any] = {"num_inference_steps": num_inference_steps, **(settings or {})}
     if guidance_scale is None and takes_labels(pipe):
         guidance_scale = CLASS_GUIDANCE

@@ -18,6 +18,7 @@
 | `save(predictor, folder)`, `load(name)`, `push(folder, repo_id)` | its file, and the hub |
 | `forecasting(pipe, predictor, ...)` | a `with` block in which the pipeline forecasts; a `Run` |
 | `attach(pipe, predictor, ...)`, `detach(pipe)` | the same across the cells of a notebook |
+| `host(module, blocks, head, ...)` | any module in a loop of yours; goes wherever a pipeline does |
 | `forecast_model(f, predictor, ...)` | the same for a sampler without a pipeline, `f(x, sigma)` |
 | `verify(pipeline, ...)`, `bench(pipeline, out, ...)` | is it exact here, and is it worth it |
 | `predictors`, `schedules` | formulas and learned forecasters; lists of anchors and TeaCache, ... |
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from foreseer.fit_commands import fit, push, save, search
     from foreseer.integration.forecast_model import forecast_model
     from foreseer.integration.forecasting import attach, detach, forecasting
+    from foreseer.integration.host.module_host import host
     from foreseer.integration.pipelines.load import load_pipeline
     from foreseer.pipeline_commands import bench, verify
     from foreseer.trajectories.recording import Recording
@@ -67,6 +69,7 @@ _HOMES = {
     "fit": "fit_commands",
     "forecast_model": "integration.forecast_model",
     "forecasting": "integration.forecasting",
+    "host": "integration.host.module_host",
     "load": "checkpoints.format:load_predictor",
     "load_pipeline": "integration.pipelines",
     "predictors": "",
@@ -92,6 +95,7 @@ __all__ = [
     "fit",
     "forecast_model",
     "forecasting",
+    "host",
     "load",
     "load_pipeline",
     "predictors",

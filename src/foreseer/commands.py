@@ -18,7 +18,7 @@ def record(
     out: str,
     *,
     guidance_scale: float | None = None,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = None,
     num_trajectories: int | None = None,
     first_item: int = 0,
     batch_size: int = 8,
@@ -42,13 +42,15 @@ def record(
 
     Args:
         pipeline: folder or hub name of a diffusers pipeline, or `zoo:<name>` for a bundled one; in
-            Python also the pipeline itself.
+            Python also the pipeline itself, or a `host` with its `sample`.
         prompts: prompts, a .txt file with one per line, or a .safetensors file of embeddings by
             argument of the pipeline, a row each; item i draws prompt i, going round. In Python also
-            a list of `Item`. None for pipelines that draw classes.
+            a list of `Item`, or of the inputs of a sample each, as mappings. None for pipelines
+            that draw classes.
         out: folder of the recording, made when missing, or a URL such as s3://bucket/run.
         guidance_scale: guidance strength; None leaves the pipeline's default, 3 for classes.
-        num_inference_steps: sampler steps S per trajectory.
+        num_inference_steps: sampler steps S per trajectory; None takes 50, and of a host what its
+            loop makes.
         num_trajectories: items to record over all writers; None: one per prompt, 64 of classes.
         first_item: index of the first item; recordings of other items do not overlap.
         batch_size: samples drawn at once.

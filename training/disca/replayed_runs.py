@@ -23,7 +23,7 @@ from torch import Tensor
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.call import Call, form_of, prediction
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.trunk import transformer_of
+from foreseer.integration.host.hosts import transformer_of
 from foreseer.integration.observers import Observer, Source, StepRecord
 from foreseer.integration.runner import Answer, Runner, as_output
 from foreseer.integration.session import Session

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.host.trunk import transformers_of
+from foreseer.integration.host.hosts import transformers_of
 from foreseer.trajectories.files.header import HEADER_FILE
 from foreseer.trajectories.recording import Recording
 
