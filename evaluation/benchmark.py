@@ -31,13 +31,17 @@ from foreseer.evaluation.runs import (
     Judge,
     RowLog,
     Tick,
+    as_pictures,
     load_samples,
     run_entry,
     save_samples,
+    steps_made,
 )
+from foreseer.evaluation.solvers import SOLVERS
 from foreseer.evaluation.timing import StepFlops, first_call, step_flops
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.host.hosts import transformer_of
+from foreseer.integration.host.module_host import has_loop
 from foreseer.integration.pipelines.pipeline_call import guidance_of_call
 from foreseer.integration.schedule import COMMON
 from foreseer.predictors.base import LinearPredictor, Predictor
@@ -91,6 +95,9 @@ def compare_methods(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    if has_loop(pipe):
+        methods = without_solvers(methods, rules)
+        settings.setdefault("num_inference_steps", steps_made(pipe, items[:1]))
     num_steps = int(settings["num_inference_steps"])
     host = host_fingerprint(transformer_of(pipe))
     entries = plan(budgets, num_steps, predictors or {}, searched or {}, methods, rules, common)
@@ -109,6 +116,23 @@ def compare_methods(
     shown = sheet(pipe, drawn, judge.reference.sigmas, few, settings)
     meta = collect_meta(command, [item.seed for item in items])
     return write_report(rows, meta, shown.images, out, shown.step_errors, weights=shown.weights)
+
+
+def without_solvers(
+    methods: Sequence[str] | None, rules: Mapping[str, Predictor | Mapping[str, Predictor]]
+) -> list[str]:
+    """The methods of a benchmark on a loop, whose solver is its own.
+
+    Raises:
+        ValueError: solvers are asked for.
+    """
+    if asked := sorted(set(methods or ()) & set(SOLVERS)):
+        raise ValueError(
+            f"the solvers {asked} take the place of a scheduler, and this host's loop has none; "
+            "leave them out of `methods`. Reuse on the output is Euler with as many evaluations "
+            "where the loop is Euler's, ab2 likewise."
+        )
+    return list(rules) if methods is None else list(methods)
 
 
 def rows_predictor(
@@ -171,7 +195,9 @@ def _common_key(
     """Digest of what all rows of a benchmark share."""
     config = {k: str(v) for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     told = [__version__, host, type(pipe.scheduler).__name__, config, batch_size]
-    dtype = str(transformer_of(pipe).dtype)  # which the digest of the weights does not tell
+    dtype = str(
+        next(transformer_of(pipe).parameters()).dtype
+    )  # which the digest of the weights does not tell
     told += [torch.get_num_threads(), str(pipe.device), dtype, digest(items, settings)]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -205,6 +231,7 @@ def _measure(
             samples = judge.reference
             if entry.kind != "full":
                 samples = run_entry(pipe, entry, sigmas, batches, bar.update, **settings)
+                samples = as_pictures(pipe, samples, judge.reference)
             log.add(key, *judge.row(entry, samples))
             if alike is not None:
                 same[alike] = log.rows[key]
@@ -226,6 +253,7 @@ def _judge(
         reference = load_samples(kept)
     else:
         reference = run_entry(pipe, entries[0], [], batches, tick, **settings)
+        reference = as_pictures(pipe, reference, reference)
         save_samples(reference, kept)
     return Judge(
         reference,

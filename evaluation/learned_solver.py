@@ -25,7 +25,7 @@ from foreseer.checkpoints.spec import check_model
 from foreseer.checkpoints.strict import MalformedFile, parse_json, read_plain
 from foreseer.evaluation.solvers import LARGEST_SIGMA, FlowMatchEuler, solver_scheduler
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.host.trunk import transformers_of
+from foreseer.integration.host.hosts import transformers_of
 
 SCHEMA = 1
 LARGEST_TIME = 1.5  # a network may be told a little more than its largest time, 1

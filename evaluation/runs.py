@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median_low
 from typing import Any
@@ -33,7 +33,8 @@ from foreseer.evaluation.solvers import sampling_with, solver_scheduler
 from foreseer.evaluation.timing import StepFlops, StepTimer, run_flops, transformer_device
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.clock import Clock
-from foreseer.integration.pipelines.pipeline_call import pictures
+from foreseer.integration.host.module_host import has_loop
+from foreseer.integration.pipelines.pipeline_call import heat_maps, pictures
 from foreseer.integration.session import Session
 from foreseer.trajectories.prompts import Item, generate_batch
 
@@ -45,7 +46,8 @@ class Samples:
     """What one entry generated.
 
     Args:
-        images: in [0, 1], `(B, C, H, W)`; of videos their middle frames.
+        images: in [0, 1], `(B, C, H, W)`; of videos their middle frames; of a host's loop what it
+            came to, until `as_pictures`.
         latents: final latents, `(B, ...)`.
         sigmas: flow time of every step of the run.
         seconds: wall seconds per image, the lower median over batches.
@@ -53,7 +55,7 @@ class Samples:
         step_ratio: CPU time of a forecast step over a full step; None where there is no such step.
     """
 
-    images: Float[Tensor, "B C H W"]
+    images: Float[Tensor, " B *drawn"]
     latents: Float[Tensor, " B *shape"]
     sigmas: list[float]
     seconds: float
@@ -113,6 +115,11 @@ def run_plain(pipe: Any, batches: Sequence[Sequence[Item]], tick: Tick, **settin
     return Samples(torch.cat(images), torch.cat(latents), clock.sigmas, median_low(seconds))
 
 
+def steps_made(pipe: Any, items: Sequence[Item]) -> int:
+    """The steps that a host's loop makes."""
+    return len(run_plain(pipe, [items], lambda _: None).sigmas)
+
+
 def run_forecast(
     pipe: Any, entry: Entry, batches: Sequence[Sequence[Item]], tick: Tick, **settings: Any
 ) -> Samples:
@@ -142,6 +149,19 @@ def run_forecast(
         state_bytes,
         timer.ratio(entry.anchors),
     )
+
+
+def as_pictures(pipe: Any, samples: Samples, reference: Samples) -> Samples:
+    """Samples with pictures: those of a host's loop, which are numbers of any shape, as heat maps.
+
+    Args:
+        pipe: what generated them.
+        samples: what an entry generated.
+        reference: what the full run generated.
+    """
+    if not has_loop(pipe):
+        return samples
+    return replace(samples, images=heat_maps(samples.latents, reference.latents))
 
 
 @dataclass(frozen=True)
@@ -221,10 +241,11 @@ class Judge:
 
 def _timed(
     pipe: Any, batch: Sequence[Item], settings: dict[str, Any]
-) -> tuple[Float[Tensor, "B C H W"], float]:
-    """The images of a batch, clamped to [0, 1], and wall seconds per image."""
+) -> tuple[Float[Tensor, " B *drawn"], float]:
+    """A batch in [0, 1], or what a host's loop came to, and wall seconds per sample."""
     started = time.perf_counter()
-    images = pictures(generate_batch(pipe, batch, **{**settings, "output_type": "pt"}))
+    output = generate_batch(pipe, batch, **{**settings, "output_type": "pt"})
+    images = output[0].float().cpu() if has_loop(pipe) else pictures(output)
     return images, (time.perf_counter() - started) / len(batch)
 
 

@@ -17,7 +17,8 @@ from foreseer.checkpoints.spec import (
 )
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.hosts import host_of, transformers_of
-from foreseer.integration.host.module_host import ModuleHost, Steps
+from foreseer.integration.host.loop import Steps
+from foreseer.integration.host.module_host import ModuleHost
 from foreseer.integration.memory import check_budget
 from foreseer.integration.policy import Schedule
 from foreseer.integration.report import Report

@@ -6,6 +6,8 @@ DPM-Solver++ and UniPC, which work on each element alike. One run on unit vector
 """
 
 import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.errors import UnsupportedHost
-from foreseer.integration.host.clock import step_output
+from foreseer.integration.host.call import form_of, prediction
+from foreseer.integration.host.clock import Clock, step_output
+from foreseer.integration.host.hook import replace_method, restore_method
+from foreseer.integration.host.loop import steps_of
+from foreseer.integration.host.module_host import ModuleHost
 
 
 class NonAffineScheduler(UnsupportedHost):
@@ -87,3 +93,96 @@ def _run(scheduler: Any, inputs: Tensor, begin: int) -> Tensor:
         x = step_output(runner.step(output, timestep, x, return_dict=False))
         states.append(x)
     return torch.stack([state.flatten() for state in states], dim=1)
+
+
+class _Given:
+    """Answers the calls of a host's module with a constant of our own for every step.
+
+    Args:
+        host: the host.
+    """
+
+    def __init__(self, host: ModuleHost) -> None:
+        self.host = host
+        self.values: list[float] = []  # by step; beyond the last one 0
+        self.wrap: Callable[[], Any] | None = None
+        self.calls: dict[int, int] = {}  # by step
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        steps = steps_of(self.host)
+        index = 0 if steps is None else steps.index
+        self.calls[index] = self.calls.get(index, 0) + 1
+        if self.wrap is None:
+            output = forward(*args, **kwargs)
+            self.wrap = functools.partial(_constant, form_of(output), prediction(output))
+        return self.wrap(self.values[index] if index < len(self.values) else 0.0)
+
+
+def _constant(form: Callable[[Tensor], Any], like: Tensor, value: float) -> Any:
+    return form(torch.full_like(like, value))
+
+
+def probe_loop(host: ModuleHost, run: Callable[[], Any], tolerance: float = 1e-3) -> SamplerMap:
+    """The map of a loop written by hand, whose module is called once a step.
+
+    The loop is run with constants in the place of the module's outputs, once for every step.
+
+    Args:
+        host: the host, with nothing attached.
+        run: one run of it, the same noise every time.
+        tolerance: see `probe`.
+
+    Raises:
+        NonAffineScheduler: the loop draws noise, is not affine in the module's outputs, or calls it
+            more than once a step.
+    """
+    given = _Given(host)
+    plain = _states(host, given, run, [])
+    if max(given.calls.values()) > 1 or host.branches > 1:
+        raise NonAffineScheduler(
+            "the loop calls its module for several guidance branches, and nothing shows how it "
+            "combines them; closed-loop fits on a loop take one branch. Use an open-loop fit, "
+            "method='lstsq'."
+        )
+    first, num_steps = plain[0], len(plain) - 1
+    start = torch.stack([(x * first).sum() / first.square().sum() for x in plain])
+    response = torch.zeros(num_steps + 1, num_steps, dtype=torch.float64)
+    for step in range(num_steps):
+        moved = _states(host, given, run, [0.0] * step + [1.0])
+        for index, (x, without) in enumerate(zip(moved, plain, strict=True)):
+            response[index, step] = (x - without).mean()
+    drawn = torch.randn(num_steps, generator=torch.Generator().manual_seed(0)).double()
+    found = _states(host, given, run, drawn.tolist())
+    gap = size = 0.0
+    for index, x in enumerate(found):
+        expected = start[index] * first + response[index] @ drawn
+        gap, size = gap + float((x - expected).square().sum()), size + float(x.square().sum())
+    if not gap <= tolerance**2 * size:
+        raise NonAffineScheduler(
+            f"the loop is not affine in its module's outputs (relative deviation "
+            f"{(gap / size) ** 0.5:.1e}): it draws noise, clips, or treats elements differently. "
+            "Switch that off, or use an open-loop fit, method='lstsq'."
+        )
+    return SamplerMap(start, response)
+
+
+def _states(
+    host: ModuleHost, given: _Given, run: Callable[[], Any], values: list[float]
+) -> list[Tensor]:
+    """The state before every step and at the end, float64, with given outputs."""
+    states: list[Tensor] = []
+    ends: list[Tensor] = []
+
+    def keep(index: int, v: Tensor, before: Tensor, after: Tensor) -> None:
+        states.append(before.detach().cpu().double())
+        ends.append(after.detach().cpu().double())
+
+    given.values, given.calls = values, {}
+    clock = Clock(host.scheduler, lambda sigmas: None, keep)
+    replaced = replace_method(host.module, "forward", given)
+    try:
+        run()
+    finally:
+        restore_method(host.module, "forward", replaced)
+        clock.detach()
+    return [*states, ends[-1]]

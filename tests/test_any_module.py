@@ -18,15 +18,12 @@ from module_hosts import (
 )
 
 import foreseer as fs
+from foreseer.evaluation.results import load_rows
+from foreseer.integration.linear_sampler import probe_loop
 from foreseer.predictors import Reuse, Taylor
 
 ANCHORS = (0, 1, 3, 6)
 ALL = range(len(TIMES))
-FORMS = {
-    "tensor": None,
-    "tuple": lambda v: (v,),
-    "sample": lambda v: SimpleNamespace(sample=v),
-}
 
 
 class Output:
@@ -423,3 +420,56 @@ def test_guidance_in_one_call_says_its_branches(tmp_path):
         fs.record(guided(fs.host(net)), inputs, str(tmp_path / "a"))
     found = fs.record(guided(fs.host(net, branches=2)), inputs, str(tmp_path / "b"))
     assert found.load(0)["gram/output"].shape == (2, 10, 10)
+
+
+# ---------------------------------------------------------- fits in closed loop, verify, bench
+
+
+@pytest.mark.parametrize("method", ["readout", "closed_loop"])
+def test_fits_in_closed_loop_run_the_loop_and_beat_their_start(recording, method):
+    host = host_with_loop(ActionHead())
+    fitted = fs.fit(recording, anchors=ANCHORS, method=method, pipeline=host)
+    assert fitted.spec.metrics["val_error_db"] <= fitted.spec.metrics["val_error_db_start"]
+    with fs.forecasting(host, fitted) as run:
+        tick(host.module, run, 40)
+    assert run.report().anchors == list(ANCHORS)
+
+
+def test_the_map_of_a_loop_is_that_of_its_steps():
+    host = host_with_loop(ActionHead())
+    found = probe_loop(host, lambda: host(generator=seeded(0), **observation(0)))
+    expected = torch.full((10, 10), -0.1, dtype=torch.float64).tril()
+    torch.testing.assert_close(found.response[1:], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.start, torch.ones(11).double(), rtol=1e-6, atol=1e-6)
+
+    def clipped(inputs, generator):
+        with host.steps(TIMES) as steps:
+            return euler(host.module, inputs, generator, steps).clamp(-0.5, 0.5)
+
+    host.sample = clipped
+    with pytest.raises(fs.UnsupportedHost, match="not affine"):
+        probe_loop(host, lambda: host(generator=seeded(0), **observation(0)))
+
+
+def test_verify_proves_a_host_and_its_predictor(recording):
+    fitted = fs.fit(recording, anchors=ANCHORS, method="lstsq", tap="output")
+    found = fs.verify(host_with_loop(ActionHead()), fitted, prompts=observation(3))
+    assert found, str(found)
+    names = [check.name for check in found.checks]
+    assert {"replay output", "replay hidden", "abort hidden", "detach", "predictor"} <= set(names)
+    with pytest.raises(ValueError, match="inputs of its own"):
+        fs.verify(host_with_loop(ActionHead()))
+
+
+def test_bench_compares_what_runs_on_a_loop(recording, tmp_path):
+    host = host_with_loop(ActionHead())
+    fitted = fs.fit(recording, anchors=ANCHORS, method="lstsq", tap="output")
+    prompts = [observation(seed) for seed in range(50, 54)]
+    options = {"budgets": [4], "num_samples": 4, "predictors": [fitted]}
+    page = fs.bench(host, str(tmp_path), prompts, methods=["reuse", "taylor_1"], **options)
+    rows = load_rows(page.parent / "results.json")
+    assert {row.method for row in rows} == {"full", "reuse", "taylor_1", "l2p"}
+    best = {row.method: row.latent_rel_l2 for row in rows if row.tap in ("output", "none")}
+    assert best["full"] == 0 < best["l2p"] < best["reuse"]
+    with pytest.raises(ValueError, match="take the place of a scheduler"):
+        fs.bench(host, str(tmp_path), prompts, methods=["euler"], **options)

@@ -217,7 +217,7 @@ def test_what_is_shown_does_not_depend_on_the_batches(method):
     whole, states = traced(pipe, entry, SIGMAS, [ITEMS], SETTINGS)
     parts, others = traced(pipe, entry, SIGMAS, [ITEMS[:2], ITEMS[2:]], SETTINGS)
     assert list(states) == list(others) == ([1, 2, 5] if method == "ab2" else list(range(STEPS)))
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(parts.images, whole.images, atol=1e-5, rtol=0)
     for step, state in states.items():
         torch.testing.assert_close(others[step], state, atol=1e-5, rtol=0)
 

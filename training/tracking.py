@@ -4,6 +4,7 @@ Shapes: n trajectories, S sampling steps, B batch. Segments are the stretches fr
 next, or to the end of the run.
 """
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from foreseer.integration.histories import Kept
-from foreseer.integration.linear_sampler import SamplerMap, pristine, probe
+from foreseer.integration.host.module_host import ModuleHost
+from foreseer.integration.linear_sampler import SamplerMap, pristine, probe, probe_loop
 from foreseer.integration.observers import Source, StepRecord
 from foreseer.integration.policy import Anchors
 from foreseer.integration.session import Session
@@ -112,6 +114,24 @@ class Tracker(Source):
         """All outputs at one anchor, flattened, float64."""
         outputs = [kept.by_branch(anchor) for kept in self.outputs]
         return torch.cat(outputs, dim=1).flatten(2).cpu().double()
+
+
+def sampler_of_loop(
+    pipe: Any, items: Sequence[Item], settings: dict[str, Any]
+) -> SamplerMap | None:
+    """The sampler's map of a host whose loop is its own; None where a scheduler tells it.
+
+    Args:
+        pipe: a pipeline or host, with nothing attached.
+        items: of a run.
+        settings: keyword arguments of every call.
+
+    Raises:
+        NonAffineScheduler: see `probe_loop`.
+    """
+    if not (isinstance(pipe, ModuleHost) and pipe.in_loop):
+        return None
+    return probe_loop(pipe, functools.partial(generate_batch, pipe, items, **settings))
 
 
 def guidance_tolerance(dtype: torch.dtype) -> float:
@@ -214,6 +234,7 @@ def track(
     """
     rows = start.double().clone()
     tracker = Tracker(anchors, rows, pipe.scheduler)
+    tracker.sampler = sampler_of_loop(pipe, batches[0][:1], settings)
     session = Session(pipe, tracker, repeats=True)
     bases: list[Tensor] = []
     num_steps = rows.shape[-1]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from foreseer.integration.host.hosts import transformer_of
-from foreseer.integration.host.module_host import ModuleHost
+from foreseer.integration.host.module_host import has_loop
 from foreseer.integration.pipelines.load import device_of
 from foreseer.integration.pipelines.pipeline_call import (
     embeddings_on,
@@ -80,7 +80,7 @@ def asked_items(
     """
     if num_trajectories is not None and num_trajectories < 1:
         raise ValueError(f"num_trajectories is {num_trajectories}, expected at least 1.")
-    if prompts is None and not isinstance(pipe, ModuleHost):
+    if prompts is None and not has_loop(pipe):
         count = CLASS_ITEMS if num_trajectories is None else num_trajectories
         return class_items(count, number_of_classes(pipe), first_item)
     given = [] if prompts is None or isinstance(prompts, str) else list(prompts)
@@ -89,7 +89,7 @@ def asked_items(
         return items[:num_trajectories]
     named = [dict(each) for each in given if isinstance(each, Mapping)]
     if len(named) < len(given) or not given:
-        if isinstance(pipe, ModuleHost):
+        if has_loop(pipe):
             raise ValueError(
                 f"{pipe.name} is run on inputs of its own; give a list with a mapping per sample, "
                 "as in [{'observation': tensor of one row}, ...], or of Items."

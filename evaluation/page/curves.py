@@ -4,7 +4,7 @@ Shapes: B samples, S sampling steps.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from foreseer.evaluation.advice import best_rows
 from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.results import BenchRow
-from foreseer.evaluation.runs import Samples, run_entry, run_plain
+from foreseer.evaluation.runs import Samples, as_pictures, run_entry, run_plain
 from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
 from foreseer.integration.host.clock import Clock
 from foreseer.predictors.rules import RUN
@@ -57,8 +57,8 @@ def sheet(
     """
     budgets = sorted({len(entry.anchors) for entry, _ in ran if entry.kind != "full"})
     full = next(entry for entry, _ in ran if entry.kind == "full")
-    drawn, states = traced(pipe, full, sigmas, batches, settings)
-    images = {"full run": drawn}
+    reference, states = traced(pipe, full, sigmas, batches, settings)
+    images = {"full run": as_pictures(pipe, reference, reference).images}
     if not budgets:
         return Sheet(images, {}, {})
     budget = 8 if 8 in budgets else budgets[len(budgets) // 2]
@@ -71,7 +71,8 @@ def sheet(
             entry = entry_of[id(row)]
             chosen.append(entry)
             drawn, found = traced(pipe, entry, sigmas, batches, settings)
-            images[f"{row.method}\n{budget} evaluations"] = drawn
+            drawn = as_pictures(pipe, drawn, reference)
+            images[f"{row.method}\n{budget} evaluations"] = drawn.images
             errors[row.method] = [(step, relative(x, states[step])) for step, x in found.items()]
     return Sheet(images, errors, weights_of(chosen, sigmas))
 
@@ -82,8 +83,8 @@ def traced(
     sigmas: Sequence[float],
     batches: Sequence[Sequence[Item]],
     settings: dict[str, Any],
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """The images of a run, and the sampler's state after each step of the full run's grid.
+) -> tuple[Samples, dict[int, Tensor]]:
+    """What a run came to, and the sampler's state after each step of the full run's grid.
 
     A few-step solver goes from anchor to anchor, so it has states before its anchors and at the
     end alone.
@@ -97,7 +98,9 @@ def traced(
     """
     parts = [_traced(pipe, entry, sigmas, batch, settings) for batch in batches]
     states = {step: torch.cat([found[step] for _, found in parts]) for step in parts[0][1]}
-    return torch.cat([samples.images for samples, _ in parts]), states
+    images = torch.cat([samples.images for samples, _ in parts])
+    latents = torch.cat([samples.latents for samples, _ in parts])
+    return replace(parts[0][0], images=images, latents=latents), states
 
 
 def _traced(

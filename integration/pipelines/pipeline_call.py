@@ -17,7 +17,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from foreseer.integration.host.module_host import ModuleHost
+from foreseer.integration.host.module_host import has_loop
 from foreseer.integration.pipelines.load import device_of
 
 READ = (".txt", ".safetensors")
@@ -144,8 +144,19 @@ def samples(
     return [{"prompt": prompt} for prompt in found]
 
 
-def first_samples(pipe: Any, prompts: str | None) -> dict[str, Any]:
-    """Per-sample arguments of one sample: the first asked for, or a default one."""
+def first_samples(pipe: Any, prompts: Any) -> dict[str, Any]:
+    """Per-sample arguments of one sample: the first asked for, or a default one.
+
+    Raises:
+        ValueError: a host is asked for something else than inputs of its own.
+    """
+    if has_loop(pipe):
+        if not isinstance(prompts, Mapping):
+            raise ValueError(
+                f"{pipe.name} is run on inputs of its own; give those of one sample as a mapping, "
+                "a row each: prompts={'observation': tensor}."
+            )
+        return dict(prompts)
     if prompts is None and takes_labels(pipe):
         return samples(pipe, class_labels=[0])[0]
     return samples(pipe, default_prompt(pipe) if prompts is None else prompts)[0]
@@ -238,6 +249,29 @@ def drawn(output: Any) -> Float[Tensor, "B *frames C H W"]:
     return samples.float().cpu().clamp(0, 1)
 
 
+SMALLEST = 11  # pixels of a side, which SSIM's window fits into
+
+
+def heat_maps(
+    values: Float[Tensor, " B *shape"], reference: Float[Tensor, " B *shape"]
+) -> Float[Tensor, "B 1 H W"]:
+    """Results of any shape as pictures: grey from the reference's least value to its largest.
+
+    Args:
+        values: what runs came to.
+        reference: what the full runs came to.
+
+    Returns:
+        A row of a picture per entry of the first axis, enlarged to 11 pixels at least.
+    """
+    low, high = reference.min(), reference.max()
+    rows = values.shape[1] if values.ndim > 2 else 1
+    scaled = ((values - low) / (high - low).clamp(min=1e-12)).float().clamp(0, 1)
+    maps = scaled.reshape(len(values), 1, rows, -1)
+    factor = -(-SMALLEST // min(maps.shape[2:]))
+    return maps.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
 def middle(samples: Float[Tensor, "B *frames C H W"]) -> Float[Tensor, "B C H W"]:
     """The images themselves, of videos the middle frames."""
     return samples[:, samples.shape[1] // 2] if samples.ndim == 5 else samples
@@ -286,7 +320,7 @@ def call_settings(
     Raises:
         ValueError: the pipeline does not take one of them.
     """
-    if isinstance(pipe, ModuleHost):
+    if has_loop(pipe):
         return pipe.settings(num_inference_steps, guidance_scale, settings or {})
     num_inference_steps = num_inference_steps or DEFAULT_STEPS
     given: dict[str, Any] = {"num_inference_steps": num_inference_steps, **(settings or {})}

@@ -13,9 +13,9 @@ from foreseer.extras import require
 
 def inspect(
     pipeline: Any,
-    prompts: str | None = None,
+    prompts: str | dict[str, Any] | None = None,
     guidance_scale: float | None = None,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
     **settings: Any,
@@ -28,9 +28,10 @@ def inspect(
     Args:
         pipeline: folder, hub name or `zoo:<name>` of a diffusers pipeline.
         prompts: a prompt; or a .txt file with one per line, or a .safetensors file of embeddings
-            by argument of the pipeline, of which the first row is taken.
+            by argument of the pipeline, of which the first row is taken; of a host the inputs of a
+            sample, as a mapping.
         guidance_scale: guidance strength; None leaves the pipeline's default.
-        num_inference_steps: sampler steps S.
+        num_inference_steps: sampler steps S; None takes 50, and of a host what its loop makes.
         dtype: dtype a pipeline given by name is loaded in; in Python also torch's own.
         device: where to; None takes a GPU where there is one.
         settings: further arguments of the pipeline's call, as in {"height": 512, "width": 512}.
@@ -109,11 +110,11 @@ def generate(
 def bench(
     pipeline: Any,
     out: str,
-    prompts: str | Sequence[str] | None = None,
+    prompts: str | Sequence[Any] | None = None,
     budgets: Sequence[int] = (11, 8, 6),
     num_samples: int = 64,
     guidance_scale: float | None = None,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = None,
     searched: str | Mapping[str, Sequence[int]] | None = None,
     predictors: Sequence[Any] = (),
     methods: Sequence[str] | None = None,
@@ -132,12 +133,13 @@ def bench(
         out: folder of the report: the page `report.html`, tables, plots, contact sheet.
         prompts: held-out prompts, a .txt file with one per line, or a .safetensors file of prompt
             embeddings; they come in turn, with new seeds. Not needed where the pipeline draws
-            classes.
+            classes; of a host the inputs of a sample each, as mappings.
         budgets: list of network evaluations per sample to compare at.
         num_samples: held-out samples per row, at least 1; of videos the middle frame is measured.
         guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
             one that draws classes.
-        num_inference_steps: sampler steps S of the full run.
+        num_inference_steps: sampler steps S of the full run; None takes 50, and of a host what its
+            loop makes.
         searched: searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps, or a JSON file.
         predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER; in Python also predictors,
             or what `fit` returned for several budgets.
@@ -186,7 +188,7 @@ def bench(
 def verify(
     pipeline: Any,
     predictor: Any = None,
-    prompts: str | None = None,
+    prompts: str | dict[str, Any] | None = None,
     guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -204,7 +206,8 @@ def verify(
         predictor: also run this predictor: a folder, hub name or `zoo:<name>`; in Python also the
             predictor itself.
         prompts: a prompt; or a .txt file with one per line, or a .safetensors file of embeddings
-            by argument of the pipeline, of which the first row is taken.
+            by argument of the pipeline, of which the first row is taken; of a host the inputs of a
+            sample, as a mapping.
         guidance_scale: guidance strength; None leaves the pipeline's default.
         num_inference_steps: sampler steps S; None takes the predictor's, or 8.
         dtype: dtype a pipeline given by name is loaded in; in Python also torch's own.
@@ -217,12 +220,13 @@ def verify(
     """
     from foreseer.checkpoints.format import load_predictor
     from foreseer.evaluation.verify import num_steps_of, one_call, verified
+    from foreseer.integration.host.module_host import has_loop
     from foreseer.integration.pipelines.load import opened
     from foreseer.integration.pipelines.pipeline_call import call_settings, first_samples
 
     pipe = opened(pipeline, dtype, device)
     loaded = load_predictor(predictor) if isinstance(predictor, str | Path) else predictor
-    steps = num_inference_steps or num_steps_of(loaded)
+    steps = num_inference_steps or (None if has_loop(pipe) else num_steps_of(loaded))
     given = call_settings(pipe, steps, guidance_scale, settings)
     found = verified(pipe, one_call(pipe, first_samples(pipe, prompts), given), loaded)
     print(found)

@@ -30,6 +30,7 @@ from foreseer.training.readout.walk import (
     sizes_of,
 )
 from foreseer.training.recorded import open_recording
+from foreseer.training.tracking import sampler_of_loop
 from foreseer.training.verdict_callbacks import RivalsVerdict
 
 
@@ -180,6 +181,8 @@ class ReadoutFit(ClosedForm):
                 "fewer processes or a smaller batch_size."
             )
         self.walk = Walk(self.rows, self.pipe.scheduler, self.past)
+        first = self.calibration.batches[0][:1]
+        self.walk.sampler = sampler_of_loop(self.pipe, first, self.calibration.settings)
         self.walk.predictor = self.predictor
         folds = folds_of(item for batch in self.calibration.batches for item in batch)
         self.parts = SegmentParts(self.recording, self.walk, folds)

@@ -1,0 +1,256 @@
+"""The clock of a loop written by hand: the steps of a run, one after the other.
+
+What a loop does between two calls of its module is its own: the input of the next call is the state
+that the step came to. A run is known by the thread or task that took its latest step.
+"""
+
+import contextvars
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foreseer.integration.host.call import prediction
+from foreseer.integration.host.caller import Caller
+from foreseer.integration.host.trunk import UnsupportedHost, first_tensor
+
+
+class LoopClock:
+    """Stands where a scheduler is expected, for a loop whose steps `Steps` counts.
+
+    Attributes:
+        sigmas: flow time of every step, 1 to 0.
+        timesteps: the same as a tensor.
+    """
+
+    config: Mapping[str, Any] = {"use_flow_sigmas": True}
+
+    def __init__(self) -> None:
+        self.sigmas: list[float] = []
+        self.timesteps = torch.zeros(0)
+
+    def set_timesteps(self, sigmas: Sequence[float]) -> None:
+        """A run begins."""
+        self.sigmas = list(sigmas)
+        self.timesteps = torch.tensor(self.sigmas, dtype=torch.float64)
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, after: Tensor
+    ) -> tuple[Tensor]:
+        """A step is over, which took the sample to `after`."""
+        return (after,)
+
+
+_now: contextvars.ContextVar[Mapping[int, "Steps"] | None] = contextvars.ContextVar(
+    "foreseer_steps", default=None
+)
+"""The run that this thread or task has taken its latest step in, by the host's id."""
+
+
+def steps_of(host: Any) -> "Steps | None":
+    """The run of a host whose loop the code now running is in; None outside of all."""
+    steps = (_now.get() or {}).get(id(host))
+    return steps if steps is not None and steps.host is host and steps.is_open else None
+
+
+class Steps:
+    """The steps of one run, see `ModuleHost.steps`; iterating gives the times.
+
+    Attributes:
+        sigmas: flow time of every step, 1 to 0.
+        index: the step under way.
+        done: steps that are over.
+        token: lives as long as the run may go on.
+    """
+
+    def __init__(self, host: Any, times: Sequence[float] | Tensor | int, key: Hashable) -> None:
+        self.host = host
+        self.key = key
+        self.times: Any = range(times) if isinstance(times, int) else times
+        self.sigmas = flow_times(times)
+        self.clock = host.scheduler if key is None else LoopClock()
+        self.is_open = False
+        self.index, self.done, self.closed = -1, 0, 0
+        self.token: Caller | None = None
+        self._place: int | str | None = None  # where the module is given the sample
+        self._calls = 0  # of the step under way
+        self._v: Tensor | None = None
+        self._before: Tensor | None = None
+
+    @property
+    def told(self) -> str:
+        """Which run this is, in words."""
+        return "" if self.key is None else f" under the key {self.key!r}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the latest call of the module."""
+        return 0 if self._v is None else len(self._v)
+
+    def __enter__(self) -> "Steps":
+        """Open the run.
+
+        Raises:
+            ValueError: it was run before, or one of this key is open.
+        """
+        if self.token is not None or self.index >= 0:
+            raise ValueError("these steps were gone through before; ask the host for new ones.")
+        self.host.open(self)
+        self.is_open, self.token = True, Caller()
+        self._go_on()
+        try:
+            self.clock.set_timesteps(self.sigmas)
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        """Close the run; one that was left early or broken off is forgotten."""
+        whole = kind is None and self.done == len(self.sigmas)
+        try:
+            if whole and not self.host.is_sampling:
+                assert self._v is not None and self._before is not None  # every step had a call
+                same = self._v.shape == self._before.shape
+                self.finish(self._v if same else self._before)
+        finally:
+            self._leave()
+
+    def __iter__(self) -> Iterator[Any]:
+        """The times, one after the other.
+
+        Raises:
+            ValueError: the run is not open, or a step had no call of the module.
+        """
+        if not self.is_open or self.index >= 0:
+            raise ValueError(
+                "steps are gone through once, inside of their `with`: with host.steps(times) as "
+                "steps: for t in steps: ..."
+            )
+        for index, time in enumerate(self.times):
+            if index:
+                self._over()
+            self.index = index
+            self._go_on()
+            yield time
+        self._over()
+
+    def called(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The module is about to be called; what it is given tells what the last step came to."""
+        if self.index < 0 or self.done == len(self.sigmas):
+            where = "before its first step" if self.index < 0 else "after its last step"
+            raise ValueError(
+                f"{type(self.host.module).__name__} is called {where} of a run of "
+                f"{len(self.sigmas)} steps{self.told}; the loop calls it inside of `for t in "
+                "steps:`, once or more per step."
+            )
+        if self.done > self.closed:
+            self.finish(_at(self._place, args, kwargs))
+
+    def answered(self, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """The module was called."""
+        self._calls += 1
+        if self._calls > 1:
+            return
+        self._v = prediction(output)
+        if self._place is None:
+            self._place = _place_of(args, kwargs, self._v)
+        self._before = _at(self._place, args, kwargs)
+
+    def finish(self, after: Tensor) -> None:
+        """Tell the clock of a step that is over.
+
+        Args:
+            after: what the step came to.
+        """
+        index, self.closed, was_open = self.closed, self.done, self.is_open
+        assert self._v is not None and self._before is not None  # the step had a call
+        self.is_open = True
+        self._go_on()
+        try:
+            self.clock.step(self._v, self.clock.timesteps[index], self._before, after)
+        finally:
+            self.is_open = was_open
+
+    def _over(self) -> None:
+        if not self._calls:
+            raise ValueError(
+                f"step {self.index} of a run of {len(self.sigmas)} is over without a call of "
+                f"{type(self.host.module).__name__}{self.told}; give one time per call of the "
+                "module, and let nothing come between `for t in steps:` and the call."
+            )
+        self._calls = 0
+        self.done += 1
+
+    def _go_on(self) -> None:
+        held = _now.get() or {}
+        if held.get(id(self.host)) is not self:
+            _now.set({**held, id(self.host): self})
+
+    def _leave(self) -> None:
+        self.is_open = False
+        self.host.close(self)
+        if not self.host.is_sampling:
+            self.token = None
+        held = dict(_now.get() or {})
+        if held.get(id(self.host)) is self:
+            del held[id(self.host)]
+            _now.set(held)
+
+
+def flow_times(times: Sequence[float] | Tensor | int) -> list[float]:
+    """Flow time of every step, 1 to 0.
+
+    Args:
+        times: falling in (0, 1], which is flow time itself; rising in [0, 1), which is 1 - flow
+            time; or a number of steps, of which step i is given 1 - i / n.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(times, int):
+        if times < 1:
+            raise ValueError(f"found {times} steps, expected at least 1.")
+        return [1 - i / times for i in range(times)]
+    values = [float(t) for t in (times.tolist() if isinstance(times, Tensor) else times)]
+    pairs = list(zip(values, values[1:], strict=False))
+    if values and all(a > b for a, b in pairs) and values[0] <= 1 and values[-1] > 0:
+        return values
+    if values and all(a < b for a, b in pairs) and values[0] >= 0 and values[-1] < 1:
+        return [1 - value for value in values]
+    shown = f"{values[:3]} ... {values[-1]}" if len(values) > 4 else f"{values}"
+    raise ValueError(
+        f"the times are {shown}, expected one per call of the module: falling in (0, 1], or rising "
+        "in [0, 1), without the end of the last step. Of other times (a scheduler's timesteps) "
+        "give their number, host.steps(len(times)), or the scheduler, foreseer.host(module, "
+        "scheduler=...)."
+    )
+
+
+def _place_of(args: tuple, kwargs: dict[str, Any], v: Tensor) -> int | str:
+    """Where a module is given the sample: the first tensor of its output's shape, else the first.
+
+    Raises:
+        UnsupportedHost: it is given no tensor.
+    """
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    tensors = [(place, value) for place, value in given if isinstance(value, Tensor)]
+    alike = [place for place, value in tensors if value.shape == v.shape]
+    found = first_tensor(args, kwargs)
+    if found is None:
+        raise UnsupportedHost(
+            "the module is called without a tensor among its arguments, so its sample is not "
+            "known; call it as net(x, t, ...)."
+        )
+    return alike[0] if alike else next(place for place, value in tensors if value is found)
+
+
+def _at(place: int | str | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    found = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"the module was given its sample as argument {place}, in this call there is "
+            f"{type(found).__name__}; call it alike at every step."
+        )
+    return found
