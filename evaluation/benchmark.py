@@ -96,17 +96,15 @@ def compare_methods(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if has_loop(pipe):
-        methods = without_solvers(methods, rules)
-        settings.setdefault("num_inference_steps", steps_made(pipe, items[:1]))
+        methods, settings = of_loop(pipe, items[:1], methods, rules, settings)
     num_steps = int(settings["num_inference_steps"])
     host = host_fingerprint(transformer_of(pipe))
     entries = plan(budgets, num_steps, predictors or {}, searched or {}, methods, rules, common)
     for predictor in (predictors or {}).values():
         check_host(spec_of(predictor), host, pipe.scheduler)
-    full = Entry("full", "full", "none", "all", tuple(range(num_steps)))
+    entries = [Entry("full", "full", "none", "all", tuple(range(num_steps))), *entries]
     common = _common_key(pipe, host, items, batch_size, settings)
     batches = _in_batches(items, batch_size)
-    entries = [full, *entries]
     ran, judge = _measure(pipe, entries, out, batches, common, settings)
     errors = [each for _, each in ran]
     rows = with_rivals([row for row, _ in ran], errors, judge.prompts)
@@ -118,10 +116,14 @@ def compare_methods(
     return write_report(rows, meta, shown.images, out, shown.step_errors, weights=shown.weights)
 
 
-def without_solvers(
-    methods: Sequence[str] | None, rules: Mapping[str, Predictor | Mapping[str, Predictor]]
-) -> list[str]:
-    """The methods of a benchmark on a loop, whose solver is its own.
+def of_loop(
+    pipe: Any,
+    items: Sequence[Item],
+    methods: Sequence[str] | None,
+    rules: Mapping[str, Predictor | Mapping[str, Predictor]],
+    settings: dict[str, Any],
+) -> tuple[list[str], dict[str, Any]]:
+    """Methods and settings of a benchmark on a loop, whose solver and steps are its own.
 
     Raises:
         ValueError: solvers are asked for.
@@ -132,7 +134,8 @@ def without_solvers(
             "leave them out of `methods`. Reuse on the output is Euler with as many evaluations "
             "where the loop is Euler's, ab2 likewise."
         )
-    return list(rules) if methods is None else list(methods)
+    chosen = list(rules) if methods is None else list(methods)
+    return chosen, {"num_inference_steps": steps_made(pipe, items), **settings}
 
 
 def rows_predictor(
