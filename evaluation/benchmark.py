@@ -109,9 +109,8 @@ def compare_methods(
     errors = [each for _, each in ran]
     rows = with_rivals([row for row, _ in ran], errors, judge.prompts)
     save_errors(errors, judge.prompts, out / RESULTS_FILE)
-    few = _in_batches(items[:SHEET_SAMPLES], batch_size)
-    drawn = list(zip(entries, rows, strict=True))
-    shown = sheet(pipe, drawn, judge.reference.sigmas, few, settings)
+    few, drawn = _in_batches(items[:SHEET_SAMPLES], batch_size), zip(entries, rows, strict=True)
+    shown = sheet(pipe, list(drawn), judge.reference.sigmas, few, settings)
     meta = collect_meta(command, [item.seed for item in items])
     return write_report(rows, meta, shown.images, out, shown.step_errors, weights=shown.weights)
 
