@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foreseer.checkpoints.spec import PredictorSpec, at_step, readable_setting
+from foreseer.checkpoints.standing import interval, standing
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.rules import SHOWN
 
@@ -20,6 +21,9 @@ RIVALS = {"start": "start of the fit"} | {
     name: name.replace("_", " ").replace("taylor", "Taylor") for name in SHOWN
 }
 """Rivals every card names, by the suffix of their keys."""
+
+PAIRED = ("paired_db", "paired_low_db", "paired_high_db")
+"""What a fit is ahead of its best rival by, and the 95 % interval, by key in the metrics."""
 
 NOT_MEASURED = "not measured"
 HOW_FAST, HOW_FAR = "How much faster", "How far from the full run"
@@ -187,19 +191,35 @@ def _told(spec: PredictorSpec) -> str:
 
 
 def verdict(metrics: Mapping[str, float]) -> str:
-    """One sentence: whether the predictor beats the best formula measured beside it."""
+    """One sentence: how the predictor stands to the best formula measured beside it."""
     for key, (_, direction) in MEASURES.items():
         rivals = _rivals(metrics, key)
         if key in metrics and rivals:
             name = max(rivals, key=lambda rival: direction * rivals[rival])
+            label = RIVALS.get(name, name)
+            if PAIRED[0] in metrics:
+                return _paired(key, label, *(metrics[end] for end in PAIRED))
             gain = direction * (metrics[key] - rivals[name])
-            label, unit = RIVALS.get(name, name), " dB" if key.endswith("_db") else ""
+            unit = " dB" if key.endswith("_db") else ""
             if gain > 0:
                 return f"Better than {label} by {gain:.3g}{unit} (`{key}`)."
             if gain == 0:
                 return f"No gain over {label} (`{key}`): that formula does as well."
             return f"Worse than {label} by {-gain:.3g}{unit} (`{key}`): use that formula."
     return "Not measured against any formula; run `foreseer bench` before relying on it."
+
+
+def _paired(key: str, label: str, gain: float, low: float, high: float) -> str:
+    """The sentence where samples were compared one by one."""
+    estimated = key == "estimate_db"
+    told = f"{gain:+.2g} dB ({interval(low, high)}, `{key}`)"
+    match standing(low, high, estimated):
+        case "ahead":
+            return f"Ahead of {label}, the best formula on its own anchors: {told}."
+        case "behind":
+            return f"Behind {label}, the best formula on its own anchors: {told}; use that formula."
+    level = "An estimate does not tell it apart from" if estimated else "Level with"
+    return f"{level} {label}, the best formula on its own anchors: {told}."
 
 
 def _facts(spec: PredictorSpec) -> str:
@@ -221,7 +241,7 @@ def _facts(spec: PredictorSpec) -> str:
 def _metrics_table(metrics: Mapping[str, float]) -> str:
     """This predictor beside its rivals, one line per measurement; the rest as they are named."""
     shown = [key for key in MEASURES if key in metrics or _rivals(metrics, key)] or ["psnr_db"]
-    names = list(RIVALS)
+    names: list[str] = []
     for key in shown:
         names += [rival for rival in _rivals(metrics, key) if rival not in names]
     lines = []

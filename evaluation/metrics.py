@@ -202,6 +202,32 @@ def paired(
     return Paired(summary.mean, summary.ci_low, summary.ci_high, wins, len(differences))
 
 
+def paired_squares(
+    squares: Float[Tensor, " B"], rival: Float[Tensor, " B"], prompts: Sequence[int] | None = None
+) -> Paired:
+    """Compare mean squared errors of the same samples, in dB; the interval is a bootstrap, too.
+
+    10 log10 (mean of the rival's squares / mean of the method's), of all samples and of resampled
+    ones.
+
+    Args:
+        squares: one squared error per sample of the method, > 0.
+        rival: the rival's, of the same samples in the same order.
+        prompts: of each sample, see `summarise`.
+
+    Raises:
+        ValueError: other numbers of samples, or no sample.
+    """
+    _check_shapes(squares, rival)
+    mine, other = (each.detach().double().cpu() for each in (squares, rival))
+    groups = range(len(mine)) if prompts is None else prompts
+    # Both draw with the same seed, hence the same samples.
+    ratios = 10 * (_resampled_means(other, groups) / _resampled_means(mine, groups)).log10()
+    mean = 10 * float((other.mean() / mine.mean()).log10())
+    wins = int((mine < other).sum())
+    return Paired(mean, _quantile(ratios, 0.025), _quantile(ratios, 0.975), wins, len(mine))
+
+
 def _quantile(values: Float[Tensor, " B"], q: float) -> float:
     """Linearly interpolated quantile that, unlike `torch.quantile`, is never NaN beside `inf`."""
     ordered = values.sort().values

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from foreseer.checkpoints.standing import ESTIMATED_GAIN_DB, ESTIMATED_LOSS_DB
 from foreseer.evaluation.search import beam_search, start_lists
 from foreseer.integration.schedule import uniform
 from foreseer.predictors.base import History, LinearPredictor, Step
@@ -25,10 +26,6 @@ FORECAST_TAPS = ("output", "hidden", "residual")  # what a predictor can put bac
 QUIET_SECONDS = 2  # before the progress bar shows
 WIDTH = 16  # of the beam; 24 changes few lists, by some tenths of a dB, and takes longer
 MEAN_GAPS = 2.5  # longest stretch between two anchors; the best lists stay below 2
-LEVEL_DB = 1.0  # smaller gaps order two methods hardly better than chance: docs/inspect.md
-LOSS_DB = (
-    4.5  # smaller losses of least-squares rows were as often none in closed loop: docs/inspect.md
-)
 
 Anchors = tuple[int, ...]
 
@@ -230,15 +227,15 @@ def verdict(rows: Sequence[OfflineRow], num_held_out: int) -> str:
 
 
 def _outcome(gain: float) -> str:
-    if -LOSS_DB < gain < LEVEL_DB:
+    if -ESTIMATED_LOSS_DB < gain < ESTIMATED_GAIN_DB:
         return f"is not told apart ({gain:+.1f} dB) from"
     return f"gains {gain:.1f} dB over" if gain > 0 else f"loses {-gain:.1f} dB to"
 
 
 def _advice(gains: Mapping[int, float]) -> str:
     """What to do, by the budgets at which the learned rows lose."""
-    losing = [n for n, gain in gains.items() if gain <= -LOSS_DB]
-    winning = [n for n, gain in gains.items() if gain >= LEVEL_DB]
+    losing = [n for n, gain in gains.items() if gain <= -ESTIMATED_LOSS_DB]
+    winning = [n for n, gain in gains.items() if gain >= ESTIMATED_GAIN_DB]
     fine = [n for n in gains if n not in losing]
     if not losing:
         if winning:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from foreseer.evaluation.metrics import paired
 from foreseer.evaluation.results import BenchRow, Errors
 from foreseer.trajectories.prompts import Item, content
+from foreseer.trajectories.recording import Recording
 
 
 def prompts_of(items: Sequence[Item]) -> list[int]:
@@ -19,6 +20,18 @@ def prompts_of(items: Sequence[Item]) -> list[int]:
         told: Hashable = item.index
         if set(item.inputs) != {"class_labels"}:
             told = tuple((name, content(name, item.inputs[name])) for name in sorted(item.inputs))
+        found.append(known.setdefault(told, len(known)))
+    return found
+
+
+def recorded_prompts(trajectories: Sequence[tuple[Recording, int]]) -> list[int]:
+    """The same of recorded trajectories, by what their manifest lines say they were made from."""
+    known: dict[Hashable, int] = {}
+    found = []
+    for recording, item in trajectories:
+        inputs = {name: value for name, value in recording.meta(item).items() if name != "seed"}
+        one_by_one = set(inputs) <= {"class_labels"}
+        told = (str(recording.folder), item) if one_by_one else tuple(sorted(inputs.items()))
         found.append(known.setdefault(told, len(known)))
     return found
 

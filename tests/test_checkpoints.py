@@ -225,7 +225,7 @@ def test_a_card_tells_what_a_predictor_is_bound_to():
         "| trajectories | 7 |",
         "| scheduler | FlowMatchEulerDiscreteScheduler |",
         "num_inference_steps=8, guidance_scale=3)",
-        "dB (higher is better) | 31.5 | 30.25 | not measured | not measured |",
+        "dB (higher is better) | 31.5 | 30.25 |",
         "**Verdict.** Better than start of the fit by 1.25 dB (`psnr_db`).",
     ):
         assert text in card
@@ -250,8 +250,18 @@ def test_a_card_shows_each_picture_once():
 def test_a_card_without_measurements_says_so():
     predictor = random_predictor()
     card = model_card(predictor, spec_for(predictor, metrics={}))
-    assert "| not measured | not measured | not measured | not measured |" in card
+    assert "(higher is better) | not measured |" in card
     assert "**Verdict.** Not measured against any formula" in card
+
+
+def measured(error, low, high):
+    errors = {"test_error_db": error, "test_error_db_ab2": -30.0, "test_error_db_reuse": -25.0}
+    return errors | {"paired_db": -30.0 - error, "paired_low_db": low, "paired_high_db": high}
+
+
+def estimated(gain, low, high):
+    estimates = {"estimate_db": 20.0 + gain, "estimate_db_reuse": 20.0}
+    return estimates | {"paired_db": gain, "paired_low_db": low, "paired_high_db": high}
 
 
 @pytest.mark.parametrize(
@@ -264,6 +274,13 @@ def test_a_card_without_measurements_says_so():
         ({"psnr_db": 30.0, "psnr_db_taylor_1": 32.5}, "Worse than Taylor 1 by 2.5 dB"),
         ({"val_error_db": -31.0, "val_error_db_start": -30.0}, "Better than start of the fit by 1"),
         ({"open_loop_error": 0.2, "open_loop_error_reuse": 0.1}, "Worse than reuse by 0.1 ("),
+        (measured(-31.2, 0.8, 1.6), "Ahead of ab2, the best formula on its own anchors: +1.2 dB"),
+        (measured(-31.2, -0.1, 2.4), "Level with ab2, the best formula on its own anchors: +1.2"),
+        (measured(-29.5, -0.9, -0.1), "Behind ab2, the best formula on its own anchors: -0.5 dB"),
+        (estimated(2.0, 1.1, 3.0), "Ahead of reuse"),
+        (estimated(2.0, 0.9, 3.0), "An estimate does not tell it apart from reuse"),
+        (estimated(-5.0, -6.0, -4.4), "An estimate does not tell it apart from reuse"),
+        (estimated(-5.0, -6.0, -4.6), "Behind reuse"),
     ],
 )
 def test_the_verdict_compares_with_the_best_rival(metrics, sentence):

@@ -11,8 +11,9 @@ from test_offline import RUN_STEPS, SIGMAS, recorded, smooth
 
 from foreseer.cli import main
 from foreseer.evaluation.offline import LEARNED, Remembered, TapGrams, offline_rows
+from foreseer.evaluation.rows import formula_tables
 from foreseer.evaluation.search import beam_search, start_lists
-from foreseer.evaluation.verdict import estimate
+from foreseer.evaluation.verdict import Rival, estimate
 from foreseer.fit_commands import search
 from foreseer.integration.schedule import uniform, warped
 from foreseer.predictors.rules import RULES
@@ -101,7 +102,9 @@ def test_inspect_estimates_what_the_verdict_of_a_fit_does():
     grams = TapGrams("output", gram(smooth(6)), SIGMAS, STARTS)
     anchors = (0, 2, 4, 5, 7)
     chunks = [(grams.held[:, :, None], grams.rows(LEARNED, anchors)[:, None])]
-    told = estimate(chunks, anchors, SIGMAS, STARTS)
+    tables = formula_tables(anchors, SIGMAS, STARTS)
+    rivals = [Rival(name, anchors, table, 0.0) for name, table in tables.items()]
+    told = estimate(chunks, rivals, len(anchors), SIGMAS)
     learned = grams.measure(LEARNED, "uniform", anchors).estimate_db
     assert told.learned_db == pytest.approx(learned, abs=1e-6)
     for name in RULES:

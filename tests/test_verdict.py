@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import pytest
@@ -16,14 +16,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_hosts import items, pipeline, settings
 
 from foreseer.checkpoints.format import load_predictor
+from foreseer.checkpoints.standing import standing
 from foreseer.evaluation.measure import References, generate, log_error
-from foreseer.evaluation.rows import adams_bashforth_rows
-from foreseer.evaluation.verdict import Estimate, closed_loop_line, open_loop_line
+from foreseer.evaluation.metrics import Paired, paired
+from foreseer.evaluation.rows import adams_bashforth_rows, formula_tables
+from foreseer.evaluation.verdict import (
+    Estimate,
+    Rival,
+    closed_loop_line,
+    estimate,
+    open_loop_line,
+    rivals_on,
+)
 from foreseer.fit_commands import refit as refit_command
-from foreseer.integration.schedule import uniform
+from foreseer.integration.schedule import PUBLISHED_L2P, uniform
 from foreseer.predictors.base import History, Predictor, Step
 from foreseer.predictors.lesa import LesaPredictor
-from foreseer.predictors.rules import RULES, Reuse, Taylor
+from foreseer.predictors.rules import RULES
 from foreseer.predictors.spectrum import equal_bands
 from foreseer.training.closed_loop import L2PClosedLoop
 from foreseer.training.continuous_fit import L2PContinuousModule, SeveralGrams
@@ -32,14 +41,29 @@ from foreseer.training.disca.disca_fit import DiscaModule
 from foreseer.training.export import export_command
 from foreseer.training.l2p import L2PAdam, L2PGramModule, L2PLeastSquares
 from foreseer.training.lesa.lesa_fit import LesaModule
-from foreseer.training.verdict_callbacks import NO_HELD_OUT
+from foreseer.training.verdict_callbacks import NO_HELD_OUT, SAMPLES_KEY
 from foreseer.trajectories.datamodule import GramDataModule, RecordingDataModule
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 
 STEPS, ANCHORS = 9, (0, 1, 3, 6)
 CALL = settings("dit_guided", STEPS)
-PART = re.compile(r"(\d+) evaluations: ([\d.]+) dB (above|below) .*? \((\w+)\), ([a-z, ]+)")
+PART = re.compile(
+    r"(\d+) evaluations: (ahead|level|behind) (?:of |with )?the best formula on its own list "
+    r"\((\w+), anchors ([\d ]+)\), (\S+) dB \(paired (\S+) to (\S+)\), "
+)
+
+
+class Told(NamedTuple):
+    """What a verdict says at one number of evaluations."""
+
+    count: int
+    word: str
+    rival: str
+    own: tuple[int, ...]  # the rival's anchors
+    gain: float
+    low: float
+    high: float
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +96,12 @@ def fit(module: Any, data: Any, out: Path, epochs: int = 1, monitor: str | None 
     trainer.fit(module, datamodule=data)
 
 
-def told(printed: str) -> tuple[str, list[tuple[int, float, str, str]]]:
-    """The verdict among what was printed, and (evaluations, gain, rival, grade) of each part."""
+def told(printed: str) -> tuple[str, list[Told]]:
+    """The verdict among what was printed, and each of its parts."""
     (line,) = [line for line in printed.splitlines() if line.startswith("verdict: ")]
     found = [
-        (int(count), float(db) * (1 if side == "above" else -1), rival, grade)
-        for part in re.split("; |\\. ", line)
-        for count, db, side, rival, grade in PART.findall(part)
+        Told(int(count), word, rival, tuple(map(int, own.split())), *map(float, numbers))
+        for count, word, rival, own, *numbers in PART.findall(line)
     ]
     return line, found
 
@@ -110,14 +133,11 @@ def piled_up(
     return float(torch.stack(squares).mean())
 
 
-def gains(module: Any, held: Sequence[int], anchors: Any) -> dict[str, float]:
-    """Decibels by which the fitted predictor piles up less than each formula of a few."""
-    recording, tap = Recording(module.recording.folder), module.tap
-    mine = piled_up(module.predictor, recording, held, tap, anchors)
-    return {
-        name: 10 * math.log10(piled_up(rule, recording, held, tap, anchors) / mine)
-        for name, rule in RULES.items()
-    }
+def rule_of(told: Told, sigmas: Sequence[float]) -> Predictor:
+    """The formula that a verdict names."""
+    return (
+        Rows(adams_bashforth_rows(told.own, sigmas)) if told.rival == "ab2" else RULES[told.rival]
+    )
 
 
 FITS: dict[str, Any] = {
@@ -142,25 +162,28 @@ def test_a_fit_on_grams_is_judged_by_what_its_forecasts_pile_up(name, folder, tm
     lists = [ANCHORS]
     if name in ("gram", "continuous"):  # serve any list, so are judged on others too
         lists = [uniform(8, STEPS), uniform(6, STEPS), ANCHORS]
-    assert [count for count, *_ in found] == [len(anchors) for anchors in lists]
-    for (_, gain, rival, grade), anchors in zip(found, lists, strict=True):
-        expected = gains(module, held, anchors)
-        least = min(expected.values())
-        assert gain <= least + 0.06  # AB2 is a rival too
-        if rival != "ab2":
-            assert gain == pytest.approx(least, abs=0.06)
-            assert expected[rival] == pytest.approx(least, abs=1e-3)
-        assert grade == ("good" if gain >= 1 else "undecided" if gain > -4.5 else "do not use")
+    assert [each.count for each in found] == [len(anchors) for anchors in lists]
+    recording = Recording(module.recording.folder)
+    for each, anchors in zip(found, lists, strict=True):
+        rule = rule_of(each, recording.header.sigmas)
+        mine = piled_up(module.predictor, recording, held, module.tap, anchors)
+        other = piled_up(rule, recording, held, module.tap, each.own)
+        assert each.gain == pytest.approx(10 * math.log10(other / mine), abs=0.06)
+        assert len(each.own) == each.count and each.low <= each.gain <= each.high
+        if min(abs(each.low - 1), abs(each.high + 4.5)) > 0.06:  # not by rounding
+            assert each.word == standing(each.low, each.high, estimated=True)
     assert f"of {len(held)} trajectories" in line and text_of(tmp_path) == line
     assert "PSNR" not in line.split("foreseer bench")[0]
     export_command(str(tmp_path / "last.ckpt"), str(tmp_path / "out"))
     metrics = load_predictor(tmp_path / "out").spec.metrics
     assert {"estimate_db", "estimate_db_reuse", "estimate_db_taylor_1"} <= metrics.keys()
-    best = max(value for key, value in metrics.items() if key != "estimate_db")
-    own = next(gain for count, gain, *_ in found if count == len(ANCHORS))
-    assert metrics["estimate_db"] - best == pytest.approx(own, abs=0.06)
+    best = max(value for key, value in metrics.items() if key.startswith("estimate_db_"))
+    own = next(each for each in found if each.count == len(ANCHORS))
+    assert metrics["estimate_db"] - best == pytest.approx(own.gain, abs=0.06)
+    ends = metrics["paired_low_db"], metrics["paired_high_db"]
+    assert ends == (pytest.approx(own.low, abs=0.06), pytest.approx(own.high, abs=0.06))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "(`estimate_db`)" in card.split("**Verdict.**")[1].splitlines()[0]
+    assert ", `estimate_db`)" in card.split("**Verdict.**")[1].splitlines()[0]
 
 
 class Rows(Predictor):
@@ -175,15 +198,17 @@ class Rows(Predictor):
         return sum(w * f.float() for w, f in zip(weights, history.features, strict=True))
 
 
-def sample_error(predictor: Predictor, module: Any, held: Sequence[int]) -> float:
-    """Error of the final latents in dB, by the pipeline itself."""
+def sample_errors(
+    predictor: Predictor, module: Any, held: Sequence[int], anchors: Sequence[int] = ANCHORS
+) -> torch.Tensor:
+    """Errors of the final latents in dB, by the pipeline itself."""
     references = References(Recording(module.recording.folder), held)
     pipe = pipeline("dit_guided")
     latents = [
-        generate(pipe, predictor, module.tap, batch, ANCHORS, **references.settings)
+        generate(pipe, predictor, module.tap, batch, anchors, **references.settings)
         for batch in references.batches
     ]
-    return float(log_error(torch.cat(latents), references.finals).mean())
+    return log_error(torch.cat(latents), references.finals)
 
 
 @pytest.mark.parametrize("tap", ["output", "hidden"])
@@ -194,14 +219,14 @@ def test_a_closed_loop_fit_is_judged_by_its_samples(tap, folder, tmp_path, capsy
     printed = capsys.readouterr().out
     for error, best in re.findall(r"ridge .*: (\S+) dB, best so far (\S+)", printed):
         assert float(best) <= float(error)  # this one counts already
-    line, ((count, gain, rival, grade),) = told(printed)
-    sigmas = module.recording.header.sigmas
-    start = Rows(adams_bashforth_rows(ANCHORS, sigmas)) if rival == "ab2" else RULES[rival]
-    mine = sample_error(module.predictor, module, data.test_items)
-    expected = sample_error(start, module, data.test_items) - mine
-    assert (count, rival) == (4, module.start_name)
-    assert gain == pytest.approx(expected, abs=0.06)
-    assert grade.startswith("good" if expected >= 1 else "marginal" if expected > 0 else "no gain")
+    line, (found,) = told(printed)
+    rule, held = rule_of(found, module.recording.header.sigmas), data.test_items
+    mine = sample_errors(module.predictor, module, held)
+    expected = paired(-mine, -sample_errors(rule, module, held, found.own))
+    assert (found.count, len(found.own)) == (4, 4)
+    for value, wanted in ((found.gain, expected.mean), (found.low, expected.low)):
+        assert value == pytest.approx(wanted, abs=0.06)
+    assert found.word == expected.standing
     assert f"final latents of {len(data.test_items)} held-out" in line and "chose nothing" in line
     assert not {*data.test_items} & {*data.train_items, *data.val_items} and data.val_items
     assert text_of(tmp_path) == line
@@ -230,21 +255,27 @@ def test_a_training_is_judged_against_formulas_that_are_run(
     module, names = made(folder)
     data = RecordingDataModule(folder / "r", names, 3, 0.4, 0)
     fit(module, data, tmp_path, epochs=2, monitor="val/error_db")
-    line, ((count, gain, rival, _),) = told(capsys.readouterr().out)
-    ab2 = Rows(adams_bashforth_rows(ANCHORS, module.recording.header.sigmas))
-    rivals = {"reuse": Reuse(), "taylor_1": Taylor(1), "taylor_2": Taylor(2), "ab2": ab2}
-    errors = {n: sample_error(rule, module, data.test_items) for n, rule in rivals.items()}
+    line, (found,) = told(capsys.readouterr().out)
     export_command(str(tmp_path / "kept.ckpt"), str(tmp_path / "out"))  # the best epoch's
     loaded: Any = load_predictor(tmp_path / "out")
-    expected = min(errors.values()) - sample_error(loaded, module, data.test_items)
-    assert (count, rival) == (4, min(errors, key=lambda name: errors[name]))
-    assert gain == pytest.approx(expected, abs=0.06)
+    told_by = torch.load(tmp_path / "kept.ckpt", weights_only=True)[SAMPLES_KEY]
+    errors, held = {}, data.test_items
+    for name, ran in told_by["rivals"].items():
+        one = Told(4, "", name, tuple(ran["anchors"]), 0, 0, 0)
+        rule = rule_of(one, module.recording.header.sigmas)
+        errors[name] = sample_errors(rule, module, held, one.own)
+        assert ran["errors"] == pytest.approx(errors[name].tolist(), abs=1e-3)
+        kept = loaded.spec.metrics[f"test_error_db_{name}"]
+        assert kept == pytest.approx(float(errors[name].mean()), abs=1e-3)
+    assert "ab2" in errors and 3 <= len(errors) <= 4
+    best = min(errors, key=lambda name: float(errors[name].mean()))
+    mine = sample_errors(loaded, module, held)
+    expected = paired(-mine, -errors[best])
+    assert (found.count, found.rival, found.word) == (4, best, expected.standing)
+    assert found.gain == pytest.approx(expected.mean, abs=0.06)
     assert text_of(tmp_path) == line
-    for name, error in errors.items():
-        found = loaded.spec.metrics[f"test_error_db_{name}"]
-        assert found == pytest.approx(error, abs=1e-3)
-    mine = sample_error(loaded, module, data.test_items)
-    assert loaded.spec.metrics["test_error_db"] == pytest.approx(mine, abs=1e-3)
+    assert loaded.spec.metrics["test_error_db"] == pytest.approx(float(mine.mean()), abs=1e-3)
+    assert loaded.spec.metrics["paired_low_db"] == pytest.approx(expected.low, abs=1e-3)
 
 
 def test_a_resumed_training_does_not_run_the_formulas_again(folder, tmp_path, monkeypatch, capsys):
@@ -287,48 +318,84 @@ def test_a_refit_is_judged_on_trajectories_it_was_solved_without(folder, tmp_pat
     export_command(str(tmp_path / "fit" / "last.ckpt"), str(tmp_path / "old"))
     capsys.readouterr()
     refit_command(str(tmp_path / "old"), [str(tmp_path / "b")], str(tmp_path / "new"), 1e-3)
-    _, ((count, gain, rival, _),) = told(capsys.readouterr().out)
-    squares: dict[str, list[float]] = {name: [] for name in ("mine", rival)}
+    _, (found,) = told(capsys.readouterr().out)
+    squares: dict[str, list[float]] = {"mine": [], "rival": []}
+    rule = rule_of(found, Recording(place).header.sigmas)
     for left in (5, 6, 7):
         kept = [item for item in range(8) if item != left]
         without = L2PLeastSquares(place, ANCHORS, "hidden", ridge=1e-3)
         total = Recording(place).stack("gram/hidden", kept).double().sum(0)
         without.predictor.set_rows(rows_fitted(total[None], ANCHORS, 1e-3))
-        one = (Recording(place), [left], "hidden", ANCHORS)
-        squares["mine"].append(piled_up(without.predictor, *one))
-        squares[rival].append(piled_up(RULES[rival], *one))
-    expected = 10 * math.log10(sum(squares[rival]) / sum(squares["mine"]))
-    assert (count, gain) == (4, pytest.approx(expected, abs=0.06))
+        one = Recording(place), [left], "hidden"
+        squares["mine"].append(piled_up(without.predictor, *one, ANCHORS))
+        squares["rival"].append(piled_up(rule, *one, found.own))
+    expected = 10 * math.log10(sum(squares["rival"]) / sum(squares["mine"]))
+    assert (found.count, found.gain) == (4, pytest.approx(expected, abs=0.06))
     assert load_predictor(tmp_path / "new").spec.metrics.keys() >= {"estimate_db"}
+
+
+OWN = (0, 4, 10, 16, 23, 30, 37, 43)
 
 
 @pytest.mark.parametrize(
     ("gain", "words"),
     [
-        (2.14, "8 evaluations: 2.1 dB above the best formula on these anchors (taylor_2), good"),
         (
-            0.9,
-            "8 evaluations: 0.9 dB above the best formula on these anchors (taylor_2), undecided",
+            1.2,
+            "ahead of the best formula on its own list (taylor_2, anchors 0 4 10 16 23 30 37 43)",
         ),
-        (-4.4, "8 evaluations: 4.4 dB below the best formula on these anchors (taylor_2), undec"),
-        (-4.6, "8 evaluations: 4.6 dB below the best formula on these anchors (taylor_2), do not"),
+        (0.9, "level with the best formula"),
+        (-4.4, "level with the best formula"),
+        (-4.6, "behind the best formula"),
     ],
 )
-def test_an_estimate_is_graded_by_the_bounds_of_inspect(gain, words):
-    found = Estimate(8, 5, 20.0 + gain, {"reuse": 15.0, "taylor_2": 20.0})
-    other = Estimate(6, 5, 10.0, {"reuse": 17.0})
+def test_an_estimate_is_worded_by_the_bounds_of_inspect(gain, words):
+    """Of trajectories that differ far more than methods do, so only pairing tells them apart."""
+    rival = 10 ** -torch.linspace(0, 4, 24, dtype=torch.float64)
+    mine, far = rival * 10 ** (-gain / 10), torch.full((24,), 9.0)
+    lists = {"taylor_2": OWN, "reuse": (0, 1)}
+    found = Estimate(8, mine, {"reuse": far, "taylor_2": rival}, lists, 1.0)
+    other = Estimate(6, far, {"reuse": 0.1 * far}, lists, 1.0)
     line = open_loop_line([found, other])
-    assert line.startswith(f"verdict: {words}")
-    assert "; 6 evaluations: 7.0 dB below the best formula on these anchors (reuse), do not" in line
-    assert "--budgets 8,6" in line
+    assert line.startswith(f"verdict: 8 evaluations: {words}")
+    assert f", {gain:+.1f} dB (paired {gain:+.1f} to {gain:+.1f}), " in line
+    assert "; 6 evaluations: behind the best formula on its own list (reuse, anchors 0 1)" in line
+    assert "--budgets 8,6" in line and "tells a gain of 1 dB or a loss of 4.5" in line
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
-    [(-32.0, "2.0 dB above"), (-30.5, "0.5 dB above"), (-30.0, "0.0 dB"), (-29.0, "1.0 dB below")],
+    ("low", "high", "words"),
+    [
+        (0.1, 4.0, "ahead of the best formula on its own list (ab2, anchors 0 3), +1.5 dB"),
+        (-0.1, 3.0, "level with the best formula"),
+        (-3.0, -0.1, "behind the best formula"),
+    ],
 )
-def test_a_measured_gain_is_graded_by_its_sign_first(error, words):
-    line = closed_loop_line(6, error, {"reuse": -25.0, "taylor_1": -30.0}, 7)
-    assert line.startswith(f"verdict: 6 evaluations: {words}") and "(taylor_1)" in line
-    assert ("no gain, do not use" in line) == (error >= -30.0)
-    assert ("marginal" in line, "good" in line) == (error == -30.5, error == -32.0)
+def test_a_measured_gain_is_worded_by_its_paired_interval(low, high, words):
+    line = closed_loop_line(6, Paired(1.5, low, high, 5, 7), "ab2", (0, 3))
+    assert line.startswith(f"verdict: 6 evaluations: {words}")
+    assert f"(paired {low:+.1f} to {high:+.1f})" in line and "of 7 held-out trajectories" in line
+    assert ("use it" in line, "use the formula" in line) == (low > 0, high < 0)
+
+
+def test_a_fit_on_a_published_list_is_held_against_formulas_on_better_ones():
+    """On the published list alone the rows are ahead; a formula on its own list is far better."""
+    steps, anchors = 50, PUBLISHED_L2P[8]
+    generator = torch.Generator().manual_seed(0)
+    waves = torch.rand(2, 32, 4, 1, 64, generator=generator, dtype=torch.float64)
+    size = torch.randn(32, 4, 1, 64, generator=generator, dtype=torch.float64)
+    time = torch.linspace(0, 1, steps, dtype=torch.float64)[:, None]
+    features = (size * torch.cos(4 * math.pi * waves[0] * time + 2 * math.pi * waves[1])).sum(1)
+    grams = (features @ features.transpose(1, 2))[:, None]
+    sigmas = [1 - t / steps for t in range(steps)]
+    rows = rows_fitted(grams[:16], anchors)[:, None]
+    words = {}
+    for name, others in (("same", True), ("own", False)):
+        rivals = rivals_on(grams[:16].mean(0), 8, sigmas, others=[anchors])
+        if others:
+            tables = formula_tables(anchors, sigmas)
+            rivals = [Rival(each, anchors, table, 0.0) for each, table in tables.items()]
+        words[name] = estimate([(grams[16:, :, None], rows)], rivals, 8, sigmas)
+    assert words["same"].standing == "ahead" and words["same"].gap.low > 1
+    assert words["own"].standing == "behind" and words["own"].gap.high < -4.5
+    assert words["own"].lists[words["own"].best] != anchors

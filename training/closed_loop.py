@@ -27,7 +27,7 @@ from foreseer.training.gram_fit import GramFit, refuse_several_processes
 from foreseer.training.l2p import rows_predictor
 from foreseer.training.recorded import open_recording
 from foreseer.training.tracking import check_branches, track
-from foreseer.training.verdict_callbacks import StartVerdict, Verdict
+from foreseer.training.verdict_callbacks import BestRowsVerdict, Verdict
 from foreseer.trajectories.gram import sum_grams
 
 LINEARISED = "linearised"  # what the checkpoint keeps of an epoch's batches
@@ -98,7 +98,7 @@ class L2PClosedLoop(GramFit):
 
     def configure_callbacks(self) -> list[Verdict]:
         """End the fit with its verdict."""
-        return [StartVerdict()]
+        return [BestRowsVerdict()]
 
     def on_fit_start(self) -> None:
         """Choose the start and the base; a resumed fit goes on from its best rows."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foreseer.evaluation.verdict import Estimate, estimate
+from foreseer.evaluation.verdict import Estimate, estimate, rivals_on
 from foreseer.predictors.base import LinearPredictor
 from foreseer.predictors.solve import closed_form, segments
 
@@ -165,6 +165,7 @@ def leave_one_out(
     count: int,
     ridge: float,
     chunks: Iterator[tuple[list[str], Float[Tensor, "n branches P S S"]]],
+    prompts: Sequence[int],
 ) -> Estimate:
     """The estimate of the first `MAX_LEFT_OUT` trajectories, with rows solved without each of them.
 
@@ -174,6 +175,7 @@ def leave_one_out(
         count: of how many trajectories.
         ridge: shrinkage toward reuse.
         chunks: names and Grams.
+        prompts: of every trajectory of the chunks, a number.
     """
     spec = old.spec
     each = (gram for _, grams in chunks for gram in grams)
@@ -184,4 +186,6 @@ def leave_one_out(
         )
         for gram in islice(each, MAX_LEFT_OUT)
     )
-    return estimate(pairs, spec.anchors, spec.sigmas, spec.expert_steps)
+    grid = len(spec.anchors), spec.sigmas
+    rivals = rivals_on(total.sum(1) / count, *grid, spec.expert_steps, [spec.anchors])
+    return estimate(pairs, rivals, *grid, prompts[:MAX_LEFT_OUT])

@@ -28,6 +28,7 @@ from foreseer.checkpoints.format import (
 from foreseer.checkpoints.hub import check_free, locate
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.measure import opened_for
+from foreseer.evaluation.pairing import recorded_prompts
 from foreseer.evaluation.verdict import Estimate, open_loop_line
 from foreseer.predictors import LEARNED
 from foreseer.predictors.base import LinearPredictor, Predictor
@@ -189,9 +190,10 @@ def refit(name: str, recordings: Sequence[str | Path], ridge: float | None = Non
         "ridge": validation.ridge,
         **formula_errors(old, _chunks(opened, gram, parts is not None)),
     }
-    left_out = leave_one_out(
-        old, total, sums.count, validation.ridge, _chunks(opened, gram, parts is not None)
-    )
+    added = [(recording, item) for recording in opened for item in recording.items]
+    chunks = _chunks(opened, gram, parts is not None)
+    prompts = recorded_prompts(added)
+    left_out = leave_one_out(old, total, sums.count, validation.ridge, chunks, prompts)
     spec = extended_spec(
         old.spec, [recording.header for recording in opened], sums, metrics | left_out.metrics()
     )

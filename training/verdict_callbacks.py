@@ -5,7 +5,7 @@ A module names its own in `configure_callbacks`, so that no YAML and no Trainer 
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
@@ -15,14 +15,26 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from foreseer.evaluation.measure import References, closed_loop_errors, predictor_errors
-from foreseer.evaluation.rows import adams_bashforth_rows, analytic_rows
-from foreseer.evaluation.verdict import Estimate, closed_loop_line, estimate, open_loop_line
+from foreseer.evaluation.metrics import Paired, paired
+from foreseer.evaluation.offline import MAX_TRAJECTORIES
+from foreseer.evaluation.pairing import recorded_prompts
+from foreseer.evaluation.verdict import (
+    Estimate,
+    Rival,
+    closed_loop_line,
+    estimate,
+    kept,
+    open_loop_line,
+    rivals_on,
+)
 from foreseer.integration.schedule import uniform
-from foreseer.predictors.rules import RULES, RUN
-from foreseer.trajectories.gram import GramBatches
+from foreseer.trajectories.gram import GramBatches, sum_grams
 
 BUDGETS = (11, 8, 6)  # at which a predictor for any anchors is judged, beside its own list
 CHECKPOINT_KEY = "verdict"
+SAMPLES_KEY = "verdict_samples"  # what pairing needs of every trajectory
+NUM_RUN = 3  # formulas that are run, beside Adams-Bashforth-2
+MAX_JUDGED = 32  # held-out trajectories that they, and the fit, are run on
 ERROR = "test_error_db"  # what checkpoints and cards call the error that a verdict is by
 NO_HELD_OUT = "verdict: none, no trajectory is held out; raise validation_fraction."
 
@@ -49,6 +61,9 @@ class Verdict(Callback):
 
 class OpenLoopVerdict(Verdict):
     """The verdict of a fit on Grams; its checkpoints keep the numbers, for the card."""
+
+    def __init__(self) -> None:
+        self.rivals: dict[int, list[Rival]] = {}  # by network evaluations: searched once
 
     def line(self, trainer: lightning.Trainer, module: Any) -> str:
         """On the fit's own list and, where the predictor takes any, on uniform ones too."""
@@ -77,79 +92,94 @@ class OpenLoopVerdict(Verdict):
             lists += [tuple(uniform(n, num_steps)) for n in others]
         parts = module.hparams.get("partition")
         name = f"gram/{spec.tap}/{parts}" if parts else f"gram/{spec.tap}"
-        batches = GramBatches(module.recording, name, held_out(trainer))
+        held = held_out(trainer)
+        batches, prompts = GramBatches(module.recording, name, held), prompts_in(module, held)
         found = []
         for anchors in lists:
             rows = module.predictor.rows(anchors, header.sigmas)
             grams = (batch["gram"] for batch in batches)
             chunks = ((gram if parts else gram.unsqueeze(2), rows) for gram in grams)
-            found.append(estimate(chunks, anchors, header.sigmas, header.expert_steps))
+            if len(anchors) not in self.rivals:
+                self.rivals[len(anchors)] = searched_rivals(trainer, module, name, anchors)
+            rivals = self.rivals[len(anchors)]
+            found.append(estimate(chunks, rivals, len(anchors), header.sigmas, prompts))
         return sorted(found, key=lambda each: -each.num_anchors)
+
+
+class Ran(NamedTuple):
+    """A formula that was run: its list of anchors, and the error in dB of every sample."""
+
+    anchors: list[int]
+    errors: Float[Tensor, " n"]
 
 
 class RivalsVerdict(Verdict):
     """The verdict of a fit that runs the network, against formulas that are run once for it.
 
-    All are measured on the trajectories that nothing was chosen on; checkpoints keep the numbers.
+    They are the best by Grams and Adams-Bashforth-2, each on its own list of anchors. All are
+    measured on trajectories that nothing was chosen on; checkpoints keep the numbers.
     """
 
     def __init__(self) -> None:
-        self.rivals: dict[str, float] = {}
+        self.rivals: dict[str, Ran] = {}
 
     def line(self, trainer: lightning.Trainer, module: Any) -> str:
-        """By the error of the best epoch that a checkpoint was kept of, else of the newest."""
-        error = self.kept_error(trainer)
-        if error is None:
-            error = self.error(trainer, module)
-        rivals = self.measured(trainer, module)
-        return closed_loop_line(len(anchors_of(module)), error, rivals, len(held_out(trainer)))
+        """By the errors of the best epoch that a checkpoint was kept of, else of the newest."""
+        errors = self.kept_errors(trainer)
+        if errors is None:
+            errors = self.errors(trainer, module)
+        best, gap = self.against(trainer, module, errors)
+        return closed_loop_line(len(anchors_of(module)), gap, best, self.rivals[best].anchors)
 
-    def kept_error(self, trainer: lightning.Trainer) -> float | None:
+    def against(
+        self, trainer: lightning.Trainer, module: Any, errors: Float[Tensor, " n"]
+    ) -> tuple[str, Paired]:
+        """The best rival, and what the fit is ahead of it by."""
+        rivals = self.measured(trainer, module)
+        best = min(rivals, key=lambda name: float(rivals[name].errors.mean()))
+        prompts = prompts_in(module, judged(trainer))
+        return best, paired(-errors, -rivals[best].errors, prompts)
+
+    def kept_errors(self, trainer: lightning.Trainer) -> Float[Tensor, " n"] | None:
         """What the checkpoint of the best epoch says, where one is kept."""
-        for kept in trainer.checkpoint_callbacks:
-            if isinstance(kept, ModelCheckpoint) and kept.monitor == "val/error_db":
-                if path := kept.best_model_path:
+        for kept_by in trainer.checkpoint_callbacks:
+            if isinstance(kept_by, ModelCheckpoint) and kept_by.monitor == "val/error_db":
+                if path := kept_by.best_model_path:
                     told = torch.load(path, map_location="cpu", weights_only=True)
-                    return told.get(CHECKPOINT_KEY, {}).get(ERROR)
+                    if SAMPLES_KEY in told:
+                        return torch.tensor(told[SAMPLES_KEY]["own"], dtype=torch.float64)
         return None
 
-    def error(self, trainer: lightning.Trainer, module: Any) -> float:
-        """Error in dB of the final latents under the module's predictor as it is now."""
-        predictor = module.deployed()
-        references = References(module.recording, held_out(trainer), batch_of(trainer, module))
-        errors = predictor_errors(
+    def errors(self, trainer: lightning.Trainer, module: Any) -> Float[Tensor, " n"]:
+        """Errors in dB of the final latents under the module's predictor as it is now."""
+        references = References(module.recording, judged(trainer), batch_of(trainer, module))
+        return predictor_errors(
             module.pipe,
-            predictor,
+            module.deployed(),
             module.tap,
             anchors_of(module),
             references.batches,
             references.finals,
             **references.settings,
         )
-        return float(errors.mean())
 
-    def tables(self, module: Any) -> dict[str, Float[Tensor, "S S"]]:
-        """The rows of the formulas: each of `RUN`, and Adams-Bashforth-2."""
-        anchors, sigmas = anchors_of(module), module.recording.header.sigmas
-        tables = {name: RULES[name].rows(anchors, sigmas)[0, 0] for name in RUN}
-        return tables | {"ab2": adams_bashforth_rows(anchors, sigmas)}
-
-    def measured(self, trainer: lightning.Trainer, module: Any) -> dict[str, float]:
-        """Error in dB of the final latents under each formula."""
+    def measured(self, trainer: lightning.Trainer, module: Any) -> dict[str, Ran]:
+        """Errors in dB of the final latents under each formula that is run."""
         if not self.rivals:
-            header = module.recording.header
-            references = References(module.recording, held_out(trainer), batch_of(trainer, module))
-            for name, table in self.tables(module).items():
+            header, name = module.recording.header, f"gram/{module.tap}"
+            references = References(module.recording, judged(trainer), batch_of(trainer, module))
+            for rival in to_run(searched_rivals(trainer, module, name, anchors_of(module))):
                 errors = closed_loop_errors(
                     module.pipe,
-                    table.repeat(header.num_branches, 1, 1),
-                    anchors_of(module),
+                    rival.table.repeat(header.num_branches, 1, 1),
+                    rival.anchors,
                     module.tap,
                     references.batches,
                     references.finals,
                     **references.settings,
                 )
-                self.rivals[name] = float(errors.mean())
+                if bool(errors.isfinite().all()):
+                    self.rivals[rival.name] = Ran(list(rival.anchors), errors)
         return self.rivals
 
     def on_save_checkpoint(
@@ -160,9 +190,17 @@ class RivalsVerdict(Verdict):
     ) -> None:
         """Keep the errors, for the card and for a resumed training."""
         if trainer.is_global_zero and held_out(trainer):
-            errors = self.measured(trainer, pl_module)
-            told = {f"{ERROR}_{name}": error for name, error in errors.items()}
-            checkpoint[CHECKPOINT_KEY] = {ERROR: self.error(trainer, pl_module)} | told
+            errors = self.errors(trainer, pl_module)
+            _, gap = self.against(trainer, pl_module, errors)
+            told = {
+                f"{ERROR}_{name}": float(ran.errors.mean()) for name, ran in self.rivals.items()
+            }
+            checkpoint[CHECKPOINT_KEY] = {ERROR: float(errors.mean())} | told | kept(gap)
+            rivals = {
+                n: {"anchors": r.anchors, "errors": r.errors.tolist()}
+                for n, r in self.rivals.items()
+            }
+            checkpoint[SAMPLES_KEY] = {"own": errors.tolist(), "rivals": rivals}
 
     def on_load_checkpoint(
         self,
@@ -170,33 +208,59 @@ class RivalsVerdict(Verdict):
         pl_module: lightning.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Go on with the formulas' errors."""
-        told, prefix = checkpoint.get(CHECKPOINT_KEY, {}), f"{ERROR}_"
+        """Go on with the formulas' errors; a checkpoint of an older version has none."""
+        told = checkpoint.get(SAMPLES_KEY, {}).get("rivals", {})
         self.rivals = {
-            name.removeprefix(prefix): error
-            for name, error in told.items()
-            if name.startswith(prefix)
+            name: Ran(ran["anchors"], torch.tensor(ran["errors"])) for name, ran in told.items()
         }
 
 
-class StartVerdict(RivalsVerdict):
-    """The verdict of `L2PClosedLoop` against its start, the best formula where it was chosen."""
+class BestRowsVerdict(RivalsVerdict):
+    """The verdict of `L2PClosedLoop`, whose best rows are run once as long as they are the best."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.known = (math.nan, math.nan)  # a best error on the validation split, and its own here
+        self.known: tuple[float, Tensor] = (math.nan, torch.empty(0))
 
-    def tables(self, module: Any) -> dict[str, Float[Tensor, "S S"]]:
-        """The rows of the start."""
-        formulas = analytic_rows(anchors_of(module), module.recording.header.sigmas)
-        return {module.start_name: formulas[module.start_name]}
-
-    def error(self, trainer: lightning.Trainer, module: Any) -> float:
-        """Error of the best rows, run once as long as they are the best."""
+    def errors(self, trainer: lightning.Trainer, module: Any) -> Float[Tensor, " n"]:
+        """Errors of the best rows."""
         best = float(module.best_error)
         if self.known[0] != best:
-            self.known = (best, super().error(trainer, module))
+            self.known = (best, super().errors(trainer, module))
         return self.known[1]
+
+
+def searched_rivals(
+    trainer: lightning.Trainer, module: Any, name: str, anchors: Sequence[int]
+) -> list[Rival]:
+    """Every formula on its own list, found on Grams that the fit was fitted on, the best first.
+
+    Args:
+        trainer: of the fit.
+        module: the fit.
+        name: of the Grams, of the whole feature or of its parts.
+        anchors: of the fit, which are tried too.
+    """
+    header, data = module.recording.header, trainer.datamodule  # type: ignore[attr-defined]
+    items = list(getattr(data, "parts", [data])[0].train_items)[:MAX_TRAJECTORIES]
+    mean = sum_grams(module.recording, [name], items)[name] / len(items)
+    whole = mean.sum(1) if mean.ndim == 4 else mean
+    return rivals_on(whole, len(anchors), header.sigmas, header.expert_steps, [anchors])
+
+
+def to_run(rivals: Sequence[Rival]) -> list[Rival]:
+    """The best `NUM_RUN` of different weights, and Adams-Bashforth-2 where it is not among them."""
+    unique: dict[bytes, Rival] = {}
+    for rival in rivals:
+        unique.setdefault(rival.table.double().round(decimals=12).numpy().tobytes(), rival)
+    best = list(unique.values())[:NUM_RUN]
+    names = [rival.name for rival in best]
+    return best + [rival for rival in rivals if rival.name == "ab2" and "ab2" not in names]
+
+
+def prompts_in(module: Any, items: Sequence[int]) -> list[int]:
+    """A number of the prompt of every trajectory of a fit's recording."""
+    return recorded_prompts([(module.recording, item) for item in items])
 
 
 def anchors_of(module: Any) -> Sequence[int]:
@@ -208,6 +272,11 @@ def batch_of(trainer: lightning.Trainer, module: Any) -> int:
     """Trajectories per pipeline call of a fit."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return int(getattr(module, "batch_size", data.batch_size))
+
+
+def judged(trainer: lightning.Trainer) -> list[int]:
+    """Held-out trajectories that the network is run on for a verdict."""
+    return held_out(trainer)[:MAX_JUDGED]
 
 
 def held_out(trainer: lightning.Trainer) -> list[int]:

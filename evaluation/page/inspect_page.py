@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer import __version__
+from foreseer.checkpoints.standing import ESTIMATED_GAIN_DB, ESTIMATED_LOSS_DB
 from foreseer.evaluation.motion import Motion
-from foreseer.evaluation.offline import LEARNED, LEVEL_DB, LOSS_DB, OfflineRow, best_row, gain
+from foreseer.evaluation.offline import LEARNED, OfflineRow, best_row, gain
 from foreseer.evaluation.page import figures
 from foreseer.evaluation.page.charts import Axes, Chart, Curve, LineChart
 from foreseer.evaluation.page.figures import Curves, Weights
@@ -106,7 +107,9 @@ def _tiles(answer: Answer) -> list[str]:
             continue
         learned = best_row(here, learned=True)
         found = gain(learned, formula)
-        ahead = True if found >= LEVEL_DB else False if found <= -LOSS_DB else None
+        ahead = (
+            True if found >= ESTIMATED_GAIN_DB else False if found <= -ESTIMATED_LOSS_DB else None
+        )
         tail = ", ".join(
             f"{row.method} ({row.tap}) {decibels(row.estimate_db)}" for row in (learned, formula)
         )
@@ -144,7 +147,7 @@ def _answered(answer: Answer) -> list[Section]:
     maps = figures.weight_maps(answer.weights)
     rules_note = (
         "-20 log10 of the error piled up during a run, from recorded features. Each rule on the "
-        f"anchors searched for it. Gaps below {LEVEL_DB:g} dB say nothing."
+        f"anchors searched for it. Gaps below {ESTIMATED_GAIN_DB:g} dB say nothing."
     )
     return [
         Section("rules", "Every rule, offline", _table(answer), rules_note, _rules(answer)),

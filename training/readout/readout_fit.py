@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 import torch
+from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -31,7 +32,7 @@ from foreseer.training.readout.walk import (
 )
 from foreseer.training.recorded import open_recording
 from foreseer.training.tracking import sampler_of_loop
-from foreseer.training.verdict_callbacks import RivalsVerdict
+from foreseer.training.verdict_callbacks import RivalsVerdict, judged
 
 
 class Detaching(Callback):
@@ -51,9 +52,12 @@ class Detaching(Callback):
 class LastVerdict(RivalsVerdict):
     """The verdict of a readout fit: rivals are run once the walk leaves the pipeline free."""
 
-    def error(self, trainer: lightning.Trainer, module: Any) -> float:
-        """The fit has measured it: its validation chooses nothing."""
-        return float(module.val_error)
+    def errors(self, trainer: lightning.Trainer, module: Any) -> Float[Tensor, " n"]:
+        """The fit has measured them, unless it was resumed: its validation chooses nothing."""
+        if module.val_errors is None:
+            return super().errors(trainer, module)
+        found: Tensor = module.val_errors[: len(judged(trainer))]
+        return found
 
     def on_save_checkpoint(
         self,
@@ -135,6 +139,7 @@ class ReadoutFit(ClosedForm):
         self.start_error: Tensor
         self.val_error: Tensor
         self.finished: Tensor
+        self.val_errors: Tensor | None = None  # of every held-out sample
         self.register_buffer("num_trajectories", torch.tensor(0))
         self.register_buffer("finished", torch.tensor(False))
         for name in ("start_error", "val_error"):
@@ -219,8 +224,9 @@ class ReadoutFit(ClosedForm):
         if self.validation.items:
             assert self.predictor is not None  # its segments are fitted
             if not self.quiet:
-                self.start_error.fill_(self._error(self.rows))
-            self.val_error.fill_(self._error(self.predictor))
+                self.start_error.fill_(self._errors(self.rows).mean())
+            self.val_errors = self._errors(self.predictor)
+            self.val_error.fill_(self.val_errors.mean())
             self.log("val/error_db", self.val_error)
             SampleLog(self.validation, TAP, self.anchors).log(self, self.predictor)
 
@@ -306,10 +312,10 @@ class ReadoutFit(ClosedForm):
         if self.keep_sums:
             self.sums |= segment_tensors({anchor: found})
 
-    def _error(self, predictor: L2P) -> float:
-        """Mean error in dB of the held-out samples."""
+    def _errors(self, predictor: L2P) -> Float[Tensor, " n"]:
+        """Error in dB of every held-out sample."""
         references = self.validation
-        errors = predictor_errors(
+        return predictor_errors(
             self.pipe,
             predictor,
             TAP,
@@ -318,7 +324,6 @@ class ReadoutFit(ClosedForm):
             references.finals,
             **references.settings,
         )
-        return float(errors.mean())
 
     def detach(self) -> None:
         """Take the hooks off the pipeline and the files away."""
