@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from foreseer.evaluation.pairing import prompts_of, with_rivals
 from foreseer.evaluation.plan import Entry, plan, spec_of
 from foreseer.evaluation.results import (
     RESULTS_FILE,
+    BenchMeta,
     BenchRow,
     Errors,
     collect_meta,
@@ -30,6 +31,7 @@ from foreseer.evaluation.runs import (
     ROWS_FILE,
     Judge,
     RowLog,
+    Samples,
     Tick,
     as_pictures,
     load_samples,
@@ -38,6 +40,7 @@ from foreseer.evaluation.runs import (
     steps_made,
 )
 from foreseer.evaluation.solvers import SOLVERS
+from foreseer.evaluation.st_lpips import StLpips
 from foreseer.evaluation.timing import StepFlops, first_call, step_flops
 from foreseer.integration.host.fingerprint import host_fingerprint
 from foreseer.integration.host.hosts import transformer_of
@@ -53,6 +56,23 @@ FIRST_ITEM = 10_000  # far from every item a recording starts with
 SHEET_SAMPLES = 8
 
 
+class Asked(NamedTuple):
+    """What a benchmark measures and tells beyond its rows.
+
+    Args:
+        reference_steps: also measure the distance to a full run of so many steps; None does not.
+        perceptual: also measure ST-LPIPS.
+        efforts: `<method>|<tap>|<num_anchors>` to what the search for that list took, in words.
+    """
+
+    reference_steps: int | None = None
+    perceptual: bool = False
+    efforts: Mapping[str, str] = {}
+
+
+ASKED = Asked()
+
+
 def compare_methods(
     pipe: Any,
     items: Sequence[Item],
@@ -65,6 +85,7 @@ def compare_methods(
     command: str = "foreseer.evaluation.benchmark.compare_methods",
     rules: Mapping[str, Predictor | Mapping[str, Predictor]] = RULES,
     common: Collection[str] = COMMON,
+    asked: Asked = ASKED,
     **settings: Any,
 ) -> Path:
     """Run every method of a plan (plan.py) on the same items and write the report.
@@ -84,6 +105,7 @@ def compare_methods(
         command: how this was called, for the report.
         rules: the formulas, see `plan`.
         common: names of the common lists to run.
+        asked: what else is measured and told.
         settings: keyword arguments of every pipeline call: `guidance_scale`, `num_inference_steps`.
 
     Returns:
@@ -103,15 +125,31 @@ def compare_methods(
     for predictor in (predictors or {}).values():
         check_host(spec_of(predictor), host, pipe.scheduler)
     entries = [Entry("full", "full", "none", "all", tuple(range(num_steps))), *entries]
-    common = _common_key(pipe, host, items, batch_size, settings)
+    common = _common_key(pipe, host, items, batch_size, settings, asked)
     batches = _in_batches(items, batch_size)
-    ran, judge = _measure(pipe, entries, out, batches, common, settings)
+    ran, judge = _measure(pipe, entries, out, batches, common, settings, asked)
+    lists = told_lists(entries, searched or {}, asked.efforts)
+    meta = collect_meta(command, [item.seed for item in items], lists)
+    few = _in_batches(items[:SHEET_SAMPLES], batch_size)
+    return _report(pipe, entries, ran, judge, few, settings, meta, out)
+
+
+def _report(
+    pipe: Any,
+    entries: Sequence[Entry],
+    ran: Sequence[tuple[BenchRow, Errors]],
+    judge: Judge,
+    few: Sequence[Sequence[Item]],
+    settings: dict[str, Any],
+    meta: BenchMeta,
+    out: Path,
+) -> Path:
+    """Pair the rows, draw a few samples again and write everything down; the HTML page."""
     errors = [each for _, each in ran]
     rows = with_rivals([row for row, _ in ran], errors, judge.prompts)
     save_errors(errors, judge.prompts, out / RESULTS_FILE)
-    few, drawn = _in_batches(items[:SHEET_SAMPLES], batch_size), zip(entries, rows, strict=True)
-    shown = sheet(pipe, list(drawn), judge.reference.sigmas, few, settings)
-    meta = collect_meta(command, [item.seed for item in items])
+    drawn = list(zip(entries, rows, strict=True))
+    shown = sheet(pipe, drawn, judge.reference.sigmas, few, settings)
     return write_report(rows, meta, shown.images, out, shown.step_errors, weights=shown.weights)
 
 
@@ -192,7 +230,12 @@ def _in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 
 def _common_key(
-    pipe: Any, host: dict[str, Any], items: Sequence[Item], batch_size: int, settings: dict
+    pipe: Any,
+    host: dict[str, Any],
+    items: Sequence[Item],
+    batch_size: int,
+    settings: dict[str, Any],
+    asked: Asked,
 ) -> str:
     """Digest of what all rows of a benchmark share."""
     config = {k: str(v) for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
@@ -201,7 +244,23 @@ def _common_key(
         next(transformer_of(pipe).parameters()).dtype
     )  # which the digest of the weights does not tell
     told += [torch.get_num_threads(), str(pipe.device), dtype, digest(items, settings)]
+    if asked.reference_steps or asked.perceptual:  # rows without them are other rows
+        told += [asked.reference_steps, asked.perceptual]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def told_lists(
+    entries: Sequence[Entry], searched: Mapping[str, Sequence[int]], efforts: Mapping[str, str]
+) -> dict[str, str]:
+    """What the searched lists of solvers and formulas took, by method, tap and evaluations."""
+    found = {}
+    for entry in entries:
+        key = f"{entry.method}|{entry.tap}|{len(entry.anchors)}"
+        if key in searched:
+            tap = "" if entry.tap == "none" else f" ({entry.tap})"
+            told = efforts.get(key, "a list was given, but not what finding it took")
+            found[f"{entry.method}{tap} at {len(entry.anchors)}"] = told
+    return found
 
 
 def _measure(
@@ -211,6 +270,7 @@ def _measure(
     batches: Sequence[Sequence[Item]],
     common: str,
     settings: dict[str, Any],
+    asked: Asked,
 ) -> tuple[list[tuple[BenchRow, Errors]], Judge]:
     """Run every entry whose row is not on disk yet, the full run first; all rows, their judge."""
     log = RowLog(out / ROWS_FILE)
@@ -221,7 +281,7 @@ def _measure(
     ]
     work = sum(len(entry.anchors) for entry, _ in pending) * sum(map(len, batches))
     with tqdm(total=work, desc="bench", unit="evaluation") as bar:
-        judge = _judge(pipe, entries, out, batches, common, settings, bar.update)
+        judge = _judge(pipe, entries, out, batches, common, settings, bar.update, asked)
         sigmas = judge.reference.sigmas
         for entry, key in pending:
             bar.set_postfix_str(f"{entry.method} {entry.tap}")
@@ -248,21 +308,44 @@ def _judge(
     common: str,
     settings: dict[str, Any],
     tick: Tick,
+    asked: Asked,
 ) -> Judge:
-    """What the rows are measured against; the full run is drawn where it is not on disk yet."""
-    kept = out / f"reference.{common[:12]}.safetensors"
-    if kept.exists():
-        reference = load_samples(kept)
-    else:
-        reference = run_entry(pipe, entries[0], [], batches, tick, **settings)
-        reference = as_pictures(pipe, reference, reference)
-        save_samples(reference, kept)
+    """What the rows are measured against; full runs are drawn where they are not on disk yet."""
+
+    def drawn(name: str, **changed: Any) -> Samples:
+        kept = out / f"{name}.{common[:12]}.safetensors"
+        if not kept.exists():
+            found = run_entry(pipe, entries[0], [], batches, tick, **{**settings, **changed})
+            save_samples(as_pictures(pipe, found, found), kept)
+        return load_samples(kept)
+
+    reference, steps = drawn("reference"), asked.reference_steps
+    if steps is not None:
+        check_finer(pipe, steps, settings)
     return Judge(
         reference,
         prompts_of([item for batch in batches for item in batch]),
         guidance_of_call(pipe, settings),
         _flops(pipe, entries, batches[0][:1], settings),
+        None if steps is None else drawn(f"reference_{steps}", num_inference_steps=steps),
+        StLpips() if asked.perceptual else None,
     )
+
+
+def check_finer(pipe: Any, steps: int, settings: Mapping[str, Any]) -> None:
+    """Raise unless a full run can be made of so many steps, more than its own.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    own = int(settings["num_inference_steps"])
+    given = sorted({"sigmas", "timesteps"} & settings.keys())
+    if has_loop(pipe) or given or steps <= own:
+        found = "a loop of its own" if has_loop(pipe) else f"the arguments {given}"
+        raise ValueError(
+            f"reference_steps is {steps}, the full run has {own} steps and {found}; expected more "
+            "steps, of a pipeline whose call takes their number alone."
+        )
 
 
 def rule_key(entry: Entry, sigmas: Sequence[float]) -> tuple[str, tuple[int, ...], bytes] | None:

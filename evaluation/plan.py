@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foreseer.checkpoints.format import load_predictor
+from foreseer.checkpoints.format import load_predictors
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.evaluation.learned_solver import LearnedSolver
 from foreseer.evaluation.solvers import SOLVERS
@@ -15,6 +15,7 @@ from foreseer.integration.schedule import COMMON, check_anchors, common_lists
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.rules import RULES
 
+BUDGETS = (11, 8, 6)
 FORMULA_TAPS = ("output", "hidden")
 
 
@@ -167,8 +168,8 @@ def load_learned(predictors: Sequence[Any] | Mapping[str, Any]) -> dict[str, Pre
 
     Args:
         predictors: folders or names, `NAME=FOLDER`, predictors, or several of those by evaluations,
-            as `foreseer.fit` returns them; or any of them by the name they are to have. Several
-            taps and budgets may share a name.
+            as `foreseer.fit` returns them and writes them into one folder; or any of them by the
+            name they are to have. Several taps and budgets may share a name.
 
     Raises:
         ValueError: two predictors share name, tap and anchors, or one was never fitted.
@@ -178,14 +179,20 @@ def load_learned(predictors: Sequence[Any] | Mapping[str, Any]) -> dict[str, Pre
     for name, given in named:
         for each in given.values() if isinstance(given, Mapping) else [given]:
             path = isinstance(each, str | Path)
-            predictor: Predictor = load_predictor(each) if path else each
-            spec = spec_of(predictor)
-            anchors = " ".join(map(str, spec.anchors))
-            key = f"{name}@{spec.tap} {anchors}"
-            if key in learned:
-                raise ValueError(f"two predictors are called {key}; give one a name: NAME=FOLDER.")
-            learned[key] = predictor
+            for predictor in load_predictors(each).values() if path else [each]:
+                spec = spec_of(predictor)
+                key = f"{name}@{spec.tap} {' '.join(map(str, spec.anchors))}"
+                if key in learned:
+                    raise ValueError(
+                        f"two predictors are called {key}; give one a name: NAME=FOLDER."
+                    )
+                learned[key] = predictor
     return learned
+
+
+def budgets_of(learned: Mapping[str, Predictor]) -> list[int]:
+    """The numbers of evaluations of predictors, `BUDGETS` where there is none."""
+    return sorted({len(spec_of(each).anchors) for each in learned.values()}) or list(BUDGETS)
 
 
 def _named(predictors: Sequence[Any]) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,9 @@ class BenchRow:
 
     def __post_init__(self) -> None:
         """Refuse values that no benchmark can have produced."""
-        for field in fields(self):
-            value = _checked(field.name, field.type, getattr(self, field.name), self.method)
-            object.__setattr__(self, field.name, value)
+        for each in fields(self):
+            value = _checked(each.name, each.type, getattr(self, each.name), self.method)
+            object.__setattr__(self, each.name, value)
         for key, allowed in (("kind", KINDS), ("tap", TAPS), ("anchors_name", ANCHOR_NAMES)):
             if getattr(self, key) not in allowed:
                 raise ValueError(
@@ -150,6 +150,8 @@ class BenchMeta:
         command: the command line.
         date: day of the run, ISO 8601.
         commit: commit of the code, or of the release.
+        lists: what searches for lists of anchors took, by method, tap and evaluations; empty where
+            none was searched for a solver or formula, and in older files.
     """
 
     versions: dict[str, str]
@@ -158,6 +160,7 @@ class BenchMeta:
     command: str
     date: str
     commit: str
+    lists: dict[str, str] = field(default_factory=dict)
 
 
 def save_rows(rows: Sequence[BenchRow], path: Path) -> None:
@@ -202,7 +205,7 @@ def from_record(record: Mapping[str, Any], where: str) -> BenchRow:
         if key not in values or values[key] is not None:
             raise ValueError(f"{where}: {key!r} is listed as infinite, so it must be null.")
         values[key] = math.inf
-    types = {field.name: field.type for field in fields(BenchRow)}
+    types = {each.name: each.type for each in fields(BenchRow)}
     return BenchRow(
         **{k: _checked(k, types[k], v, str(values["method"])) for k, v in values.items()}
     )
@@ -288,7 +291,10 @@ def load_benchmark(folder: str | Path) -> Benchmark:
 
 def _check_keys(record: Mapping[str, Any], kind: type[BenchRow | BenchMeta], where: str) -> None:
     """Refuse unknown keys, and missing ones but those that came later, naming them."""
-    known = {field.name: field.default is MISSING for field in fields(kind)}
+    known = {
+        each.name: each.default is MISSING and each.default_factory is MISSING
+        for each in fields(kind)
+    }
     unknown = sorted(record.keys() - known)
     missing = sorted(name for name, needed in known.items() if needed and name not in record)
     if unknown or missing:
@@ -324,12 +330,15 @@ def decibels(value: float) -> str:
     return "exact" if value == math.inf else f"{value:.2f}"
 
 
-def collect_meta(command: str, seeds: Sequence[int]) -> BenchMeta:
+def collect_meta(
+    command: str, seeds: Sequence[int], lists: Mapping[str, str] | None = None
+) -> BenchMeta:
     """What is needed to run a benchmark again, without naming the machine.
 
     Args:
         command: the command line.
         seeds: seed of every sample.
+        lists: what searches for lists of anchors took.
     """
     versions = {"foreseer": __version__, "python": platform.python_version()}
     versions |= {name: installed(name) for name in PACKAGES}
@@ -340,6 +349,7 @@ def collect_meta(command: str, seeds: Sequence[int]) -> BenchMeta:
         command=command,
         date=datetime.date.today().isoformat(),
         commit=commit(),
+        lists=dict(lists or {}),
     )
 
 

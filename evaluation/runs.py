@@ -30,6 +30,7 @@ from foreseer.evaluation.results import (
     to_record,
 )
 from foreseer.evaluation.solvers import sampling_with, solver_scheduler
+from foreseer.evaluation.st_lpips import StLpips
 from foreseer.evaluation.timing import StepFlops, StepTimer, run_flops, transformer_device
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.clock import Clock
@@ -173,20 +174,31 @@ class Judge:
         prompts: of every sample, a number: those of one prompt are resampled together.
         guidance_scale: guidance strength of the runs.
         flops: cost of a step on each tap.
+        fine: what a full run of more steps generated, which the full run misses too; None leaves
+            that distance out.
+        perceptual: ST-LPIPS, or None to leave it out.
     """
 
     reference: Samples
     prompts: Sequence[int]
     guidance_scale: float
     flops: Mapping[str, StepFlops]
+    fine: Samples | None = None
+    perceptual: StLpips | None = None
 
     def errors(self, samples: Samples) -> dict[str, Float[Tensor, " B"]]:
         """How far off every sample is, by the name of the field of a row that is its mean."""
-        return {
-            "psnr_db": psnr(samples.images, self.reference.images),
-            "ssim": ssim(samples.images, self.reference.images),
+        images, reference = samples.images, self.reference.images
+        errors = {
+            "psnr_db": psnr(images, reference),
+            "ssim": ssim(images, reference),
             "latent_rel_l2": latent_rel_l2(samples.latents, self.reference.latents),
         }
+        if self.fine is not None:
+            errors["fine_psnr_db"] = psnr(images, self.fine.images)
+        if self.perceptual is not None:
+            errors["st_lpips"] = self.perceptual(images, reference)
+        return errors
 
     def row(self, entry: Entry, samples: Samples) -> tuple[BenchRow, Errors]:
         """A row of what an entry generated, which names no rival yet, and its samples' errors.

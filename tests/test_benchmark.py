@@ -16,10 +16,10 @@ from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.cli import main
 from foreseer.evaluation import benchmark
 from foreseer.evaluation.benchmark import compare_methods, rows_predictor, rule_key
-from foreseer.evaluation.metrics import paired
+from foreseer.evaluation.metrics import paired, psnr
 from foreseer.evaluation.page.curves import traced
 from foreseer.evaluation.pairing import prompts_of
-from foreseer.evaluation.plan import Entry, plan
+from foreseer.evaluation.plan import Entry, budgets_of, load_learned, plan
 from foreseer.evaluation.results import load_errors, load_meta, load_rows, save_rows
 from foreseer.evaluation.runs import ROWS_FILE, RowLog
 from foreseer.evaluation.timing import (
@@ -30,6 +30,7 @@ from foreseer.evaluation.timing import (
     run_flops,
     step_flops,
 )
+from foreseer.integration.pipelines.pipeline_call import pictures
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.per_part import FreqCa
 from foreseer.predictors.rules import RULES, Taylor
@@ -233,7 +234,8 @@ def test_in_python_predictors_are_taken_as_they_are(tmp_path, rows_only):
 def test_the_command_writes_the_report_and_prints_the_verdict(tmp_path, capsys):
     tiny_pipeline().save_pretrained(tmp_path / "pipe")
     searched = tmp_path / "searched.json"
-    searched.write_text(json.dumps({"reuse|output|2": [0, 1]}))
+    effort = {"reuse|output|2": "9 lists tried on 16 samples, 288 network evaluations"}
+    searched.write_text(json.dumps({"search": "0", "effort": effort, "reuse|output|2": [0, 1]}))
     words = ["bench", "--pipeline", str(tmp_path / "pipe"), "--out", str(tmp_path / "out")]
     words += ["--budgets", "[3,2]", "--num_samples", "2", "--num_inference_steps", str(STEPS)]
     words += ["--searched", str(searched), "--methods", '["ab2","reuse"]']
@@ -245,6 +247,8 @@ def test_the_command_writes_the_report_and_prints_the_verdict(tmp_path, capsys):
     assert "--budgets '[3, 2]'" in meta.command and "cores" in meta.hardware
     rows = load_rows(tmp_path / "out" / "results.json")
     assert [row.anchors for row in rows if row.anchors_name == "searched"] == ["0 1"]
+    assert meta.lists == {"reuse (output) at 2": effort["reuse|output|2"]}
+    assert "288 network evaluations" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_flops_of_a_run_add_up():
@@ -358,3 +362,31 @@ def test_formulas_of_other_parts_are_not_taken_for_one_another():
     plain = [Entry(name, "formula", "hidden", "own", anchors, RULES[name]) for name in names]
     first, same, other = (rule_key(entry, sigmas) for entry in plain)
     assert first == same != other
+
+
+@pytest.mark.usefixtures("rows_only")
+def test_the_distance_to_a_finer_run_is_measured_where_asked_for(tmp_path):
+    pipe = tiny_pipeline()
+    rows = run(tmp_path, (3,), pipe, asked=benchmark.Asked(2 * STEPS))
+    settings = {**SETTINGS, "output_type": "pt"}
+    finer = pictures(generate_batch(pipe, ITEMS, **settings | {"num_inference_steps": 2 * STEPS}))
+    own = pictures(generate_batch(pipe, ITEMS, **settings))
+    full = next(row for row in rows if row.kind == "full")
+    assert full.fine_psnr_db == pytest.approx(float(psnr(own, finer).mean()), abs=0.01)
+    assert all(row.fine_psnr_db is not None and row.st_lpips is None for row in rows)
+    plain = run(tmp_path, (3,), pipe)  # rows without it are other rows
+    assert {row.fine_psnr_db for row in plain} == {None}
+    with pytest.raises(ValueError, match="reference_steps is 6, the full run has 6 steps"):
+        run(tmp_path, (3,), pipe, asked=benchmark.Asked(STEPS))
+
+
+def test_predictors_of_several_budgets_in_one_folder_are_all_compared(tmp_path):
+    pipe = tiny_pipeline()
+    several = {n: reuse_rows(pipe, tuple(range(n))) for n in (3, 2)}
+    fs.save(several, str(tmp_path / "both"))
+    learned = load_learned([str(tmp_path / "both")])
+    assert [len(each.spec.anchors) for each in learned.values()] == [2, 3]
+    assert budgets_of(learned) == [2, 3] and budgets_of({}) == [11, 8, 6]
+    entries = plan(budgets_of(learned), STEPS, learned, {}, ["euler"])
+    own = [(entry.method, len(entry.anchors)) for entry in entries if entry.kind == "learned"]
+    assert own == [("both", 3), ("both", 2)]

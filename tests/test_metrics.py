@@ -3,11 +3,14 @@
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from foreseer.evaluation.metrics import EXACT_DB, latent_rel_l2, paired, psnr, ssim, summarise
+from foreseer.evaluation.st_lpips import StLpips
+from foreseer.extras import MissingExtra
 
 
 def noisy_pair(count=3, channels=1):
@@ -165,3 +168,42 @@ def test_samples_of_one_prompt_are_resampled_together():
     assert honest.high - honest.low > 1.8 * (naive.high - naive.low)
     each = summarise(differences, range(16))
     assert each == summarise(differences)
+
+
+def waves(size, channels, count=2):
+    """Images made of waves, and the same mirrored into one another by a fifth."""
+    t = torch.arange(size, dtype=torch.float64) / size
+    made = [
+        [
+            torch.sin(6.3 * (k + 1) * t[:, None] + c) * torch.cos(6.3 * (k + 2) * t)
+            for c in range(channels)
+        ]
+        for k in range(count)
+    ]
+    images = torch.stack([torch.stack(each) for each in made]) * 0.5 + 0.5
+    return images.float(), (0.8 * images + 0.2 * images.flip(-1)).clamp(0, 1).float()
+
+
+@pytest.mark.skipif(find_spec("stlpips_pytorch") is None, reason="the extra `perceptual`")
+@pytest.mark.parametrize(
+    ("size", "channels", "theirs"),
+    [
+        (32, 1, (8.712898e-05, 9.440347e-05)),
+        (64, 3, (2.0771638e-04, 1.7000872e-04)),
+        (96, 3, (1.1633681e-04, 1.2732559e-04)),
+    ],
+)
+def test_st_lpips_is_what_its_package_computes(size, channels, theirs):
+    """By `stlpips.LPIPS(net="alex", variant="shift_tolerant")(a, b, normalize=True)`, 0.0.2."""
+    distance, (one, other) = StLpips(), waves(size, channels)
+    assert distance(one, other).tolist() == pytest.approx(theirs, rel=1e-4)
+    assert distance(one, one).tolist() == [0.0, 0.0]
+    assert bool((distance(one, 1 - one) > 2 * distance(one, other)).all())
+    with pytest.raises(ValueError, match="expected the same for both"):
+        distance(one[..., :8], other[..., :8])
+
+
+def test_st_lpips_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr("foreseer.extras.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match="needs the extra `perceptual`, of which stlpips"):
+        StLpips()

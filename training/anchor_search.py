@@ -31,6 +31,7 @@ from foreseer.trajectories.prompts import generate_batch
 from foreseer.trajectories.recording import Recording
 
 SEARCH = "search"  # what a file's lists were searched on, beside them
+EFFORT = "effort"  # what each list took, in words, for the report of a benchmark
 NUM_OPEN_LOOP = 3  # lists taken from the search on Grams
 RUNS_PER_LIST = {"l2p_closed_loop": 2}  # of every sample: it is tracked, then measured
 
@@ -227,7 +228,7 @@ def search_lists(
     if algorithm != "beam":
         told += f" {algorithm}"
     made = xxhash.xxh3_128(told.encode()).hexdigest()
-    found = begun(path, made)
+    found, effort = begun(path, made)
     for key in tqdm(wanted, desc="search", unit="list"):
         if key in found:
             continue
@@ -236,17 +237,18 @@ def search_lists(
         anchors, error = tried[0]
         found[key] = list(anchors)
         runs = len(tried) * RUNS_PER_LIST.get(method, 1) * len(references.items)
-        tqdm.write(
-            f"{key}: {' '.join(map(str, anchors))} at {error:.2f} dB; {len(tried)} lists tried on "
-            f"{len(references.items)} samples, {runs * int(budget)} network evaluations"
+        effort[key] = (
+            f"{len(tried)} lists tried on {len(references.items)} samples, {runs * int(budget)} "
+            "network evaluations"
         )
+        tqdm.write(f"{key}: {' '.join(map(str, anchors))} at {error:.2f} dB; {effort[key]}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({SEARCH: made} | found, indent=1) + "\n")
+        path.write_text(json.dumps({SEARCH: made, EFFORT: effort} | found, indent=1) + "\n")
     return found
 
 
-def begun(path: Path, made: str) -> dict[str, list[int]]:
-    """The lists a search has found so far.
+def begun(path: Path, made: str) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The lists a search has found so far, and what each took, which older files do not say.
 
     Args:
         path: the file they are written to.
@@ -262,4 +264,4 @@ def begun(path: Path, made: str) -> dict[str, list[int]]:
             "moves, or of another algorithm; expected those of this search. Give another file with "
             "out."
         )
-    return found
+    return found, found.pop(EFFORT, {})

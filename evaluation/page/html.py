@@ -86,7 +86,7 @@ def write_report(
         _pareto(rows),
         _samples(images, out / "contact_sheet.png"),
         _methods(rows),
-        *_inside(rows, step_errors or {}, weights or {}),
+        *_inside(rows, step_errors or {}, weights or {}, meta),
         Section("again", "Run it again", f"<pre>{escape(meta.command)}</pre>\n{_facts(meta)}"),
     ]
     text = page("bench", _context(rows, meta), told, sections, __version__, _tiles(rows))
@@ -132,7 +132,10 @@ def _samples(images: Mapping[str, Tensor], path: Path) -> Section:
 
 
 def _inside(
-    rows: Sequence[BenchRow], step_errors: Curves, weights: Mapping[str, Weights]
+    rows: Sequence[BenchRow],
+    step_errors: Curves,
+    weights: Mapping[str, Weights],
+    meta: BenchMeta,
 ) -> list[Section]:
     """What lies behind the numbers: error per step, anchors, weights."""
     lists = anchor_lists(rows)
@@ -149,7 +152,7 @@ def _inside(
             "predictors run on."
         )
         drawn = {"timeline": Timeline(caption, lists, num_steps, strong)}
-        found.append(Section("anchors", "Where the network runs", figures=drawn))
+        found.append(Section("anchors", "Where the network runs", _searches(meta), figures=drawn))
     if weights:
         note = (
             "A line per forecast step: how much of each computed feature goes into its forecast. "
@@ -158,6 +161,16 @@ def _inside(
         maps = figures.weight_maps(weights)
         found.append(Section("weights", "What is added up", note=note, figures=maps))
     return found
+
+
+def _searches(meta: BenchMeta) -> str:
+    """What the lists of solvers and formulas took to find."""
+    if meta.lists:
+        return f"<h3>What the searches took</h3>\n{facts(meta.lists)}"
+    return (
+        '<p class="soft">No list was searched for solvers and formulas here: they ran on the '
+        "common lists and on those of the learned predictors.</p>"
+    )
 
 
 def anchor_lists(rows: Sequence[BenchRow]) -> dict[str, tuple[int, ...]]:
@@ -257,7 +270,7 @@ def _cells(row: BenchRow) -> dict[str, Cell]:
 def _asked_for(row: BenchRow, headings: Mapping[str, str]) -> dict[str, Cell]:
     """Cells of what is measured only when asked for."""
     return {
-        heading: _number(getattr(row, name), ".4f" if name == "st_lpips" else ".2f")
+        heading: _number(getattr(row, name), ".3g" if name == "st_lpips" else ".2f")
         for name, heading in headings.items()
     }
 

@@ -138,7 +138,7 @@ def _ends(row: BenchRow) -> str:
 
 def _optional(row: BenchRow, name: str) -> str:
     value = getattr(row, name)
-    return "–" if value is None else f"{value:.4f}" if name == "st_lpips" else decibels(value)
+    return "–" if value is None else f"{value:.3g}" if name == "st_lpips" else decibels(value)
 
 
 def _short_line(label: str, cells: dict[int, str], budgets: Sequence[int]) -> list[str]:

@@ -15,6 +15,7 @@ OF_EXTRAS = {
         "tensorboard": "tensorboard",
         "torchmetrics": "torchmetrics",
     },
+    "perceptual": {"stlpips_pytorch": "stlpips-pytorch"},
     "web": {"gradio": "gradio"},
 }
 """For each extra: the packages in pyproject.toml, by the name they are imported by."""

@@ -111,13 +111,15 @@ def bench(
     pipeline: Any,
     out: str,
     prompts: str | Sequence[Any] | None = None,
-    budgets: Sequence[int] = (11, 8, 6),
+    budgets: Sequence[int] | None = None,
     num_samples: int = 64,
     guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
     searched: str | Mapping[str, Sequence[int]] | None = None,
     predictors: Sequence[Any] = (),
     methods: Sequence[str] | None = None,
+    reference_steps: int | None = None,
+    perceptual: bool = False,
     batch_size: int = 16,
     num_threads: int = 1,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -126,24 +128,33 @@ def bench(
 ) -> Any:
     """Compare the full run, few-step solvers and every predictor on the same seeds and anchors.
 
-    The same command goes on after the last finished row when it was interrupted.
+    Every comparison is paired on the same samples; the last lines say what to use at each number of
+    evaluations. The same command goes on after the last finished row when it was interrupted, and
+    what is added to it later is paired with what has run.
 
     Args:
         pipeline: folder or hub name of the diffusers pipeline, or `zoo:NAME` for a bundled one.
         out: folder of the report: the page `report.html`, tables, plots, contact sheet.
         prompts: held-out prompts, a .txt file with one per line, or a .safetensors file of prompt
-            embeddings; they come in turn, with new seeds. Not needed where the pipeline draws
-            classes; of a host the inputs of a sample each, as mappings.
-        budgets: list of network evaluations per sample to compare at.
+            embeddings; they come in turn, with new seeds: twice as many samples as prompts are two
+            seeds each. Not needed where the pipeline draws classes; of a host the inputs of a
+            sample each, as mappings.
+        budgets: list of network evaluations per sample to compare at; None takes those of the
+            predictors, and 11, 8 and 6 without any.
         num_samples: held-out samples per row, at least 1; of videos the middle frame is measured.
         guidance_scale: classifier-free guidance strength; None leaves the pipeline's default, 3 for
             one that draws classes.
         num_inference_steps: sampler steps S of the full run; None takes 50, and of a host what its
             loop makes.
-        searched: searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps, or a JSON file.
-        predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER; in Python also predictors,
-            or what `fit` returned for several budgets.
+        searched: searched anchors, `METHOD|TAP|NUM_ANCHORS` to a list of steps, or the JSON file
+            that `foreseer search` writes, whose effort the report then tells.
+        predictors: list of predictor checkpoints, FOLDER or NAME=FOLDER, of one number of
+            evaluations or of several; in Python also predictors, or what `fit` returned for several
+            budgets.
         methods: list of solvers and formulas to run; None runs all.
+        reference_steps: also measure the distance to a full run of so many steps, as in 200, from
+            which the full run itself is away; that run takes as many evaluations per sample.
+        perceptual: also measure ST-LPIPS, which needs the extra `perceptual`.
         batch_size: samples drawn at once.
         num_threads: threads torch uses meanwhile.
         dtype: dtype a pipeline given by name is loaded in; in Python also torch's own.
@@ -155,9 +166,11 @@ def bench(
     """
     options = dict(locals())
     require("train", "foreseer bench")
+    if perceptual:
+        require("perceptual", "ST-LPIPS")
     from foreseer.evaluation import benchmark
     from foreseer.evaluation.advice import advice
-    from foreseer.evaluation.plan import load_learned
+    from foreseer.evaluation.plan import budgets_of, load_learned
     from foreseer.evaluation.results import load_rows
     from foreseer.evaluation.timing import threads
     from foreseer.integration.pipelines.load import opened
@@ -165,18 +178,21 @@ def bench(
     from foreseer.trajectories.prompts import asked_items
 
     pipe = opened(pipeline, dtype, device)
-    lists = json.loads(Path(searched).read_text()) if isinstance(searched, str) else searched
+    given = json.loads(Path(searched).read_text()) if isinstance(searched, str) else searched
+    learned, lists = load_learned(predictors), dict[str, Any](given or {})
+    efforts = lists.pop("effort", {})
     with threads(num_threads):
         page = benchmark.compare_methods(
             pipe,
             asked_items(pipe, prompts, num_samples, benchmark.FIRST_ITEM),
             out,
-            budgets,
-            load_learned(predictors),
+            budgets or budgets_of(learned),
+            learned,
             lists,
             methods,
             batch_size,
             benchmark.command_line(options),
+            asked=benchmark.Asked(reference_steps, perceptual, efforts),
             **call_settings(pipe, num_inference_steps, guidance_scale, settings),
         )
     rows = load_rows(page.parent / "results.json")
