@@ -16,7 +16,7 @@ from foreseer.checkpoints.strict import MalformedFile, parse_json, read_plain
 from foreseer.checkpoints.upgrade import PREDICTOR, NewerVersion, upgraded
 from foreseer.errors import CheckpointError as CheckpointError
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_STEPS = 4096
@@ -406,6 +406,10 @@ ARGUMENT_RULES: dict[str, Rule] = {
         f"null, or a class with some of {sorted(OF_PARTITIONS)}, each as of its kind",
     ),
     "past": _whole(0, MAX_ANCHORS_READ),
+    "first_time": (
+        lambda v: v is None or (is_number(v) and 0 < v <= 1),
+        "null or a number above 0, at most 1",
+    ),
     "patch": _whole(1, MAX_CHANNELS),
     "rank": _whole(1, MAX_CHANNELS),
     "residual": BOOLEAN,

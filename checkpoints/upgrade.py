@@ -97,6 +97,14 @@ def _order_from_5(values: Values) -> Values:
     return values | {"spec": {"first_branch": ""} | spec}
 
 
+def _first_time_from_6(values: Values) -> Values:
+    """2026-11-29: rows and readouts may tell the network another time at step 0."""
+    arguments = values.get("arguments")
+    if values.get("predictor_class") not in ("L2P", "Readout") or not isinstance(arguments, dict):
+        return values
+    return values | {"arguments": {"first_time": None} | arguments}
+
+
 def _order_from_3(values: Values) -> Values:
     """2026-11-29: which guidance branch comes first, and the weights in any layout."""
     return {"first_branch": "", "values_digest": ""} | values
@@ -108,6 +116,7 @@ PREDICTOR: dict[int, Upgrade] = {
     3: _past_from_3,
     4: _rows_from_4,
     5: _order_from_5,
+    6: _first_time_from_6,
 }
 """Of the `config.json` of a predictor checkpoint."""
 

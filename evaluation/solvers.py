@@ -17,7 +17,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from foreseer.integration.host.clock import step_output
+from foreseer.integration.host.clock import is_flow, step_output
 
 Numbers = Sequence[float] | np.ndarray | Tensor
 LARGEST_SIGMA = 1 - 1e-6  # diffusers' own bound in UniPC, whose log-SNR is infinite at sigma = 1
@@ -155,7 +155,7 @@ def sampling_with(pipe: Any, scheduler: Any) -> Iterator[Any]:
             not predict v.
     """
     own = pipe.scheduler
-    if not type(own).__name__.startswith("FlowMatch") and not own.config.get("use_flow_sigmas"):
+    if not is_flow(own):
         raise ValueError(
             f"the pipeline samples with {type(own).__name__}, expected a flow-matching scheduler: "
             "the few-step solvers take the network's output for v = eps - x_0."

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import VALUES, PredictorMismatch, PredictorSpec, check_host
@@ -24,7 +25,14 @@ from foreseer.integration.host.layout import Layout
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.memory import check_budget
 from foreseer.integration.report import Report
-from foreseer.integration.sigma_run import SigmaRun, flow_time, grid_of, kind_of, one_sigma
+from foreseer.integration.sigma_run import (
+    SigmaRun,
+    check_first_time,
+    flow_time,
+    grid_of,
+    kind_of,
+    one_sigma,
+)
 from foreseer.predictors.base import Predictor
 
 
@@ -152,6 +160,7 @@ def forecast_model(
     if model is None and isinstance(model_fn, nn.Module):
         model = model_fn
     kind = kind_of(predictor.spec, returns, fitted_on)
+    check_first_time(predictor, kind)
     forecaster = output_forecaster(predictor, anchors)
     forecaster.memory_budget = memory_budget
     forecaster.settings = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
@@ -216,11 +225,17 @@ class ForecastModel:
         step = self.run.enter(flow_time(value, self.kind), [key], branches, x)
         ran = self.run.computes([key], step)
         if ran:
-            out, hidden = self._compute(x, sigma, key, kwargs)
-            self.run.observe(key, step, self._feature(out, x, value), hidden)
+            told = self.run.forecaster.told(step)
+            given = sigma if told is None else told
+            if told is not None and isinstance(sigma, Tensor):
+                given = torch.full_like(sigma, told)
+            out, hidden = self._compute(x, given, key, kwargs)
+            feature = self._feature(out, x, value if told is None else told)
+            self.run.observe(key, step, feature, hidden)
+            if told is not None:
+                out = self._returned(feature, x, value)
         else:
-            feature = self.run.forecast(key, step)
-            out = x - value * feature if self.returns == "denoised" else feature
+            out = self._returned(self.run.forecast(key, step), x, value)
         self.run.leave(step, x, ran, time.perf_counter() - started)
         return out
 
@@ -234,6 +249,9 @@ class ForecastModel:
 
     def _feature(self, out: Tensor, x: Tensor, sigma: float) -> Tensor:
         return (x - out) / sigma if self.returns == "denoised" else out
+
+    def _returned(self, feature: Tensor, x: Tensor, sigma: float) -> Tensor:
+        return x - sigma * feature if self.returns == "denoised" else feature
 
     def report(self) -> Report:
         """Which steps of the latest run ran and which were forecast, state bytes, time of each."""

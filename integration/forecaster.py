@@ -113,6 +113,10 @@ class Forecaster(Source):
         found.memory_budget = self.memory_budget
         return found
 
+    def told(self, step: Step) -> float | None:
+        """The predictor's time at step 0, where it has one."""
+        return self.predictor.first_time if step.index == 0 else None
+
     def knows(self, step: Step, slot: Hashable = None) -> bool:
         """Whether the call has an anchor: one that starts in mid-run is computed first."""
         return self.histories.at(step, slot) is not None

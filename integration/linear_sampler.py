@@ -105,7 +105,7 @@ class _Given:
     def __init__(self, host: ModuleHost) -> None:
         self.host = host
         self.values: list[float] = []  # by step; beyond the last one 0
-        self.wrap: Callable[[], Any] | None = None
+        self.wrap: Callable[[float], Any] | None = None
         self.calls: dict[int, int] = {}  # by step
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

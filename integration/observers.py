@@ -122,6 +122,10 @@ class Source(Observer):
     def open(self, sigmas: list[float]) -> None:
         """A new run starts on this grid of sigmas; forget the last one."""
 
+    def told(self, step: Step) -> float | None:
+        """Flow time to tell the network where it runs at a step; None for the step's own."""
+        return None
+
     def knows(self, step: Step, slot: Hashable = None) -> bool:
         """Whether a call can be forecast; one that cannot is computed."""
         raise NotImplementedError

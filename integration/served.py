@@ -1,6 +1,5 @@
 """A predictor in a serving engine, which calls the network of a pipeline in a loop of its own."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import check_run
 from foreseer.integration.forecast_model import forecast_model
+from foreseer.integration.host.call import Call
 from foreseer.predictors.base import Predictor
 
 
@@ -30,6 +30,7 @@ class ServedNetwork:
 
     def __init__(self, predictor: Predictor, network: nn.Module, scheduler: Any) -> None:
         self.predictor = predictor
+        self.network = network
         self.scheduler = scheduler
         self.forecast = forecast_model(_velocity, predictor, network, scheduler=scheduler)
         self.reset()
@@ -59,8 +60,8 @@ class ServedNetwork:
             PredictorMismatch: the request leaves the fit's grid, guidance, dtype or latents.
         """
         x_t = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        call = functools.partial(forward, *args, **kwargs)
-        out = self.forecast(x_t, self._sigma(step), branches=(branch,), call=call)
+        call, sigma = Call(self.network, forward, args, kwargs), self._sigma(step)
+        out = self.forecast(x_t, sigma, branches=(branch,), call=call, own=sigma)
         return (out,) if kwargs.get("return_dict") is False else out
 
     def _sigma(self, step: int) -> float:
@@ -71,9 +72,16 @@ class ServedNetwork:
         return self._sigmas[step]
 
 
-def _velocity(x_t: Tensor, sigma: float, call: Callable[[], Any]) -> Tensor:
-    """The velocity of a call of the network, however the call returns it."""
-    out = call()
+def _velocity(x_t: Tensor, sigma: float, call: Call, own: float) -> Tensor:
+    """The velocity of a call of the network, however the call returns it.
+
+    Args:
+        x_t: its input.
+        sigma: flow time to tell the network.
+        call: the call.
+        own: its flow time.
+    """
+    out = (call if sigma == own else call.at_time(own, sigma)).run()
     if isinstance(out, Tensor):
         return out
     velocity: Tensor = out[0] if isinstance(out, tuple) else out.sample

@@ -309,6 +309,8 @@ class Session:
         source = self.source
         if source is None:
             return self.runner.run(expert, call, step)
+        if (told := source.told(step)) is not None:
+            call = call.at_time(step.sigma, told)
         action = source.schedule.before(step)
         known = met and source.knows(step)
         if action is Action.PROBE:

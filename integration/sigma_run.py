@@ -101,6 +101,23 @@ def kind_of(spec: PredictorSpec | None, returns: str, fitted_on: str | None) -> 
     return kind
 
 
+def check_first_time(predictor: Predictor, kind: str) -> None:
+    """Raise where another time at step 0 would be another input too: `eps` are scaled by it.
+
+    Args:
+        predictor: the predictor.
+        kind: `v` or `eps`.
+
+    Raises:
+        ValueError: it tells another time, and eps are forecast.
+    """
+    if predictor.first_time is not None and kind != "v":
+        raise ValueError(
+            "the predictor tells the network another time at step 0, and a function that returns "
+            "eps scales its input by it; use a pipeline, or fit with first_times=0."
+        )
+
+
 class SigmaRun:
     """A forecaster and the run it is in, step by step.
 

@@ -158,6 +158,7 @@ class Predictor(nn.Module):
         num_branches: guidance branches it tells apart.
         width: channels of the hidden state it is given, if it `reads` or `needs` one.
         modulation_width: of the modulation vector it is given, if it `needs` one.
+        first_time: flow time in (0, 1] that the network is told at step 0; None for the step's own.
     """
 
     window: int | None = None
@@ -173,6 +174,7 @@ class Predictor(nn.Module):
     num_branches: int = 1
     width: int = 1
     modulation_width: int = 1
+    first_time: float | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments, as what JSON holds: what a file keeps beside the state."""

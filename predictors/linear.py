@@ -29,6 +29,9 @@ class L2P(LinearPredictor):
     the forecast is moved by what it was wrong at b: F_hat_t + F_b - F_hat_b, exact at b. This is
     ours, a linear rule as well.
 
+    At step 0 the sample is noise whatever the time, so the network may be told a later one: F_0 is
+    then its velocity of the steps to come (the decoupled times of LD3, arXiv 2405.15506).
+
     Args:
         num_steps: sampling steps S.
         anchors: steps at which the network runs, the first of every transformer among them.
@@ -36,9 +39,11 @@ class L2P(LinearPredictor):
         expert_steps: first step of each transformer, starting with 0.
         partition: parts with rows of their own (`Bands`, `ChannelGroups`), or what `describe` told
             of them; None of the whole feature.
+        first_time: flow time that the network is told at step 0; None for the step's own.
 
     Raises:
-        ValueError: the anchors are not a schedule of such a run, or see `partition_from`.
+        ValueError: the anchors are not a schedule of such a run, the time is not in (0, 1], or see
+            `partition_from`.
     """
 
     learned = True
@@ -51,6 +56,7 @@ class L2P(LinearPredictor):
         num_branches: int = 1,
         expert_steps: Sequence[int] = (0,),
         partition: Partition | Mapping[str, Any] | None = None,
+        first_time: float | None = None,
     ) -> None:
         super().__init__()
         anchors = list(anchors)
@@ -68,6 +74,9 @@ class L2P(LinearPredictor):
                 "rising steps starting with 0, all of them anchors: what one transformer computed "
                 f"says nothing about the next (missing: {missing})."
             )
+        if first_time is not None and not 0 < first_time <= 1:
+            raise ValueError(f"first_time is {first_time}, expected a flow time in (0, 1] or None.")
+        self.first_time = first_time
         self.num_steps = num_steps
         self.anchors = tuple(anchors)
         self.num_branches = num_branches

@@ -44,9 +44,11 @@ class Readout(L2P):
         rank: r.
         neighbours: whether tokens next to a token, diagonals included, are read for it too.
         past: Q.
+        first_time: flow time that the network is told at step 0, see `L2P`.
 
     Raises:
-        ValueError: the anchors are not a schedule of such a run, or a size is below 1.
+        ValueError: the anchors are not a schedule of such a run, a size is below 1, or the time is
+            not in (0, 1].
     """
 
     reads = True
@@ -65,8 +67,9 @@ class Readout(L2P):
         rank: int = 1,
         neighbours: bool = True,
         past: int = 0,
+        first_time: float | None = None,
     ) -> None:
-        super().__init__(num_steps, anchors, num_branches, expert_steps)
+        super().__init__(num_steps, anchors, num_branches, expert_steps, None, first_time)
         if width < 1 or patch < 1 or not 1 <= rank <= width or past < 0:
             raise ValueError(
                 f"found width {width}, patch {patch}, rank {rank} and past {past}, expected at "

@@ -43,6 +43,7 @@ def module_of(
     recording: str, pipe: Any, anchors: list[int] = ANCHORS, rank: int = 4, **options: Any
 ) -> ReadoutFit:
     """A fit of a pipeline at hand, two trajectories at a time."""
+    options = {"first_times": 2} | options
     module = ReadoutFit(recording, "none", anchors, rank, batch_size=2, **options)
     module.pipe = pipe
     return module

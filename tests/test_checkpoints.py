@@ -98,6 +98,7 @@ def test_the_files_hold_the_documented_keys(tmp_path):
         "num_branches": 2,
         "expert_steps": [0],
         "partition": None,
+        "first_time": None,
     }
     assert config["schema_version"] == SCHEMA_VERSION
 

@@ -1,5 +1,6 @@
 """A predictor runs on any sampler loop, bit for bit as in the pipeline, or refuses it in words."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import foreseer as fs
 from foreseer.integration.sigma_run import flow_time
+from foreseer.predictors.linear import L2P
 
 PIPELINE, READOUT, ROWS = "zoo:fashion_dit", "zoo:fashion_dit_readout_8", "zoo:emoji_flux_l2p_8"
 
@@ -85,6 +87,44 @@ def test_a_hand_written_loop_draws_the_images_of_the_pipeline_bit_for_bit(pipe, 
     assert "42 of 50 steps forecast" in repr(model)
     assert model.run.forecaster.state_bytes() == 0  # nothing is held once the run is over
     assert torch.equal(euler(model, pipe, noise), expected)  # and the next run is a new one
+
+
+@pytest.mark.parametrize("returns", ["v", "denoised"])
+def test_step_0_is_told_another_time_as_in_the_pipeline(pipe, noise, returns):
+    predictor = fs.load(READOUT)
+    predictor.first_time = 0.97
+    with fs.forecasting(pipe, predictor):
+        expected = pipe([3, 7], latents=noise, output_type="latent").images
+    own, told = network(pipe), []
+
+    def model_fn(x, sigma, labels):
+        told.append(float(sigma[0]))
+        v = own(x, sigma, labels)
+        return v if returns == "v" else x - sigma[:, None, None, None] * v
+
+    if returns == "v":
+        model = fs.forecast_model(model_fn, predictor, model=pipe.transformer)
+        assert torch.equal(euler(model, pipe, noise), expected)
+    else:
+        rows = L2P(50, predictor.anchors, 2, first_time=0.97)
+        rows.weight.copy_(predictor.weight)
+        rows.spec = predictor.spec
+        loops = [
+            fs.forecast_model(f, rows, model=pipe.transformer, returns=kind)
+            for f, kind in ((own, "v"), (model_fn, "denoised"))
+        ]
+        x, sigma = torch.cat([noise, noise]), torch.ones(4)
+        labels = torch.tensor([3, 7, 10, 10])
+        v, denoised = (loop(x, sigma, labels=labels, branches=(0, 1)) for loop in loops)
+        torch.testing.assert_close(x - denoised, v, atol=1e-5, rtol=0)
+    assert told[0] == pytest.approx(0.97) and 0.97 not in told[1:]
+
+
+def test_a_time_that_scales_the_input_is_refused(pipe):
+    rows = L2P(50, [0, 25], first_time=0.97)
+    rows.spec = dataclasses.replace(fs.load(READOUT).spec, anchors=(0, 25), scheduler="DDIM")
+    with pytest.raises(ValueError, match="returns eps scales its input by it; .* first_times=0"):
+        fs.forecast_model(pipe.transformer, rows, returns="eps")
 
 
 def test_branches_in_calls_of_their_own_are_known_by_their_numbers(pipe, noise, expected):

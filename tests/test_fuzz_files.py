@@ -194,7 +194,7 @@ CONFIG_VALUES = {
     },
     "versions": {"foreseer": "1"},
     "model_sha256": "0" * 64,
-    "schema_version": 6,
+    "schema_version": 7,
 }
 
 

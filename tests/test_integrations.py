@@ -62,7 +62,7 @@ class Pipeline:
 @pytest.fixture
 def predictor(tmp_path: Path) -> str:
     """Rows of random numbers, written to a file."""
-    pipe, learned = Pipeline(), L2P(STEPS, ANCHORS, 2)
+    pipe, learned = Pipeline(), L2P(STEPS, ANCHORS, 2, first_time=0.9)
     torch.manual_seed(0)
     learned.weight += 0.1 * torch.randn_like(learned.weight).tril(-1)
     pipe.scheduler.set_timesteps(STEPS)

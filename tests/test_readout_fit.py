@@ -556,7 +556,9 @@ def test_guidance_that_changes_from_step_to_step_is_refused(tmp_path, monkeypatc
     listed = [Item(i, i, family.inputs(i)) for i in range(4)]
     remember(listed, monkeypatch)
     recording = recorded(pipe, listed, tmp_path, family.settings)
-    with pytest.raises(ValueError, match=r"guidance combines the branches by \[-1\.0.* at step 5"):
+    with pytest.raises(
+        ValueError, match=r"guidance combines the branches by \[-(1\.0|0\.9{6}).* step 5"
+    ):
         fit(module_of(recording, pipe))
     assert "forward" not in vars(pipe.transformer) and "step" not in vars(pipe.scheduler)
 

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from foreseer.integration.host.trunk import TIME_ARGUMENTS, UnsupportedHost, first_tensor
 
 DEVICES = ("cpu", "cuda")  # that autocast is asked of
+TIME_FORMS = ((0.0, 1000.0), (0.0, 1.0), (1.0, -1.0), (1000.0, -1000.0))
+"""How networks are told flow time sigma, as a + b sigma: those of diffusers, then Lumina's kind."""
+TIME_ROUNDING = 4e-3  # relative, of a time in bfloat16
 
 
 def prediction(output: Any) -> Tensor:
@@ -69,6 +72,33 @@ def _is_alone(output: Any) -> bool:
     """Whether logits are all that is returned; forecasts could not give the rest."""
     fields = output._asdict() if hasattr(output, "_asdict") else vars(output)
     return all(value is None for name, value in fields.items() if name != "logits")
+
+
+def retold(time: Tensor, sigma: float, told: float) -> Tensor:
+    """Another flow time in the form in which a network was told its own.
+
+    Entries of another time stay, such as the 0 of frames that are given.
+
+    Args:
+        time: what the network was told.
+        sigma: its flow time.
+        told: the other.
+
+    Raises:
+        UnsupportedHost: nothing in it is a known form of sigma.
+    """
+    wide = time.double()
+    for offset, factor in TIME_FORMS:
+        own = torch.full_like(wide, offset + factor * sigma)
+        same = torch.isclose(wide, own, rtol=TIME_ROUNDING, atol=1e-6)
+        if same.any():
+            other = torch.where(same, offset + factor * told, wide)
+            return (other if time.is_floating_point() else other.round()).to(time.dtype)
+    raise UnsupportedHost(
+        f"the network is told {float(wide.flatten()[0]):g} at flow time {sigma:g}, expected one of "
+        "sigma, 1000 sigma, 1 - sigma and 1000 (1 - sigma), to tell it another time by; fit with "
+        "first_times=0."
+    )
 
 
 Path = tuple[int | str, ...]  # where an argument is found
@@ -270,14 +300,40 @@ class Call:
     @property
     def time(self) -> Tensor | None:
         """The time the network is told; None where its arguments do not show it."""
+        place = self._time_place()
+        return None if place is None else self._at(place)
+
+    def at_time(self, sigma: float, told: float) -> "Call":
+        """The call with another time for the network.
+
+        Args:
+            sigma: flow time of the call.
+            told: flow time that the network is told instead.
+
+        Raises:
+            UnsupportedHost: its arguments do not show a time, or one that is not the call's.
+        """
+        place = self._time_place()
+        if place is None:
+            raise UnsupportedHost(
+                f"the arguments of {type(self.transformer).__name__} show no time, and the "
+                "predictor tells the network another one at step 0; fit with first_times=0."
+            )
+        time = retold(self._at(place), sigma, told)
+        if isinstance(place, str):
+            return replace(self, kwargs=self.kwargs | {place: time})
+        return replace(self, args=(*self.args[:place], time, *self.args[place + 1 :]))
+
+    def _time_place(self) -> int | str | None:
+        """Number or name of the argument that holds the time, where that is a tensor."""
         kind: Any = type(self.transformer)
-        places, found = time_places(kind), None
-        for name in TIME_ARGUMENTS:
-            place = places.get(name, len(self.args))
-            if place < len(self.args) or name in self.kwargs:
-                found = self.args[place] if place < len(self.args) else self.kwargs[name]
-                break
-        return found if isinstance(found, Tensor) else None
+        numbers = {n: at for n, at in time_places(kind).items() if at < len(self.args)}
+        places: dict[str, int | str] = {**{name: name for name in self.kwargs}, **numbers}
+        place = next((places[name] for name in TIME_ARGUMENTS if name in places), None)
+        return place if place is not None and isinstance(self._at(place), Tensor) else None
+
+    def _at(self, place: int | str) -> Any:
+        return self.kwargs[place] if isinstance(place, str) else self.args[place]
 
     def _input(self) -> Any:
         if self.args:

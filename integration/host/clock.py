@@ -13,6 +13,12 @@ from torch import Tensor
 from foreseer.integration.host.hook import replace_method, restore_method
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is one of flow matching, whose timesteps are 1000 sigma."""
+    named = type(scheduler).__name__.startswith("FlowMatch")
+    return named or bool(getattr(scheduler, "config", {}).get("use_flow_sigmas"))
+
+
 def flow_sigmas(scheduler: Any) -> list[float]:
     """Flow time of every step of a scheduler after `set_timesteps`, without the terminal one.
 
@@ -22,11 +28,8 @@ def flow_sigmas(scheduler: Any) -> list[float]:
     Raises:
         ValueError: the scheduler has neither flow sigmas nor `alphas_cumprod`.
     """
-    config = scheduler.config
     num_steps = len(scheduler.timesteps)
-    if hasattr(scheduler, "sigmas") and (
-        type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas")
-    ):
+    if hasattr(scheduler, "sigmas") and is_flow(scheduler):
         return [float(sigma) for sigma in scheduler.sigmas[:num_steps]]
     if hasattr(scheduler, "alphas_cumprod"):
         index = scheduler.timesteps.long().cpu().clamp(0, len(scheduler.alphas_cumprod) - 1)

@@ -18,7 +18,14 @@ from torch import Tensor
 from foreseer.checkpoints.spec import PredictorMismatch, PredictorSpec, check_host, check_scheduler
 from foreseer.errors import UnsupportedHost
 from foreseer.integration.forecast_model import any_layout, output_forecaster
-from foreseer.integration.sigma_run import SigmaRun, flow_time, one_sigma, without_end
+from foreseer.integration.host.call import retold
+from foreseer.integration.sigma_run import (
+    SigmaRun,
+    check_first_time,
+    flow_time,
+    one_sigma,
+    without_end,
+)
 from foreseer.predictors.base import LinearPredictor, Predictor
 
 KEY = "foreseer"
@@ -83,6 +90,7 @@ class Forecast:
         for conds in guider.conds.values():
             check_conditioning(conds)
         self.kind = kind_of(guider.model_patcher)
+        check_first_time(self.predictor, self.kind)
         grid = [flow_time(sigma, self.kind) for sigma in without_end(sigmas)]
         forecaster = output_forecaster(self.predictor, None)
         scale = guidance_of(guider, spec.num_branches)
@@ -129,6 +137,8 @@ class Forecast:
         parts = [replace(step, branches=(branch,)) for branch in branches]
         ran = run.computes(keys, step)
         if ran:
+            if (told := run.forecaster.told(step)) is not None:
+                args = (args[0], retold(args[1], sigma, told), *args[2:])
             out = executor(*args, **kwargs)
             if not isinstance(out, Tensor):
                 raise UnsupportedHost(

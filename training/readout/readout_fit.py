@@ -13,14 +13,25 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from foreseer.errors import UnsupportedHost
 from foreseer.evaluation.measure import References, opened_for, predictor_errors
+from foreseer.integration.host.clock import is_flow
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Grid
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout
 from foreseer.training.fit_figures import SampleLog
 from foreseer.training.gram_fit import ClosedForm
-from foreseer.training.readout.segment import Part, Segment, SegmentFit, add_up, fit_segment
+from foreseer.training.readout.segment import (
+    NUM_FOLDS,
+    Part,
+    Segment,
+    SegmentFit,
+    add_up,
+    fit_segment,
+    left_by,
+    of_folds,
+)
 from foreseer.training.readout.shipped_sums import segment_tensors
 from foreseer.training.readout.walk import (
     SegmentParts,
@@ -28,11 +39,13 @@ from foreseer.training.readout.walk import (
     Walk,
     check_header,
     folds_of,
+    later_times,
     sizes_of,
 )
 from foreseer.training.recorded import open_recording
 from foreseer.training.tracking import sampler_of_loop
 from foreseer.training.verdict_callbacks import RivalsVerdict, judged
+from foreseer.trajectories.prompts import Item
 
 
 class Detaching(Callback):
@@ -71,6 +84,10 @@ class LastVerdict(RivalsVerdict):
 
 
 TAP = "output"
+NUM_TRIED = 64
+"""Trajectories on which times for step 0 are compared."""
+JUDGED = {0, 1}
+"""Folds of them on which the error is measured."""
 SUMS = "segment_sums"  # in a checkpoint
 
 
@@ -80,7 +97,8 @@ class ReadoutFit(ClosedForm):
     For each anchor in turn: evaluate the network on all calibration trajectories, where the
     accelerated run has brought them; solve for the rows and the readout whose forecasts land their
     next states on the recorded ones (segment.py); advance with them. It takes one network
-    evaluation per anchor and trajectory, no gradients, and memory for one batch: what a batch
+    evaluation per anchor and trajectory, and before the first anchor one per time tried there, no
+    gradients, and memory for one batch: what a batch
     computed lies in a temporary file until the next anchor. A segment is an epoch, after which the
     fit can be resumed; the network then runs the anchors before it once more. Of several processes
     each walks with its share, and all solve for the same sums.
@@ -92,6 +110,9 @@ class ReadoutFit(ClosedForm):
         rank: directions of the hidden state that are read.
         neighbours: read the tokens around a token too, where the host tells their grid.
         past: read the hidden states of so many earlier anchors too.
+        first_times: later flow times to try telling the network at step 0, from the step's own to
+            the next anchor's in even steps, and then two beside the best; the one with the least
+            error on left-out prompts is the predictor's `first_time`. 0 keeps the step's own.
         batch_size: trajectories per pipeline call.
         keep_sums: export the normal equations too, so that `foreseer refit` can add recordings
             without these trajectories: 4 MB an anchor for 64 directions and their neighbours.
@@ -113,6 +134,7 @@ class ReadoutFit(ClosedForm):
         rank: int = 64,
         neighbours: bool = True,
         past: int = 2,
+        first_times: int = 8,
         batch_size: int = 16,
         keep_sums: bool = False,
         device: str | None = None,
@@ -131,6 +153,8 @@ class ReadoutFit(ClosedForm):
         self.pipe: Any = None
         self.pipeline, self.place = pipeline, (dtype, device)
         self.rank, self.neighbours, self.past = rank, neighbours, past
+        self.first_times = first_times
+        self.first_time: float | None = None
         self.batch_size = batch_size
         self.session: Session | None = None
         self.keep_sums = keep_sums
@@ -188,7 +212,7 @@ class ReadoutFit(ClosedForm):
         self.walk = Walk(self.rows, self.pipe.scheduler, self.past)
         first = self.calibration.batches[0][:1]
         self.walk.sampler = sampler_of_loop(self.pipe, first, self.calibration.settings)
-        self.walk.predictor = self.predictor
+        self.walk.predictor, self.walk.first_time = self.predictor, self.first_time
         folds = folds_of(item for batch in self.calibration.batches for item in batch)
         self.parts = SegmentParts(self.recording, self.walk, folds)
         most, count = self.trainer.max_epochs, len(self.parts.segments)
@@ -205,6 +229,8 @@ class ReadoutFit(ClosedForm):
         """Visit the next anchor with all trajectories, and solve for its segment."""
         number, count = self.current_epoch, len(self.parts.segments)
         anchor, end = self.parts.segments[number]
+        if anchor == 0 and self.first_times:
+            self._choose_first_time(end)
         self._visit(anchor, f"anchor {anchor}, segment {number + 1} of {count}")
         found = self._solve(anchor, end)
         self._keep(found.segment, self._started(found, anchor, end), anchor, end)
@@ -239,6 +265,7 @@ class ReadoutFit(ClosedForm):
         super().on_load_checkpoint(checkpoint)
         if (arguments := checkpoint["hyper_parameters"]["arguments"]) is not None:
             self._make_predictor(arguments)
+            self.first_time = arguments.get("first_time")
         self.sums = checkpoint.get(SUMS, {})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -251,6 +278,55 @@ class ReadoutFit(ClosedForm):
         """One that changes nothing, since segments are solved for: Lightning counts its steps."""
         return torch.optim.SGD([self.rows.weight], lr=0.0)
 
+    def _choose_first_time(self, end: int) -> None:
+        """Choose what the network is told at step 0, by the first trajectories."""
+        world = self.trainer.world_size
+        count = -(-NUM_TRIED // (self.batch_size * world))  # batches of every process
+        tried = [item for batch in self.calibration.batches[: count * world] for item in batch]
+        folds = {self.parts.folds[item.index] for item in tried}
+        if not is_flow(self.pipe.scheduler) or not folds & JUDGED or not folds - JUDGED:
+            return  # timesteps are no flow times, or there is nothing to judge on
+        batches, few = self.batches, self.batches[:count]
+        times = later_times(self.parts.sigmas, end, self.first_times)
+        errors: dict[float | None, float] = {None: self._error_told(None, few, end)}
+        try:
+            errors |= {told: self._error_told(told, few, end) for told in times}
+            best = min(errors, key=errors.__getitem__)
+            if best is not None:
+                gap = (self.parts.sigmas[0] - times[0]) / 2
+                errors |= {t: self._error_told(t, few, end) for t in (best - gap, best + gap)}
+        except UnsupportedHost as reason:  # its own time was no trouble
+            self.print(f"step 0 keeps its own time: {reason}")
+        best = min(errors, key=errors.__getitem__)
+        self.walk.first_time, self.batches = best, batches
+        self._make_predictor(self.hparams["arguments"] | {"first_time": best})
+        time = self.parts.sigmas[0] if best is None else best
+        gain = errors[None] - errors[best]
+        self.print(f"step 0 is told {time:.4f}: {gain:+.2f} dB on left-out prompts")
+
+    def _error_told(
+        self, told: float | None, few: list[tuple[list[Item], Visited]], end: int
+    ) -> float:
+        """Error in dB that the first segment leaves of prompts that it was not fitted on.
+
+        Args:
+            told: flow time that the network is told at step 0.
+            few: batches to try it on.
+            end: of the segment.
+        """
+        self.batches, self.walk.first_time = [(items, Visited()) for items, _ in few], told
+        self._visit(0, f"step 0 told {self.parts.sigmas[0] if told is None else told:.4f}")
+        guided, rank = float(self.parts.guidance(0).sum()), self._rank()
+        fitted = partial(of_folds, partial(self._parts, 0, end), set(range(NUM_FOLDS)) - JUDGED)
+        found = fit_segment(fitted, self.parts.formulas(0, end), rank, self._grid(), add_up, guided)
+        left = of_folds(partial(self._parts, 0, end), JUDGED)
+        errors = 10 * left_by(found.segment, left, self._grid(), guided).double().log10()
+        total = torch.stack([errors.sum(), torch.ones_like(errors).sum()])
+        add_up([total])
+        for place in range(len(few)):
+            self._path(place).unlink()
+        return float(total[0] / total[1])
+
     def _visit(self, anchor: int, label: str) -> None:
         """Take every batch to an anchor."""
         bar = tqdm(self.batches, label, unit="batch", disable=self.quiet, delay=2, leave=False)
@@ -261,8 +337,8 @@ class ReadoutFit(ClosedForm):
             self.walk.visited = visited
             self.walk.visit(self.pipe, items, anchor, self.calibration.settings)
             if self.predictor is None:
-                sizes = self.rank, self.neighbours, self.past
-                self._make_predictor(sizes_of(self.rows, visited, *sizes))
+                sizes = sizes_of(self.rows, visited, self.rank, self.neighbours, self.past)
+                self._make_predictor(sizes | {"first_time": self.walk.first_time})
             visited.save(path)
             self.batches[place] = (items, visited)
 
@@ -290,9 +366,12 @@ class ReadoutFit(ClosedForm):
         """The segment from what was visited."""
         parts, guided = partial(self._parts, anchor, end), float(self.parts.guidance(anchor).sum())
         formulas = self.parts.formulas(anchor, end)
+        return fit_segment(parts, formulas, self._rank(), self._grid(), add_up, guided)
+
+    def _rank(self) -> int:
+        """Directions that are read: no more than the host's width, whatever was asked for."""
         assert self.predictor is not None  # a batch was visited
-        rank = self.predictor.rank  # no more than the host's width, whatever was asked for
-        return fit_segment(parts, formulas, rank, self._grid(), add_up, guided)
+        return self.predictor.rank
 
     def _started(self, found: SegmentFit, anchor: int, end: int) -> Tensor:
         """The rows of a segment's steps before they moved, `(branches, steps, S)`."""

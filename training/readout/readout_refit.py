@@ -51,7 +51,9 @@ class ReadoutRefit(ReadoutFit):
         self, recording: str, old: Readout, fitted: dict[int, Segment], batch_size: int = 16
     ) -> None:
         sizes: dict[str, Any] = {"rank": old.rank, "neighbours": old.neighbours, "past": old.past}
-        super().__init__(recording, "", old.anchors, batch_size=batch_size, keep_sums=True, **sizes)
+        sizes |= {"batch_size": batch_size, "keep_sums": True, "first_times": 0}
+        super().__init__(recording, "", old.anchors, **sizes)
+        self.first_time = old.first_time
         self.fitted = fitted
         self.gains: list[float] = []
         object.__setattr__(self, "old", old)  # whose state is not part of this one's

@@ -11,7 +11,7 @@ read for a token, and a constant), Q outputs known so far (one per branch and an
 with the target, J folds, r directions read, k * k tokens of a neighbourhood.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -181,6 +181,24 @@ class Total:
         return float(rows - 2 * both + (readout * (self.normal @ readout)).sum())
 
 
+def of_folds(parts: "Parts", folds: Collection[int]) -> "Iterator[Part]":
+    """The trajectories of some folds, part by part.
+
+    Args:
+        parts: of all folds.
+        folds: which to keep.
+    """
+    for part in parts():
+        kept = [place for place, fold in enumerate(part.folds) if fold in folds]
+        yield Part(
+            part.hidden[kept],
+            part.outputs[:, kept],
+            part.wanted[kept],
+            part.newest[kept],
+            tuple(part.folds[place] for place in kept),
+        )
+
+
 def add_up(tensors: list[Tensor]) -> None:
     """Add tensors up over all processes, in place; nothing happens where there is one."""
     if dist.is_available() and dist.is_initialized():
@@ -312,6 +330,28 @@ def extend_segment(
     error = sum(Total.of(sums, [fold]).error(delta, before) for fold in folds) / len(folds)
     found = solve(sums, ROWS_RIDGE, fitted.sums)
     return _as_fit(found, fitted.start, fitted.inner, grid, error, "the predictor")
+
+
+@torch.no_grad()
+def left_by(
+    segment: Segment, parts: Iterable[Part], grid: Grid | None, guided: float
+) -> Float[Tensor, " n"]:
+    """Mean squared error that a segment leaves of what is wanted, of every trajectory.
+
+    Args:
+        segment: the segment.
+        parts: the trajectories.
+        grid: of the tokens, as it was fitted.
+        guided: sum of the guidance weights.
+    """
+    weights, errors = segment.start + segment.delta, []
+    matrix = segment.outer.permute(2, 3, 1, 0).flatten(0, 2)
+    for part in parts:
+        read = part.hidden @ segment.inner.to(part.hidden).T
+        near = read if grid is None else neighbourhood(read, grid)
+        told = near @ matrix.to(near) + guided * segment.constant.to(near)
+        errors.append((_left(part, weights) - told).square().mean((1, 2)))
+    return torch.cat(errors)
 
 
 def _as_fit(

@@ -119,6 +119,7 @@ class Walk(Source):
             the host are known, after the first visit.
         guidance: weights with which the pipeline combines the branches, by the first step of the
             transformer.
+        first_time: flow time that the network is told at step 0; None for the step's own.
     """
 
     schedule: Anchors
@@ -134,6 +135,7 @@ class Walk(Source):
         self.visited = Visited()
         self.guidance: dict[int, Tensor] = {}
         self.sampler: SamplerMap | None = None
+        self.first_time: float | None = None
         self.goal = 0
         self.schedule = Anchors([])  # anchors that were not visited yet
 
@@ -191,6 +193,10 @@ class Walk(Source):
         assert read is not None  # the step is an anchor
         output = visited.outputs[key][anchor]
         visited.readings.setdefault(key, {})[anchor] = layout.place(read.values.to(output))
+
+    def told(self, step: Step) -> float | None:
+        """The first time, at step 0."""
+        return self.first_time if step.index == 0 else None
 
     def knows(self, step: Step, slot: Hashable = None) -> bool:
         """Whether an anchor of the call was visited."""
@@ -261,6 +267,11 @@ class SegmentParts:
         anchors, num_steps = walk.rows.anchors, walk.rows.num_steps
         pairs = zip(anchors, [*anchors[1:], num_steps], strict=True)
         self.segments = [(anchor, end) for anchor, end in pairs if end > anchor + 1]
+
+    @property
+    def sigmas(self) -> Sequence[float]:
+        """Flow time of every step."""
+        return self.recording.header.sigmas
 
     @cached_property
     def tables(self) -> dict[str, Float[Tensor, "S S"]]:
@@ -390,6 +401,18 @@ def sizes_of(rows: L2P, visited: Visited, rank: int, neighbours: bool, past: int
         "neighbours": neighbours and layout.grid is not None,
         "past": past,
     }
+
+
+def later_times(sigmas: Sequence[float], end: int, count: int) -> list[float]:
+    """Flow times from the first step's, left out, to an anchor's, in even steps.
+
+    Args:
+        sigmas: of the run's steps.
+        end: the anchor, or the end of the run.
+        count: how many.
+    """
+    first, last = sigmas[0], [*sigmas, 0.0][end]
+    return [first + (last - first) * place / (count + 1) for place in range(1, count + 1)]
 
 
 def check_header(header: Header, recording: str) -> None:
