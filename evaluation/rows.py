@@ -10,7 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foreseer.evaluation.solvers import solver_scheduler
+from foreseer.integration.linear_sampler import probe
 from foreseer.predictors.rules import RULES
+
+SECOND_ORDER = ("dpmpp_2m", "unipc")
+"""Solvers whose rows are starts beside the formulas; Adams-Bashforth-2 is among these."""
 
 
 def reuse_weight(num_branches: int, num_steps: int) -> Float[Tensor, "branches S S"]:
@@ -57,6 +62,33 @@ def adams_bashforth_rows(anchors: Sequence[int], sigmas: Sequence[float]) -> Flo
     return rows
 
 
+def solver_rows(name: str, anchors: Sequence[int], sigmas: Sequence[float]) -> Float[Tensor, "S S"]:
+    """Rows whose Euler sum over each segment is a few-step solver's step from anchor to anchor.
+
+    Every solver of `SOLVERS` is linear in the network's outputs, so a probe finds its weights. The
+    anchor's own Euler step uses its output, so the rows of the segment's other steps carry the
+    rest; from an anchor to one right behind it there are none, and the step stays Euler's.
+
+    Args:
+        name: of the solver.
+        anchors: steps at which the network runs.
+        sigmas: flow time of every step.
+    """
+    scheduler = solver_scheduler(name, [sigmas[anchor] for anchor in anchors])
+    scheduler.set_timesteps(len(anchors))
+    steps = probe(scheduler).response.diff(dim=0)  # (A, A): x changes by sum_j steps[k, j] v_j
+    num_steps, grid, known = len(sigmas), [*sigmas, 0.0], list(anchors)
+    rows = torch.zeros(num_steps, num_steps, dtype=torch.float64)
+    for k, (a, end) in enumerate(zip(anchors, [*anchors[1:], num_steps], strict=True)):
+        rows[a, a] = 1.0
+        rest = grid[end] - grid[a + 1]
+        if end == a + 1 or rest == 0:
+            continue
+        steps[k, k] -= grid[a + 1] - grid[a]
+        rows[a + 1 : end, known[: k + 1]] = steps[k, : k + 1] / rest
+    return rows
+
+
 def formula_tables(
     anchors: Sequence[int], sigmas: Sequence[float], expert_steps: Sequence[int] = (0,)
 ) -> dict[str, Float[Tensor, "S S"]]:
@@ -76,9 +108,11 @@ def formula_tables(
 def analytic_rows(
     anchors: Sequence[int], sigmas: Sequence[float]
 ) -> dict[str, Float[Tensor, "S S"]]:
-    """`formula_tables` of one transformer; of equal ones the first."""
+    """`formula_tables` of one transformer and the rows of the solvers; of equal ones the first."""
     unique: dict[str, Float[Tensor, "S S"]] = {}
-    for name, table in formula_tables(anchors, sigmas).items():
+    tables = formula_tables(anchors, sigmas)
+    tables |= {name: solver_rows(name, anchors, sigmas) for name in SECOND_ORDER}
+    for name, table in tables.items():
         if not any(
             torch.equal(table.round(decimals=12), u.round(decimals=12)) for u in unique.values()
         ):

@@ -19,6 +19,7 @@ from tiny_hosts import LinearInTime, items, pipeline, seeded, tiny_dit
 
 from foreseer.evaluation.measure import References, closed_loop_errors, generate, log_error
 from foreseer.evaluation.rows import (
+    SECOND_ORDER,
     adams_bashforth_rows,
     analytic_rows,
     published_loss,
@@ -150,7 +151,10 @@ def test_adams_bashforth_rows_sum_to_the_multistep_update(sigmas):
 def test_analytic_rows_are_the_formulas():
     sigmas = [(1 - s / STEPS) ** 1.5 for s in range(STEPS)]
     table = analytic_rows(ANCHORS, sigmas)
-    assert table.keys() == RULES.keys() - {"newton_1"} | {"ab2"}  # Newton's first order is Taylor's
+    assert table.keys() == RULES.keys() - {"newton_1"} | {
+        "ab2",
+        *SECOND_ORDER,
+    }  # newton_1 is taylor_1
     features = torch.randn(STEPS, 3, dtype=torch.float64, generator=seeded())
     history = History()
     for a in (0, 1, 3):
@@ -458,7 +462,7 @@ def test_the_closed_form_beats_every_formula_on_what_it_was_fitted_on(recording,
 
     found = squared(module.predictor.weight)
     for name, rows in analytic_rows(ANCHORS, module.spec().sigmas).items():
-        if name != "ab2":
+        if name not in ("ab2", *SECOND_ORDER):
             assert (found <= squared(rows.repeat(2, 1, 1)) * (1 + 1e-9) + 1e-9).all(), name
 
 
@@ -475,7 +479,7 @@ def test_the_closed_loop_never_ends_below_its_start(recording, tap, tmp_path):
         recording[0], ["final"], batch_size=4, validation_fraction=0.4, seed=0
     )
     fit(module, data, tmp_path, epochs=2)
-    assert module.start_name in RULES.keys() | {"ab2"}
+    assert module.start_name in RULES.keys() | {"ab2", *SECOND_ORDER}
     assert module.best_error <= module.start_error
     header = Recording(recording[0]).header
     start = analytic_rows(anchors, header.sigmas)[module.start_name].repeat(2, 1, 1)

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from tiny_pipelines import tiny_pipeline
 
 from foreseer.evaluation.measure import closed_loop_errors
-from foreseer.evaluation.rows import adams_bashforth_rows
+from foreseer.evaluation.rows import adams_bashforth_rows, solver_rows
 from foreseer.evaluation.solvers import SOLVERS, sampling_with, solver_scheduler
 from foreseer.integration.host.clock import flow_sigmas
 from foreseer.trajectories.prompts import class_items, generate_batch
@@ -104,6 +104,37 @@ def test_ab2_is_the_forecast_with_adams_bashforth_rows():
         num_inference_steps=20,
     )
     assert float(euler.max()) > -60  # the comparison can tell samplers apart
+
+
+GOLDEN = {  # sigma 1, .75, .5, .25, 0, by hand in double precision
+    "euler": [[-0.25], [0, -0.25], [0, 0, -0.25], [0, 0, 0, -0.25]],
+    "ab2": [[-0.25], [0.125, -0.375], [0, 0.125, -0.375], [0, 0, 0.125, -0.375]],
+    "dpmpp_2m": [[-0.25], [0.0108, -0.2608], [0.0027, 0.1223, -0.375], [0, 0, 0, -0.25]],
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_rows_of_a_solver_add_up_to_its_steps(name):
+    sigmas, anchors = [1 - i / 12 for i in range(12)], [0, 3, 6, 9]
+    rows = solver_rows(name, anchors, sigmas)
+    assert torch.equal(rows[anchors], torch.eye(12, dtype=torch.float64)[anchors])
+    for k, expected in enumerate(GOLDEN[name]):
+        step = -rows[3 * k : 3 * k + 3].sum(0)[anchors] / 12
+        wanted = torch.tensor([*expected, 0, 0, 0][:4], dtype=torch.float64)
+        torch.testing.assert_close(step, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_a_solver_is_the_forecast_with_its_rows(name):
+    pipe, anchors, items = tiny_pipeline(), [0, 3, 8, 14], class_items(3, 3)
+    sigmas = full_grid(pipe, 20)
+    with sampling_with(pipe, solver_scheduler(name, [sigmas[a] for a in anchors])):
+        solved = generate_batch(pipe, items, num_inference_steps=4, **SETTINGS).images
+    rows = solver_rows(name, anchors, sigmas).repeat(2, 1, 1)
+    errors = closed_loop_errors(
+        pipe, rows, anchors, "output", [items], solved, guidance_scale=3.0, num_inference_steps=20
+    )
+    assert float(errors.max()) < -90  # the solver's first sigma is 1 - 1e-6, and float32
 
 
 @pytest.mark.parametrize("name", SOLVERS)

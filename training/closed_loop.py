@@ -37,7 +37,7 @@ MOVES = "moves"  # and of the start: LAPACK may round otherwise in another proce
 class L2PClosedLoop(GramFit):
     """Fit rows on the error of the finished sample, never ending below the best analytic rule.
 
-    1. The formula (or AB2) with the least closed-loop error on these anchors is the start.
+    1. The formula or solver with the least closed-loop error on these anchors is the start.
     2. On the `output` tap, trajectory tracking (tracking.py) proposes rows; the best point on the
        line from the start to them is the base.
     3. Every epoch is one Gauss-Newton step of all rows together on mean log squared error of the
