@@ -3,6 +3,7 @@
     python benchmarks/learned_solvers.py fit --hosts '[fashion_dit]' --budgets '[8]'
     python benchmarks/learned_solvers.py adam
     python benchmarks/learned_solvers.py bench
+    python benchmarks/learned_solvers.py page
 
 Every stage resumes. Fitted on pairs of the recording that `benchmarks/readout.py record` makes,
 chosen on 16 others of them, judged on the samples of `benchmarks/readout.py bench`. The start is
@@ -19,10 +20,18 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from readout import CALL, HOSTS, judged, lists, recording, run_kept
+from readout_page import put
 from torch import Tensor
 
 from foreseer.checkpoints.format import load_predictor
-from foreseer.evaluation.learned_solver import FORMULAS, LIBRARY, LearnedSolver, closed_form
+from foreseer.evaluation.learned_solver import (
+    FORMULAS,
+    LIBRARY,
+    LearnedSolver,
+    LinearSolver,
+    closed_form,
+    linear_scheduler,
+)
 from foreseer.evaluation.measure import References
 from foreseer.evaluation.metrics import paired, psnr, ssim, summarise
 from foreseer.evaluation.plan import Entry
@@ -41,6 +50,7 @@ from foreseer.trajectories.recording import Recording
 ROOT = Path("runs/learned_solvers")
 RESULT = Path("benchmarks/results/learned_solvers.json")
 SAMPLES = Path("benchmarks/results/learned_solvers_samples.json")  # PSNR of every judged sample
+PAGE = Path("docs/learned_solvers.md")
 FORMS = ("free times", "anchors")
 NUM_PAIRS = 32
 NUM_CHOSEN = 16
@@ -153,12 +163,11 @@ def fit(
                             continue
                         print(f"{out}:", flush=True)
                         made = data.parametrisation(method, budget, form)
-                        before, seconds = evaluated(data), time.perf_counter()
+                        before = evaluated(data)
                         data.fitted.linearise(made.start, range(len(made.start.flat())))
                         restored(data, before)
                         found = fit_gauss_newton(made, data.fitted, data.chosen, num_epochs, told)
-                        seconds = time.perf_counter() - seconds
-                        keep(data, made, method, found, seconds, out)
+                        keep(data, made, method, found, out)
                         bench([host], [budget])
 
 
@@ -182,20 +191,27 @@ def keep(
     made: Parametrisation,
     method: str,
     found: SolverFit,
-    seconds: float,
     out: Path,
 ) -> None:
-    """Write a fitted solver."""
+    """Write a fitted solver; a linearisation from a file counts as if it had been run again."""
+    solver = made.solver(found.theta)
     metrics = {
         "fit_evaluations": float(found.curve[-1][0]),
-        "fit_seconds": seconds,
+        "fit_seconds": found.curve[-1][0] * rate(data, solver),
         "start_chosen_db": found.curve[0][1],
         "chosen_db": found.error_db,
     }
     host = host_fingerprint(data.pipe.transformer)
-    solver = made.solver(found.theta)
     LearnedSolver(solver, method, host, CALL["guidance_scale"], metrics).save(out)
     out.with_suffix(".curve").write_text(json.dumps(found.curve))
+
+
+def rate(data: Calibration, solver: LinearSolver) -> float:
+    """Processor seconds of a network evaluation, from one batch."""
+    items = data.chosen.references.batches[0]
+    started = time.process_time()
+    data.chosen.run(linear_scheduler(solver), items)
+    return (time.process_time() - started) / len(items) / len(solver)
 
 
 def adam(
@@ -225,9 +241,8 @@ def adam(
         data = Calibration(host, seed, NUM_PAIRS)
         made = data.parametrisation(method, budget, form)
         numbers = (learning_rate, num_iterations, every, seed)
-        seconds = time.perf_counter()
         found = fit_adam(made, data.fitted, data.chosen, *numbers, told)
-        keep(data, made, method, found, time.perf_counter() - seconds, out)
+        keep(data, made, method, found, out)
     bench([host], [budget])
 
 
@@ -321,5 +336,30 @@ def planned(pipe: Any, host: str, budget: int) -> list[tuple[Entry, dict[str, An
     ]
 
 
+def page() -> None:
+    """Write the table of docs/learned_solvers.md."""
+    rows = json.loads(RESULT.read_text())
+    lines = [
+        "PSNR in dB against the full 50-step run, mean / median / 10 % quantile, and minus the "
+        "bundled [readout](readout.md) at the same number of evaluations on the same judged "
+        "samples, with its 95 % interval and on how many the solver is ahead.",
+        "",
+        "| model | evaluations | solver | form | pairs | PSNR | minus the readout | fit: "
+        "evaluations, processor seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in sorted(rows, key=lambda row: (row["host"], -row["num_anchors"], -row["psnr_db"])):
+        told = f"{r['psnr_db']:.2f} / {r['psnr_median']:.2f} / {r['psnr_q10']:.2f}"
+        gap = f"{r['paired_db']:+.2f} ({r['paired_low_db']:+.2f} to {r['paired_high_db']:+.2f}; "
+        gap += f"{r['wins']} of {r['num_samples']})"
+        form = r["form"] + (", Adam" if r["optimiser"] == "adam" else "")
+        cost = f"{r['fit_evaluations']:.0f}, {r['fit_seconds']:.0f}" if r["num_pairs"] else ""
+        lines.append(
+            f"| {r['host']} | {r['num_anchors']} | {r['method']} | {form} | "
+            f"{r['num_pairs'] or ''} | {told} | {gap} | {cost} |"
+        )
+    put(PAGE, "learned", "\n".join(lines))
+
+
 if __name__ == "__main__":
-    auto_cli([fit, adam, bench])
+    auto_cli([fit, adam, bench, page])
