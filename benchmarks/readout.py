@@ -20,7 +20,7 @@ readout, and stands in the table with the better ones.
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,12 +30,15 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
+from foreseer.checkpoints.card import PAIRED
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.cli import main
 from foreseer.evaluation.benchmark import FIRST_ITEM
-from foreseer.evaluation.metrics import paired, psnr, ssim, summarise
+from foreseer.evaluation.metrics import paired, psnr, summarise
+from foreseer.evaluation.pairing import with_rivals
 from foreseer.evaluation.plan import Entry
-from foreseer.evaluation.runs import run_entry
+from foreseer.evaluation.results import BenchRow, Errors, to_record
+from foreseer.evaluation.runs import Judge, Samples, run_entry
 from foreseer.evaluation.solvers import SOLVERS
 from foreseer.evaluation.timing import attach_overhead, forecast_step_ratio
 from foreseer.integration.forecaster import Forecaster
@@ -319,74 +322,56 @@ def publish(
     rows = []
     for host in hosts:
         batches = [[None] * num_samples]  # everything has run: files alone are read
-        full = run_kept(None, host, FULL, batches)
+        full = Samples(**run_kept(None, host, FULL, batches))
+        judge = Judge(full, prompts(host, num_samples), CALL["guidance_scale"], {})
         for budget in budgets:
-            best: dict[str, tuple[Entry, dict[str, Any], Tensor]] = {}
             planned = entries(host, budget, num_trajectories)
             if not all(kept(host, entry, num_samples).exists() for entry in planned):
                 print(f"{host} at {budget} evaluations was not benched to its end: left out")
                 continue
+            best: dict[str, tuple[BenchRow, Errors, Entry]] = {}
             for entry in planned:
-                made = run_kept(None, host, entry, batches, full["sigmas"])
-                error = psnr(made["images"], full["images"])
-                if entry.method not in best or error.mean() > best[entry.method][2].mean():
-                    best[entry.method] = (entry, made, error)
-            others = {n: each for n, each in best.items() if n not in ("readout", "rows")}
-            rival = max(others, key=lambda name: float(others[name][2].mean()))
-            for name, (entry, made, error) in best.items():
-                against = rival if name == "readout" else "readout"
-                rows.append(row_of(host, entry, made, error, full, against, best[against][2]))
+                made = Samples(**run_kept(None, host, entry, batches, full.sigmas))
+                row, errors = judge.row(replace(entry, anchors_name="searched"), made)
+                if entry.method not in best or row.psnr_db > best[entry.method][0].psnr_db:
+                    best[entry.method] = (row, errors, entry)
+            rows += [told(host, row, best[row.method][2]) for row in against(best, judge.prompts)]
     RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def against(
+    best: Mapping[str, tuple[BenchRow, Errors, Entry]], numbers: Sequence[int]
+) -> list[BenchRow]:
+    """The readout against the best of all that is not its own rows, everything else against it."""
+    found = []
+    for names in ([name for name in best if name != "rows"], ["readout", "rows"]):
+        pair = [best[name][:2] for name in names]
+        made = with_rivals(*zip(*pair, strict=True), numbers, lambda row: row.method == "readout")
+        found += made if not found else made[1:]
+    return found
+
+
+def prompts(host: str, num_samples: int) -> Sequence[int]:
+    """The judged samples' prompts, which come in turn; of classes a number each."""
+    judged_file = HOSTS[host].judged
+    if judged_file is None:
+        return range(num_samples)
+    count = len(Path(judged_file).read_text().split("\n")) - 1
+    return [(FIRST_ITEM + place) % count for place in range(num_samples)]
+
+
+def told(host: str, row: BenchRow, entry: Entry) -> dict[str, Any]:
+    """A row of the file: what the walk took is not in older predictors."""
+    spec = getattr(entry.predictor, "spec", None)
+    if entry.method in ("readout", "rows"):
+        row = replace(row, fit_evaluations=len(entry.anchors))
+    solved = spec.metrics.get("solve_seconds") if spec else 0.0
+    return {"host": host, **to_record(row), "solve_seconds": solved}
 
 
 def kept(host: str, entry: Entry, num_samples: int) -> Path:
     """Where the samples of an entry lie."""
     return ROOT / host / "samples" / f"{entry.key(f'{host} {num_samples}')}.pt"
-
-
-def row_of(
-    host: str,
-    entry: Entry,
-    made: dict[str, Any],
-    error: Tensor,
-    full: dict[str, Any],
-    rival: str,
-    rival_error: Tensor,
-) -> dict[str, Any]:
-    """One row of the table."""
-    quality, gap = summarise(error), paired(error, rival_error)
-    spec = getattr(entry.predictor, "spec", None)
-    walked = entry.method in ("readout", "rows")
-    return {
-        "host": host,
-        "method": entry.method,
-        "kind": entry.kind,
-        "tap": entry.tap,
-        "anchors_name": entry.anchors_name,
-        "anchors": " ".join(map(str, entry.anchors)),
-        "num_anchors": len(entry.anchors),
-        "guidance_scale": CALL["guidance_scale"],
-        "psnr_db": quality.mean,
-        "psnr_median": quality.median,
-        "psnr_q10": quality.q10,
-        "psnr_q90": quality.q90,
-        "psnr_ci_low": quality.ci_low,
-        "psnr_ci_high": quality.ci_high,
-        "ssim": float(ssim(made["images"], full["images"]).mean()),
-        "num_samples": len(error),
-        "seconds_per_image": made["seconds"],
-        "forecast_step_ratio": made["step_ratio"],
-        "state_bytes": made["state_bytes"],
-        "fit_seconds": spec.metrics.get("fit_seconds") if spec else 0.0,
-        "solve_seconds": spec.metrics.get("solve_seconds") if spec else 0.0,
-        "num_trajectories": spec.num_trajectories if spec else 0,
-        "fit_evaluations": len(entry.anchors) if walked else None,
-        "rival": rival,
-        "paired_db": gap.mean,
-        "paired_low_db": gap.low,
-        "paired_high_db": gap.high,
-        "wins": gap.wins,
-    }
 
 
 def ship(num_trajectories: int = FITTED_ON) -> None:
@@ -401,8 +386,9 @@ def ship(num_trajectories: int = FITTED_ON) -> None:
         fitted = ROOT / host / f"readout_{budget}_{num_trajectories}"
         predictor: Any = load_predictor(fitted)
         beside = [r for r in rows if r["host"] == host and r["num_anchors"] == budget]
-        metrics = {f"psnr_db_{r['method']}": r["psnr_db"] for r in beside if r["kind"] != "learned"}
-        metrics |= {"psnr_db": mine["psnr_db"], "fit_seconds": mine["fit_seconds"]}
+        rivals = [row for row in beside if row["method"] not in ("readout", "rows")]
+        metrics = {f"psnr_db_{row['method']}": row["psnr_db"] for row in rivals}
+        metrics |= {name: mine[name] for name in ("psnr_db", "fit_seconds", *PAIRED)}
         folder = Path("checkpoints/zoo") / f"{host}_readout_{budget}"
         save_predictor(predictor, replace(predictor.spec, metrics=metrics), folder)
         shutil.copy(fitted / "grams.safetensors", folder)

@@ -215,11 +215,11 @@ def _paired(key: str, label: str, gain: float, low: float, high: float) -> str:
     told = f"{gain:+.2g} dB ({interval(low, high)}, `{key}`)"
     match standing(low, high, estimated):
         case "ahead":
-            return f"Ahead of {label}, the best formula on its own anchors: {told}."
+            return f"Ahead of {label}, the best rival on its own anchors: {told}."
         case "behind":
-            return f"Behind {label}, the best formula on its own anchors: {told}; use that formula."
+            return f"Behind {label}, the best rival on its own anchors: {told}; use that."
     level = "An estimate does not tell it apart from" if estimated else "Level with"
-    return f"{level} {label}, the best formula on its own anchors: {told}."
+    return f"{level} {label}, the best rival on its own anchors: {told}."
 
 
 def _facts(spec: PredictorSpec) -> str:

@@ -173,7 +173,7 @@ class Judge:
         reference: what the full run generated.
         prompts: of every sample, a number: those of one prompt are resampled together.
         guidance_scale: guidance strength of the runs.
-        flops: cost of a step on each tap.
+        flops: cost of a step on each tap, those that are known.
         fine: what a full run of more steps generated, which the full run misses too; None leaves
             that distance out.
         perceptual: ST-LPIPS, or None to leave it out.
@@ -240,11 +240,13 @@ class Judge:
         )
         return row, errors
 
-    def _flops_ratio(self, entry: Entry) -> float:
-        """FLOPs of the accelerated run over those of the full run."""
+    def _flops_ratio(self, entry: Entry) -> float | None:
+        """FLOPs of the accelerated run over those of the full run; None where not known."""
         num_steps = len(self.reference.sigmas)
         if entry.predictor is None:
             return len(entry.anchors) / num_steps
+        if entry.tap not in self.flops:
+            return None
         used, whole = run_flops(
             self.flops[entry.tap], entry.anchors, num_steps, entry.predictor.window
         )
