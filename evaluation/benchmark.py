@@ -279,7 +279,11 @@ def _measure(
     pending = [
         (entry, key) for entry, key in zip(entries, keys, strict=True) if key not in log.rows
     ]
-    work = sum(len(entry.anchors) for entry, _ in pending) * sum(map(len, batches))
+    work = sum(len(entry.anchors) for entry, _ in pending)
+    steps = asked.reference_steps
+    if steps is not None and not _kept(out, f"reference_{steps}", common).exists():
+        work += steps
+    work *= sum(map(len, batches))
     with tqdm(total=work, desc="bench", unit="evaluation") as bar:
         judge = _judge(pipe, entries, out, batches, common, settings, bar.update, asked)
         sigmas = judge.reference.sigmas
@@ -313,7 +317,7 @@ def _judge(
     """What the rows are measured against; full runs are drawn where they are not on disk yet."""
 
     def drawn(name: str, **changed: Any) -> Samples:
-        kept = out / f"{name}.{common[:12]}.safetensors"
+        kept = _kept(out, name, common)
         if not kept.exists():
             found = run_entry(pipe, entries[0], [], batches, tick, **{**settings, **changed})
             save_samples(as_pictures(pipe, found, found), kept)
@@ -330,6 +334,11 @@ def _judge(
         None if steps is None else drawn(f"reference_{steps}", num_inference_steps=steps),
         StLpips() if asked.perceptual else None,
     )
+
+
+def _kept(out: Path, name: str, common: str) -> Path:
+    """Where the samples of a full run lie."""
+    return out / f"{name}.{common[:12]}.safetensors"
 
 
 def check_finer(pipe: Any, steps: int, settings: Mapping[str, Any]) -> None:
