@@ -353,7 +353,8 @@ def page() -> None:
         gap = f"{r['paired_db']:+.2f} ({r['paired_low_db']:+.2f} to {r['paired_high_db']:+.2f}; "
         gap += f"{r['wins']} of {r['num_samples']})"
         form = r["form"] + (", Adam" if r["optimiser"] == "adam" else "")
-        cost = f"{r['fit_evaluations']:.0f}, {r['fit_seconds']:.0f}" if r["num_pairs"] else ""
+        cost = f"{r['fit_evaluations']:.0f}" if r["num_pairs"] else ""
+        cost += f", {r['fit_seconds']:.0f}" if r.get("fit_seconds") else ""
         lines.append(
             f"| {r['host']} | {r['num_anchors']} | {r['method']} | {form} | "
             f"{r['num_pairs'] or ''} | {told} | {gap} | {cost} |"
