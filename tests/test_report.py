@@ -12,7 +12,7 @@ import torch
 from foreseer.evaluation.advice import advice, best_rows, gaps
 from foreseer.evaluation.page.html import anchor_lists, write_report
 from foreseer.evaluation.page.sheet import GAP, MARGIN, SHRUNK, against
-from foreseer.evaluation.page.table import markdown_table, save_csv, short_table
+from foreseer.evaluation.page.table import markdown, markdown_table, save_csv, short_table
 from foreseer.evaluation.pairing import with_rivals
 from foreseer.evaluation.results import (
     BenchMeta,
@@ -247,6 +247,14 @@ def test_markdown_holds_one_block_per_budget_ordered_by_psnr(rows):
     assert "searched: 0 1 3 6 12 21 32 43" in block and "| 30.00 [" not in block
     assert "+4.00 dB" in block and "-4.00 dB" in text
     assert "no untrained method" in text.split("### ")[1]
+
+
+def test_what_was_asked_for_has_columns_and_the_full_run_its_own_distance(rows):
+    assert "ST-LPIPS" not in markdown(rows) and "finer" not in markdown(rows)
+    more = [replace(each, st_lpips=0.00064, fine_psnr_db=38.5) for each in rows]
+    text = markdown(more)
+    assert "| ST-LPIPS | PSNR to the finer run |" in text and "| 0.00064 | 38.50 |" in text
+    assert "the full run of 2 steps is itself 38.50 dB from the finer run" in text
 
 
 def test_the_short_table_lists_rivals_and_the_gap(rows):

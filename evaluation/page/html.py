@@ -200,6 +200,7 @@ def _context(rows: Sequence[BenchRow], meta: BenchMeta) -> str:
     full = [
         f"full run at guidance {row.guidance_scale:g}: {row.num_anchors} evaluations"
         + (f", {row.seconds_per_image:.2f} s per image" if row.seconds_per_image else "")
+        + (f", {decibels(row.fine_psnr_db)} dB from the finer run" if row.fine_psnr_db else "")
         for row in rows
         if row.kind == "full"
     ]

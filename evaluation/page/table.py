@@ -38,6 +38,12 @@ def markdown(rows: Sequence[BenchRow], budgets: Sequence[int] = README_BUDGETS) 
         budgets: numbers of evaluations in the short table.
     """
     told = "\n".join(f"- {sentence}" for sentence in advice(rows))
+    for row in rows:
+        if row.kind == "full" and row.fine_psnr_db is not None:
+            told += (
+                f"\n- the full run of {row.num_anchors} steps is itself "
+                f"{decibels(row.fine_psnr_db)} dB from the finer run"
+            )
     return f"{told}\n\n{short_table(rows, budgets)}\n{markdown_table(rows)}"
 
 
