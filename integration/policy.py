@@ -338,7 +338,7 @@ def check_threshold(threshold: float, name: str = "threshold") -> None:
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor Inf, by its sum in float32 or wider."""
     wide = torch.promote_types(tensor.dtype, torch.float32)  # float16 sums overflow at 65504
-    return bool(torch.isfinite(tensor.sum(dtype=wide)))
+    return math.isfinite(tensor.sum(dtype=wide).item())
 
 
 class SpeCa(Schedule):

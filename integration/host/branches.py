@@ -128,6 +128,9 @@ class Branches:
             ValueError: a call remembered from the run before holds another number of branches.
         """
         self._check_remembered(samples)
+        if all(form in self._of for form, _ in self._step):
+            self._step, self._new = [], {}
+            return set()
         taken = {branch for form, _ in self._step for branch in self._of.get(form, ())}
         free = (number for number in itertools.count() if number not in taken)
         met = {form for form, _ in self._step if form in self._of}

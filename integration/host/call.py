@@ -28,7 +28,7 @@ def prediction(output: Any) -> Tensor:
     Raises:
         UnsupportedHost: the return value holds no single tensor, nor a list of equal ones.
     """
-    sample = _sample(output)
+    sample = output if isinstance(output, Tensor) else _sample(output)
     if isinstance(sample, Tensor):
         return sample
     if isinstance(sample, list) and sample and all(isinstance(each, Tensor) for each in sample):
@@ -47,18 +47,24 @@ def prediction(output: Any) -> Tensor:
 
 def form_of(output: Any) -> Callable[[Tensor], Any]:
     """What puts a prediction back into the form of this return value."""
+    if isinstance(output, Tensor):
+        return _itself
     listed = isinstance(_sample(output), list)
     kind, names = type(output), hasattr(output, "logits")
 
     def wrap(sample: Tensor) -> Any:
         content: Any = list(sample.unbind()) if listed else sample
-        if kind is Tensor or kind is list:
+        if kind is list:
             return content
         if kind is tuple:
             return (content,)
         return kind(logits=content) if names else kind(content)
 
     return wrap
+
+
+def _itself(sample: Tensor) -> Tensor:
+    return sample
 
 
 def _sample(output: Any) -> Any:
@@ -350,7 +356,7 @@ def time_places(kind: Any) -> dict[str, int]:
 
 def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
     if isinstance(value, Tensor):
-        yield tuple(value.shape)
+        yield value.shape
     elif isinstance(value, list | tuple | dict):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from _shapes(entry)

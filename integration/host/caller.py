@@ -144,6 +144,9 @@ class CallSettings:
         hosts = list(transformers)
         self.layers = [layer for host in hosts for _, layer in adapter_layers(host)]
         self.processors = [p for host in hosts for p in ip_adapters(host)]
+        self._constant: dict[str, Value] | None = None  # of a loop around a network without any
+        if not (self.layers or self.processors):
+            self._constant = self.read(None)
 
     def read(self, call: FrameType | None) -> dict[str, Value]:
         """The settings now, by name.
@@ -151,6 +154,8 @@ class CallSettings:
         Args:
             call: the pipeline call; None in a loop written by hand.
         """
+        if call is None and self._constant is not None:
+            return self._constant
         found = {} if call is None else settings_of(call)
         return found | lora_strengths(self.layers) | ip_adapter_strengths(self.processors)
 

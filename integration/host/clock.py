@@ -120,7 +120,7 @@ class Clock:
             return result
 
         def closing(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            given = parameters.bind(scheduler, *args, **kwargs).arguments
+            given = parameters.bind(scheduler, *args, **kwargs).arguments if args else kwargs
             if self.check is not None:
                 self.check()
             index = self.index

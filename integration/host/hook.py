@@ -296,14 +296,15 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
     if trunk is None:
         yield found
         return
-    tapped = _BlockTaps(transformer, trunk, taps, found)
-    lists = {name: block_list(transformer, name) for name in trunk.block_lists}
     handles: list[Any] = []
     if taps & {"hidden", "residual"}:
         head = transformer.get_submodule(trunk.head)
         keep = functools.partial(_keep, found, "hidden", trunk.batch_axis)
         handles.append(head.register_forward_pre_hook(keep, with_kwargs=True))
-    if tapped.wanted:
+    lists: dict[str, nn.ModuleList] = {}
+    if taps - {"hidden", "output"}:
+        tapped = _BlockTaps(transformer, trunk, taps, found)
+        lists = {name: block_list(transformer, name) for name in trunk.block_lists}
         seen = {n: ObservedBlocks(b, n, tapped.entering, tapped.leaving) for n, b in lists.items()}
         exchange(transformer, seen)
     try:
@@ -339,7 +340,6 @@ class _BlockTaps:
         blocks = list(names.values())
         self.first = blocks[0] if "residual" in taps else None
         self.last = blocks[-1] if LAST_BLOCK in taps else None
-        self.wanted = bool(self.outputs or self.first or self.last)
 
     def entering(self, block: str, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep what enters the first and the last block."""

@@ -169,7 +169,12 @@ class Steps:
         self.is_open = True
         self._go_on()
         try:
-            self.clock.step(self._v, self.clock.timesteps[index], self._before, after)
+            self.clock.step(
+                model_output=self._v,
+                timestep=self.sigmas[index],
+                sample=self._before,
+                after=after,
+            )
         finally:
             self.is_open = was_open
 

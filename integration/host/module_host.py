@@ -8,6 +8,7 @@
 A loop is told apart from others by the `steps` that it goes through, so no code of it is looked at.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foreseer.integration.host.fingerprint import adapter_state
 from foreseer.integration.host.hook import ReplacedMethod, replace_method, restore_method
 from foreseer.integration.host.hosts import Host, is_compiled
 from foreseer.integration.host.loop import LoopClock, Steps, steps_of
@@ -51,6 +53,7 @@ class ModuleHost(Host):
         self._lock = threading.Lock()
         self._open: dict[Hashable, Steps] = {}
         self._replaced: ReplacedMethod | None = None
+        self._fingerprint: tuple[Any, dict[str, Any]] | None = None  # of what state
         self._runs: list[Steps] | None = None  # opened by the call of `sample` under way
         give_trunk(module, given)
 
@@ -81,6 +84,20 @@ class ModuleHost(Host):
                 "block.compile(fullgraph=True)."
             )
         return {"module": self.module}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Host`; read anew once a weight changes, since every run asks for it.
+
+        A loop may have thousands of runs a minute.
+        """
+        weights = list(itertools.chain(self.module.parameters(), self.module.buffers()))
+        if any(each.is_meta or each.is_inference() for each in weights):
+            return super().fingerprint()  # changes of theirs cannot be told
+        state = [(id(each), each.data_ptr(), each._version) for each in weights]
+        told = (state, adapter_state(self.module))
+        if self._fingerprint is None or self._fingerprint[0] != told:
+            self._fingerprint = told, super().fingerprint()
+        return self._fingerprint[1]
 
     def samples(self, latents: Tensor) -> int:
         """See `Host`."""
