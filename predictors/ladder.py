@@ -121,15 +121,16 @@ def ladder_weights(nodes: Sequence[float], factors: Sequence[float]) -> Float[Te
         Float64 weights of the features at `nodes`.
     """
     num = len(nodes)
-    ladder: list[Tensor] = []  # rows over the anchors: ladder[i] is D_i at the newest anchor seen
+    ladder: list[list[float]] = []  # rows over the anchors: ladder[i] is D_i at the newest anchor
     for k in range(num):
-        row = torch.zeros(num, dtype=torch.float64)
-        row[k] = 1.0
-        rows = [row]
+        rows = [[float(anchor == k) for anchor in range(num)]]
         for i in range(1, min(len(factors), k + 1)):
-            rows.append((rows[i - 1] - ladder[i - 1]) / (nodes[k] - nodes[k - 1]))
+            gap = nodes[k] - nodes[k - 1]
+            before = zip(rows[i - 1], ladder[i - 1], strict=True)
+            rows.append([(new - old) / gap for new, old in before])
         ladder = rows
-    return torch.stack([f * row for f, row in zip(factors, ladder, strict=False)]).sum(0)
+    terms = [[f * share for share in row] for f, row in zip(factors, ladder, strict=False)]
+    return torch.tensor(terms, dtype=torch.float64).sum(0)
 
 
 def slope_weights(
