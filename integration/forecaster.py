@@ -168,7 +168,7 @@ class Forecaster(Source):
         self.branches.update(step.branches)
         self._check_feature(feature, step)
         found = None if call.starts else self.histories.at(step, call.slot)
-        count = len(feature) // len(step.branches)
+        count = feature.shape[0] // len(step.branches)
         samples = self.schedule.computed(step, count, first, found is not None)
         if found is None:
             found = self.histories.start(step, call.slot)

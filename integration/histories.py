@@ -168,7 +168,7 @@ def check_shape(
     Raises:
         ValueError: it has another.
     """
-    rows = len(feature) // len(samples) if samples else len(feature)
+    rows = feature.shape[0] // len(samples) if samples else feature.shape[0]
     shape = (rows, *feature.shape[1:])
     for place in samples or (0,):
         history = histories[place]

@@ -37,10 +37,10 @@ def check_memory(
     Raises:
         MemoryError: they do not fit.
     """
-    held = sum(observer.state_bytes() for observer in observers)
-    report.state_bytes = max(report.state_bytes, held)
     if report.anchors[-1:] != [index]:
         return  # a forecast: nothing was stored
+    held = sum(observer.state_bytes() for observer in observers)
+    report.state_bytes = max(report.state_bytes, held)
     expected = sum(observer.most_bytes(index, report.num_steps) for observer in observers)
     if expected <= report.predicted_bytes:
         return

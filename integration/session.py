@@ -296,7 +296,7 @@ class Session:
             index, sigmas[index], self._num_steps, held, expert.number, call.x_t, sigmas=sigmas
         )
         answer = self._decide(expert, call, step, branches is not None)
-        self._branches.count(form, len(prediction(answer.output)))
+        self._branches.count(form, prediction(answer.output).shape[0])
         self._put_aside(form, expert, call, step, answer)
         kind: Kind = "anchor" if answer.taps is not None else "forecast"
         if answer.partial:

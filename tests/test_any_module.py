@@ -238,6 +238,28 @@ def test_a_call_outside_of_a_run_is_refused_and_nothing_is_forecast():
     euler(net, observation(0), seeded(0))  # detached: the module is its own again
 
 
+def test_attach_and_detach_take_a_host_and_a_second_one_is_refused():
+    net = ActionHead()
+    host = fs.host(net)
+    run = fs.attach(host, Taylor(1), ANCHORS)
+    with pytest.raises(ValueError, match="already attached"):
+        fs.attach(fs.host(net), Taylor(1), ANCHORS)
+    tick(net, run, 0)
+    assert fs.detach(host) and not fs.detach(host)
+    assert "forward" not in vars(net)
+
+
+def test_a_changed_weight_is_noticed_by_the_next_run(recording):
+    fitted = fs.fit(recording, anchors=ANCHORS, method="lstsq", tap="output")
+    net = ActionHead()
+    with fs.forecasting(fs.host(net), fitted) as run:
+        tick(net, run, 0)
+        with torch.no_grad():
+            net.leave.weight[0] += 1
+        with pytest.raises(fs.PredictorMismatch, match="weights"):
+            tick(net, run, 0)
+
+
 def test_a_call_after_the_last_step_or_before_the_first_is_refused():
     net = ActionHead()
     with fs.forecasting(fs.host(net), Reuse(), (0,)) as run:
@@ -459,6 +481,15 @@ def test_verify_proves_a_host_and_its_predictor(recording):
     assert {"replay output", "replay hidden", "abort hidden", "detach", "predictor"} <= set(names)
     with pytest.raises(ValueError, match="inputs of its own"):
         fs.verify(host_with_loop(ActionHead()))
+
+
+def test_a_search_of_anchors_runs_the_loop(recording, tmp_path):
+    host = host_with_loop(ActionHead())
+    out = str(tmp_path / "search.json")
+    options = {"num_anchors": [3], "num_samples": 4, "num_moves": 1}
+    found = fs.search(recording, host, out, methods=["taylor_1|output"], **options)
+    (anchors,) = found.values()
+    assert anchors[0] == 0 and len(anchors) == 3
 
 
 def test_bench_compares_what_runs_on_a_loop(recording, tmp_path):

@@ -76,7 +76,9 @@ class Branches:
         Returns:
             Its form, and at its first step the earlier call whose branches it holds, if any.
         """
-        ordinal = sum(form.expert == expert and form.name == name for form, _ in self._step)
+        ordinal = 0
+        for earlier, _ in self._step:
+            ordinal += earlier.expert == expert and earlier.name == name
         form = CallForm(expert, name, ordinal, call.outline)
         if form in self._of:
             return form, None

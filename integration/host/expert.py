@@ -87,6 +87,8 @@ class Expert:
 
     def capturing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
         """Collect the taps of the call inside, see `hook.capturing`."""
+        if self.trunk is None:
+            return contextlib.nullcontext({})
         return capturing(self.transformer, self.trunk, set(self.taps))
 
     def complete(self, captured: dict[str, Tensor], output: Any) -> dict[str, Tensor]:

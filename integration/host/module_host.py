@@ -102,7 +102,7 @@ class ModuleHost(Host):
     def samples(self, latents: Tensor) -> int:
         """See `Host`."""
         count = self.branches if self.in_loop else 1
-        return max(1, len(latents) // count)
+        return max(1, latents.shape[0] // count)
 
     def caller(self) -> Any:
         """See `Host`."""
