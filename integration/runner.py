@@ -3,6 +3,7 @@
 Hooks are in `Expert`; what to do is said by the schedule. Everything here answers for one call.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -74,11 +75,12 @@ class Runner:
         made: list[Tensor] = []
 
         def entering(tokens: Tensor) -> Tensor:
-            inside = replace(step, tokens=tokens, modulation=vectors[-1])
+            inside = replace(step, tokens=tokens, modulation=vectors[-1] if vectors else None)
             made.append(source.forecast(inside))
             return entering_head(source.tap, made[-1])(tokens)
 
-        with modulations(expert.transformer) as vectors:
+        told = "modulation" in source.needs
+        with modulations(expert.transformer) if told else contextlib.nullcontext([]) as vectors:
             output = expert.skip(call, entering)
         return Answer(output, None, made[-1])
 

@@ -29,19 +29,22 @@ class DiscaPredictor(Predictor):
 
     Args:
         width: D, channels of a hidden state.
-        modulation_width: W.
+        modulation_width: W; 0 of a host without modulation, such as a language model: the blocks
+            are then modulated by the distance to the anchor alone.
         num_heads: attention heads of a block; must divide the predictor's width.
         depth: blocks.
         width_mult: P / D, in (0, 1].
         residual: whether there is a base.
         order: 0 for reuse, 1 for linear extrapolation in sigma where two anchors are known.
         max_gap: longest distance in sigma to the newest anchor that was trained on.
+        reach: farthest offset between two tokens in a row that attention has a bias of its own for;
+            0 where the features say where a token is, as those of pictures do.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
-    needs = frozenset({"tokens", "modulation"})
+    needs = frozenset({"tokens", "modulation"})  # of a host with modulation
     learned = True
     any_anchors = True
     tag = "disca"
@@ -57,6 +60,7 @@ class DiscaPredictor(Predictor):
         residual: bool = True,
         order: int = 0,
         max_gap: float = 0.2,
+        reach: int = 0,
     ) -> None:
         super().__init__()
         inner = round(width * width_mult)
@@ -66,6 +70,8 @@ class DiscaPredictor(Predictor):
                 f"max_gap {max_gap}; expected a multiplier and a gap in (0, 1], at least one block "
                 "and heads that divide the width."
             )
+        if reach < 0:
+            raise ValueError(f"reach is {reach}, expected a number of tokens or 0.")
         if order not in (0, 1) or (order and not residual):
             raise ValueError(
                 f"order is {order} with residual={residual}; expected 0 or 1, and 0 without a base."
@@ -78,15 +84,22 @@ class DiscaPredictor(Predictor):
         self.residual = residual
         self.order = order
         self.max_gap = max_gap
+        self.reach = reach
         self.window = order + 1
         self.fuse = nn.Sequential(nn.Linear(2 * width, inner), nn.SiLU(), nn.Linear(inner, inner))
-        self.gap = nn.Linear(2 * NUM_FREQUENCIES, modulation_width)
+        k_width = modulation_width or 2 * NUM_FREQUENCIES
+        self.gap = nn.Linear(2 * NUM_FREQUENCIES, k_width)
         self.blocks = nn.ModuleList(
-            AdaLNBlock(inner, modulation_width, num_heads) for _ in range(depth)
+            AdaLNBlock(inner, k_width, num_heads, reach) for _ in range(depth)
         )
         self.out = nn.Linear(inner, width)
-        nn.init.zeros_(self.gap.weight)
-        nn.init.zeros_(self.gap.bias)
+        if modulation_width:
+            nn.init.zeros_(self.gap.weight)
+            nn.init.zeros_(self.gap.bias)
+        else:
+            self.needs = frozenset({"tokens"})
+            for block in self.blocks:
+                open_gates(block)
         if residual:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -109,7 +122,8 @@ class DiscaPredictor(Predictor):
         """
         if not len(history):
             raise ValueError("the history is empty: a forecast needs at least one anchor.")
-        if step.tokens is None or step.modulation is None:
+        given = {"tokens": step.tokens, "modulation": step.modulation}
+        if step.tokens is None or any(given[name] is None for name in self.needs):
             raise ValueError(
                 "DisCa needs the tokens and the modulation vector of the step; they exist on the "
                 "tap `hidden` of a transformer whose class is known to foreseer."
@@ -140,7 +154,7 @@ class DiscaPredictor(Predictor):
         self,
         cache: Float[Tensor, "B N D"],
         tokens: Float[Tensor, "B N D"],
-        modulation: Float[Tensor, "B W"],
+        modulation: Float[Tensor, "B W"] | None,
         gap: float,
     ) -> Float[Tensor, "B N D"]:
         """What the network adds, in its own dtype.
@@ -148,12 +162,17 @@ class DiscaPredictor(Predictor):
         Args:
             cache: the newest anchor's feature.
             tokens: what enters the first block at this step.
-            modulation: the host's modulation vector at this step.
+            modulation: the host's modulation vector at this step, where it has one.
             gap: distance to the newest anchor in sigma.
         """
         dtype = self.out.weight.dtype
-        hidden = self.fuse(torch.cat([tokens.to(dtype), cache.to(dtype)], dim=-1))
-        k = modulation.to(dtype) + self.gap(_waves(gap).to(self.gap.weight))
+        tokens, cache = tokens.to(dtype), cache.to(dtype)
+        if not self.modulation_width:  # a language model's stream is far larger than what enters it
+            tokens, cache = _normalised(tokens), _normalised(cache)
+        hidden = self.fuse(torch.cat([tokens, cache], dim=-1))
+        k = self.gap(_waves(gap).to(self.gap.weight)).expand(len(tokens), -1)
+        if modulation is not None and self.modulation_width:
+            k = modulation.to(dtype) + k
         for block in self.blocks:
             hidden = block(hidden, k)
         return self.out(hidden)
@@ -166,11 +185,19 @@ class AdaLNBlock(nn.Module):
         width: channels P.
         modulation_width: width of the modulation vector.
         num_heads: attention heads.
+        reach: see `DiscaPredictor`.
     """
 
-    def __init__(self, width: int, modulation_width: int, num_heads: int) -> None:
+    def __init__(self, width: int, modulation_width: int, num_heads: int, reach: int = 0) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.reach = reach
+        if reach:
+            slopes = 2.0 ** -torch.arange(
+                num_heads
+            )  # near tokens first, as ALiBi, arXiv 2108.12409
+            far = torch.arange(-reach, reach + 1).abs()
+            self.offsets = nn.Parameter(-slopes[:, None] * far)
         self.modulate = nn.Linear(modulation_width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -194,8 +221,24 @@ class AdaLNBlock(nn.Module):
 
     def _attend(self, x: Float[Tensor, "B N P"]) -> Float[Tensor, "B N P"]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)  # (B, heads, N, P / heads)
+        bias = self._bias(x.shape[1]) if self.reach else None
+        mixed = nn.functional.scaled_dot_product_attention(
+            q, k, v, bias
+        )  # (B, heads, N, P / heads)
         return self.proj(mixed.transpose(1, 2).flatten(2))
+
+    def _bias(self, num_tokens: int) -> Float[Tensor, "heads N N"]:
+        """What attention adds for the offset from one token to another."""
+        places = torch.arange(num_tokens, device=self.offsets.device)
+        offset = (places - places[:, None]).clamp(-self.reach, self.reach) + self.reach
+        return self.offsets[:, offset]
+
+
+def open_gates(block: AdaLNBlock) -> None:
+    """Start a block as a plain one: under no modulation of a host its gates would stay shut."""
+    with torch.no_grad():
+        for gate in (2, 5):
+            block.modulate.bias.unflatten(0, (6, -1))[gate].fill_(1.0)
 
 
 def _normalised(x: Tensor) -> Tensor:
