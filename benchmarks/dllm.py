@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "masked_language_model"
@@ -32,7 +31,7 @@ from masked_model import MaskedLanguageModel, load_model  # noqa: E402
 
 import foreseer as fs  # noqa: E402
 from foreseer.evaluation.metrics import paired  # noqa: E402
-from foreseer.integration.host.trunk import Trunk  # noqa: E402
+from foreseer.integration.host.module_host import ModuleHost  # noqa: E402
 from foreseer.integration.masked_cache import dllm_cache, prompt_drift  # noqa: E402
 from foreseer.integration.masked_sampler import Sampled, sample_masked  # noqa: E402
 from foreseer.predictors.base import Predictor  # noqa: E402
@@ -42,11 +41,11 @@ from foreseer.training.disca.masked_fit import fit_corrector, record_decodings  
 
 RESULT = Path(__file__).parent / "results" / "dllm.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "dllm.png"
-TRUNK = Trunk(("model.transformer.blocks",), "model.transformer.ln_f")
 FIT_SEED, CHOOSE_SEED, JUDGE_SEED = 10**6, 2 * 10**6, 3 * 10**6  # training draws from 0, 1, ...
 HORIZON = 4
+BATCH, LEARNING_RATE = 64, 3e-3
 EVALUATIONS = (6, 4, 3, 2)
-THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15)
+THRESHOLDS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.15)
 CACHES = ((1, 1, 0.0), (1, 4, 0.25), (1, 4, 0.5), (1, 12, 0.25), (12, 1, 0.0), (4, 4, 0.25))
 SIZES: dict[str, Any] = {
     "modulation_width": 0,
@@ -58,18 +57,23 @@ SIZES: dict[str, Any] = {
 Decode = Callable[[Tensor], Sampled]
 
 
+def host_of(model: MaskedLanguageModel) -> ModuleHost:
+    """The model as a host."""
+    return fs.host(model, blocks="model.transformer.blocks", head="model.transformer.ln_f")
+
+
 def corrector_of(model: MaskedLanguageModel) -> DiscaPredictor:
     """An unfitted corrector: one block of the model's width."""
     torch.manual_seed(0)
     return DiscaPredictor(model.config.width, **SIZES)
 
 
-def fit(out: Path, num_decodings: int = 768, num_steps: int = 1200) -> None:
+def fit(out: Path, num_decodings: int = 768, num_steps: int = 2500) -> None:
     """Record decodings, train the corrector, and write its weights and what it took."""
     model = load_model()
     began = time.process_time()
     examples = running_sums(num_decodings, torch.Generator().manual_seed(FIT_SEED))
-    decodings = record_decodings(model, examples.prompts, NUM_DIGITS, TRUNK)
+    decodings = record_decodings(host_of(model), examples.prompts, NUM_DIGITS)
     recorded = time.process_time() - began
     predictor = corrector_of(model)
     losses: list[float] = []
@@ -80,9 +84,10 @@ def fit(out: Path, num_decodings: int = 768, num_steps: int = 1200) -> None:
             mean = sum(losses[-100:]) / 100
             print(f"{number + 1:6d}  {time.process_time() - began:5.0f} s  {mean:.4f}", flush=True)
 
-    fit_corrector(predictor, model, decodings, TRUNK, HORIZON, num_steps, tell=tell)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(predictor.state_dict(), out / "corrector.safetensors")
+    fit_corrector(
+        predictor, host_of(model), decodings, HORIZON, num_steps, BATCH, LEARNING_RATE, tell=tell
+    )
+    fs.save(predictor, str(out / "corrector"))
     took = {"record_seconds": recorded, "fit_seconds": time.process_time() - began - recorded}
     (out / "fit.json").write_text(json.dumps({"decodings": num_decodings, **took}))
 
@@ -92,8 +97,7 @@ def forecast(
 ) -> Sampled:
     """Decode one token a step with `evaluations` evaluations, and forecasts in between."""
     every = NUM_DIGITS // evaluations
-    host = fs.host(model, blocks=TRUNK.block_lists[0], head=TRUNK.head)
-    anchors = range(0, NUM_DIGITS, every)
+    host, anchors = host_of(model), range(0, NUM_DIGITS, every)
     with fs.forecasting(host, predictor, anchors, "hidden") as run, run.steps(NUM_DIGITS) as steps:
         return sample_masked(model, prompts, NUM_DIGITS, NUM_DIGITS, clock=steps)
 
@@ -143,14 +147,14 @@ class Bench:
         """One line of the table."""
         responses, seconds, steps = self.decoded(decode)
         right = (responses == self.examples.responses).all(1).double()
-        evaluations = steps if evaluations is None else evaluations
+        evaluations = round(steps, 2) if evaluations is None else evaluations
         name = f"{method} {evaluations:g}"
         self.right[name] = right
         low, high = wilson(float(right.mean()), len(right))
         line = {
             "method": method,
             "kind": kind,
-            "evaluations": round(evaluations, 2),
+            "evaluations": evaluations,
             "exact_match": round(float(right.mean()), 4),
             "wilson_low": round(low, 4),
             "wilson_high": round(high, 4),
@@ -172,8 +176,8 @@ class Bench:
             line[f"ahead_of_{rival['kind']}"] = {
                 "rival": f"{rival['method']}, {rival['evaluations']:g}",
                 "mean": round(found.mean, 4),
-                "paired_low": round(found.ci_low, 4),
-                "paired_high": round(found.ci_high, 4),
+                "paired_low": round(found.low, 4),
+                "paired_high": round(found.high, 4),
             }
 
 
@@ -188,8 +192,7 @@ def judge(out: Path, num_samples: int = 256, batch_size: int = 64, result: Path 
     bench = Bench(running_sums(num_samples, torch.Generator().manual_seed(JUDGE_SEED)), batch_size)
     model = bench.model
     rows = [bench.row("full", "full", bench.plain(NUM_DIGITS))]
-    predictor = corrector_of(model)
-    predictor.load_state_dict(load_file(out / "corrector.safetensors"))
+    predictor = fs.load(str(out / "corrector"))
     size = sum(p.numel() for p in predictor.parameters())
     for evaluations in EVALUATIONS:
         rows.append(bench.row("parallel", "parallel", bench.plain(evaluations)))
@@ -200,7 +203,7 @@ def judge(out: Path, num_samples: int = 256, batch_size: int = 64, result: Path 
     for name, kind, each in (
         ("reuse", "formula", Reuse()),
         ("taylor_1", "formula", Taylor(1)),
-        ("corrector", "learned", predictor.eval()),
+        ("corrector", "learned", predictor),
     ):
         for evaluations in EVALUATIONS:
             decode = functools.partial(forecast, model, each, evaluations)
@@ -230,7 +233,7 @@ def judge(out: Path, num_samples: int = 256, batch_size: int = 64, result: Path 
         **json.loads((out / "fit.json").read_text()),
     }
     result.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-    draw(bench, predictor)
+    draw(bench, predictor, 4)
 
 
 def rivals_of(rows: list[dict[str, Any]], evaluations: int) -> list[dict[str, Any]]:
@@ -269,7 +272,7 @@ def filling(found: Sampled, answer: Tensor, every: int) -> list[list[tuple[str, 
 COLOURS = {"masked": "#d9dbe3", "new": "#8fc7a5", "right": "#dcefe3", "wrong": "#f2a49b"}
 
 
-def draw(bench: Bench, predictor: Predictor, evaluations: int = 3) -> None:
+def draw(bench: Bench, predictor: Predictor, evaluations: int) -> None:
     """Write the picture: the first judged prompt that parallel decoding gets wrong."""
     from matplotlib.figure import Figure
 

@@ -159,6 +159,15 @@ def test_the_reference_tables_are_those_of_the_results(benchmarks):
     assert between("lesa.md", "evaluations") == reference_page.by_budget(rows)
 
 
+def test_the_table_of_language_models_is_that_of_the_results(benchmarks):
+    import json
+
+    import dllm_page
+
+    rows = json.loads((benchmarks / "results" / "dllm.json").read_text())["rows"]
+    assert between("language_models.md", "results") == dllm_page.table(rows)
+
+
 def test_the_tables_of_students_are_those_of_the_results(benchmarks):
     import json
 

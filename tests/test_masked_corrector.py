@@ -5,12 +5,12 @@ import torch
 from digit_tasks import MASK
 from masked_models import equal_prompts, small_model, unequal_prompts
 
-from foreseer.integration.host.trunk import Trunk
+import foreseer as fs
+from foreseer.integration.masked_sampler import sample_masked
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.neural import DiscaPredictor
 from foreseer.training.disca.masked_fit import fit_corrector, record_decodings
 
-TRUNK = Trunk(("model.transformer.blocks",), "model.transformer.ln_f")
 LENGTH = 12
 
 
@@ -20,8 +20,13 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def decodings(model):
-    return record_decodings(model, equal_prompts(32), LENGTH, TRUNK)
+def host(model):
+    return fs.host(model, blocks="model.transformer.blocks", head="model.transformer.ln_f")
+
+
+@pytest.fixture(scope="module")
+def decodings(host):
+    return record_decodings(host, equal_prompts(32), LENGTH)
 
 
 def corrector(**changes):
@@ -52,11 +57,11 @@ def test_without_modulation_a_fresh_predictor_is_reuse_and_needs_tokens_alone(de
         made(history, Step(2, 1 - 2 / LENGTH, LENGTH))
 
 
-def test_a_fit_lowers_the_divergence_and_leaves_the_model_as_it_was(model, decodings):
+def test_a_fit_lowers_the_divergence_and_leaves_the_model_as_it_was(model, host, decodings):
     before = {name: p.clone() for name, p in model.named_parameters()}
     losses = []
     made = fit_corrector(
-        corrector(), model, decodings, TRUNK, 3, 60, 16, tell=lambda _, loss: losses.append(loss)
+        corrector(), host, decodings, 3, 60, 16, tell=lambda _, loss: losses.append(loss)
     )
     assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
     assert not made.training
@@ -66,13 +71,38 @@ def test_a_fit_lowers_the_divergence_and_leaves_the_model_as_it_was(model, decod
     assert {"gap.weight", "fuse.0.weight", "blocks.0.modulate.weight", "out.weight"} <= set(moved)
 
 
+def decoded(host, predictor, anchors=(0, 4, 8)):
+    with fs.forecasting(host, predictor, anchors) as run, run.steps(LENGTH) as steps:
+        found = sample_masked(host.module, equal_prompts(), LENGTH, LENGTH, clock=steps)
+    assert run.report().anchors == list(anchors)
+    return found.responses
+
+
+def test_a_fresh_one_decodes_as_several_tokens_an_evaluation_and_a_fitted_one_is_a_file(
+    model, host, decodings, tmp_path
+):
+    made = fit_corrector(corrector(), host, decodings, 4, 1, learning_rate=0.0)
+    parallel = sample_masked(model, equal_prompts(), LENGTH, 3).responses
+    assert torch.equal(decoded(host, made), parallel)
+    torch.nn.init.normal_(made.out.weight, std=30.0)
+    moved = decoded(host, made)
+    assert not torch.equal(moved, parallel)  # it is asked
+    fs.save(made, str(tmp_path / "corrector"))
+    assert torch.equal(decoded(host, fs.load(str(tmp_path / "corrector"))), moved)
+    other = fs.host(small_model(seed=3), blocks="model.transformer.blocks")
+    with pytest.raises(fs.PredictorMismatch, match="weights"):
+        decoded(other, made)
+    with pytest.raises(ValueError, match="where its blocks and its head are"):
+        fit_corrector(corrector(), other, decodings, 4, 1)
+
+
 @pytest.mark.parametrize("horizon", [0, 7, 12])
-def test_a_horizon_out_of_reach_is_refused(model, decodings, horizon):
+def test_a_horizon_out_of_reach_is_refused(host, decodings, horizon):
     with pytest.raises(ValueError, match=f"horizon is {horizon}"):
-        fit_corrector(corrector(), model, decodings, TRUNK, horizon, 1)
+        fit_corrector(corrector(), host, decodings, horizon, 1)
 
 
-def test_padded_decodings_are_recorded_with_their_mask(model):
-    found = record_decodings(model, unequal_prompts(), LENGTH, TRUNK)
+def test_padded_decodings_are_recorded_with_their_mask(host):
+    found = record_decodings(host, unequal_prompts(), LENGTH)
     assert found.attended.tolist()[0] == [0] * 13 + [1] * 26
     assert found.attended.tolist()[1] == [1] * 39

@@ -7,7 +7,7 @@ from digit_tasks import BASE, EQUALS, MASK, PLUS, TASKS
 from masked_model import HERE, Config, load_model
 from safetensors.torch import load_file
 
-from foreseer.integration.masked_sampler import sample_masked
+from foreseer.integration.masked_sampler import Sampled, sample_masked
 
 SMALL = Config(num_layers=1, width=16, num_heads=2, num_key_value_heads=1, mlp_width=16)
 
@@ -99,3 +99,14 @@ def test_the_shipped_model_is_small_and_right_one_token_at_a_time_and_not_in_par
     ]
     assert right[0] >= 31
     assert right[1] <= 4
+
+
+def test_a_picture_shows_every_token_from_the_evaluation_that_committed_it():
+    dllm = pytest.importorskip("dllm", reason="the wheel holds no benchmarks")
+    found = Sampled(torch.tensor([[3, 1, 4]]), torch.tensor([[1, 0, 4]]))
+    frames = dllm.filling(found, torch.tensor([3, 1, 5]), every=2)
+    assert frames == [
+        [("3", "new"), ("1", "new"), ("", "masked")],
+        [("3", "right"), ("1", "right"), ("", "masked")],
+        [("3", "right"), ("1", "right"), ("4", "wrong")],
+    ]

@@ -2,9 +2,9 @@
 
     python examples/masked_language_model/train_masked_model.py --out runs/masked_model
 
-Short numbers first, and mask rates up to .35 for the first 60 % of the run, then up to 1: neighbours
-are learned first, what follows from few of them after that. Numbers of 24 digits from the start stayed
-at chance for 150 steps, numbers of up to 8 left it within 150.
+Short numbers first, and mask rates up to .35 for the first 60 % of the run, then up to 1:
+neighbours are learned first, what follows from few of them after that. Numbers of 24 digits from
+the start stayed at chance for 150 steps, numbers of up to 8 left it within 150.
 """
 
 import argparse

@@ -21,8 +21,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.integration.host.hook import TrunkSkipper
-from foreseer.integration.host.trunk import Trunk, first_tensor
+from foreseer.integration.host.loop import flow_times
+from foreseer.integration.host.module_host import ModuleHost
+from foreseer.integration.host.trunk import Trunk, first_tensor, given_trunk
 from foreseer.integration.masked_sampler import Prompts, logits_of, sample_masked
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.neural import DiscaPredictor
@@ -48,16 +51,18 @@ class Decodings:
 
 
 def record_decodings(
-    model: nn.Module, prompts: Prompts, length: int, trunk: Trunk, block: int | None = None
+    host: ModuleHost, prompts: Prompts, length: int, block: int | None = None
 ) -> Decodings:
     """Decode in full, one token at every step, and keep what enters the head.
 
     Args:
-        model: a masked language model.
+        host: `foreseer.host(model, blocks=..., head=...)` of a masked language model.
         prompts: see `sample_masked`.
         length: G.
-        trunk: names of its block list and head.
         block: see `sample_masked`.
+
+    Raises:
+        ValueError: the host does not name its blocks and head.
     """
     ids: list[Tensor] = []
     attended: list[Tensor] = []
@@ -72,7 +77,8 @@ def record_decodings(
         assert found is not None  # a head has an input
         hidden.append(found.clone())
 
-    head = model.get_submodule(trunk.head)
+    model = host.module
+    head = model.get_submodule(_trunk(host).head)
     handles = [
         model.register_forward_pre_hook(see, with_kwargs=True),
         head.register_forward_pre_hook(keep, with_kwargs=True),
@@ -90,9 +96,8 @@ def record_decodings(
 
 def fit_corrector(
     predictor: DiscaPredictor,
-    model: nn.Module,
+    host: ModuleHost,
     decodings: Decodings,
-    trunk: Trunk,
     horizon: int = 4,
     num_steps: int = 1000,
     batch_size: int = 64,
@@ -103,10 +108,9 @@ def fit_corrector(
     """Train a predictor without modulation on pairs of steps of recorded decodings.
 
     Args:
-        predictor: changed in place.
-        model: what was recorded; its parameters get no gradient.
+        predictor: changed in place; its spec becomes this host's.
+        host: what was recorded; its parameters get no gradient.
         decodings: see `record_decodings`.
-        trunk: as they were recorded with.
         horizon: most steps from the anchor to the step that is forecast.
         num_steps: optimiser steps.
         batch_size: pairs of a step.
@@ -126,8 +130,9 @@ def fit_corrector(
             f"horizon is {horizon}, expected 1 to {decodings.length - 1}, and at most max_gap of "
             f"the predictor times the response, {reach:.0f}."
         )
+    model = host.module
     mask_id = model.config.mask_token_id
-    skipper, generator = TrunkSkipper(model, trunk), torch.Generator().manual_seed(seed)
+    skipper, generator = TrunkSkipper(model, _trunk(host)), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(predictor.parameters(), learning_rate, weight_decay=0.0)
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, learning_rate, num_steps, pct_start=0.1, cycle_momentum=False
@@ -150,7 +155,36 @@ def fit_corrector(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+    predictor.spec = _spec(host, decodings, horizon)
     return predictor.eval()
+
+
+def _trunk(host: ModuleHost) -> Trunk:
+    """The names that the host was made with."""
+    given = given_trunk(host.module)
+    if given.block_lists is None or given.head is None:
+        raise ValueError(
+            f"{host.name} does not say where its blocks and its head are; make it with "
+            "foreseer.host(model, blocks='model.transformer.blocks', head='model.transformer.ln_f')"
+            ", or what they are called here."
+        )
+    return Trunk(given.block_lists, given.head)
+
+
+def _spec(host: ModuleHost, decodings: Decodings, horizon: int) -> PredictorSpec:
+    """The circumstances of a fit."""
+    length = decodings.length
+    return PredictorSpec(
+        tap="hidden",
+        anchors=tuple(range(0, length, horizon)),
+        sigmas=tuple(flow_times(length)),
+        host=host.fingerprint(),
+        scheduler=type(host.scheduler).__name__,
+        num_branches=1,
+        guidance_scale=1.0,
+        dtype=str(decodings.hidden.dtype).removeprefix("torch."),
+        num_trajectories=len(decodings.ids),
+    )
 
 
 def _pairs(
