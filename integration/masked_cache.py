@@ -50,14 +50,26 @@ class BlockNames:
 
 
 _LLADA = BlockNames(
-    *("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out"),
-    *("ff_norm", "ff_proj", "up_proj", "ff_out"),
+    norm="attn_norm",
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    out="attn_out",
+    mlp_norm="ff_norm",
+    gate="ff_proj",
+    up="up_proj",
+    down="ff_out",
 )
 _LLAMA = BlockNames(
-    "input_layernorm",
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    "post_attention_layernorm",
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    norm="input_layernorm",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
 )
 BLOCKS = {
     "MaskedBlock": _LLADA,

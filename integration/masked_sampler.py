@@ -100,11 +100,7 @@ def sample_masked(
         response = torch.where(chosen, tokens, ids[:, -length:])
         ids = torch.cat([ids[:, :-length], response], 1)  # what was given stays as it was
         committed_at[chosen] = index
-    if bool((committed_at < 0).any()):
-        raise ValueError(
-            f"{int((committed_at < 0).sum())} tokens are still masked after {steps} steps; "
-            f"expected a complete response: give as many steps as it has tokens ({length})."
-        )
+    _check_complete(committed_at, steps)
     return Sampled(ids[:, -length:], committed_at)
 
 
@@ -231,6 +227,15 @@ def _check_numbers(length: int, steps: int, block: int, commit: str, threshold: 
         raise ValueError(
             f"{steps} steps do not fit {blocks} blocks of {block} tokens; expected a multiple of "
             f"{blocks} from {blocks} to {length}."
+        )
+
+
+def _check_complete(committed_at: Int[Tensor, "B G"], steps: int) -> None:
+    left = int((committed_at < 0).sum())
+    if left:
+        raise ValueError(
+            f"{left} tokens are still masked after {steps} steps; expected a complete response: "
+            f"give as many steps as it has tokens ({committed_at.shape[1]})."
         )
 
 

@@ -79,8 +79,10 @@ class Runner:
             made.append(source.forecast(inside))
             return entering_head(source.tap, made[-1])(tokens)
 
-        told = "modulation" in source.needs
-        with modulations(expert.transformer) if told else contextlib.nullcontext([]) as vectors:
+        telling: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
+        if "modulation" in source.needs:
+            telling = modulations(expert.transformer)
+        with telling as vectors:
             output = expert.skip(call, entering)
         return Answer(output, None, made[-1])
 

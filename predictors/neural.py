@@ -89,16 +89,15 @@ class DiscaPredictor(Predictor):
         self.fuse = nn.Sequential(nn.Linear(2 * width, inner), nn.SiLU(), nn.Linear(inner, inner))
         k_width = modulation_width or 2 * NUM_FREQUENCIES
         self.gap = nn.Linear(2 * NUM_FREQUENCIES, k_width)
-        self.blocks = nn.ModuleList(
-            AdaLNBlock(inner, k_width, num_heads, reach) for _ in range(depth)
-        )
+        blocks = [AdaLNBlock(inner, k_width, num_heads, reach) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.out = nn.Linear(inner, width)
         if modulation_width:
             nn.init.zeros_(self.gap.weight)
             nn.init.zeros_(self.gap.bias)
         else:
             self.needs = frozenset({"tokens"})
-            for block in self.blocks:
+            for block in blocks:
                 open_gates(block)
         if residual:
             nn.init.zeros_(self.out.weight)

@@ -124,14 +124,9 @@ def fit_corrector(
     Raises:
         ValueError: a horizon that the recording or the predictor does not reach.
     """
-    reach = predictor.max_gap * decodings.length + 1e-3
-    if not 1 <= horizon < decodings.length or horizon > reach:
-        raise ValueError(
-            f"horizon is {horizon}, expected 1 to {decodings.length - 1}, and at most max_gap of "
-            f"the predictor times the response, {reach:.0f}."
-        )
-    model = host.module
-    mask_id = model.config.mask_token_id
+    _check_horizon(horizon, predictor.max_gap, decodings.length)
+    model: Any = host.module
+    mask_id: int = model.config.mask_token_id
     skipper, generator = TrunkSkipper(model, _trunk(host)), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(predictor.parameters(), learning_rate, weight_decay=0.0)
     rate = torch.optim.lr_scheduler.OneCycleLR(
@@ -157,6 +152,15 @@ def fit_corrector(
             parameter.requires_grad_(True)
     predictor.spec = _spec(host, decodings, horizon)
     return predictor.eval()
+
+
+def _check_horizon(horizon: int, max_gap: float, length: int) -> None:
+    reach = max_gap * length + 1e-3
+    if not 1 <= horizon < length or horizon > reach:
+        raise ValueError(
+            f"horizon is {horizon}, expected 1 to {length - 1}, and at most max_gap of the "
+            f"predictor times the response, {reach:.0f}."
+        )
 
 
 def _trunk(host: ModuleHost) -> Trunk:
