@@ -4,9 +4,9 @@ import hashlib
 import json
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,7 +56,8 @@ FIRST_ITEM = 10_000  # far from every item a recording starts with
 SHEET_SAMPLES = 8
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """What a benchmark measures and tells beyond its rows.
 
     Args:
@@ -67,7 +68,7 @@ class Asked(NamedTuple):
 
     reference_steps: int | None = None
     perceptual: bool = False
-    efforts: Mapping[str, str] = {}
+    efforts: Mapping[str, str] = field(default_factory=dict)
 
 
 ASKED = Asked()
