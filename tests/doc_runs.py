@@ -48,6 +48,7 @@ PARSED = {
     r"^foreseer distill": "half an hour; tests/training_crash_cases.py trains them at tiny size",
     r"^python examples/bundled_models/train.py": "hours; tests/training_crash_cases.py, tiny",
     r"^python examples/masked_language_model": "minutes; tests/test_masked_model.py, tiny",
+    r"^python examples/robot_policy/": "minutes, and a simulator; tests/test_robot_policy.py",
     r"^foreseer demo": "five minutes; tests/test_demo.py runs it at tiny size",
     r"^(torchrun|accelerate|srun|sbatch|for) ": "several processes; tests/test_launchers.py",
     r"^foreseer fit .*--trainer.devices 2": "two processes; tests/test_ddp.py trains so",
