@@ -52,7 +52,6 @@ SIZES: dict[str, Any] = {
     "num_heads": 4,
     "depth": 1,
     "max_gap": 0.5,
-    "reach": 16,
 }
 Decode = Callable[[Tensor], Sampled]
 

@@ -412,7 +412,6 @@ ARGUMENT_RULES: dict[str, Rule] = {
     ),
     "patch": _whole(1, MAX_CHANNELS),
     "rank": _whole(1, MAX_CHANNELS),
-    "reach": _whole(0, 4096),
     "residual": BOOLEAN,
     "ridge": _number(0, 1e12),
     "sigma_margin": _number(0, 1e6),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foreseer.predictors.base import SMALLEST, History, Predictor, Step
 
 NUM_FREQUENCIES = 16
+REACH = 16  # tokens, of a language model
 HIGHEST_FREQUENCY = 30.0  # radians per unit of flow time
 
 
@@ -37,8 +38,6 @@ class DiscaPredictor(Predictor):
         residual: whether there is a base.
         order: 0 for reuse, 1 for linear extrapolation in sigma where two anchors are known.
         max_gap: longest distance in sigma to the newest anchor that was trained on.
-        reach: farthest offset between two tokens in a row that attention has a bias of its own for;
-            0 where the features say where a token is, as those of pictures do.
 
     Raises:
         ValueError: an argument is out of range.
@@ -60,7 +59,6 @@ class DiscaPredictor(Predictor):
         residual: bool = True,
         order: int = 0,
         max_gap: float = 0.2,
-        reach: int = 0,
     ) -> None:
         super().__init__()
         inner = round(width * width_mult)
@@ -70,8 +68,6 @@ class DiscaPredictor(Predictor):
                 f"max_gap {max_gap}; expected a multiplier and a gap in (0, 1], at least one block "
                 "and heads that divide the width."
             )
-        if reach < 0:
-            raise ValueError(f"reach is {reach}, expected a number of tokens or 0.")
         if order not in (0, 1) or (order and not residual):
             raise ValueError(
                 f"order is {order} with residual={residual}; expected 0 or 1, and 0 without a base."
@@ -84,11 +80,11 @@ class DiscaPredictor(Predictor):
         self.residual = residual
         self.order = order
         self.max_gap = max_gap
-        self.reach = reach
         self.window = order + 1
         self.fuse = nn.Sequential(nn.Linear(2 * width, inner), nn.SiLU(), nn.Linear(inner, inner))
         k_width = modulation_width or 2 * NUM_FREQUENCIES
         self.gap = nn.Linear(2 * NUM_FREQUENCIES, k_width)
+        reach = 0 if modulation_width else REACH
         blocks = [AdaLNBlock(inner, k_width, num_heads, reach) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
         self.out = nn.Linear(inner, width)
@@ -184,7 +180,8 @@ class AdaLNBlock(nn.Module):
         width: channels P.
         modulation_width: width of the modulation vector.
         num_heads: attention heads.
-        reach: see `DiscaPredictor`.
+        reach: farthest offset between two tokens in a row that attention has a bias of its own for;
+            0 where the features say where a token is, as those of pictures do.
     """
 
     def __init__(self, width: int, modulation_width: int, num_heads: int, reach: int = 0) -> None:
