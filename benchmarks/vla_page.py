@@ -1,4 +1,4 @@
-"""Table and pictures of docs/robot_policies.md from what benchmarks/vla.py has measured.
+"""Tables and picture of docs/robot_policies.md from what benchmarks/vla.py has measured.
 
 python benchmarks/vla_page.py
 """
@@ -20,11 +20,10 @@ NAMES |= {"bns": "BNS (learned solver)", "full": "the head alone"}
 
 
 def page() -> None:
-    """Write the table and the pictures."""
+    """Write the tables and the picture."""
     rows = json.loads(RESULT.read_text())
     put(PAGE, "vla", f"{table(rows)}\n\n{success_table(rows)}")
     error_chart(rows).save(IMAGES / "robot_error.png")
-    success_chart(rows).save(IMAGES / "robot_success.png")
 
 
 def named(row: dict[str, Any]) -> str:
@@ -92,12 +91,6 @@ def error_chart(rows: Sequence[dict[str, Any]]) -> LineChart:
     axes = Axes("evaluations of 10", "action error", ".1e", log=True)
     caption = "Mean squared action error to the head's own chunks"
     return LineChart(caption, curves(shown, "action_mse"), axes)
-
-
-def success_chart(rows: Sequence[dict[str, Any]]) -> LineChart:
-    """Success against evaluations."""
-    axes = Axes("evaluations of 10", "share of episodes", ".2f")
-    return LineChart("Episodes that succeeded", curves(rows, "success"), axes)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def test_every_row_says_what_the_page_needs():
         assert row["kind"] == "reference" or {"paired_low", "paired_high"} <= row.keys()
 
 
-def test_the_page_and_its_pictures_show_what_was_measured():
+def test_the_page_and_its_picture_show_what_was_measured():
     import vla_page
 
     page = (ROWS.parents[2] / vla_page.PAGE).read_text()
@@ -191,7 +191,6 @@ def test_the_page_and_its_pictures_show_what_was_measured():
     readout = [row for row in rows() if row["method"] == "readout"]
     shown = sorted(readout, key=lambda row: row["evaluations"])
     assert by_name["readout"] == [f"{row['action_mse']:.1e}" for row in shown]
-    assert all(curve.points for curve in vla_page.success_chart(rows()).curves)
 
 
 def test_a_wilson_interval_is_that_of_its_source():
