@@ -42,7 +42,7 @@ class Attachment:
             for name, network in host.networks().items()
         }
         self.others = host.others()
-        self.pace = Pace()
+        self.pace = Pace(self.host.steps_elsewhere)
         self.attached = False
 
     def install(

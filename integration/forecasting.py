@@ -6,8 +6,6 @@ import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from foreseer.checkpoints.spec import (
     PredictorMismatch,
     PredictorSpec,
@@ -34,7 +32,7 @@ class Run:
         self.session: Session | None = session  # None when detached: it holds the pipeline
         self._report = session.report
 
-    def steps(self, times: Sequence[float] | Tensor | int, key: Hashable = None) -> Steps:
+    def steps(self, times: Any, key: Hashable = None) -> Steps:
         """The steps of one run of a loop, see `ModuleHost.steps`.
 
         Raises:

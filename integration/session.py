@@ -153,7 +153,7 @@ class Session:
             self._branches.restart()
         else:
             self._branches = Branches()
-        self.attachment.pace = Pace()
+        self.attachment.pace = Pace(self.host.steps_elsewhere)
         self._pending: list[tuple[CallForm, CallRecord]] = []  # calls of the step in progress
         self._masks: dict[CallForm, Tensor | None] = {}  # tokens of the picture
         self._layouts: dict[CallForm, Layout] = {}

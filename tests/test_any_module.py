@@ -4,8 +4,10 @@ import math
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from module_hosts import (
     TIMES,
     ActionHead,
@@ -182,6 +184,43 @@ def test_threads_with_keys_are_as_one_by_one():
     assert all(torch.equal(found[seed], alone[seed]) for seed in range(4))
 
 
+def test_runs_that_take_over_within_a_step_are_refused():
+    net, samples = ActionHead(), [torch.randn(1, 6, 4, generator=seeded(seed)) for seed in (0, 1)]
+
+    def guided(run, key):
+        seen = observation(key)["observation"]
+        with torch.no_grad(), run.steps(TIMES, key=key) as steps:
+            x = samples[key]
+            for t in steps:
+                cond = net(x, t, seen)
+                yield
+                x = x - 0.1 * (2 * cond - net(x, t, 0 * seen))
+
+    for begun in range(3):
+        with fs.forecasting(fs.host(net), Taylor(1), ANCHORS) as run:
+            running = [guided(run, key) for key in (0, 1)]
+            for _ in range(begun):
+                next(running[0])
+            with pytest.raises(ValueError, match="key 0 was not over when the one under the key 1"):
+                for each in (*running, running[0]):
+                    next(each)
+            del running, each
+
+
+def test_a_run_inside_of_a_step_of_another_leaves_it_as_it_was():
+    net = ActionHead()
+    with fs.forecasting(fs.host(net), Taylor(1), ANCHORS) as run:
+        expected, inner = tick(net, run, 0), tick(net, run, 1)
+
+        def disturbed(steps):
+            for t in steps:
+                assert torch.equal(tick(net, run, 1, key="inner"), inner)
+                yield t
+
+        with run.steps(TIMES) as steps:
+            assert torch.equal(euler(net, observation(0), seeded(0), disturbed(steps)), expected)
+
+
 def test_two_runs_without_a_key_are_refused_and_the_first_goes_on():
     net = ActionHead()
     with fs.forecasting(fs.host(net), Taylor(1), ANCHORS) as run:
@@ -295,11 +334,48 @@ def test_steps_are_gone_through_once_and_inside_of_their_with():
 
 @pytest.mark.parametrize(
     "times",
-    [[], 0, [999.0, 500.0], [1.0, 0.5, 0.5], [1.0, 0.5, 0.0], [0.0, 0.5, 1.0], [math.nan, 0.5]],
+    [
+        *(
+            [],
+            0,
+            [999.0, 500.0],
+            [1.0, 0.5, 0.5],
+            [1.0, 0.5, 0.0],
+            [0.0, 0.5, 1.0],
+            [math.nan, 0.5],
+        ),
+        *(None, True, 10.0, "10", torch.ones(1, 3), [[1.0, 0.5]]),
+    ],
 )
 def test_what_are_no_flow_times_is_refused(times):
     with pytest.raises(ValueError, match="expected"):
         fs.host(ActionHead()).steps(times)
+
+
+def test_times_may_be_an_array_an_iterator_or_a_number_of_any_library():
+    net, expected = ActionHead(), euler(ActionHead(), observation(0), seeded(0))
+    with fs.forecasting(fs.host(net), Taylor(1), range(10)) as run:
+        for times in (np.array(TIMES), iter(TIMES), torch.tensor(TIMES, dtype=torch.float64)):
+            torch.testing.assert_close(tick(net, run, 0, times=times), expected)
+        for number in (np.int64(10), torch.tensor(10)):
+            with run.steps(number) as steps:
+                euler(net, observation(0), seeded(0), (TIMES[i] for i in steps))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_calls_of_one_step_at_several_times_are_refused(kind):
+    net, seen = ActionHead(), torch.ones(1, 3)
+    with attached(net) as run, pytest.raises(ValueError, match="take one step for each of these"):
+        with run.steps(10) as steps:
+            for index in steps:  # as Heun's method
+                for later in (index, index + 1):
+                    net(torch.ones(1, 6, 4), kind(1 - later / 10), seen)
+
+
+def test_what_is_no_host_is_refused_with_how_to_make_one():
+    for given in (ActionHead(), SimpleNamespace(transformer=ActionHead())):
+        with pytest.raises(fs.UnsupportedHost, match=r"foreseer.host\(module\)"):
+            fs.forecasting(given, Reuse(), (0,)).__enter__()
 
 
 def test_a_compiled_module_is_refused_before_and_after_it_is_a_host():
@@ -377,6 +453,26 @@ def test_what_is_recorded_is_the_loop(recording):
     assert kept["states"].shape == (len(TIMES) + 1, *expected.shape)
     assert torch.equal(kept["states"][-1], kept["final"])
     assert recording.header.sigmas == TIMES and recording.header.host["class"] == "ActionHead"
+
+
+def test_a_loop_may_change_its_tensors_in_place(recording, tmp_path):
+    net = ActionHead()
+    host = fs.host(net)
+
+    def sample(inputs, generator):
+        x = randn_tensor((len(inputs["observation"]), 6, 4), generator=generator)
+        with host.steps(TIMES) as steps:
+            for t in steps:
+                x += net(x, t, inputs["observation"]).mul_(-0.1)
+        return x
+
+    host.sample = sample
+    found = fs.record(host, [observation(seed) for seed in range(2)], str(tmp_path / "recording"))
+    for name, expected in recording.load(1).items():
+        torch.testing.assert_close(found.load(1)[name], expected, rtol=1e-5, atol=1e-6)
+    expected = torch.full((10, 10), -0.1, dtype=torch.float64).tril()
+    probed = probe_loop(host, lambda: host(generator=seeded(0), **observation(0)))
+    torch.testing.assert_close(probed.response[1:], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_fitted_on_a_loop_are_saved_loaded_and_refused_elsewhere(recording, tmp_path):

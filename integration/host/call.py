@@ -307,7 +307,7 @@ class Call:
     def time(self) -> Tensor | None:
         """The time the network is told; None where its arguments do not show it."""
         place = self._time_place()
-        return None if place is None else self._at(place)
+        return None if place is None else _as_time(self._at(place))
 
     def at_time(self, sigma: float, told: float) -> "Call":
         """The call with another time for the network.
@@ -325,18 +325,22 @@ class Call:
                 f"the arguments of {type(self.transformer).__name__} show no time, and the "
                 "predictor tells the network another one at step 0; fit with first_times=0."
             )
-        time = retold(self._at(place), sigma, told)
+        own = self._at(place)
+        time: Any = retold(_as_time(own), sigma, told)
+        if not isinstance(own, Tensor):
+            time = time.item()
         if isinstance(place, str):
             return replace(self, kwargs=self.kwargs | {place: time})
         return replace(self, args=(*self.args[:place], time, *self.args[place + 1 :]))
 
     def _time_place(self) -> int | str | None:
-        """Number or name of the argument that holds the time, where that is a tensor."""
+        """Number or name of the argument that holds the time, where that is a tensor or number."""
         kind: Any = type(self.transformer)
         numbers = {n: at for n, at in time_places(kind).items() if at < len(self.args)}
         places: dict[str, int | str] = {**{name: name for name in self.kwargs}, **numbers}
         place = next((places[name] for name in TIME_ARGUMENTS if name in places), None)
-        return place if place is not None and isinstance(self._at(place), Tensor) else None
+        shown = place is not None and isinstance(self._at(place), Tensor | float | int)
+        return place if shown else None
 
     def _at(self, place: int | str) -> Any:
         return self.kwargs[place] if isinstance(place, str) else self.args[place]
@@ -345,6 +349,13 @@ class Call:
         if self.args:
             return self.args[0]
         return self.kwargs.get("hidden_states", first_tensor((), self.kwargs))
+
+
+def _as_time(value: Any) -> Tensor:
+    """A time as a tensor; a number is float64, or int64."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
 @functools.cache

@@ -157,9 +157,13 @@ class Pace:
 
     Times are compared only where a step has more calls than any before it: reading one waits for
     the device.
+
+    Args:
+        elsewhere: words for calls that do not, see `Host.steps_elsewhere`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: str) -> None:
+        self.elsewhere = elsewhere
         self.calls = 0  # of the step in progress
         self._most = 0  # of a step so far
         self._time: Tensor | None = None
@@ -180,10 +184,7 @@ class Pace:
             if not torch.equal(before, now):
                 raise ValueError(
                     f"the network is called at the time {_in_words(now)} after "
-                    f"{_in_words(before)}, but the pipeline's scheduler made no step between: the "
-                    "steps are made elsewhere (by copies of it, as in diffusion forcing, or "
-                    "without it), so they cannot be counted and nothing can be forecast. Run this "
-                    "pipeline without foreseer."
+                    f"{_in_words(before)}, but {self.elsewhere}"
                 )
         self.calls += 1
 

@@ -33,6 +33,12 @@ class Host:
     given: Any
     scheduler: Any
     by_hand: bool = True
+    steps_elsewhere: str = (
+        "the pipeline's scheduler made no step between: the steps are made elsewhere (by copies of "
+        "it, as in diffusion forcing, or without it), so they cannot be counted and nothing can be "
+        "forecast. Run this pipeline without foreseer."
+    )
+    """What is wrong, and what to do, where the calls of one step are given several times."""
 
     @property
     def name(self) -> str:
@@ -99,7 +105,17 @@ class DiffusersHost(Host):
 
     @property
     def scheduler(self) -> Any:
-        """The pipeline's own, which may be exchanged."""
+        """The pipeline's own, which may be exchanged.
+
+        Raises:
+            UnsupportedHost: this is no pipeline.
+        """
+        if not hasattr(self.given, "scheduler"):
+            self.networks()
+            raise UnsupportedHost(
+                f"{self.name} has no `scheduler`, by which steps are counted; those of a loop of "
+                "your own are counted by foreseer.host(module)."
+            )
         return self.given.scheduler
 
     def networks(self) -> dict[str, nn.Module]:

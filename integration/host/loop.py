@@ -6,13 +6,16 @@ that the step came to. A run is known by the thread or task that took its latest
 
 import contextvars
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from foreseer.integration.host.call import prediction
 from foreseer.integration.host.caller import Caller
+from foreseer.integration.host.hook import own
 from foreseer.integration.host.trunk import UnsupportedHost, first_tensor
 
 
@@ -64,19 +67,20 @@ class Steps:
         token: lives as long as the run may go on.
     """
 
-    def __init__(self, host: Any, times: Sequence[float] | Tensor | int, key: Hashable) -> None:
+    def __init__(self, host: Any, times: Any, key: Hashable) -> None:
         self.host = host
         self.key = key
-        self.times: Any = range(times) if isinstance(times, int) else times
-        self.sigmas = flow_times(times)
+        self.times, self.sigmas = read_times(times)
         self.clock = host.scheduler if key is None else LoopClock()
         self.is_open = False
         self.index, self.done, self.closed = -1, 0, 0
         self.token: Caller | None = None
+        self._outer: Steps | None = None  # the run in whose loop this one is opened
         self._place: int | str | None = None  # where the module is given the sample
         self._calls = 0  # of the step under way
         self._v: Tensor | None = None
-        self._before: Tensor | None = None
+        self._given: Tensor | None = None  # the sample, as the first call of the step was given it
+        self._before: Tensor | None = None  # and as it was then
 
     @property
     def told(self) -> str:
@@ -97,6 +101,7 @@ class Steps:
         if self.token is not None or self.index >= 0:
             raise ValueError("these steps were gone through before; ask the host for new ones.")
         self.host.open(self)
+        self._outer = steps_of(self.host)
         self.is_open, self.token = True, Caller()
         self._go_on()
         try:
@@ -145,18 +150,35 @@ class Steps:
                 f"{len(self.sigmas)} steps{self.told}; the loop calls it inside of `for t in "
                 "steps:`, once or more per step."
             )
-        if self.done > self.closed:
-            self.finish(_at(self._place, args, kwargs))
+        if self._calls:
+            self._check_turn(_at(self._place, args, kwargs))
+        elif self.done > self.closed:
+            self._given = _at(self._place, args, kwargs)
+            after = own(self._given.detach())  # loops change it in place
+            self.finish(after)
+            self._before = after
 
     def answered(self, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """The module was called."""
         self._calls += 1
         if self._calls > 1:
             return
-        self._v = prediction(output)
+        self._v = own(prediction(output).detach())
         if self._place is None:
             self._place = _place_of(args, kwargs, self._v)
-        self._before = _at(self._place, args, kwargs)
+            self._given = _at(self._place, args, kwargs)
+            self._before = own(self._given.detach())
+
+    def _check_turn(self, given: Tensor) -> None:
+        """Raise where another call of this step is given the sample of another run's step."""
+        others = (steps for steps in self.host.others_than(self) if steps._given is given)
+        if given is not self._given and (other := next(others, None)) is not None:
+            raise ValueError(
+                f"step {other.index} of the run{other.told or ' without a key'} was not over when "
+                f"the one{self.told or ' without a key'} took a step, and goes on now. Runs in one "
+                "thread take turns between steps: make all calls of a step, those of guidance too, "
+                "before another run goes on."
+            )
 
     def finish(self, after: Tensor) -> None:
         """Tell the clock of a step that is over.
@@ -194,37 +216,46 @@ class Steps:
             _now.set({**held, id(self.host): self})
 
     def _leave(self) -> None:
-        self.is_open = False
+        self.is_open, self._given = False, None
         self.host.close(self)
         if not self.host.is_sampling:
             self.token = None
         held = dict(_now.get() or {})
         if held.get(id(self.host)) is self:
             del held[id(self.host)]
+            if self._outer is not None and self._outer.is_open:
+                held[id(self.host)] = self._outer
             _now.set(held)
+        self._outer = None
 
 
-def flow_times(times: Sequence[float] | Tensor | int) -> list[float]:
-    """Flow time of every step, 1 to 0.
+def read_times(times: Any) -> tuple[Any, list[float]]:
+    """What a loop is given step after step, and flow time of every step, 1 to 0.
 
     Args:
         times: falling in (0, 1], which is flow time itself; rising in [0, 1), which is 1 - flow
-            time; or a number of steps, of which step i is given 1 - i / n.
+            time; or a number of steps n, of which step i is given i, at flow time 1 - i / n.
 
     Raises:
         ValueError: it is something else.
     """
-    if isinstance(times, int):
+    times = list(times) if isinstance(times, Iterator) else times
+    if isinstance(times, Tensor | np.ndarray) and not times.ndim:
+        times = times.item()
+    if isinstance(times, Integral) and not isinstance(times, bool):
         if times < 1:
             raise ValueError(f"found {times} steps, expected at least 1.")
-        return [1 - i / times for i in range(times)]
-    values = [float(t) for t in (times.tolist() if isinstance(times, Tensor) else times)]
+        return range(int(times)), [1 - i / int(times) for i in range(int(times))]
+    try:
+        values = [float(t) for t in (times.tolist() if isinstance(times, Tensor) else times)]
+    except (TypeError, ValueError):
+        values = []
     pairs = list(zip(values, values[1:], strict=False))
     if values and all(a > b for a, b in pairs) and values[0] <= 1 and values[-1] > 0:
-        return values
+        return times, values
     if values and all(a < b for a, b in pairs) and values[0] >= 0 and values[-1] < 1:
-        return [1 - value for value in values]
-    shown = f"{values[:3]} ... {values[-1]}" if len(values) > 4 else f"{values}"
+        return times, [1 - value for value in values]
+    shown = f"{values[:3]} ... {values[-1]}" if len(values) > 4 else f"{values or times}"
     raise ValueError(
         f"the times are {shown}, expected one per call of the module: falling in (0, 1], or rising "
         "in [0, 1), without the end of the last step. Of other times (a scheduler's timesteps) "
@@ -252,6 +283,11 @@ def _place_of(args: tuple, kwargs: dict[str, Any], v: Tensor) -> int | str:
 
 
 def _at(place: int | str | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The sample.
+
+    Raises:
+        ValueError: it is not where it was before.
+    """
     found = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
     if not isinstance(found, Tensor):
         raise ValueError(

@@ -27,6 +27,14 @@ Sample = Callable[[dict[str, Any], Any], Tensor]
 """
 
 
+STEPS_ELSEWHERE = (
+    "the loop took no step between. Steps count calls of the module, those of guidance together: "
+    "where a step of the sampler calls it at several times, take one step for each of these calls, "
+    "of host.steps(number of calls). Of runs that go on by turns, let none take over between the "
+    "calls of another's step."
+)
+
+
 class ModuleHost(Host):
     """A module and the loop it is called in; see `host`.
 
@@ -50,6 +58,8 @@ class ModuleHost(Host):
         self.in_loop = scheduler is None
         self.scheduler = LoopClock() if scheduler is None else scheduler
         self.by_hand = not self.in_loop
+        if self.in_loop:
+            self.steps_elsewhere = STEPS_ELSEWHERE
         self._lock = threading.Lock()
         self._open: dict[Hashable, Steps] = {}
         self._replaced: ReplacedMethod | None = None
@@ -137,7 +147,7 @@ class ModuleHost(Host):
                 "steps:`, in the thread that runs it; detach first to call the module by itself."
             )
 
-    def steps(self, times: Sequence[float] | Tensor | int, key: Hashable = None) -> Steps:
+    def steps(self, times: Any, key: Hashable = None) -> Steps:
         """The steps of one run: `with host.steps(times) as steps: for t in steps: ...`.
 
         The module is called inside of the loop. Runs may go on side by side, one call of one and
@@ -191,6 +201,11 @@ class ModuleHost(Host):
             del self._open[steps.key]
             if not self._open and self._replaced is not None:
                 restore_method(self.module, "forward", self._replaced)
+
+    def others_than(self, steps: Steps) -> list[Steps]:
+        """The other runs that are open."""
+        with self._lock:
+            return [each for each in self._open.values() if each is not steps]
 
     def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         steps = self.current()
