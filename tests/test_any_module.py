@@ -475,6 +475,28 @@ def test_a_loop_may_change_its_tensors_in_place(recording, tmp_path):
     torch.testing.assert_close(probed.response[1:], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_sample_is_the_tensor_that_steps_move(tmp_path):
+    class Conditioned(ActionHead):
+        def forward(self, image, x, t):
+            return super().forward(x + image, t, image.mean(1)[:, :3])
+
+    net = Conditioned()
+    host = fs.host(net)
+
+    def sample(inputs, generator):
+        x = randn_tensor((len(inputs["image"]), 6, 4), generator=generator)
+        with host.steps(TIMES) as steps:
+            for t in steps:
+                x = x - 0.1 * net(inputs["image"], x, t)
+        return x
+
+    host.sample = sample
+    images = [{"image": torch.randn(1, 6, 4, generator=seeded(seed))} for seed in range(2)]
+    kept = fs.record(host, images, str(tmp_path / "recording")).load(0)["states"]
+    assert len({float(state.sum()) for state in kept}) == len(kept)
+    assert torch.equal(kept[0], torch.randn(1, 6, 4, generator=seeded(0))[0])
+
+
 def test_rows_fitted_on_a_loop_are_saved_loaded_and_refused_elsewhere(recording, tmp_path):
     fitted = fs.fit(recording, anchors=ANCHORS, method="lstsq", tap="output")
     folder = fs.save(fitted, str(tmp_path / "rows"))

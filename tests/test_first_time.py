@@ -18,7 +18,7 @@ from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout
 from foreseer.training.readout.readout_fit import ReadoutFit
-from foreseer.training.readout.walk import later_times
+from foreseer.training.readout.walk import check_times, later_times
 
 ANCHORS = (0, 2, 5)
 EVERY = FAMILIES | MORE
@@ -31,6 +31,7 @@ EVERY = FAMILIES | MORE
         (torch.tensor([0.75]), 0.75, [0.9]),
         (torch.tensor([0.0]), 1.0, [0.1]),  # Lumina 2 and Z-Image count the other way
         (torch.tensor([999]), 0.999999, [900]),  # UniPC's are whole
+        (torch.tensor([0]), 1.0, [100]),  # whole ones are never between 0 and 1
         (torch.tensor([0.0, 1000.0]), 1.0, [0.0, 900.0]),  # a frame that is given
         (torch.tensor([1.0], dtype=torch.bfloat16), 1.0, [0.8984375]),
     ],
@@ -58,6 +59,32 @@ def told_to(monkeypatch, transformer):
 
     monkeypatch.setattr(type(transformer), "forward", functools.wraps(own)(forward))
     return times
+
+
+def test_a_time_that_is_a_number_is_told_as_one():
+    class Net(torch.nn.Module):
+        def forward(self, x, t):
+            return t
+
+    net = Net()
+    for own, told in ((1.0, 0.9), (1000, 900), (0.0, 0.1)):
+        found = call.Call(net, net.forward, (torch.ones(1), own), {}).at_time(1.0, 0.9).run()
+        assert type(found) is type(own) and found == pytest.approx(told)
+
+
+@pytest.mark.parametrize("name", ["cogview4", "mochi", "wan", "sd3_img2img"])
+def test_times_are_told_where_timesteps_are_a_form_of_sigma(name):
+    family, pipe = EVERY[name], EVERY[name].build()
+    sigmas: list[float] = []
+    session = Session(pipe)
+    session._begin, begin = lambda: (begin(), sigmas.extend(session._sigmas)), session._begin
+    pipe(**family.inputs(0), **family.settings, output_type="latent")
+    session.detach()
+    if name == "cogview4":
+        with pytest.raises(UnsupportedHost, match="timesteps are no form of sigma here"):
+            check_times(pipe.scheduler, sigmas)
+    else:
+        check_times(pipe.scheduler, sigmas)
 
 
 @pytest.mark.parametrize("name", ["flux_cfg", "sd3", "zimage"])

@@ -93,13 +93,15 @@ def retold(time: Tensor, sigma: float, told: float) -> Tensor:
     Raises:
         UnsupportedHost: nothing in it is a known form of sigma.
     """
-    wide = time.double()
+    wide, whole = time.double(), not time.is_floating_point()
     for offset, factor in TIME_FORMS:
+        if whole and abs(factor) == 1.0:
+            continue  # the same number whatever the time
         own = torch.full_like(wide, offset + factor * sigma)
         same = torch.isclose(wide, own, rtol=TIME_ROUNDING, atol=1e-6)
         if same.any():
             other = torch.where(same, offset + factor * told, wide)
-            return (other if time.is_floating_point() else other.round()).to(time.dtype)
+            return (other.round() if whole else other).to(time.dtype)
     raise UnsupportedHost(
         f"the network is told {float(wide.flatten()[0]):g} at flow time {sigma:g}, expected one of "
         "sigma, 1000 sigma, 1 - sigma and 1000 (1 - sigma), to tell it another time by; fit with "

@@ -77,6 +77,7 @@ class Steps:
         self.token: Caller | None = None
         self._outer: Steps | None = None  # the run in whose loop this one is opened
         self._place: int | str | None = None  # where the module is given the sample
+        self._alike: dict[int | str | None, Tensor] = {}  # what may be the sample, at step 0
         self._calls = 0  # of the step under way
         self._v: Tensor | None = None
         self._given: Tensor | None = None  # the sample, as the first call of the step was given it
@@ -153,6 +154,7 @@ class Steps:
         if self._calls:
             self._check_turn(_at(self._place, args, kwargs))
         elif self.done > self.closed:
+            self._choose_place(args, kwargs)
             self._given = _at(self._place, args, kwargs)
             after = own(self._given.detach())  # loops change it in place
             self.finish(after)
@@ -165,9 +167,19 @@ class Steps:
             return
         self._v = own(prediction(output).detach())
         if self._place is None:
-            self._place = _place_of(args, kwargs, self._v)
+            places = _places_of(args, kwargs, self._v)
+            self._place = places[0]
             self._given = _at(self._place, args, kwargs)
-            self._before = own(self._given.detach())
+            self._alike = {place: own(_at(place, args, kwargs).detach()) for place in places}
+            self._before = self._alike[self._place]
+
+    def _choose_place(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Of several tensors that look like the sample, take the first that the step has moved."""
+        alike, self._alike = self._alike, {}
+        if len(alike) > 1:
+            moved = (p for p, held in alike.items() if not held.equal(_at(p, args, kwargs)))
+            self._place = next(moved, self._place)
+            self._before = alike[self._place]
 
     def _check_turn(self, given: Tensor) -> None:
         """Raise where another call of this step is given the sample of another run's step."""
@@ -264,8 +276,8 @@ def read_times(times: Any) -> tuple[Any, list[float]]:
     )
 
 
-def _place_of(args: tuple, kwargs: dict[str, Any], v: Tensor) -> int | str:
-    """Where a module is given the sample: the first tensor of its output's shape, else the first.
+def _places_of(args: tuple, kwargs: dict[str, Any], v: Tensor) -> list[int | str]:
+    """Where a module may be given the sample: tensors of its output's shape, else the first.
 
     Raises:
         UnsupportedHost: it is given no tensor.
@@ -279,7 +291,7 @@ def _place_of(args: tuple, kwargs: dict[str, Any], v: Tensor) -> int | str:
             "the module is called without a tensor among its arguments, so its sample is not "
             "known; call it as net(x, t, ...)."
         )
-    return alike[0] if alike else next(place for place, value in tensors if value is found)
+    return alike or [next(place for place, value in tensors if value is found)]
 
 
 def _at(place: int | str | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:

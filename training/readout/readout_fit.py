@@ -38,6 +38,7 @@ from foreseer.training.readout.walk import (
     Visited,
     Walk,
     check_header,
+    check_times,
     folds_of,
     later_times,
     sizes_of,
@@ -290,6 +291,7 @@ class ReadoutFit(ClosedForm):
         times = later_times(self.parts.sigmas, end, self.first_times)
         errors: dict[float | None, float] = {None: self._error_told(None, few, end)}
         try:
+            check_times(self.pipe.scheduler, self.parts.sigmas[: end + 1])
             errors |= {told: self._error_told(told, few, end) for told in times}
             best = min(errors, key=errors.__getitem__)
             if best is not None:

@@ -22,7 +22,9 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foreseer.errors import UnsupportedHost
 from foreseer.evaluation.rows import formula_tables
+from foreseer.integration.host.call import TIME_ROUNDING, retold
 from foreseer.integration.host.layout import Layout
 from foreseer.integration.linear_sampler import SamplerMap, pristine, probe
 from foreseer.integration.observers import CallRecord, Source, StepRecord
@@ -104,6 +106,29 @@ class Visited:
 
 
 KINDS = ("outputs", "readings", "hidden")
+
+
+def check_times(scheduler: Any, sigmas: Sequence[float]) -> None:
+    """Raise where timesteps keep no form of flow time, by which a network is told another.
+
+    CogView4 shifts its sigmas and tells its network the times from before the shift.
+
+    Args:
+        scheduler: after `set_timesteps`.
+        sigmas: flow time of the first steps.
+
+    Raises:
+        UnsupportedHost: a timestep is not what its flow time makes of the first.
+    """
+    timesteps = scheduler.timesteps[getattr(scheduler, "begin_index", None) or 0 :].double().cpu()
+    rounding = 1e-3 * float(timesteps.abs().max())  # UniPC's are whole
+    for sigma, time in zip(sigmas, timesteps.tolist(), strict=False):
+        expected = float(retold(timesteps[:1], sigmas[0], sigma))
+        if abs(expected - time) > TIME_ROUNDING * abs(time) + rounding:
+            raise UnsupportedHost(
+                f"the timestep at flow time {sigma:g} is {time:g}, expected {expected:g} after "
+                f"{float(timesteps[0]):g} at {sigmas[0]:g}: timesteps are no form of sigma here."
+            )
 
 
 class Walk(Source):
