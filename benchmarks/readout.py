@@ -1,7 +1,7 @@
 """Readouts on both bundled models: record, search their lists, fit, bench against everything else.
 
     python benchmarks/readout.py record
-    python benchmarks/readout.py search
+    python benchmarks/readout_lists.py
     python benchmarks/readout.py fit
     python benchmarks/readout.py bench
     python benchmarks/readout.py curve
@@ -13,8 +13,10 @@
 Every stage takes `--hosts '[fashion_dit]'` and `--budgets '[8]'`, and resumes. Fitted on: the first
 trajectories of the recording. Chosen on (lists): others of them. Judged on: (label, seed) pairs
 that were never recorded, and captions kept from the model's training and from every fit. Every
-method runs on the anchors searched for it (benchmarks/results/*_searched.json) and on those of the
-readout, and stands in the table with the better ones.
+rival runs on the anchors searched for it (benchmarks/results/*_searched.json) and on those of the
+readout, and stands in the table with the list and tap that did better on the judged samples; one
+that already stands there runs on those alone. Learned solvers are those that
+benchmarks/learned_solvers.py has fitted.
 """
 
 import json
@@ -33,14 +35,21 @@ from torch import Tensor
 from foreseer.checkpoints.card import PAIRED
 from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.cli import main
+from foreseer.evaluation.advice import advice
 from foreseer.evaluation.benchmark import FIRST_ITEM
+from foreseer.evaluation.learned_solver import FORMULAS as CLOSED_FORMS
+from foreseer.evaluation.learned_solver import LearnedSolver
 from foreseer.evaluation.metrics import paired, psnr, summarise
-from foreseer.evaluation.pairing import with_rivals
+from foreseer.evaluation.pairing import prompts_of, with_rivals
 from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.results import BenchRow, Errors, to_record
 from foreseer.evaluation.runs import Judge, Samples, run_entry
-from foreseer.evaluation.solvers import SOLVERS
-from foreseer.evaluation.timing import attach_overhead, forecast_step_ratio
+from foreseer.evaluation.timing import (
+    attach_overhead,
+    first_call,
+    forecast_step_ratio,
+    step_flops,
+)
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.session import Session
@@ -55,13 +64,21 @@ from foreseer.trajectories.prompts import Item, asked_items, generate_batch
 
 ROOT = Path("runs/readout")
 RESULT = Path("benchmarks/results/readout.json")
+LEARNED = Path("runs/learned_solvers")
 CURVE = Path("benchmarks/results/readout_curve.json")
 COST = Path("benchmarks/results/readout_cost.json")
 BUDGETS = (11, 8, 6, 4)
 FITTED_ON = 512  # trajectories, a twentieth of which is only measured
 SIZES = (32, 64, 128, 256, 512, 1000)  # calibration trajectories of the curve
-FORMULAS = ("taylor_1", "taylor_2", "hicache_2", "adams_moulton")
-SOLVER_NAMES = ("euler", "ab2", "dpmpp_2m", "unipc")
+ROWS_FITTED_ON = 64  # more gain nothing (benchmarks/results/readout_curve.json)
+COMPARED = ("rival", *PAIRED, "wins")
+OLDER = ("rows", "l2p_closed_loop")  # ours too, by other means than the readout
+FORMULAS = dict.fromkeys(
+    ("taylor_1", "taylor_2", "hicache_2", "adams_moulton"), ("output", "hidden")
+)
+FORMULAS |= {"spectrum": ("hidden",), "meancache_3": ("output",)}
+SOLVER_NAMES = dict.fromkeys(("euler", "ab2", "dpmpp_2m", "unipc"), ("none",))
+STARTS = {"gs": ("dpmpp_3m",), "ld3": tuple(CLOSED_FORMS)}  # of learned solvers that not all suit
 FULL = Entry("full", "full", "none", "all", tuple(range(50)))
 CALL = {"guidance_scale": 3.0, "num_inference_steps": 50}
 
@@ -115,27 +132,6 @@ def record(hosts: Sequence[str] = tuple(HOSTS), num_trajectories: int = 1024) ->
         main(["record", *words, *(["--prompts", prompts] if prompts else [])])
 
 
-def search(
-    hosts: Sequence[str] = tuple(HOSTS),
-    budgets: Sequence[int] = BUDGETS,
-    num_samples: int = 256,
-    num_moves: int = 8,
-) -> None:
-    """Search the readout's anchors: fitted on three of four samples, measured on the others.
-
-    Args:
-        hosts: bundled models.
-        budgets: network evaluations.
-        num_samples: calibration trajectories.
-        num_moves: single moves tried from the best list.
-    """
-    for host in hosts:
-        words = ["--recording", recording(host), "--pipeline", f"zoo:{host}"]
-        words += ["--out", str(lists(host)), "--num_anchors", json.dumps(list(budgets))]
-        words += ["--methods", '["readout|output"]']
-        main(["search", *words, "--num_samples", str(num_samples), "--num_moves", str(num_moves)])
-
-
 def fit(
     hosts: Sequence[str] = tuple(HOSTS),
     budgets: Sequence[int] = BUDGETS,
@@ -151,34 +147,43 @@ def fit(
     for host in hosts:
         found = json.loads(lists(host).read_text())
         for budget in budgets:
-            for kind in ("readout", "rows"):
-                fit_one(host, kind, found[f"readout|output|{budget}"], num_trajectories)
+            anchors = found[f"readout|output|{budget}"]
+            fit_one(host, "readout", anchors, num_trajectories)
+            fit_one(host, "rows", anchors, ROWS_FITTED_ON)
+
+
+def fitted_at(host: str, kind: str, anchors: Sequence[int], num_trajectories: int) -> Path:
+    """Where a fit lies."""
+    return ROOT / host / f"{kind}_{'_'.join(map(str, anchors))}_of_{num_trajectories}"
 
 
 def fit_one(host: str, kind: str, anchors: Sequence[int], num_trajectories: int) -> Path:
-    """Fit one predictor unless it is there."""
-    out = ROOT / host / f"{kind}_{len(anchors)}_{num_trajectories}"
+    """Fit one predictor unless it is there; rows read nothing and keep step 0's own time."""
+    out = fitted_at(host, kind, anchors, num_trajectories)
     if (out / "config.json").exists():
         return out
     before = readout_sums.STRENGTHS
     readout_sums.STRENGTHS = before if kind == "readout" else ()  # no strength: nothing is read
-    module = TimedFit(recording(host), "", list(anchors))
+    tried = {} if kind == "readout" else {"first_times": 0}
+    module = TimedFit(recording(host), "", list(anchors), **tried)
     started = time.perf_counter()
     try:
         data = ItemsDataModule(recording(host), 0.05, num_trajectories=num_trajectories)
         run_fit(module, load_pipeline(f"zoo:{host}"), data)
     finally:
         readout_sums.STRENGTHS = before
+    evaluations = module.evaluations / int(module.num_trajectories)
     times = {"fit_seconds": time.perf_counter() - started, "solve_seconds": module.solve_seconds}
-    export_predictor(module, out, module.metrics() | times)
+    export_predictor(module, out, module.metrics() | times | {"fit_evaluations": evaluations})
     print(f"{out}: {times} {module.metrics()}", flush=True)
     return out
 
 
 class TimedFit(ReadoutFit):
-    """A fit that says how long solving takes, apart from running the network."""
+    """A fit that tells seconds of solving from those of running the network, and counts runs."""
 
     solve_seconds = 0.0
+    evaluations = 0  # of the network, times trajectories
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The segment, less its visits."""
@@ -191,32 +196,63 @@ class TimedFit(ReadoutFit):
         started = time.perf_counter()
         super()._visit(anchor, label)
         self.visit_seconds += time.perf_counter() - started
+        self.evaluations += sum(len(items) for items, _ in self.batches)
 
 
-def entries(host: str, budget: int, num_trajectories: int) -> list[Entry]:
-    """Everything that runs at one budget."""
-    found = json.loads(lists(host).read_text())
-    own = tuple(found[f"readout|output|{budget}"])
+def ours(host: str, budget: int, num_trajectories: int) -> list[Entry]:
+    """The readout, its rows alone and the rows of 0.2, as far as they were fitted."""
+    own = tuple(json.loads(lists(host).read_text())[f"readout|output|{budget}"])
     made = []
-    for method in (*SOLVER_NAMES, *FORMULAS):
-        kind, taps = (
-            ("solver", ["none"]) if method in SOLVERS else ("formula", ["output", "hidden"])
-        )
-        for tap in taps:
-            named = {"readout's": own}
-            if anchors := found.get(f"{method}|{tap}|{budget}"):
-                named["searched"] = tuple(anchors)
-            rule = RULES.get(method)
-            made += [Entry(method, kind, tap, n, each, rule) for n, each in named.items()]
-    for kind in ("readout", "rows"):
-        predictor = load_predictor(fit_one(host, kind, own, num_trajectories))
-        made.append(Entry(kind, "learned", "output", "searched", own, predictor))
+    for kind, count in (("readout", num_trajectories), ("rows", ROWS_FITTED_ON)):
+        folder = fitted_at(host, kind, own, count)
+        if (folder / "config.json").exists():
+            made.append(Entry(kind, "learned", "output", "searched", own, load_predictor(folder)))
     try:
         shipped: Any = load_predictor(HOSTS[host].shipped.format(budget))
     except ValueError:  # 0.2 has none at this budget
         return made
     spec = shipped.spec
-    made.append(Entry("l2p_closed_loop", "learned", spec.tap, "own", spec.anchors, shipped))
+    made.append(Entry("l2p_closed_loop", "learned", spec.tap, "given", spec.anchors, shipped))
+    return made
+
+
+def rivals(host: str, budget: int) -> list[Entry]:
+    """Formulas and few-step solvers, the best of the published table first."""
+    found = json.loads(lists(host).read_text())
+    own = found[f"readout|output|{budget}"]
+    told = json.loads(RESULT.read_text()) if RESULT.exists() else []
+    told = [row for row in told if (row["host"], row["num_anchors"]) == (host, budget)]
+    made = [
+        (row["method"], row["tap"], row["anchors_name"], tuple(map(int, row["anchors"].split())))
+        for row in sorted(told, key=lambda row: -row["psnr_db"])
+        if row["kind"] in ("formula", "solver")
+    ]
+    known = {method for method, *_ in made}
+    for method, taps in (FORMULAS | SOLVER_NAMES).items():
+        for tap in taps if method not in known else ():
+            named = {"given": own, "searched": found.get(f"{method}|{tap}|{budget}")}
+            named["searched"] = named["searched"] or found.get(f"taylor_1|{tap}|{budget}")
+            made += [(method, tap, name, tuple(each)) for name, each in named.items() if each]
+    return [
+        Entry(method, "solver" if tap == "none" else "formula", tap, *of, RULES.get(method))
+        for method, tap, *of in made
+    ]
+
+
+def learned_solvers(host: str, budget: int) -> list[tuple[Entry, Entry]]:
+    """Learned solvers as they were run, and as a row has them: with the list they began on."""
+    made = []
+    for path in sorted((LEARNED / host).glob(f"*_{budget}_*_*_*_*.json")):
+        method, _, form, optimiser, *_ = path.stem.split("_")
+        form = {"free": "free times"}.get(form, form)
+        solver = LearnedSolver.load(path)
+        starts = json.loads(
+            (LEARNED / host / f"starts_{budget}_{form.split()[0]}_0.json").read_text()
+        )
+        usable = STARTS.get(method, [each["solver"] for each in starts])
+        began = next(tuple(each["anchors"]) for each in starts if each["solver"] in usable)
+        entry = Entry(method, "learned solver", "none", form, (), solver=solver)
+        made.append((entry, replace(entry, anchors_name="given", anchors=began)))
     return made
 
 
@@ -226,7 +262,7 @@ def bench(
     num_samples: int = 64,
     num_trajectories: int = FITTED_ON,
 ) -> None:
-    """Generate the judged samples with every method and keep their images.
+    """Generate the judged samples with every method and keep them.
 
     Args:
         hosts: bundled models.
@@ -237,7 +273,8 @@ def bench(
     for host in hosts:
         pipe, batches, full = judged(host, num_samples)
         for budget in budgets:
-            for entry in entries(host, budget, num_trajectories):
+            planned = ours(host, budget, num_trajectories) + rivals(host, budget)
+            for entry in planned + [entry for entry, _ in learned_solvers(host, budget)]:
                 made = run_kept(pipe, host, entry, batches, full["sigmas"])
                 error = psnr(made["images"], full["images"])
                 print(f"{host} {budget} {entry}: {summarise(error).mean:.2f} dB", flush=True)
@@ -255,7 +292,7 @@ def run_kept(
     pipe: Any,
     host: str,
     entry: Entry,
-    batches: Sequence[Sequence[Any]],
+    batches: Sequence[Sequence[Item]],
     sigmas: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The samples of an entry, from its file where it has run before."""
@@ -313,30 +350,79 @@ def publish(
 ) -> None:
     """Write one row per method, on the list that suits it best, with its paired differences.
 
+    The readout's rival is the best of what is not ours. Everything else, our older fits among it,
+    is compared with the readout. Rows of hosts and budgets that were not benched stay; of methods
+    that were not benched again, without a comparison.
+
     Args:
         hosts: bundled models.
         budgets: network evaluations.
         num_samples: judged samples.
         num_trajectories: that the readout was fitted on.
     """
-    rows = []
+    by_place: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in json.loads(RESULT.read_text()) if RESULT.exists() else []:
+        by_place.setdefault((row["host"], row["num_anchors"]), []).append(row)
     for host in hosts:
-        batches = [[None] * num_samples]  # everything has run: files alone are read
-        full = Samples(**run_kept(None, host, FULL, batches))
-        judge = Judge(full, prompts(host, num_samples), CALL["guidance_scale"], {})
+        pipe, batches, full = judged(host, num_samples)
+        judge = judge_of(pipe, batches, full)
         for budget in budgets:
-            planned = entries(host, budget, num_trajectories)
-            if not all(kept(host, entry, num_samples).exists() for entry in planned):
-                print(f"{host} at {budget} evaluations was not benched to its end: left out")
+            planned = [(each, each) for each in ours(host, budget, num_trajectories)]
+            planned += [(each, each) for each in rivals(host, budget)]
+            planned += learned_solvers(host, budget)
+            here = [each for each in planned if kept(host, each[0], num_samples).exists()]
+            if not here or here[0][0].method != "readout":
+                print(f"{host} at {budget} evaluations was not benched: left as it was")
                 continue
-            best: dict[str, tuple[BenchRow, Errors, Entry]] = {}
-            for entry in planned:
-                made = Samples(**run_kept(None, host, entry, batches, full.sigmas))
-                row, errors = judge.row(replace(entry, anchors_name="searched"), made)
-                if entry.method not in best or row.psnr_db > best[entry.method][0].psnr_db:
-                    best[entry.method] = (row, errors, entry)
-            rows += [told(host, row, best[row.method][2]) for row in against(best, judge.prompts)]
-    RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+            best: dict[str, tuple[BenchRow, Errors]] = {}
+            for entry, shown in here:
+                found = judge.row(shown, Samples(**run_kept(pipe, host, entry, batches)))
+                if entry.method not in best or found[0].psnr_db > best[entry.method][0].psnr_db:
+                    best[entry.method] = found
+            rows = compared(list(best.values()), judge.prompts)
+            before = [r for r in by_place.get((host, budget), []) if r["method"] not in best]
+            by_place[host, budget] = [record_of(host, row, here[0][0]) for row in rows]
+            by_place[host, budget] += [row | dict.fromkeys(COMPARED) for row in before]
+            for line in advice(rows):
+                print(f"{host}: {line}")
+    order = sorted(by_place, key=lambda place: (list(HOSTS).index(place[0]), -place[1]))
+    rows_of = [row for place in order for row in by_place[place]]
+    RESULT.write_text(json.dumps(rows_of, indent=1) + "\n")
+
+
+def record_of(host: str, row: BenchRow, readout: Entry) -> dict[str, Any]:
+    """A row as the file has it, with what only the readout's tells."""
+    record = {"host": host} | to_record(row)
+    if row.method == readout.method:
+        fitted: Any = readout.predictor
+        solving = fitted.spec.metrics["solve_seconds"]
+        record |= {"solve_seconds": solving, "first_time": fitted.first_time}
+    return record
+
+
+def judge_of(pipe: Any, batches: Sequence[Sequence[Item]], full: dict[str, Any]) -> Judge:
+    """What rows are measured against."""
+    items = [item for batch in batches for item in batch]
+    transformer = pipe.transformer
+    call = first_call(transformer, lambda: generate_batch(pipe, items[:1], **CALL))
+    flops = {tap: step_flops(transformer, call, tap) for tap in ("output", "hidden")}
+    return Judge(Samples(**full), prompts_of(items), CALL["guidance_scale"], flops)
+
+
+def compared(found: Sequence[tuple[BenchRow, Errors]], prompts: Sequence[int]) -> list[BenchRow]:
+    """The rows with their rivals: the readout against what is not ours, all else against it."""
+
+    def is_readout(row: BenchRow) -> bool:
+        return row.method == "readout"
+
+    rows, errors = [row for row, _ in found], [error for _, error in found]
+    others = [place for place, row in enumerate(rows) if row.method not in OLDER]
+    against = with_rivals(
+        [rows[i] for i in others], [errors[i] for i in others], prompts, is_readout
+    )
+    mine = next(row for row in against if is_readout(row))
+    every = with_rivals(rows, errors, prompts, is_readout)
+    return [mine if is_readout(row) else row for row in every]
 
 
 def against(
@@ -383,12 +469,16 @@ def ship(num_trajectories: int = FITTED_ON) -> None:
     rows = json.loads(RESULT.read_text())
     for mine in (row for row in rows if row["method"] == "readout"):
         host, budget = mine["host"], mine["num_anchors"]
-        fitted = ROOT / host / f"readout_{budget}_{num_trajectories}"
+        anchors = list(map(int, mine["anchors"].split()))
+        fitted = fitted_at(host, "readout", anchors, num_trajectories)
+        if not fitted.exists():
+            print(f"{host} at {budget} evaluations was fitted elsewhere: the one shipped stays")
+            continue
         predictor: Any = load_predictor(fitted)
         beside = [r for r in rows if r["host"] == host and r["num_anchors"] == budget]
-        rivals = [row for row in beside if row["method"] not in ("readout", "rows")]
-        metrics = {f"psnr_db_{row['method']}": row["psnr_db"] for row in rivals}
-        metrics |= {name: mine[name] for name in ("psnr_db", "fit_seconds", *PAIRED)}
+        metrics = {f"psnr_db_{r['method']}": r["psnr_db"] for r in beside if r["kind"] != "learned"}
+        names = ("psnr_db", "fit_seconds", "fit_evaluations", *PAIRED)
+        metrics |= {name: mine[name] for name in names}
         folder = Path("checkpoints/zoo") / f"{host}_readout_{budget}"
         save_predictor(predictor, replace(predictor.spec, metrics=metrics), folder)
         shutil.copy(fitted / "grams.safetensors", folder)
@@ -431,4 +521,4 @@ def cost(num_rounds: int = 15) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([record, search, fit, bench, curve, publish, ship, cost])
+    auto_cli([record, fit, bench, curve, publish, ship, cost])

@@ -13,6 +13,8 @@ CURVE = Path("benchmarks/results/readout_curve.json")
 COST = Path("benchmarks/results/readout_cost.json")
 PAGE, README = Path("docs/readout.md"), Path("README.md")
 ON_README = (8, 6)  # evaluations
+OURS = ("readout", "rows", "l2p_closed_loop")
+KINDS = ("formula", "solver", "learned solver")
 
 
 def page() -> None:
@@ -20,7 +22,13 @@ def page() -> None:
     rows = json.loads(RESULT.read_text())
     hosts = dict.fromkeys(row["host"] for row in rows)
     text = "\n\n".join(
-        [*(table(rows, host) for host in hosts), curve_table(), fit_table(rows), cost_table()]
+        [
+            *(table(rows, host) for host in hosts),
+            *(every_table(rows, host) for host in hosts),
+            curve_table(),
+            fit_table(rows),
+            cost_table(),
+        ]
     )
     put(PAGE, "readout", text)
     put(README, "table", readme_table(rows))
@@ -35,25 +43,35 @@ def put(path: Path, name: str, text: str) -> None:
 
 def readme_table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean PSNR of the readout and of the best of every other kind, by model and evaluations."""
+    names = ("rows of 0.2", "best formula", "best few-step solver", "best learned solver")
     lines = [
-        "| model | evaluations of 50 | readout | rows of 0.2 | best formula | best few-step "
-        "solver | ahead of the best of them by |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| model | evaluations of 50 | readout | {' | '.join(names)} | ahead of all but our own "
+        "by |",
+        f"|{' --- |' * (len(names) + 4)}",
     ]
     shown = [row for row in rows if row["num_anchors"] in ON_README]
     for mine in (row for row in shown if row["method"] == "readout"):
         beside = [r for r in rows if (r["host"], r["num_anchors"]) == place(mine)]
-        kinds = [[row for row in beside if row["method"] == "l2p_closed_loop"]]
-        kinds += [[r for r in beside if r["kind"] == kind] for kind in ("formula", "solver")]
-        best = [max(kind, key=lambda row: row["psnr_db"]) if kind else None for kind in kinds]
+        best = bests(beside)[2:]
         cells = ["" if row is None else f"{row['psnr_db']:.2f}" for row in best]
-        gap = f"{mine['paired_db']:+.2f} ({mine['paired_low_db']:+.2f}"
-        gap += f" to {mine['paired_high_db']:+.2f})"
         lines.append(
             f"| `zoo:{mine['host']}` | {mine['num_anchors']} | **{mine['psnr_db']:.2f}** | "
-            f"{' | '.join(cells)} | {gap} |"
+            f"{' | '.join(cells)} | {interval(mine)} |"
         )
     return "\n".join(lines)
+
+
+def interval(row: dict[str, Any]) -> str:
+    """The paired difference with its interval."""
+    gap, low, high = (row[f"paired_{key}db"] for key in ("", "low_", "high_"))
+    return f"{gap:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def bests(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """Of the readout, our older fits, and every kind of rival the best row."""
+    kinds = [[row for row in rows if row["method"] == name] for name in OURS]
+    kinds += [[row for row in rows if row["kind"] == kind] for kind in KINDS]
+    return [max(kind, key=lambda row: row["psnr_db"]) if kind else None for kind in kinds]
 
 
 def place(row: dict[str, Any]) -> tuple[str, int]:
@@ -68,19 +86,36 @@ def table(rows: Sequence[dict[str, Any]], host: str) -> str:
         f"over {rows[0]['num_samples']} judged samples. In brackets: the readout minus it on the "
         "same samples, with its 95 % interval, and on how many the readout is ahead.",
         "",
-        "| evaluations | readout | the same rows alone | closed-loop rows of 0.2 | best formula | "
-        "best solver |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| evaluations | readout | its rows alone | closed-loop rows of 0.2 | best formula | best "
+        "solver | best learned solver |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for budget in sorted({row["num_anchors"] for row in rows if row["host"] == host}, reverse=True):
-        mine = [row for row in rows if row["host"] == host and row["num_anchors"] == budget]
-        kinds = [
-            [row for row in mine if row["method"] == name]
-            for name in ("readout", "rows", "l2p_closed_loop")
-        ]
-        kinds += [[row for row in mine if row["kind"] == kind] for kind in ("formula", "solver")]
-        cells = [cell(max(kind, key=lambda row: row["psnr_db"])) if kind else "" for kind in kinds]
+    for budget in budgets(rows, host):
+        mine = [row for row in rows if place(row) == (host, budget)]
+        cells = [cell(row) if row else "" for row in bests(mine)]
         lines.append(f"| {budget} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def budgets(rows: Sequence[dict[str, Any]], host: str) -> list[int]:
+    """Evaluations at which a model was measured, most first."""
+    return sorted({row["num_anchors"] for row in rows if row["host"] == host}, reverse=True)
+
+
+def every_table(rows: Sequence[dict[str, Any]], host: str) -> str:
+    """Every method's mean and what the readout is ahead of it by."""
+    counts = budgets(rows, host)
+    lines = [
+        f"`zoo:{host}`, every method on its better list and tap: mean PSNR in dB and, in brackets, "
+        "the readout minus it with the 95 % interval of the paired difference.",
+        "",
+        f"| method | {' | '.join(f'{count} evaluations' for count in counts)} |",
+        f"|{' --- |' * (len(counts) + 1)}",
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows if row["host"] == host):
+        mine = {place(row): row for row in rows if row["method"] == method}
+        cells = [short(mine[host, n]) if (host, n) in mine else "" for n in counts]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -90,9 +125,21 @@ def cell(row: dict[str, Any]) -> str:
     if row["method"] == "readout":
         return f"**{told}**"
     name = "" if row["kind"] == "learned" else f"`{row['method']}` "
+    return f"{name}{told} ({behind(row)}; {row['num_samples'] - row['wins']})"
+
+
+def short(row: dict[str, Any]) -> str:
+    """The mean alone."""
+    told = f"{row['psnr_db']:.2f}"
+    if row["method"] == "readout":
+        return f"**{told}**"
+    return told if row["rival"] is None else f"{told} ({behind(row)})"
+
+
+def behind(row: dict[str, Any]) -> str:
+    """What the readout is ahead by, with the interval."""
     gap, low, high = -row["paired_db"], -row["paired_high_db"], -row["paired_low_db"]
-    ahead = row["num_samples"] - row["wins"]
-    return f"{name}{told} ({gap:+.2f}, {low:+.2f} to {high:+.2f}; {ahead})"
+    return f"{gap:+.2f}, {low:+.2f} to {high:+.2f}"
 
 
 def curve_table() -> str:
@@ -120,12 +167,14 @@ def fit_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "The fits behind the tables, and the anchors found for them (CPU, shared with other work):",
         "",
-        "| model | anchors | trajectories | evaluations each | seconds, of them solving |",
-        "| --- | --- | --- | --- | --- |",
+        "| model | anchors | time told at step 0 | trajectories | evaluations each | seconds, of "
+        "them solving |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for r in (row for row in rows if row["method"] == "readout"):
         lines.append(
-            f"| {r['host']} | {r['anchors']} | {r['num_trajectories']} | {r['fit_evaluations']} | "
+            f"| {r['host']} | {r['anchors']} | {r.get('first_time') or 1:.4f} | "
+            f"{r['num_trajectories']} | {r['fit_evaluations']:.1f} | "
             f"{r['fit_seconds']:.0f}, {r['solve_seconds']:.0f} |"
         )
     return "\n".join(lines)

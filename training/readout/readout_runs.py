@@ -37,18 +37,19 @@ def held_out_error(
         anchors: steps at which the network runs.
         num_trajectories: of the recording, from the first on.
     """
-    module = _Quiet(recording, "", anchors)
+    module = QuietFit(recording, "", anchors)
     run_fit(module, pipe, ItemsDataModule(recording, 0.25, num_trajectories=num_trajectories))
     return float(module.val_error)
 
 
-class _Quiet(ReadoutFit):
+class QuietFit(ReadoutFit):
     """A fit among many, which says nothing and is measured against nothing."""
 
     quiet = True
 
     def configure_callbacks(self) -> list[Callback]:
+        """No verdict."""
         return [Detaching()]
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        """Say nothing."""

@@ -1,0 +1,87 @@
+"""Lists of anchors for the readouts of both bundled models, compared with those of today.
+
+    python benchmarks/readout_lists.py --hosts '[fashion_dit]' --budgets '[8]'
+
+Each list is fitted and measured on trajectories of the recording that no fit of the tables is of;
+what was tried stands in runs/readout/<host>/tried.json, the best in <host>_searched.json.
+"""
+
+import json
+from collections.abc import Sequence
+
+import torch
+from jsonargparse import auto_cli
+from readout import BUDGETS, FITTED_ON, HOSTS, ROOT, lists, recording
+
+from foreseer.evaluation.metrics import paired
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.training.readout.readout_runs import QuietFit, run_fit
+from foreseer.trajectories.datamodule import ItemsDataModule
+from foreseer.trajectories.recording import Recording
+
+
+class Given(ItemsDataModule):
+    """Three of four given trajectories to fit on, the others to measure on."""
+
+    def __init__(self, folder: str, items: Sequence[int]) -> None:
+        super().__init__(folder)
+        self.items = items
+
+    def setup(self, stage: str | None = None) -> None:
+        """Every fourth is held out."""
+        self.val_items = list(self.items[3::4])
+        self.train_items = [item for item in self.items if item not in self.val_items]
+
+
+def compare(
+    hosts: Sequence[str] = tuple(HOSTS),
+    budgets: Sequence[int] = BUDGETS,
+    num_samples: int = 128,
+    tried: Sequence[Sequence[int]] = (),
+) -> None:
+    """Compare the readout's lists with others, and keep the best.
+
+    Args:
+        hosts: bundled models.
+        budgets: network evaluations.
+        num_samples: trajectories.
+        tried: lists of those lengths; where there is none, a first segment longer by 1 and by 2.
+    """
+    for host in hosts:
+        known = json.loads(lists(host).read_text())
+        log = ROOT / host / "tried.json"
+        found = json.loads(log.read_text()) if log.exists() else {}
+        pipe = load_pipeline(f"zoo:{host}")
+        items = Recording(recording(host)).items[FITTED_ON : FITTED_ON + num_samples]
+        for budget in budgets:
+            own = tuple(known[f"readout|output|{budget}"])
+            others = [tuple(each) for each in tried if len(each) == budget]
+            errors = found.setdefault(f"{budget} of {num_samples}", {})
+            for anchors in (own, *(others or [stretched(own, by) for by in (1, 2)])):
+                key = " ".join(map(str, anchors))
+                if key not in errors:
+                    module = QuietFit(recording(host), "", list(anchors))
+                    run_fit(module, pipe, Given(recording(host), items))
+                    assert module.val_errors is not None  # some were held out
+                    errors[key] = module.val_errors.tolist()
+                    log.write_text(json.dumps(found))
+                gap = paired(
+                    torch.tensor(errors[" ".join(map(str, own))]), torch.tensor(errors[key])
+                )
+                print(
+                    f"{host} {key}: {gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f}) dB better"
+                )
+            best = min(errors, key=lambda key: sum(errors[key]))
+            known[f"readout|output|{budget}"] = list(map(int, best.split()))
+            lists(host).write_text(json.dumps(known, indent=1))
+
+
+def stretched(anchors: Sequence[int], by: int) -> tuple[int, ...]:
+    """A list with a longer first segment, those behind it shortened evenly; the last one stays."""
+    _, first, *_, last = anchors
+    share = (last - first - by) / (last - first)
+    return (0, *(round(last - (last - anchor) * share) for anchor in anchors[1:]))
+
+
+if __name__ == "__main__":
+    auto_cli(compare)
