@@ -22,7 +22,7 @@ benchmarks/learned_solvers.py has fitted.
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,12 +44,7 @@ from foreseer.evaluation.pairing import prompts_of, with_rivals
 from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.results import BenchRow, Errors, to_record
 from foreseer.evaluation.runs import Judge, Samples, run_entry
-from foreseer.evaluation.timing import (
-    attach_overhead,
-    first_call,
-    forecast_step_ratio,
-    step_flops,
-)
+from foreseer.evaluation.timing import attach_overhead, forecast_step_ratio
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.session import Session
@@ -364,8 +359,9 @@ def publish(
     for row in json.loads(RESULT.read_text()) if RESULT.exists() else []:
         by_place.setdefault((row["host"], row["num_anchors"]), []).append(row)
     for host in hosts:
-        pipe, batches, full = judged(host, num_samples)
-        judge = judge_of(pipe, batches, full)
+        _, batches, full = judged(host, num_samples)
+        numbers = prompts_of([item for batch in batches for item in batch])
+        judge = Judge(Samples(**full), numbers, CALL["guidance_scale"], {})
         for budget in budgets:
             planned = [(each, each) for each in ours(host, budget, num_trajectories)]
             planned += [(each, each) for each in rivals(host, budget)]
@@ -376,7 +372,7 @@ def publish(
                 continue
             best: dict[str, tuple[BenchRow, Errors]] = {}
             for entry, shown in here:
-                found = judge.row(shown, Samples(**run_kept(pipe, host, entry, batches)))
+                found = judge.row(shown, Samples(**run_kept(None, host, entry, batches)))
                 if entry.method not in best or found[0].psnr_db > best[entry.method][0].psnr_db:
                     best[entry.method] = found
             rows = compared(list(best.values()), judge.prompts)
@@ -400,15 +396,6 @@ def record_of(host: str, row: BenchRow, readout: Entry) -> dict[str, Any]:
     return record
 
 
-def judge_of(pipe: Any, batches: Sequence[Sequence[Item]], full: dict[str, Any]) -> Judge:
-    """What rows are measured against."""
-    items = [item for batch in batches for item in batch]
-    transformer = pipe.transformer
-    call = first_call(transformer, lambda: generate_batch(pipe, items[:1], **CALL))
-    flops = {tap: step_flops(transformer, call, tap) for tap in ("output", "hidden")}
-    return Judge(Samples(**full), prompts_of(items), CALL["guidance_scale"], flops)
-
-
 def compared(found: Sequence[tuple[BenchRow, Errors]], prompts: Sequence[int]) -> list[BenchRow]:
     """The rows with their rivals: the readout against what is not ours, all else against it."""
 
@@ -423,36 +410,6 @@ def compared(found: Sequence[tuple[BenchRow, Errors]], prompts: Sequence[int]) -
     mine = next(row for row in against if is_readout(row))
     every = with_rivals(rows, errors, prompts, is_readout)
     return [mine if is_readout(row) else row for row in every]
-
-
-def against(
-    best: Mapping[str, tuple[BenchRow, Errors, Entry]], numbers: Sequence[int]
-) -> list[BenchRow]:
-    """The readout against the best of all that is not its own rows, everything else against it."""
-    found = []
-    for names in ([name for name in best if name != "rows"], ["readout", "rows"]):
-        pair = [best[name][:2] for name in names]
-        made = with_rivals(*zip(*pair, strict=True), numbers, lambda row: row.method == "readout")
-        found += made if not found else made[1:]
-    return found
-
-
-def prompts(host: str, num_samples: int) -> Sequence[int]:
-    """The judged samples' prompts, which come in turn; of classes a number each."""
-    judged_file = HOSTS[host].judged
-    if judged_file is None:
-        return range(num_samples)
-    count = len(Path(judged_file).read_text().split("\n")) - 1
-    return [(FIRST_ITEM + place) % count for place in range(num_samples)]
-
-
-def told(host: str, row: BenchRow, entry: Entry) -> dict[str, Any]:
-    """A row of the file: what the walk took is not in older predictors."""
-    spec = getattr(entry.predictor, "spec", None)
-    if entry.method in ("readout", "rows"):
-        row = replace(row, fit_evaluations=len(entry.anchors))
-    solved = spec.metrics.get("solve_seconds") if spec else 0.0
-    return {"host": host, **to_record(row), "solve_seconds": solved}
 
 
 def kept(host: str, entry: Entry, num_samples: int) -> Path:

@@ -54,24 +54,24 @@ def readme_table(rows: Sequence[dict[str, Any]]) -> str:
         beside = [r for r in rows if (r["host"], r["num_anchors"]) == place(mine)]
         best = bests(beside)[2:]
         cells = ["" if row is None else f"{row['psnr_db']:.2f}" for row in best]
+        gap, ends = behind(max(filter(None, best[1:]), key=mean)).split(", ")
         lines.append(
             f"| `zoo:{mine['host']}` | {mine['num_anchors']} | **{mine['psnr_db']:.2f}** | "
-            f"{' | '.join(cells)} | {interval(mine)} |"
+            f"{' | '.join(cells)} | {gap} ({ends}) |"
         )
     return "\n".join(lines)
 
 
-def interval(row: dict[str, Any]) -> str:
-    """The paired difference with its interval."""
-    gap, low, high = (row[f"paired_{key}db"] for key in ("", "low_", "high_"))
-    return f"{gap:+.2f} ({low:+.2f} to {high:+.2f})"
+def mean(row: dict[str, Any]) -> float:
+    """PSNR of a row."""
+    return float(row["psnr_db"])
 
 
 def bests(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
     """Of the readout, our older fits, and every kind of rival the best row."""
     kinds = [[row for row in rows if row["method"] == name] for name in OURS]
     kinds += [[row for row in rows if row["kind"] == kind] for kind in KINDS]
-    return [max(kind, key=lambda row: row["psnr_db"]) if kind else None for kind in kinds]
+    return [max(kind, key=mean) if kind else None for kind in kinds]
 
 
 def place(row: dict[str, Any]) -> tuple[str, int]:

@@ -217,7 +217,7 @@ def _paired(key: str, label: str, gain: float, low: float, high: float) -> str:
         case "ahead":
             return f"Ahead of {label}, the best rival on its own anchors: {told}."
         case "behind":
-            return f"Behind {label}, the best rival on its own anchors: {told}; use that formula."
+            return f"Behind {label}, the best rival on its own anchors: {told}; use that."
     level = "An estimate does not tell it apart from" if estimated else "Level with"
     return f"{level} {label}, the best rival on its own anchors: {told}."
 
