@@ -432,6 +432,9 @@ def ship(num_trajectories: int = FITTED_ON) -> None:
             print(f"{host} at {budget} evaluations was fitted elsewhere: the one shipped stays")
             continue
         predictor: Any = load_predictor(fitted)
+        if predictor.spec.metrics["fit_seconds"] != mine["fit_seconds"]:
+            print(f"{host} at {budget} evaluations was fitted again and not benched: left out")
+            continue
         beside = [r for r in rows if r["host"] == host and r["num_anchors"] == budget]
         metrics = {f"psnr_db_{r['method']}": r["psnr_db"] for r in beside if r["kind"] != "learned"}
         names = ("psnr_db", "fit_seconds", "fit_evaluations", *PAIRED)
