@@ -62,7 +62,7 @@ def test_a_host_with_two_heads_is_refused_with_the_reason(name):
     with pytest.raises(UnsupportedHost, match="sound beside the video"):
         with forecasting(pipe, Reuse(), ANCHORS, "hidden"):
             call(EVERY[name], pipe)
-    with pytest.raises(UnsupportedHost, match="expected a tuple of one tensor"):
+    with pytest.raises(UnsupportedHost, match="returned a tuple of 2, expected a tensor"):
         with forecasting(pipe, Reuse(), ANCHORS, "output"):
             call(EVERY[name], pipe)
     assert torch.equal(call(EVERY[name], pipe), plain)

@@ -148,7 +148,7 @@ def row(method: str, kind: str, tap: str, anchors: str, seconds: float) -> Bench
     values |= {"method": method, "kind": kind, "tap": tap, "anchors": anchors, "psnr_db": 30.25}
     values |= {"anchors_name": "given", "num_anchors": len(anchors.split()), "num_samples": 16}
     values |= {"guidance_scale": 3.0, "seconds_per_image": seconds}
-    values |= {"state_bytes": None, "num_trajectories": None, "fit_seconds": None}
+    values |= dict.fromkeys(("state_bytes", "num_trajectories", "fit_seconds", "rival", "wins"))
     return BenchRow(**values)
 
 

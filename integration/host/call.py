@@ -39,9 +39,11 @@ def prediction(output: Any) -> Tensor:
             f"the samples of one call have the shapes {shapes}, expected one size per call; draw "
             "samples of another size in a call of their own."
         )
+    found = type(output).__name__
+    found = f"a tuple of {len(output)}" if isinstance(output, tuple) else found
     raise UnsupportedHost(
-        f"the transformer returned {type(output).__name__}, expected a tensor, a tuple of one, a "
-        "list of tensors, or an object with `sample` or `logits` and nothing else."
+        f"the transformer returned {found}, expected a tensor, a tuple of one, a list of tensors, "
+        "or an object with `sample` or `logits` and nothing else."
     )
 
 
