@@ -141,7 +141,7 @@ def test_the_command_writes_a_predictor_that_deploys_and_extends_again(place, tm
     card = (tmp_path / "new" / "README.md").read_text()
     assert "on the sum of 9 trajectories" in card
     assert f"{loaded.spec.host['weights_sha256']} | 9" in card
-    assert "than" in card.split("**Verdict.**")[1][:60]
+    assert "An estimate" in card.split("**Verdict.**")[1][:60]
     again = refit(str(tmp_path / "new"), [str(place / "c")])
     assert again.sums.count == 12
     refit_command(str(tmp_path / "new"), [str(place / "c")], str(tmp_path / "new"))  # in place

@@ -180,6 +180,7 @@ HUGE: dict[str, tuple[str, dict[str, Any]]] = {
             "anchors": [0, 1, 3, 6],
             "num_branches": 2,
             "expert_steps": [0],
+            "first_time": None,
             "partition": {
                 "class": "Bands",
                 "edges": [0.5],
@@ -195,6 +196,7 @@ HUGE: dict[str, tuple[str, dict[str, Any]]] = {
             "anchors": [0, 1, 3, 6],
             "num_branches": 2,
             "expert_steps": [0],
+            "first_time": None,
             "partition": BANDS | {"grid": [1, 2**20]},
         },
     ),
