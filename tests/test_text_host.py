@@ -105,6 +105,7 @@ def test_anchors_are_searched_on_prompts(folder):
     main(["search", *words, "--out", str(out), *budget, *methods])
     found = json.loads(out.read_text())
     assert found.pop("search")  # what was searched with
+    assert set(found.pop("effort")) == set(found)
     assert set(found) == {"ab2|none|3", "taylor_1|output|3", "l2p_closed_loop|output|3"}
     assert all(anchors[0] == 0 and len(anchors) == 3 for anchors in found.values())
 
