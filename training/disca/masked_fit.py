@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.integration.host.hook import TrunkSkipper
-from foreseer.integration.host.loop import flow_times
+from foreseer.integration.host.loop import read_times
 from foreseer.integration.host.module_host import ModuleHost
 from foreseer.integration.host.trunk import Trunk, first_tensor, given_trunk
 from foreseer.integration.masked_sampler import Prompts, logits_of, sample_masked
@@ -181,7 +181,7 @@ def _spec(host: ModuleHost, decodings: Decodings, horizon: int) -> PredictorSpec
     return PredictorSpec(
         tap="hidden",
         anchors=tuple(range(0, length, horizon)),
-        sigmas=tuple(flow_times(length)),
+        sigmas=tuple(read_times(length)[1]),
         host=host.fingerprint(),
         scheduler=type(host.scheduler).__name__,
         num_branches=1,
