@@ -123,7 +123,7 @@ def held_similarity(features: Float[Tensor, "S N"]) -> Float[Tensor, "S S"]:
 def update_steps(similarity: Float[Tensor, "S S"], count: int) -> list[int]:
     """BAC's steps of one module: those of most similarity between what is held and what it is for.
 
-    DP[m][j] = max_i DP[m-1][i] + phi(i, j) with phi(i, j) = sum_{i < k < j} similarity[i, k]: the
+    `DP[m][j] = max_i DP[m-1][i] + phi(i, j)`, `phi(i, j) = sum_{i < k < j} similarity[i, k]`: the
     output of step i is held until the next update j; the last is held until the end.
 
     Args:

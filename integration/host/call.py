@@ -102,7 +102,9 @@ def retold(time: Tensor, sigma: float, told: float) -> Tensor:
         own = torch.full_like(wide, offset + factor * sigma)
         same = torch.isclose(wide, own, rtol=TIME_ROUNDING, atol=1e-6)
         if same.any():
-            other = torch.where(same, offset + factor * told, wide)
+            # rounded as by loops that hold their sigmas in float32
+            new = offset + factor * torch.tensor(told, dtype=torch.float32)
+            other = torch.where(same, new.double(), wide)
             return (other.round() if whole else other).to(time.dtype)
     raise UnsupportedHost(
         f"the network is told {float(wide.flatten()[0]):g} at flow time {sigma:g}, expected one of "
