@@ -153,3 +153,14 @@ def test_published_tables_reach_the_end(num_steps):
     assert float(solver.rows.sum()) == pytest.approx(-1) and solver.times[0] == 1
     with pytest.raises(ValueError, match="no table of 11"):
         neural_solver(11)
+
+
+def test_a_start_tells_the_network_another_time_at_step_0():
+    sigmas = torch.tensor([1.0, 0.7, 0.3], dtype=torch.float64)
+    plain = Parametrisation(FAMILIES["gs"], "dpmpp_3m", sigmas)
+    told = Parametrisation(FAMILIES["gs"], "dpmpp_3m", sigmas, first_time=0.98)
+    start = told.solver(told.zeros())
+    told_times = torch.tensor([0.98, 0.7, 0.3], dtype=torch.float64)
+    assert torch.equal(told.start.times, told_times)
+    assert torch.allclose(start.times, told_times, rtol=1e-12)
+    assert torch.equal(start.rows, plain.solver(plain.zeros()).rows)

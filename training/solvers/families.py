@@ -4,14 +4,14 @@ With the step w_i = sigma_i - sigma_{i+1} and W_ij = C_ij / -w_i of the start,
 
     sigma: sigma_0 as at the start, w = sigma_0 softmax(log w_start + theta_times)
     C_ij  = T_ij(sigma) - w_i theta_rows_ij      T: a closed form of the moved times, or -w_i W_ij
-    alpha = alpha_start + theta_alpha,   s = sigma + theta_xi
+    alpha = alpha_start + theta_alpha,   s = sigma + xi_start + theta_xi
 
 and theta = 0 is the start, whatever is free. DyWeight tells the network (1/2 + sigmoid theta_scale)
 times the time that its rows, which need not sum to the step, have really reached.
 Shapes: n network evaluations, T free numbers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -61,14 +61,25 @@ class Parametrisation:
         family: what is free.
         name: closed form of the start.
         sigmas: its times.
+        first_time: what the start tells the network at step 0, in (0, 1]; None tells the truth.
 
     Raises:
         ValueError: the theory is to move with the times, but has no formula of them.
     """
 
-    def __init__(self, family: Family, name: str, sigmas: Float[Tensor, " n"]) -> None:
+    def __init__(
+        self,
+        family: Family,
+        name: str,
+        sigmas: Float[Tensor, " n"],
+        first_time: float | None = None,
+    ) -> None:
         self.family, self.sigmas = family, sigmas.double()
         self.start = closed_form(name, self.sigmas)
+        self.told = torch.zeros_like(self.sigmas)  # what the start adds to the times
+        if first_time is not None:
+            self.told[0] = first_time - self.sigmas[0]
+            self.start = replace(self.start, times=self.sigmas + self.told)
         self.theory = name if family.theory == "start" else family.theory
         if self.theory is not None and self.theory not in FORMULAS:
             raise ValueError(
@@ -123,7 +134,8 @@ class Parametrisation:
         else:
             rows = closed_form(self.theory, sigmas).rows - widths[:, None] * free
         alpha = self.start.alpha + groups.get("alpha", torch.zeros_like(sigmas))
-        return LinearSolver(sigmas + groups.get("xi", torch.zeros_like(sigmas)), alpha, rows)
+        moved = groups.get("xi", torch.zeros_like(sigmas))
+        return LinearSolver(sigmas + self.told + moved, alpha, rows)
 
     def _calibrated(
         self, weights: Float[Tensor, "n n"], scale: Float[Tensor, " n"]
