@@ -158,6 +158,8 @@ def test_a_compiled_head_is_refused():
 
 
 def rows():
+    if not ROWS.exists():
+        pytest.skip("the wheel holds no benchmarks")
     return json.loads(ROWS.read_text())
 
 
@@ -181,8 +183,7 @@ def test_every_row_says_what_the_page_needs():
 
 
 def test_the_page_and_its_picture_show_what_was_measured():
-    import vla_page
-
+    vla_page = pytest.importorskip("vla_page", reason="the wheel holds no benchmarks")
     page = (ROWS.parents[2] / vla_page.PAGE).read_text()
     assert vla_page.table(rows()) in page and vla_page.success_table(rows()) in page
     headings, lines = vla_page.error_chart(rows()).values()
