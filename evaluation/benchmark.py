@@ -241,9 +241,8 @@ def _common_key(
     """Digest of what all rows of a benchmark share."""
     config = {k: str(v) for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     told = [__version__, host, type(pipe.scheduler).__name__, config, batch_size]
-    dtype = str(
-        next(transformer_of(pipe).parameters()).dtype
-    )  # which the digest of the weights does not tell
+    # the digest of the weights does not tell their dtype
+    dtype = str(next(transformer_of(pipe).parameters()).dtype)
     told += [torch.get_num_threads(), str(pipe.device), dtype, digest(items, settings)]
     if asked.reference_steps or asked.perceptual:  # rows without them are other rows
         told += [asked.reference_steps, asked.perceptual]
@@ -351,10 +350,11 @@ def check_finer(pipe: Any, steps: int, settings: Mapping[str, Any]) -> None:
     own = int(settings["num_inference_steps"])
     given = sorted({"sigmas", "timesteps"} & settings.keys())
     if has_loop(pipe) or given or steps <= own:
-        found = "a loop of its own" if has_loop(pipe) else f"the arguments {given}"
+        found = f"{own} steps"
+        found += " in a loop of its own" if has_loop(pipe) else f" by its {given}" if given else ""
         raise ValueError(
-            f"reference_steps is {steps}, the full run has {own} steps and {found}; expected more "
-            "steps, of a pipeline whose call takes their number alone."
+            f"reference_steps is {steps}, the full run has {found}; expected more steps, of a "
+            "pipeline whose call takes their number alone."
         )
 
 

@@ -241,7 +241,8 @@ class SolverFit:
 def begin(made: Parametrisation, chosen: SolverRuns) -> SolverFit:
     """The start as what was found so far."""
     theta = made.zeros()
-    return SolverFit(theta, float(chosen.errors(made.solver(theta)).mean()))
+    error = float(chosen.errors(made.solver(theta)).mean())
+    return SolverFit(theta, error, [(0, error)])
 
 
 def fit_gauss_newton(
@@ -262,7 +263,6 @@ def fit_gauss_newton(
     """
     found = begin(made, chosen)
     cost = fitted.evaluations + chosen.evaluations
-    found.curve.append((0, found.error_db))
     for epoch in range(num_epochs):
         at, before = found.theta.clone(), found.error_db
         jacobian = made.jacobian(at)
@@ -305,7 +305,6 @@ def fit_adam(
     """
     found = begin(made, chosen)
     cost = fitted.evaluations + chosen.evaluations
-    found.curve.append((0, found.error_db))
     theta = found.theta.clone().requires_grad_()
     adam = torch.optim.Adam([theta], lr=learning_rate)
     batches = fitted.references.batches
