@@ -16,10 +16,14 @@ from foreseer.evaluation.benchmark import FIRST_ITEM, compare_methods
 from foreseer.evaluation.page.side_by_side import picture, side_by_side, told
 from foreseer.evaluation.plan import load_learned
 from foreseer.evaluation.results import load_rows
+from foreseer.evaluation.solvers import SOLVERS
+from foreseer.evaluation.verdict import rivals_on
 from foreseer.fit_commands import fit as fit_predictor
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.pipeline_call import samples
+from foreseer.trajectories.gram import sum_grams
 from foreseer.trajectories.prompts import asked_items
+from foreseer.trajectories.recording import Recording
 
 GUIDANCE_SCALE, NUM_STEPS = 3.0, 50
 BUDGETS = (11, 8, 6)
@@ -152,14 +156,16 @@ def draw(folder: Path, pipeline: str) -> None:
 
 
 def compare(folder: Path, pipeline: str) -> None:
-    """The predictors, and the formula and solvers one would use instead, on the same steps."""
+    """The predictors, and the formula and solvers one would use, each on steps that suit it."""
     pipe = load_pipeline(pipeline)
+    recording = Recording(folder / "recording")
     page = compare_methods(
         pipe,
         asked_items(pipe, None, NUM_COMPARED, FIRST_ITEM),
         folder / "bench",
         BUDGETS,
         load_learned([f"readout@{n}={predictor_folder(folder, n)}" for n in BUDGETS]),
+        searched={key: steps for n in BUDGETS for key, steps in rival_steps(recording, n).items()},
         methods=RIVALS,
         command="foreseer demo",
         common=(),
@@ -167,6 +173,23 @@ def compare(folder: Path, pipeline: str) -> None:
         guidance_scale=GUIDANCE_SCALE,
     )
     print(f"    page: {page}")
+
+
+def rival_steps(recording: Recording, budget: int) -> dict[str, tuple[int, ...]]:
+    """The steps that suit each rival best by recorded Grams, as the verdict of a fit finds them.
+
+    A solver that is no formula on Grams takes the steps of the best formula among the rivals.
+    """
+    sigmas, items = recording.header.sigmas, list(recording.items)
+    found = {}
+    for tap in ("output", "hidden"):
+        name = f"gram/{tap}"
+        mean = sum_grams(recording, [name], items)[name] / len(items)
+        best = {each.name: each.anchors for each in rivals_on(mean, budget, sigmas)}
+        for rival in RIVALS:
+            key = f"{rival}|none|{budget}" if rival in SOLVERS else f"{rival}|{tap}|{budget}"
+            found.setdefault(key, best.get(rival, best["taylor_2"]))
+    return found
 
 
 def layers(folder: Path, pipeline: str) -> None:
