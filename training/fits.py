@@ -177,8 +177,9 @@ def choose(
     anchors: Sequence[int] | None,
     taps: Sequence[str],
     items: Sequence[int],
+    by_rows: bool = True,
 ) -> Choice:
-    """The anchors given, or those that suit the learned rows best by the Grams of some items.
+    """The anchors given, or those that suit learned rows or a formula best by some items' Grams.
 
     The search is that of `foreseer inspect`: a beam search for every formula, the warped lists and
     the published one, all tried with least-squares rows (of a single trajectory, with formulas).
@@ -189,6 +190,7 @@ def choose(
         anchors: steps at which the network runs; None searches.
         taps: the first one that is recorded is taken with anchors that are given; else the best.
         items: trajectories to search on.
+        by_rows: whether least-squares rows choose among the lists; else the best formula does.
 
     Raises:
         ValueError: neither evaluations nor anchors are given, or they contradict each other or the
@@ -224,7 +226,7 @@ def choose(
         TapGrams(tap, recording.stack(f"gram/{tap}", some), header.sigmas, header.expert_steps)
         for tap in recorded
     ]
-    best = best_row(compared(grams, [evaluations]), learned=grams[0].can_learn)
+    best = best_row(compared(grams, [evaluations]), learned=by_rows and grams[0].can_learn)
     told = f"searched on the Grams of {len(some)} trajectories"
     return Choice(best.tap, list(best.anchors), num_steps, told)
 
@@ -358,7 +360,8 @@ def chosen(
         taps = recorded or taps
     elif tap is None and recipe.method == "closed_loop":
         taps = [own, "output"] if own in recorded else ["output"]
-    return choose(recording, evaluations, anchors, taps, items)
+    # rows fitted along a run start at a formula, and its list suits them better (LOG.md)
+    return choose(recording, evaluations, anchors, taps, items, by_rows=recipe.method != "readout")
 
 
 def train(

@@ -181,7 +181,7 @@ def rival_steps(recording: Recording, budget: int) -> dict[str, tuple[int, ...]]
     A solver that is no formula on Grams takes the steps of the best formula among the rivals.
     """
     sigmas, items = recording.header.sigmas, list(recording.items)
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for tap in ("output", "hidden"):
         name = f"gram/{tap}"
         mean = sum_grams(recording, [name], items)[name] / len(items)
