@@ -70,6 +70,12 @@ def test_field_prompts_a_file_of_another_kind_is_refused(pipe, tmp_path, name, e
         samples(pipe, ["a cat", name])
 
 
+@pytest.mark.parametrize("found", [3, None, b"a cat", ["a cat"]])
+def test_field_prompts_an_entry_that_is_no_string_is_refused(pipe, found):
+    with pytest.raises(ValueError, match=f"a {type(found).__name__}; expected words"):
+        samples(pipe, ["a cat", found])
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_field_prompts_what_looks_like_a_path_is_not_drawn(pipe, path):
     with pytest.raises(ValueError, match="looks like a path"):

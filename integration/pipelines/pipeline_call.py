@@ -51,12 +51,17 @@ def prompts_of(prompts: str | os.PathLike[str] | Sequence[str]) -> Path | list[s
             safetensors file.
 
     Raises:
-        ValueError: a path of another kind, an entry of a list that looks like a path, or a text
-            file that holds no prompt or cannot be read as text.
+        ValueError: a path of another kind, an entry of a list that looks like a path or is no
+            string, or a text file that holds no prompt or cannot be read as text.
         FileNotFoundError: the file does not exist.
     """
     if not isinstance(prompts, str | os.PathLike):
         for words in prompts:
+            if not isinstance(words, str):
+                raise ValueError(
+                    f"found {words!r} among the prompts, a {type(words).__name__}; expected words, "
+                    "or no prompts at all for a pipeline that draws classes."
+                )
             if is_path(words):
                 raise ValueError(_refusal(words, "an entry of a list of prompts"))
         return list(prompts)
