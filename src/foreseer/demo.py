@@ -234,7 +234,7 @@ STAGES = {
     "record": Stage(f"your own: record {NUM_RECORDED} runs of {NUM_STEPS} steps", 65, record),
     "fit": Stage("your own: fit predictors for 11, 8 and 6 evaluations", 45, fit),
     "draw": Stage("your own: pictures by them", 12, draw),
-    "compare": Stage("your own: beside the formula and solvers one would use instead", 80, compare),
+    "compare": Stage("your own: beside the formula and solvers one would use instead", 95, compare),
 }
 """What `make demo` runs."""
 
