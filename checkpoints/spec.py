@@ -11,6 +11,7 @@ from typing import Any
 from foreseer.errors import CheckpointError
 from foreseer.errors import PredictorMismatch as PredictorMismatch
 from foreseer.predictors.base import Predictor
+from foreseer.predictors.ladder import rises
 
 Value = float | None
 Setting = float | tuple[float | None, ...] | None
@@ -113,8 +114,8 @@ class PredictorSpec:
         tap: `output`, `hidden` or `residual`.
         anchors: steps at which the network runs; where the predictor serves `any_anchors`, the
             list it takes when none is given.
-        sigmas: flow time of every step of the run; where the predictor serves `any_grid`, of the
-            first one it was fitted on.
+        sigmas: flow time of every step of the run, rising in an inversion; where the predictor
+            serves `any_grid`, of the first one it was fitted on.
         host: `host_fingerprint` of the transformer.
         scheduler: class name of the scheduler.
         num_branches: guidance branches per step.
@@ -337,6 +338,13 @@ def check_grid(spec: PredictorSpec, sigmas: list[float]) -> None:
         raise PredictorMismatch(
             f"the predictor was fitted on {len(spec.sigmas)} steps, this run has {len(sigmas)}; "
             f"set num_inference_steps={len(spec.sigmas)} or fit one for {len(sigmas)} steps."
+        )
+    if rises(sigmas) != rises(spec.sigmas):
+        ways = {True: "rises, from a sample to noise", False: "falls, from noise to a sample"}
+        raise PredictorMismatch(
+            f"the predictor was fitted on runs whose flow time {ways[rises(spec.sigmas)]}; in this "
+            f"run of {len(sigmas)} steps it {ways[rises(sigmas)]}. Inversion and editing are two "
+            "phases: attach to each the predictor that was fitted on it."
         )
     gap, index = max(
         (abs(a - b), i) for i, (a, b) in enumerate(zip(sigmas, spec.sigmas, strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foreseer.evaluation.solvers import solver_scheduler
 from foreseer.integration.linear_sampler import probe
+from foreseer.predictors.ladder import rises, with_end
 from foreseer.predictors.rules import RULES
 
 SECOND_ORDER = ("dpmpp_2m", "unipc")
@@ -47,7 +48,7 @@ def adams_bashforth_rows(anchors: Sequence[int], sigmas: Sequence[float]) -> Flo
     Euler step uses v_a, so the rows of the segment's other steps carry the rest.
     """
     num_steps = len(sigmas)
-    grid = [*sigmas, 0.0]
+    grid = with_end(sigmas)
     rows = torch.zeros(num_steps, num_steps, dtype=torch.float64)
     for k, (a, end) in enumerate(zip(anchors, [*anchors[1:], num_steps], strict=True)):
         rows[a, a] = 1.0
@@ -77,7 +78,7 @@ def solver_rows(name: str, anchors: Sequence[int], sigmas: Sequence[float]) -> F
     scheduler = solver_scheduler(name, [sigmas[anchor] for anchor in anchors])
     scheduler.set_timesteps(len(anchors))
     steps = probe(scheduler).response.diff(dim=0)  # (A, A): x changes by sum_j steps[k, j] v_j
-    num_steps, grid, known = len(sigmas), [*sigmas, 0.0], list(anchors)
+    num_steps, grid, known = len(sigmas), with_end(sigmas), list(anchors)
     rows = torch.zeros(num_steps, num_steps, dtype=torch.float64)
     for k, (a, end) in enumerate(zip(anchors, [*anchors[1:], num_steps], strict=True)):
         rows[a, a] = 1.0
@@ -108,10 +109,14 @@ def formula_tables(
 def analytic_rows(
     anchors: Sequence[int], sigmas: Sequence[float]
 ) -> dict[str, Float[Tensor, "S S"]]:
-    """`formula_tables` of one transformer and the rows of the solvers; of equal ones the first."""
+    """`formula_tables` of one transformer and the rows of the solvers; of equal ones the first.
+
+    The solvers go from noise to a sample, so an inversion has none of theirs.
+    """
     unique: dict[str, Float[Tensor, "S S"]] = {}
     tables = formula_tables(anchors, sigmas)
-    tables |= {name: solver_rows(name, anchors, sigmas) for name in SECOND_ORDER}
+    solvers = () if rises(sigmas) else SECOND_ORDER
+    tables |= {name: solver_rows(name, anchors, sigmas) for name in solvers}
     for name, table in tables.items():
         if not any(
             torch.equal(table.round(decimals=12), u.round(decimals=12)) for u in unique.values()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foreseer.integration.schedule import check_anchors, common_lists, warped
 from foreseer.predictors.base import History, LinearPredictor, Step
+from foreseer.predictors.ladder import with_end
 from foreseer.predictors.linear import expert_start
 
 GAMMAS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
@@ -104,7 +105,7 @@ class _Segments:
     ) -> None:
         self.gram = gram
         self.sigmas = list(sigmas)
-        self.euler_steps = torch.tensor([*sigmas, 0.0], dtype=torch.float64).diff()
+        self.euler_steps = torch.tensor(with_end(sigmas), dtype=torch.float64).diff()
         self.rule = rule
         self.reach = reach  # steps
         self.expert_steps = expert_steps

@@ -139,7 +139,11 @@ def solver_scheduler(name: str, sigmas: Sequence[float]) -> Any:
     given = tuple(float(sigma) for sigma in sigmas)
     falling = all(a > b for a, b in zip(given, given[1:], strict=False))
     if not given or not falling or not (given[0] <= 1 and given[-1] > 0):
-        raise ValueError(f"the sigmas are {list(given)}, expected falling values in (0, 1].")
+        raise ValueError(
+            f"the sigmas are {list(given)}, expected falling values in (0, 1]: these solvers go "
+            "from noise to a sample. Of an inversion, bench the formulas and fits, or step its "
+            "loop on fewer times."
+        )
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 2}
     scheduler = SOLVERS[name](**({} if name in ("euler", "ab2") else flow))
     scheduler.given = given

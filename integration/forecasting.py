@@ -32,7 +32,7 @@ class Run:
         self.session: Session | None = session  # None when detached: it holds the pipeline
         self._report = session.report
 
-    def steps(self, times: Any, key: Hashable = None) -> Steps:
+    def steps(self, times: Any, key: Hashable = None, inversion: bool = False) -> Steps:
         """The steps of one run of a loop, see `ModuleHost.steps`.
 
         Raises:
@@ -44,7 +44,7 @@ class Run:
                 f"{self!r} has no loop to count: a pipeline's scheduler says its steps; for a loop "
                 "around a module attach to foreseer.host(module)."
             )
-        return host.steps(times, key)
+        return host.steps(times, key, inversion)
 
     def reset(self, reason: str) -> None:
         """Forget what the run under way has computed so far; its next calls are computed.

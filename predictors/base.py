@@ -25,8 +25,8 @@ class Step:
     """One evaluation slot of the sampler.
 
     Args:
-        index: counted upward from 0 (pure noise) to `num_steps - 1`.
-        sigma: flow time of the step, 1 to 0.
+        index: counted upward from 0 (pure noise, of an inversion the sample) to `num_steps - 1`.
+        sigma: flow time of the step: it falls from 1 to 0, and rises in an inversion.
         num_steps: steps of the whole run.
         branches: branch number of each equal part of the batch axis: `(0,)` without guidance,
             `(0, 1)` when both guidance branches share one call, `(1,)` in the second of two calls.

@@ -82,7 +82,7 @@ def clock_positions(history: History, step: Step, clock: str) -> tuple[list[floa
         clock: `step` is the index. `sigma` is num_steps * (1 - sigma): flow time falls from 1 to 0
             in `num_steps` steps, so that its mean step is 1. A grid that starts at s_0 < 1 has the
             mean step s_0 on this clock; only rules that depend on the unit, as `HiCache` does, can
-            tell.
+            tell. In an inversion it falls, of which no rule can tell: their terms are odd together.
 
     Returns:
         The anchors, oldest first, and the step.
@@ -150,6 +150,16 @@ def slope_weights(
         weights[-back] += share
         weights[-back - 1] -= share
     return weights
+
+
+def rises(sigmas: Sequence[float]) -> bool:
+    """Whether the flow times of a run rise, as those of an inversion do."""
+    return len(sigmas) > 1 and sigmas[-1] > sigmas[0]
+
+
+def with_end(sigmas: Sequence[float]) -> list[float]:
+    """Flow times of a run's steps and its end: 0, or 1 where they rise."""
+    return [*sigmas, 1.0 if rises(sigmas) else 0.0]
 
 
 def mean_weights(sigmas: Sequence[float]) -> list[float]:

@@ -25,6 +25,7 @@ from foreseer.predictors.ladder import (
     mean_weights,
     powers,
     slope_weights,
+    with_end,
 )
 
 
@@ -305,7 +306,7 @@ class MeanCache(LinearPredictor):
             )
         if len(history) == 1:  # rounding would come in
             return torch.ones(1, dtype=torch.float64)
-        grid, unit = [*step.sigmas, 0.0], torch.eye(len(history), dtype=torch.float64).tolist()
+        grid, unit = with_end(step.sigmas), torch.eye(len(history), dtype=torch.float64).tolist()
         anchors = dict(zip(history.steps, unit, strict=True))
         rows: list[list[float]] = []  # of the steps from the first anchor on
         for index in range(history.steps[0], step.index + 1):

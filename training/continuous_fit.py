@@ -17,6 +17,7 @@ from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors import solve
 from foreseer.predictors.continuous import L2PContinuous
+from foreseer.predictors.ladder import with_end
 from foreseer.training.gram_fit import ClosedGramFit, Sum
 from foreseer.training.recorded import open_recording, spec_of
 from foreseer.training.shipped import EXPERTS, STEPS, differences
@@ -202,7 +203,7 @@ def add_equations(
     anchors: Sequence[int],
 ) -> None:
     """Add the normal equations of every forecast step on one anchor list."""
-    ends = [*sigmas[1:], 0.0]
+    ends = with_end(sigmas)[1:]
     for t, sigma in enumerate(sigmas):
         known = [a for a in anchors if a < t][-(predictor.order + 1) :]
         if t in anchors or len(known) < 2:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from foreseer.predictors.ladder import with_end
 from foreseer.predictors.partition import Partition
 from foreseer.predictors.solve import ridge
 from foreseer.trajectories.recording import Recording, RecordingError
@@ -151,10 +152,10 @@ def accumulated_error(
     Args:
         grams: Gram matrices.
         rows: weights of every step (of an anchor its unit row), broadcast against leading axes.
-        sigmas: flow time of every step; the run ends at 0.
+        sigmas: flow time of every step; the run ends at 0, where they rise at 1.
     """
     c = rows.double() - torch.eye(rows.shape[-1], dtype=torch.float64)
-    euler_steps = torch.tensor([*sigmas, 0.0], dtype=torch.float64).diff()
+    euler_steps = torch.tensor(with_end(sigmas), dtype=torch.float64).diff()
     return _squares(grams, (euler_steps[:, None] * c).cumsum(-2)).sqrt()
 
 

@@ -93,8 +93,13 @@ def retold(time: Tensor, sigma: float, told: float) -> Tensor:
         told: the other.
 
     Raises:
-        UnsupportedHost: nothing in it is a known form of sigma.
+        UnsupportedHost: nothing in it is a known form of sigma, or several are.
     """
+    if sigma == 0:
+        raise UnsupportedHost(
+            "at flow time 0, where an inversion begins, sigma and 1000 sigma are the same number, "
+            "so nothing tells how to say another time to the network; fit with first_times=0."
+        )
     wide, whole = time.double(), not time.is_floating_point()
     for offset, factor in TIME_FORMS:
         if whole and abs(factor) == 1.0:

@@ -6,6 +6,7 @@ that the step came to. A run is known by the thread or task that took its latest
 
 import contextvars
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
@@ -23,7 +24,7 @@ class LoopClock:
     """Stands where a scheduler is expected, for a loop whose steps `Steps` counts.
 
     Attributes:
-        sigmas: flow time of every step, 1 to 0.
+        sigmas: flow time of every step; it rises in an inversion, else it falls.
         timesteps: the same as a tensor.
     """
 
@@ -61,16 +62,16 @@ class Steps:
     """The steps of one run, see `ModuleHost.steps`; iterating gives the times.
 
     Attributes:
-        sigmas: flow time of every step, 1 to 0.
+        sigmas: flow time of every step; it rises in an inversion, else it falls.
         index: the step under way.
         done: steps that are over.
         token: lives as long as the run may go on.
     """
 
-    def __init__(self, host: Any, times: Any, key: Hashable) -> None:
+    def __init__(self, host: Any, times: Any, key: Hashable, inversion: bool) -> None:
         self.host = host
         self.key = key
-        self.times, self.sigmas = read_times(times)
+        self.times, self.sigmas = read_times(times, inversion)
         self.clock = host.scheduler if key is None else LoopClock()
         self.is_open = False
         self.index, self.done, self.closed = -1, 0, 0
@@ -241,12 +242,14 @@ class Steps:
         self._outer = None
 
 
-def read_times(times: Any) -> tuple[Any, list[float]]:
-    """What a loop is given step after step, and flow time of every step, 1 to 0.
+def read_times(times: Any, inversion: bool = False) -> tuple[Any, list[float]]:
+    """What a loop is given step after step, and flow time of every step.
 
     Args:
         times: falling in (0, 1], which is flow time itself; rising in [0, 1), which is 1 - flow
             time; or a number of steps n, of which step i is given i, at flow time 1 - i / n.
+        inversion: whether the run goes from a sample to noise: rising times are flow time itself
+            then, falling ones 1 - flow time, and step i of n lies at i / n.
 
     Raises:
         ValueError: it is something else.
@@ -257,22 +260,36 @@ def read_times(times: Any) -> tuple[Any, list[float]]:
     if isinstance(times, Integral) and not isinstance(times, bool):
         if times < 1:
             raise ValueError(f"found {times} steps, expected at least 1.")
-        return range(int(times)), [1 - i / int(times) for i in range(int(times))]
+        passed = [i / int(times) for i in range(int(times))]
+        return range(int(times)), passed if inversion else [1 - share for share in passed]
     try:
         values = [float(t) for t in (times.tolist() if isinstance(times, Tensor) else times)]
     except (TypeError, ValueError):
         values = []
-    pairs = list(zip(values, values[1:], strict=False))
+    pairs = list(pairwise(values))
     if values and all(a > b for a, b in pairs) and values[0] <= 1 and values[-1] > 0:
-        return times, values
+        return times, [1 - value for value in values] if inversion else values
     if values and all(a < b for a, b in pairs) and values[0] >= 0 and values[-1] < 1:
-        return times, [1 - value for value in values]
+        return times, values if inversion else [1 - value for value in values]
     shown = f"{values[:3]} ... {values[-1]}" if len(values) > 4 else f"{values or times}"
     raise ValueError(
         f"the times are {shown}, expected one per call of the module: falling in (0, 1], or rising "
-        "in [0, 1), without the end of the last step. Of other times (a scheduler's timesteps) "
-        "give their number, host.steps(len(times)), or the scheduler, foreseer.host(module, "
-        "scheduler=...)."
+        f"in [0, 1), without the end of the last step{_turn_of(values)}. Of other times (a "
+        "scheduler's timesteps) give their number, host.steps(len(times)), or the scheduler, "
+        "foreseer.host(module, scheduler=...)."
+    )
+
+
+def _turn_of(values: Sequence[float]) -> str:
+    """Where times turn, in words: two phases in one list are two runs."""
+    falls = [a > b for a, b in pairwise(values)]
+    turns = [step for step, (a, b) in enumerate(pairwise(falls), start=1) if a != b]
+    if len(turns) != 1:
+        return ""
+    first = turns[0]
+    return (
+        f"; the first {first + 1} of these {len(values)} go one way and the others back: phases, "
+        "such as inversion and editing, are runs of their own, each in a `with host.steps(...)`"
     )
 
 

@@ -147,7 +147,7 @@ class ModuleHost(Host):
                 "steps:`, in the thread that runs it; detach first to call the module by itself."
             )
 
-    def steps(self, times: Any, key: Hashable = None) -> Steps:
+    def steps(self, times: Any, key: Hashable = None, inversion: bool = False) -> Steps:
         """The steps of one run: `with host.steps(times) as steps: for t in steps: ...`.
 
         The module is called inside of the loop. Runs may go on side by side, one call of one and
@@ -157,6 +157,8 @@ class ModuleHost(Host):
             times: flow time at every step, falling in (0, 1] or rising in [0, 1), without the end
                 of the last step; or the number of steps, where the sampler has no such time.
             key: tells runs apart that are open at one time, such as an environment's number.
+            inversion: whether the run goes from a sample to noise, so that flow time rises: rising
+                times are flow time itself then, falling ones 1 - flow time.
 
         Raises:
             ValueError: these are no flow times, or the host's clock is a scheduler.
@@ -166,7 +168,7 @@ class ModuleHost(Host):
                 f"the clock of this host is {type(self.scheduler).__name__}, whose set_timesteps "
                 "opens a run; leave scheduler= out to count the steps of a loop."
             )
-        return Steps(self, times, key)
+        return Steps(self, times, key, inversion)
 
     def current(self) -> Steps | None:
         """The run whose loop the code now running is in; None outside of all."""

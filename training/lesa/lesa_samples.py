@@ -17,6 +17,7 @@ from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Step
+from foreseer.predictors.ladder import rises
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.training.recorded import open_recording
 from foreseer.trajectories.prompts import Item, generate_batch
@@ -27,10 +28,17 @@ def open_features(folder: str, tap: str) -> Recording:
     """A recording that holds features of a tap.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or its flow time rises.
     """
     recording = open_recording(folder, tap)
-    if recording.header.features == "none":
+    header = recording.header
+    if rises(header.sigmas):
+        raise ValueError(
+            f"{folder} is of inversions: in its {header.num_steps} steps flow time rises from "
+            f"{header.sigmas[0]:g} to {header.sigmas[-1]:g}, and this fit is for runs from noise "
+            "to a sample. Fit method='readout', 'closed_loop' or 'lstsq'."
+        )
+    if header.features == "none":
         raise ValueError(
             f"{folder} holds Grams only; record it again with features: full (or tokens)."
         )

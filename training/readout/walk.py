@@ -30,6 +30,7 @@ from foreseer.integration.linear_sampler import SamplerMap, pristine, probe
 from foreseer.integration.observers import CallRecord, Source, StepRecord
 from foreseer.integration.policy import Anchors
 from foreseer.predictors.base import History, Step
+from foreseer.predictors.ladder import with_end
 from foreseer.predictors.linear import L2P, expert_start
 from foreseer.predictors.readout import Readout, normalised
 from foreseer.training.readout.segment import NUM_FOLDS, Part
@@ -436,7 +437,7 @@ def later_times(sigmas: Sequence[float], end: int, count: int) -> list[float]:
         end: the anchor, or the end of the run.
         count: how many.
     """
-    first, last = sigmas[0], [*sigmas, 0.0][end]
+    first, last = sigmas[0], with_end(sigmas)[end]
     return [first + (last - first) * place / (count + 1) for place in range(1, count + 1)]
 
 

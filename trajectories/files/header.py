@@ -31,7 +31,7 @@ class Header:
             digest, ...); plain JSON values.
         host: fingerprint of the model; plain JSON values, alike on every machine that takes part.
         scheduler: fingerprint of the scheduler; plain JSON values.
-        sigmas: flow sigma of each step, length S.
+        sigmas: flow sigma of each step, length S; they rise in an inversion.
         taps: names of the recorded taps.
         num_branches: classifier-free-guidance streams, >= 1.
         dtype: dtype of the model, as in "bfloat16".
