@@ -69,7 +69,7 @@ def test_every_formula_weighs_an_inversion_as_the_run_that_mirrors_it(name):
 
 def test_an_inversion_ends_at_flow_time_1():
     assert with_end([0.0, 0.5]) == [0.0, 0.5, 1.0] and with_end([1.0, 0.5]) == [1.0, 0.5, 0.0]
-    assert later_times([0.0, 0.4, 0.8], 3, 3) == [0.25, 0.5, 0.75]
+    assert later_times([0.0, 0.4, 0.8], 3) == pytest.approx([0.1, 0.2, 0.3])
     ab2 = adams_bashforth_rows([0, 1, 4], [1 - t for t in UP])
     torch.testing.assert_close(adams_bashforth_rows([0, 1, 4], UP), ab2)
     gram, reuse = torch.eye(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)

@@ -111,8 +111,8 @@ class ReadoutFit(ClosedForm):
         rank: directions of the hidden state that are read.
         neighbours: read the tokens around a token too, where the host tells their grid.
         past: read the hidden states of so many earlier anchors too.
-        first_times: later flow times to try telling the network at step 0, from the step's own to
-            the next anchor's in even steps, and then two beside the best; the one with the least
+        first_times: later flow times to try telling the network at step 0, between its own and
+            the next step's in even steps, and then two beside the best; the one with the least
             error on left-out prompts is the predictor's `first_time`. 0 keeps the step's own.
         batch_size: trajectories per pipeline call.
         keep_sums: export the normal equations too, so that `foreseer refit` can add recordings
@@ -135,7 +135,7 @@ class ReadoutFit(ClosedForm):
         rank: int = 64,
         neighbours: bool = True,
         past: int = 2,
-        first_times: int = 8,
+        first_times: int = 4,
         batch_size: int = 16,
         keep_sums: bool = False,
         device: str | None = None,
@@ -288,7 +288,7 @@ class ReadoutFit(ClosedForm):
         if not is_flow(self.pipe.scheduler) or not folds & JUDGED or not folds - JUDGED:
             return  # timesteps are no flow times, or there is nothing to judge on
         batches, few = self.batches, self.batches[:count]
-        times = later_times(self.parts.sigmas, end, self.first_times)
+        times = later_times(self.parts.sigmas, self.first_times)
         errors: dict[float | None, float] = {None: self._error_told(None, few, end)}
         try:
             check_times(self.pipe.scheduler, self.parts.sigmas[: end + 1])

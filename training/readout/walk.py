@@ -429,15 +429,14 @@ def sizes_of(rows: L2P, visited: Visited, rank: int, neighbours: bool, past: int
     }
 
 
-def later_times(sigmas: Sequence[float], end: int, count: int) -> list[float]:
-    """Flow times from the first step's, left out, to an anchor's, in even steps.
+def later_times(sigmas: Sequence[float], count: int) -> list[float]:
+    """Flow times between the first step's and the second step's, in even steps.
 
     Args:
         sigmas: of the run's steps.
-        end: the anchor, or the end of the run.
         count: how many.
     """
-    first, last = sigmas[0], with_end(sigmas)[end]
+    first, last = with_end(sigmas)[:2]
     return [first + (last - first) * place / (count + 1) for place in range(1, count + 1)]
 
 
