@@ -46,6 +46,10 @@ def replay(
     forecasts = [features[:0]]
     for index, sigma in enumerate(spec.sigmas):
         step = Step(index, sigma, len(spec.sigmas), branches, sigmas=spec.sigmas)
+        if predictor.group_names:
+            count = len(predictor.group_names)
+            numbers = torch.arange(features.shape[2], device=device) % count
+            step = replace(step, groups=numbers.expand(features.shape[1], -1))
         if predictor.needs:
             step = _asked(predictor, step, features[index % len(features)].to(device))
         if index in anchors:

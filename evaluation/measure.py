@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.checkpoints.spec import check_model, check_scheduler
+from foreseer.integration.call_groups import CallGroups
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.hosts import host_of
 from foreseer.integration.host.module_host import ModuleHost
@@ -133,6 +134,7 @@ def generate(
     tap: str,
     items: Sequence[Item],
     anchors: Sequence[int],
+    groups: CallGroups | None = None,
     **settings: Any,
 ) -> Float[Tensor, " B *shape"]:
     """The final latents of a batch generated while forecasting.
@@ -143,9 +145,10 @@ def generate(
         tap: `output`, `hidden` or `residual`.
         items: the batch.
         anchors: steps at which the network runs.
+        groups: token groups of the call, for a predictor that goes by them.
         settings: keyword arguments of the pipeline call.
     """
-    session = Session(pipe, Forecaster(predictor, tap, anchors))
+    session = Session(pipe, Forecaster(predictor, tap, anchors), groups=groups)
     try:
         return generate_batch(pipe, items, output_type="latent", **settings)[0]
     finally:
@@ -182,8 +185,11 @@ def predictor_errors(
     anchors: Sequence[int],
     batches: Sequence[Sequence[Item]],
     finals: Float[Tensor, " n *shape"],
+    groups: CallGroups | None = None,
     **settings: Any,
 ) -> Float[Tensor, " n"]:
     """Error in dB of every item's final latents when forecasting with a predictor."""
-    latents = [generate(pipe, predictor, tap, batch, anchors, **settings) for batch in batches]
+    latents = [
+        generate(pipe, predictor, tap, batch, anchors, groups, **settings) for batch in batches
+    ]
     return log_error(torch.cat(latents).cpu(), finals)

@@ -13,8 +13,8 @@ from foreseer.checkpoints.spec import (
     check_host,
     choose_anchors,
 )
+from foreseer.integration.call_groups import CallGroups, Groups
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.host.hook import BEFORE_LAST
 from foreseer.integration.host.hosts import host_of, transformers_of
 from foreseer.integration.host.loop import Steps
 from foreseer.integration.host.module_host import ModuleHost
@@ -24,8 +24,6 @@ from foreseer.integration.report import Report
 from foreseer.integration.session import SESSIONS, Session
 from foreseer.predictors.base import LinearPredictor, Predictor
 from foreseer.predictors.tokens import TokenPolicy
-
-TAPS = ("output", "hidden", "residual", BEFORE_LAST)
 
 
 class Run:
@@ -124,6 +122,7 @@ def attach(
     evaluations: int | None = None,
     tokens: TokenPolicy | None = None,
     attention_rule: LinearPredictor | None = None,
+    groups: Groups | None = None,
 ) -> Run:
     """Make a pipeline forecast with `predictor` until `detach`.
 
@@ -132,9 +131,8 @@ def attach(
         predictor: a forecaster, several by their evaluations, or the folder, `zoo:<name>` or hub
             name of either.
         anchors: steps at which the network runs; None takes the predictor's own.
-        tap: `output`, `hidden`, `residual` or `before_last` (the last block runs on the step's
-            tokens and the forecast); None takes the predictor's own, else `output`, or `hidden`
-            under `SpeCa` and with `tokens`.
+        tap: `output`, `hidden` or `residual`; None takes the predictor's own, else `output`, or
+            `hidden` under `SpeCa` and with `tokens`.
         schedule: chooses further anchors while the run goes on; the predictor's own stay anchors,
             and a predictor without any starts with step 0.
         memory_budget: bytes that cached features may take; None for what is available on the
@@ -144,6 +142,8 @@ def attach(
             none.
         attention_rule: how attention outputs are forecast for them; None reuses the newest
             anchor's.
+        groups: group number of every sample and token, `(B, N)`, or a function that makes them of
+            the call's arguments, for a predictor or a policy that goes by token groups.
 
     Returns:
         The run, for its report and for detaching.
@@ -158,12 +158,44 @@ def attach(
         tap = _hidden_for(tokens, attention_rule, predictor, tap, schedule)
     source = checked_forecaster(pipe, predictor, anchors, tap, schedule)
     source.memory_budget = memory_budget
+    own = _call_groups(groups, predictor, tokens, source.tap)
     if tokens is None:
-        return Run(Session(pipe, source))
+        return Run(Session(pipe, source, groups=own))
     from foreseer.integration.token_runner import TokenRunner  # loaded by whoever asks for it
 
     runner = TokenRunner(pipe, source, tokens, attention_rule)
-    return Run(Session(pipe, source, [runner], runner))
+    return Run(Session(pipe, source, [runner], runner, groups=own))
+
+
+def _call_groups(
+    groups: Groups | None, predictor: Predictor, tokens: TokenPolicy | None, tap: str
+) -> CallGroups | None:
+    """The token groups of the runs to come, once they are known to be wanted.
+
+    Raises:
+        ValueError: they are given and nothing goes by them, or the other way round.
+    """
+    wanting = [each for each in (predictor, tokens) if each is not None and each.group_names]
+    if not wanting:
+        if groups is not None:
+            raise ValueError(
+                f"groups= was given, but {type(predictor).__name__} treats all tokens alike; use "
+                "a predictor fitted on token groups or a policy that goes by them, or leave it out."
+            )
+        return None
+    names = wanting[0].group_names
+    kind = type(wanting[0]).__name__
+    if groups is None:
+        raise ValueError(
+            f"this {kind} goes by the token groups {', '.join(names)}; pass groups=, a group "
+            "number per sample and token (region_groups makes them of a mask)."
+        )
+    if any(each.group_names != names for each in wanting):
+        raise ValueError(
+            f"the predictor has the token groups {list(predictor.group_names)}, the policy "
+            f"{list(wanting[-1].group_names)}; expected the same."
+        )
+    return CallGroups(groups, names, {tap})
 
 
 def _hidden_for(
@@ -271,8 +303,8 @@ def checked_forecaster(
         )
     anchors = (0,) if anchors is None else tuple(anchors)
     tap = tap or ("hidden" if schedule is not None and schedule.checks else "output")
-    if tap not in TAPS:
-        raise ValueError(f"tap is {tap!r}, expected one of {', '.join(map(repr, TAPS))}.")
+    if tap not in ("output", "hidden", "residual"):
+        raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden' or 'residual'.")
     _check_together(predictor, tap, schedule)
     return Forecaster(predictor, tap, anchors, spec, pipe, copy.copy(schedule))
 
@@ -286,22 +318,11 @@ def _check_together(predictor: Predictor, tap: str, schedule: Schedule | None) -
         )
     inside = sorted(predictor.needs - {"x_t"})
     decides = schedule is not None and (schedule.probe is not None or schedule.checks)
-    places = ("hidden", BEFORE_LAST) if inside == ["tokens"] else ("hidden",)
-    if inside and (tap not in places or decides):
+    if inside and (tap != "hidden" or decides):
         raise ValueError(
             f"{type(predictor).__name__} needs the {' and '.join(inside)} of the step, which exist "
-            f"on the tap {' or '.join(map(repr, places))} with a list of anchors, not on "
+            "on the tap 'hidden' with a list of anchors, not on "
             f"{tap!r} under {type(schedule).__name__ if schedule else 'a list'}."
-        )
-    if predictor.block_weights is not None and tap != BEFORE_LAST:
-        raise ValueError(
-            f"{type(predictor).__name__} has weights for the last block, which runs on the tap "
-            f"{BEFORE_LAST!r}, not {tap!r}."
-        )
-    if tap == BEFORE_LAST and decides:
-        raise ValueError(
-            f"{type(schedule).__name__} looks into the network on its way, which the tap "
-            f"{BEFORE_LAST!r} does not go with; use a list of anchors, or a tap of its own."
         )
     if schedule is not None and schedule.checks and tap != "hidden":
         raise ValueError(
@@ -327,6 +348,7 @@ def forecasting(
     evaluations: int | None = None,
     tokens: TokenPolicy | None = None,
     attention_rule: LinearPredictor | None = None,
+    groups: Groups | None = None,
 ) -> Iterator[Run]:
     """`attach` for the length of a `with` block; the pipeline is its old self afterwards."""
     run = attach(
@@ -339,6 +361,7 @@ def forecasting(
         evaluations,
         tokens,
         attention_rule,
+        groups,
     )
     try:
         yield run

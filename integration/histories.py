@@ -10,6 +10,7 @@ Shapes: B samples; a call holds the rows of its branches one branch after the ot
 import functools
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -119,7 +120,12 @@ def predicted(predictor: Predictor, histories: Sequence[History], step: Step) ->
     out: Tensor | None = None
     for members in groups.values():
         joined = join([histories[sample] for sample in members])
-        rows = predictor(joined, step).unflatten(0, (branches, len(members)))
+        own = step
+        if step.groups is not None:
+            own = replace(
+                step, groups=step.groups.unflatten(0, (branches, -1))[:, members].flatten(0, 1)
+            )
+        rows = predictor(joined, own).unflatten(0, (branches, len(members)))
         if out is None:
             out = rows.new_empty(branches, len(histories), *rows.shape[2:])
         out[:, members] = rows

@@ -29,6 +29,7 @@ class Report:
         partials: steps, of those forecast, at which some tokens were computed.
         partial_seconds: wall-clock seconds of their calls; `seconds` holds the others.
         resets: steps at which what was computed before was given up, and why.
+        groups: share of the tokens in every token group, by name.
     """
 
     num_steps: int = 0
@@ -45,6 +46,7 @@ class Report:
     partials: list[int] = field(default_factory=list)
     partial_seconds: list[float] = field(default_factory=list)
     resets: list[tuple[int, str]] = field(default_factory=list)
+    groups: dict[str, float] = field(default_factory=dict)
 
     def open(self) -> None:
         """Start over for a new run."""
@@ -56,6 +58,7 @@ class Report:
         self.seconds = {"anchor": [], "forecast": []}
         self.steps = []
         self.partials, self.partial_seconds, self.resets = [], [], []
+        self.groups = {}
 
     def count(self, step_index: int, kind: Kind, seconds: float) -> None:
         """Add one call of the transformer; `partial` is a forecast with some tokens computed."""
@@ -130,6 +133,9 @@ class Report:
             f"anchors: {' '.join(map(str, self.anchors))}",
             f"cached features: {self.state_bytes / 1024:.1f} KiB",
         ]
+        if self.groups:
+            told = ", ".join(f"{name} {share:.0%}" for name, share in self.groups.items())
+            lines.append(f"token groups: {told}")
         cost = {kind: median(values) for kind, values in self.seconds.items() if values}
         for kind, value in cost.items():
             lines.append(f"median {kind} step: {1000 * value:.2f} ms")

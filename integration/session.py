@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from foreseer.integration.attachment import Attachment
+from foreseer.integration.call_groups import CallGroups
 from foreseer.integration.host.branches import Branches, CallForm
 from foreseer.integration.host.call import Call, prediction
 from foreseer.integration.host.caller import CallSettings, steps_made_elsewhere
@@ -47,6 +48,7 @@ class Session:
         runner: how calls are run and forecasts put back.
         repeats: whether every run makes the calls of the first, whose guidance branches are then
             known before a step of theirs has run.
+        groups: token groups of every run; None for none.
 
     Attributes:
         report: what the latest run did.
@@ -63,6 +65,7 @@ class Session:
         observers: Sequence[Observer] = (),
         runner: Runner | None = None,
         repeats: bool = False,
+        groups: CallGroups | None = None,
     ) -> None:
         self.host = host_of(pipe)
         self.pipe = self.host.given
@@ -70,6 +73,7 @@ class Session:
         self.observers = [*observers] if source is None else [source, *observers]
         self.runner = Runner() if runner is None else runner
         self.repeats = repeats
+        self.groups = groups
         self.report = Report()
         self._turn = threading.RLock()  # of the threads that call the transformer
         self._keeps_forecasts = any(each.wants_forecasts for each in self.observers)
@@ -109,6 +113,7 @@ class Session:
         found.source = self.source.beside()
         found.observers = [found.source]
         found.attachment = copy.copy(self.attachment)
+        found.groups = copy.copy(self.groups)
         found._reset_run()
         found.clock = Clock(steps.clock, found._open, found._close, found._check_caller)
         self.report = found.report = Report()
@@ -157,6 +162,8 @@ class Session:
         self._pending: list[tuple[CallForm, CallRecord]] = []  # calls of the step in progress
         self._masks: dict[CallForm, Tensor | None] = {}  # tokens of the picture
         self._layouts: dict[CallForm, Layout] = {}
+        if self.groups is not None:
+            self.groups.close()
 
     def _open(self, sigmas: list[float]) -> None:
         with self._turn:
@@ -186,6 +193,9 @@ class Session:
         self._step_began = time.perf_counter()
         self._settings = CallSettings(expert.transformer for expert in self.experts.values())
         self._opening = self._settings.read(self.host.call())
+        if self.groups is not None:
+            self.groups.open(self.host.call())
+            self.report.groups = self.groups.shares()
         if self.source is not None:
             self.source.settings = self._opening
             self.source.open(self._sigmas)
@@ -207,7 +217,10 @@ class Session:
         if not self._begun:
             self._begin()
         self.attachment.check_step(index)
-        started = self._branches.close(self.host.samples(after))
+        samples = self.host.samples(after)
+        if self.groups is not None:
+            self.groups.check_samples(samples)
+        started = self._branches.close(samples)
         calls = [self._with_branches(form, call, started) for form, call in self._pending]
         self._pending = []
         settings = self._settings.read(self.host.call())
@@ -295,7 +308,11 @@ class Session:
         step = Step(
             index, sigmas[index], self._num_steps, held, expert.number, call.x_t, sigmas=sigmas
         )
+        if self.groups is not None:
+            step = replace(step, groups=self.groups.rows(call.num_rows, call.device))
         answer = self._decide(expert, call, step, branches is not None)
+        if self.groups is not None and answer.taps is not None:
+            self.groups.check_tokens(answer.taps)
         self._branches.count(form, prediction(answer.output).shape[0])
         self._put_aside(form, expert, call, step, answer)
         kind: Kind = "anchor" if answer.taps is not None else "forecast"

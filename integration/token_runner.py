@@ -355,7 +355,7 @@ class TokenRunner(Runner, Observer):
             return self.forecast_attention(step, block, pick)
 
         def merge(fresh: Tensor) -> Tensor:
-            return self.policy.merge(feature, fresh, selected)
+            return self.policy.merge(feature, fresh, selected, step.branches)
 
         output = self.trunk(call.forward, call.args, call.kwargs, selected, given, merge)
         return Answer(output, None, feature, partial=True)
@@ -394,6 +394,10 @@ class TokenRunner(Runner, Observer):
                 history.push(call.step, output)
             anchor.extend(call.taps["hidden"].chunk(len(call.step.branches)))
         if anchor:
+            if record.index == 0:
+                groups = record.calls[0].step.groups
+                own = None if groups is None else groups[: len(anchor[0])]
+                self.policy.prepare(own, self.source.anchors, len(record.sigmas))
             self.policy.observe(torch.cat(anchor, -1))
 
     def forget(self) -> None:

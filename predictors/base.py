@@ -36,6 +36,7 @@ class Step:
         tokens: what enters the first block at this step, likewise.
         modulation: the host's modulation vector at this step, likewise.
         sigmas: flow time of every step of the run; empty where nobody has said it.
+        groups: group number of every row and token of the call, where the run has token groups.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Step:
     tokens: Tensor | None = None
     modulation: Tensor | None = None
     sigmas: Sequence[float] = ()
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,6 @@ class Predictor(nn.Module):
         num_branches: guidance branches it tells apart.
         width: channels of the hidden state it is given, if it `reads` or `needs` one.
         modulation_width: of the modulation vector it is given, if it `needs` one.
-        block_weights: weights of the host's last block for forecast steps, by name; only on the tap
-            `before_last`, where that block runs. None for its own.
         first_time: flow time in (0, 1] that the network is told at step 0; None for the step's own.
     """
 
@@ -178,11 +178,6 @@ class Predictor(nn.Module):
     modulation_width: int = 1
     first_time: float | None = None
 
-    @property
-    def block_weights(self) -> dict[str, Tensor] | None:
-        """See the attributes above."""
-        return None
-
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments, as what JSON holds: what a file keeps beside the state."""
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
@@ -197,6 +192,11 @@ class Predictor(nn.Module):
     def smallest(self) -> tuple[int, int]:
         """Tokens and channels of a small feature that it takes."""
         return SMALLEST
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """Names of the token groups that every call has to bring; none of most predictors."""
+        return ()
 
     def rows(
         self, anchors: Sequence[int], sigmas: Sequence[float], expert_steps: Sequence[int] = (0,)
@@ -300,12 +300,17 @@ class LinearPredictor(Predictor):
         weights = self.coefficients(history, step)
         if self.partition is None:
             return combine(weights, history.features)
-        return self.partition.combine(weights, history.features)
+        return self.partition.at(step.groups).combine(weights, history.features)
 
     @property
     def smallest(self) -> tuple[int, int]:
         """Tokens and channels, see the base class."""
         return SMALLEST if self.partition is None else self.partition.smallest
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """See the base class."""
+        return () if self.partition is None else self.partition.of_calls
 
     def rows(
         self, anchors: Sequence[int], sigmas: Sequence[float], expert_steps: Sequence[int] = (0,)

@@ -139,7 +139,9 @@ def fitted_rows(
     strength: float = 1e-4,
     expert_steps: Sequence[int] = (0,),
 ) -> Float[Tensor, "branches P S S"]:
-    """`least_squares_rows` of every part, each of which must be there.
+    """`least_squares_rows` of every part; one that is zero throughout is reused.
+
+    Such is a group of tokens that never enter the sample, as a source picture's.
 
     Args:
         total: Grams of the parts, summed over trajectories.
@@ -148,14 +150,17 @@ def fitted_rows(
         expert_steps: first step of each transformer, starting with 0.
 
     Raises:
-        ValueError: a part is zero at an anchor in every trajectory.
+        ValueError: a part is zero at an anchor in every trajectory, and not elsewhere.
     """
-    norms = total.diagonal(dim1=-2, dim2=-1)[..., list(anchors)].sum(0)  # (P, anchors)
-    if empty := (norms <= 0).any(-1).nonzero().flatten().tolist():
+    norms = total.diagonal(dim1=-2, dim2=-1).sum(0)  # (P, S)
+    absent = (norms <= 0).all(-1)
+    if empty := ((norms[:, list(anchors)] <= 0).any(-1) & ~absent).nonzero().flatten().tolist():
         raise ValueError(
             f"the parts {empty} are zero at an anchor in every trajectory; merge them with others."
         )
-    return least_squares_rows(total, anchors, strength, expert_steps)
+    ones = torch.ones_like(total[:, :1])  # every step alike: whose rows are reuse
+    some = torch.where(absent[:, None, None], ones, total)
+    return least_squares_rows(some, anchors, strength, expert_steps)
 
 
 def expert_start(expert_steps: Sequence[int], index: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foreseer.predictors.weighted import combine, wide_dtype
@@ -22,11 +22,21 @@ class Partition:
         num_parts: number of projectors, P.
         smallest: (N, D) of the smallest token feature that can be split.
         kind: what the parts are called.
+        of_calls: names of the parts, where every call says which tokens are of which.
     """
 
     kind: str
     num_parts: int
     smallest: tuple[int, int]
+    of_calls: tuple[str, ...] = ()
+
+    def at(self, groups: Int[Tensor, "B N"] | None) -> "Partition":
+        """The partition of one call; the same of every call, unless groups arrive with it.
+
+        Args:
+            groups: group number of every row and token of the call, where it brings any.
+        """
+        return self
 
     def check(self, feature: Float[Tensor, " B *shape"]) -> None:
         """Raise unless a feature can be split.

@@ -6,7 +6,8 @@ Ours: rows see nothing outside the span of the anchors' outputs. The hidden stat
 computed anyway, knows more of what comes next; a second head reads it off (docs/readout.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from foreseer.predictors.base import SMALLEST, Grid, History, Reading, Step
 from foreseer.predictors.linear import L2P, expert_start
+from foreseer.predictors.partition import Partition
+from foreseer.predictors.token_groups import TokenGroups
 from foreseer.predictors.weighted import combine
 
 STORED = torch.bfloat16  # half of a file's bytes; a rounding of 2^-9 of a correction
@@ -45,10 +48,12 @@ class Readout(L2P):
         neighbours: whether tokens next to a token, diagonals included, are read for it too.
         past: Q.
         first_time: flow time that the network is told at step 0, see `L2P`.
+        partition: `TokenGroups` that have rows, U and c of their own, and share V; None of all
+            tokens alike.
 
     Raises:
-        ValueError: the anchors are not a schedule of such a run, a size is below 1, or the time is
-            not in (0, 1].
+        ValueError: the anchors are not a schedule of such a run, a size is below 1, the time is
+            not in (0, 1], or the parts are not of tokens.
     """
 
     reads = True
@@ -68,8 +73,14 @@ class Readout(L2P):
         neighbours: bool = True,
         past: int = 0,
         first_time: float | None = None,
+        partition: Partition | Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(num_steps, anchors, num_branches, expert_steps, None, first_time)
+        super().__init__(num_steps, anchors, num_branches, expert_steps, partition, first_time)
+        if self.partition is not None and not isinstance(self.partition, TokenGroups):
+            raise ValueError(
+                f"a readout works on tokens; found {self.partition.num_parts} "
+                f"{self.partition.kind}, expected TokenGroups or none."
+            )
         if width < 1 or patch < 1 or not 1 <= rank <= width or past < 0:
             raise ValueError(
                 f"found width {width}, patch {patch}, rank {rank} and past {past}, expected at "
@@ -79,11 +90,13 @@ class Readout(L2P):
         self.past = past
         count, side = len(self.anchors), 3 if neighbours else 1
         self.inner: Float[Tensor, "A r E"]  # E = (1 + Q) D: V of the anchor, of the one before, ...
-        self.outer: Float[Tensor, "A P r k k"]
-        self.constant: Float[Tensor, "A P"]
+        self.outer: Float[Tensor, "A *G P r k k"]
+        self.constant: Float[Tensor, "A *G P"]
         self.register_buffer("inner", torch.zeros(count, rank, (1 + past) * width, dtype=STORED))
-        self.register_buffer("outer", torch.zeros(count, patch, rank, side, side, dtype=STORED))
-        self.register_buffer("constant", torch.zeros(count, patch))
+        groups = () if self.partition is None else (self.partition.num_parts,)
+        sizes = count, *groups, patch
+        self.register_buffer("outer", torch.zeros(*sizes, rank, side, side, dtype=STORED))
+        self.register_buffer("constant", torch.zeros(*sizes))
 
     @property
     def smallest(self) -> tuple[int, int]:
@@ -94,8 +107,8 @@ class Readout(L2P):
         self,
         anchor: int,
         inner: Float[Tensor, "few E"],
-        outer: Float[Tensor, "P few k k"],
-        constant: Float[Tensor, " P"],
+        outer: Float[Tensor, "*G P few k k"],
+        constant: Float[Tensor, "*G P"],
     ) -> None:
         """Make these V, U and c of one anchor; directions beyond theirs read nothing.
 
@@ -107,7 +120,7 @@ class Readout(L2P):
         """
         number, few = self.anchors.index(anchor), len(inner)
         self.inner[number, :few, : inner.shape[1]] = inner.to(self.inner)
-        self.outer[number, :, :few] = outer.to(self.outer)
+        self.outer[number, ..., :few, :, :] = outer.to(self.outer)
         self.constant[number] = constant.to(self.constant)
 
     def reach(self, number: int) -> int:
@@ -150,8 +163,13 @@ class Readout(L2P):
                 )
             read = read + carried[:, :, 0]
         near = neighbourhood(read, grid) if self.neighbours else read
-        outer = self.outer[number].to(values).permute(0, 2, 3, 1).flatten(1)  # (P, k * k * r)
-        read = nn.functional.linear(near, outer, self.constant[number].to(values))
+        outer = self.outer[number].to(values).movedim(-3, -1).flatten(-3)  # (*G, P, k * k * r)
+        constant = self.constant[number].to(values)
+        if self.partition is None:
+            read = nn.functional.linear(near, outer, constant)
+        else:
+            each = [nn.functional.linear(near, *own) for own in zip(outer, constant, strict=True)]
+            read = self.partition.at(step.groups).weigh(each)
         return Reading(read, self.carry(values, number, carried))
 
     def carry(
@@ -203,9 +221,11 @@ class Readout(L2P):
                     f"nothing was read off the hidden state at step {history.steps[-1]}; push what "
                     "`read` returns with the anchor's output."
                 )
-            one = torch.ones_like(weights[:1])
-            weights, features = torch.cat([weights, one]), [*features, history.reading]
-        return combine(weights, features)
+            one = torch.ones_like(weights.narrow(-2, 0, 1))
+            weights, features = torch.cat([weights, one], -2), [*features, history.reading]
+        if self.partition is None:
+            return combine(weights, features)
+        return self.partition.at(step.groups).combine(weights, features)
 
 
 def normalised(hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:

@@ -12,7 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foreseer.predictors.partition import ChannelGroups, Partition
+from foreseer.predictors.token_groups import TokenGroups
 from foreseer.predictors.weighted import wide_dtype
+
+OF_CALLS = "numbers"  # of a partition: what every call brings
 
 
 class Bands(Partition):
@@ -189,13 +192,13 @@ def partition_from(description: Mapping[str, Any]) -> Partition:
     Raises:
         ValueError: it names no partition, or has other arguments.
     """
-    known: dict[str, type[Bands] | type[ChannelGroups]]
-    known = {"Bands": Bands, "ChannelGroups": ChannelGroups}
+    known: dict[str, type[Bands] | type[ChannelGroups] | type[TokenGroups]]
+    known = {"Bands": Bands, "ChannelGroups": ChannelGroups, "TokenGroups": TokenGroups}
     arguments = {name: value for name, value in description.items() if name != "class"}
     name = description.get("class")
     if name not in known:
         raise ValueError(f"found the partition {name!r}, expected one of {sorted(known)}.")
-    takes = sorted(inspect.signature(known[name]).parameters)
+    takes = sorted(set(inspect.signature(known[name]).parameters) - {OF_CALLS})
     if sorted(arguments) != takes:
         raise ValueError(f"found {name} with {sorted(arguments)}, expected {takes}.")
     return known[name](**arguments)

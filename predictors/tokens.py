@@ -7,7 +7,7 @@ Shapes: B samples, N tokens, D channels, K clusters, n selected tokens. All guid
 sample share its clusters and picks; a batch that holds them all is (branches * B, N, D).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -148,9 +148,14 @@ class TokenPolicy:
             share it.
         pattern: whether the 1st, 2nd, ... step after an anchor computes tokens; repeats.
 
+    Attributes:
+        group_names: names of the token groups that it goes by; none of most policies.
+
     Raises:
         ValueError: the pattern is empty.
     """
+
+    group_names: tuple[str, ...] = ()
 
     def __init__(self, seed: int, pattern: Sequence[bool]) -> None:
         if not pattern:
@@ -163,6 +168,17 @@ class TokenPolicy:
         """Forget the last run."""
         self.num_samples, self.num_tokens = 0, 0
         self.device = torch.device("cpu")
+
+    def prepare(
+        self, groups: Int[Tensor, "B N"] | None, anchors: Collection[int], num_steps: int
+    ) -> None:
+        """A run's first anchor is over: take what is known of all of it.
+
+        Args:
+            groups: group number of every token of the stream; None where the run has none.
+            anchors: steps at which the network runs.
+            num_steps: steps of the run.
+        """
 
     def is_partial(self, offset: int) -> bool:
         """Whether the step `offset` (>= 1) after the newest anchor computes tokens."""
@@ -182,6 +198,7 @@ class TokenPolicy:
         forecast: Float[Tensor, "M N D"],
         fresh: Float[Tensor, "M n D"],
         selected: Int[Tensor, "M n"],
+        branches: tuple[int, ...] = (0,),
     ) -> Float[Tensor, "M N D"]:
         """The corrected forecast of one or more branches, M = branches * B."""
         return innovate(forecast, fresh, selected, None, 0.0)
@@ -285,6 +302,7 @@ class ClusterPolicy(TokenPolicy):
         forecast: Float[Tensor, "M N D"],
         fresh: Float[Tensor, "M n D"],
         selected: Int[Tensor, "M n"],
+        branches: tuple[int, ...] = (0,),
     ) -> Float[Tensor, "M N D"]:
         """`innovate` with this policy's clusters and gamma."""
         assert self.labels is not None  # an anchor comes first

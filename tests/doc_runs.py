@@ -48,6 +48,7 @@ PARSED = {
     r"^foreseer distill": "half an hour; tests/training_crash_cases.py trains them at tiny size",
     r"^python examples/bundled_models/train.py": "hours; tests/training_crash_cases.py, tiny",
     r"^python examples/masked_language_model": "minutes; tests/test_masked_model.py, tiny",
+    r"^python examples/emoji_editor/": "an hour; tests/test_emoji_editor.py, tiny",
     r"^python examples/robot_policy/": "minutes, and a simulator; tests/test_robot_policy.py",
     r"^foreseer demo": "five minutes; tests/test_demo.py runs it at tiny size",
     r"^(torchrun|accelerate|srun|sbatch|for) ": "several processes; tests/test_launchers.py",
@@ -57,7 +58,10 @@ PARSED = {
 }
 """Commands that are parsed by the command's own parser and not run, each with the reason."""
 
-ELSEWHERE = {"docs/recipes.md": "a hub and a GPU; tests/test_recipes.py runs it on a tiny pipeline"}
+ELSEWHERE = {
+    "docs/recipes.md": "a hub and a GPU; tests/test_recipes.py runs it on a tiny pipeline",
+    "docs/editing.md": "a hub and a GPU; tests/test_token_groups.py runs it on a tiny pipeline",
+}
 """Pages whose Python another test runs, each with the reason."""
 
 MORE = {

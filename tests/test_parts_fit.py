@@ -227,12 +227,18 @@ def test_the_error_on_grams_is_that_of_the_forecasts():
     torch.testing.assert_close(relative_errors(grams, rows)[2, 1, 5].float(), error)
 
 
-def test_a_part_that_is_zero_at_an_anchor_is_refused():
-    features = smooth(0)
-    features[..., 0] = 0
-    grams = grams_of(ChannelGroups([0, 1, 1, 1, 1, 1]), features)
-    with pytest.raises(ValueError, match=r"parts \[0\] are zero"):
-        fitted_rows(grams.sum(0), ANCHORS)
+def test_a_part_that_is_zero_at_an_anchor_is_refused_and_one_that_always_is_is_reused():
+    features, groups = smooth(0), ChannelGroups([0, 1, 1, 1, 1, 1])
+    gone = features.clone()
+    gone[..., 0] = 0
+    rows = fitted_rows(grams_of(groups, gone).sum(0), ANCHORS)
+    assert rows[0, 0, 2].tolist() == [0, 1, 0, 0, 0, 0]  # reuse
+    torch.testing.assert_close(
+        rows[0, 1], fitted_rows(grams_of(groups, features).sum(0), ANCHORS)[0, 1]
+    )
+    features[:, :, ANCHORS[1], ..., 0] = 0
+    with pytest.raises(ValueError, match=r"parts \[0\] are zero at an anchor"):
+        fitted_rows(grams_of(groups, features).sum(0), ANCHORS)
 
 
 @pytest.fixture(scope="module", params=["bands", "groups"])

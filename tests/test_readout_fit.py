@@ -34,8 +34,8 @@ from foreseer.training.export import export_command, export_predictor
 from foreseer.training.gram_fit import ONE_PARAMETER
 from foreseer.training.readout import segment as readout_segment
 from foreseer.training.readout import segment as readout_sums
+from foreseer.training.readout.part import folds_of
 from foreseer.training.readout.segment import NUM_FOLDS, Part, SegmentSums, Total, fit_segment
-from foreseer.training.readout.walk import folds_of
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item
 from foreseer.trajectories.recorder import record

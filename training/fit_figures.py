@@ -120,7 +120,8 @@ class SampleLog:
             return
         if self.full is None:
             self.full = self._drawn(module.pipe)
-        session = Session(module.pipe, Forecaster(predictor, self.tap, self.anchors))
+        source = Forecaster(predictor, self.tap, self.anchors)
+        session = Session(module.pipe, source, groups=getattr(module, "groups", None))
         try:
             forecast = self._drawn(module.pipe)
         finally:

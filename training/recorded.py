@@ -1,7 +1,8 @@
 """What a recording says to the fits on it: its taps, parts and circumstances."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from foreseer.checkpoints.spec import VALUES, PredictorSpec, as_settings
 from foreseer.checkpoints.strict import REPO_ID
+from foreseer.integration.call_groups import CallGroups
 from foreseer.predictors.partition import Partition
 from foreseer.predictors.spectrum import partition_from
 from foreseer.trajectories.files.header import Header
@@ -103,6 +105,31 @@ def recorded_partition(header: Header, tap: str, name: str) -> Partition:
             "--bands or --groups."
         )
     return partition_from(told[f"{tap}/{name}"])
+
+
+def groups_of(
+    partition: Partition | None, groups: Callable[[Mapping[str, Any]], Tensor] | None
+) -> CallGroups | None:
+    """The token groups of the runs that a fit makes on the `output` tap.
+
+    Args:
+        partition: that has rows of their own; None of whole features.
+        groups: makes the group numbers of a pipeline call's arguments.
+
+    Raises:
+        ValueError: only one of them is there, or the partition is not of token groups.
+    """
+    if partition is None and groups is None:
+        return None
+    names = () if partition is None else partition.of_calls
+    if not names or groups is None:
+        kind = "no partition" if partition is None else partition.kind
+        raise ValueError(
+            f"found {kind} and groups {'not ' if groups is None else ''}given; a readout has rows "
+            "of token groups, with both: partition='regions', as they were recorded, and groups=, "
+            "the function that makes their numbers."
+        )
+    return CallGroups(groups, names, {"output"})
 
 
 def stack_part_grams(

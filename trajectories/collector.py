@@ -10,13 +10,13 @@ also where v is rescaled or negated afterwards.
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from foreseer.checkpoints.spec import Setting
 from foreseer.integration.observers import CallRecord, Observer, StepRecord
 from foreseer.predictors.partition import Partition
-from foreseer.trajectories.gram import gram, part_grams
+from foreseer.trajectories.gram import gram
 
 ALIKE = 1e-9
 """Relative determinant of the branches' Gram below which they do not differ."""
@@ -71,6 +71,8 @@ class Recorder(Observer):
         self.features: dict[str, list[dict[int, Tensor]]] = {}
         self.experts: list[int] = []  # the one that ran at every step
         self.masks: dict[int, Bool[Tensor, "B N"]] = {}  # image tokens of each branch
+        self.groups: dict[int, Int[Tensor, "B N"]] = {}  # token groups of each branch
+        self.with_source = (0, 0)  # tokens of the prediction, and of the sample, where it has fewer
         self.states: list[Tensor] = []
         self.final: Tensor | None = None
         self.first_branch = ""  # its kind, once a step tells
@@ -86,6 +88,7 @@ class Recorder(Observer):
             self.opening = record.opening
         for call in record.calls:
             self._keep(call)
+            self._see_source(call, record.v)
         self.settings.append(record.settings)
         self.states.append(record.before.detach().float())
         self.final = record.after.detach().float()
@@ -103,6 +106,9 @@ class Recorder(Observer):
         if call.image_tokens is not None:
             parts = call.image_tokens.chunk(len(step.branches))
             self.masks.update(zip(step.branches, parts, strict=True))
+        if step.groups is not None:
+            parts = step.groups.chunk(len(step.branches))
+            self.groups.update(zip(step.branches, parts, strict=True))
         for tap in self.taps:
             steps = self.features.setdefault(tap, [])
             while len(steps) <= step.index:
@@ -110,6 +116,16 @@ class Recorder(Observer):
             parts = call.taps[tap].chunk(len(step.branches))
             _check_shapes(steps, zip(step.branches, parts, strict=True), tap, step.index)
             steps[step.index].update(zip(step.branches, parts, strict=True))
+
+    def _see_source(self, call: CallRecord, v: Tensor) -> None:
+        """Note where a prediction has tokens after those of the sample.
+
+        Editing models (FLUX Kontext, Qwen-Image-Edit) append a source picture to the network's
+        input, and their pipelines cut its tokens off the prediction.
+        """
+        output = None if call.taps is None else call.taps.get("output")
+        if output is not None and output.ndim == v.ndim == 3 and output.shape[1] > v.shape[1]:
+            self.with_source = output.shape[1], v.shape[1]
 
     @property
     def guidance_scale(self) -> float | None:
@@ -203,11 +219,24 @@ class Recorder(Observer):
     def image_trajectory(self, sample: int, tap: str) -> list[Tensor]:
         """The same, without tokens that never enter the picture: text and padding."""
         found = self.trajectory(sample, tap)
-        for branch, mask in self.masks.items():
-            features, wanted = found[branch], mask[sample]
-            if features.ndim == 3 and features.shape[1] == len(wanted):
-                found[branch] = features[:, wanted]
-        return found
+        return [self._image(tokens, branch, sample) for branch, tokens in enumerate(found)]
+
+    def _image(self, tokens: Tensor, branch: int, sample: int) -> Tensor:
+        """The image's tokens of a branch's features or groups, which are tokens of axis 1."""
+        mask, (count, shown) = self.masks.get(branch), self.with_source
+        if tokens.ndim not in (2, 3):
+            return tokens
+        if mask is not None and tokens.shape[1] == mask.shape[1]:
+            tokens = tokens[:, mask[sample]]
+        return tokens[:, :shown] if tokens.shape[1] == count else tokens
+
+    def _part_grams(self, image: list[Tensor], partition: Partition, sample: int) -> Tensor:
+        """Grams of the parts, `(branches, P, S, S)`; token groups are those of the sample."""
+        own: list[Tensor | None] = [None] * len(image)
+        for branch, groups in self.groups.items():
+            own[branch] = self._image(groups[sample][None], branch, sample)
+        pairs = zip(image, own, strict=True)
+        return torch.stack([partition.at(groups).grams(features) for features, groups in pairs])
 
     def tensors(
         self, sample: int, features: str, num_tokens: int, states: bool
@@ -227,7 +256,8 @@ class Recorder(Observer):
             stored[f"gram/{tap}"] = torch.stack([gram(branch.flatten(1)) for branch in image])
             for name, partition in self.partitions.items():
                 if name.partition("/")[0] == tap:
-                    stored[f"gram/{name}"] = part_grams(_stacked(image, tap), partition)
+                    _stacked(image, tap)  # which refuses branches of other shapes
+                    stored[f"gram/{name}"] = self._part_grams(image, partition, sample)
             if features == "full":
                 stored[f"feature/{tap}"] = _stacked(self.trajectory(sample, tap), tap)
             elif features == "tokens" and image[0].ndim == 3:  # (S, N, D)

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from foreseer.checkpoints.spec import as_settings, first_difference
+from foreseer.integration.call_groups import CallGroups, Groups
 from foreseer.integration.host.hosts import host_of, transformer_of, transformers_of
 from foreseer.integration.host.trunk import block_lists_of
 from foreseer.integration.memory import readable
@@ -342,6 +343,34 @@ def describe_partitions(recorder: Recorder) -> dict[str, Any]:
                 f"{sorted(recorder.taps)}, as in 'hidden/bands'."
             )
     return {name: partition.describe() for name, partition in sorted(recorder.partitions.items())}
+
+
+def recorded_groups(
+    partitions: Mapping[str, Partition], groups: Groups | None
+) -> CallGroups | None:
+    """The token groups of recorded runs.
+
+    Args:
+        partitions: by `<tap>/<name>`.
+        groups: see `recorder.record`.
+
+    Raises:
+        ValueError: groups without a partition of token groups or the other way round, or two such
+            partitions with other names.
+    """
+    own = {name: each for name, each in partitions.items() if each.of_calls}
+    if bool(own) != (groups is not None):
+        raise ValueError(
+            f"found the partitions {sorted(partitions)} and groups "
+            f"{'not ' if groups is None else ''}given; token groups are recorded with both: "
+            "partitions={'output/regions': TokenGroups(names)} and groups=, their numbers."
+        )
+    if groups is None:
+        return None
+    if len({each.of_calls for each in own.values()}) > 1:
+        raise ValueError(f"{sorted(own)} have other names for their token groups; give them one.")
+    names = next(iter(own.values())).of_calls
+    return CallGroups(groups, names, {name.partition("/")[0] for name in own})
 
 
 def describe(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from foreseer.integration.call_groups import CallGroups, Groups
 from foreseer.integration.session import Session
 from foreseer.predictors.partition import Partition
 from foreseer.trajectories.collector import Recorder
@@ -21,10 +22,13 @@ from foreseer.trajectories.recipe import (
     finished_items,
     item_meta,
     plain_or_name,
+    recorded_groups,
 )
 
 LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """Environment variables that tell a process its rank and the number of processes."""
+
+STORED_AS = ("features", "num_tokens", "states")
 
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 """Environment variables that tell a process its place on its machine."""
@@ -97,6 +101,7 @@ def record(
     rank: int = 0,
     world: int = 1,
     partitions: Mapping[str, Partition] | None = None,
+    groups: Groups | None = None,
     **settings: Any,
 ) -> str | Path:
     """Run a pipeline over items and write a recording; run it again to resume after a break.
@@ -117,6 +122,8 @@ def record(
         world: processes that record at the same time.
         partitions: partitions by `<tap>/<name>`; their Grams, `(branches, parts, S, S)`, are stored
             as `gram/<tap>/<name>`.
+        groups: of a partition into `TokenGroups`: numbers of a call's samples and tokens, or a
+            function of the call's arguments.
         settings: keyword arguments of every call, such as `guidance_scale`, `num_inference_steps`.
 
     Returns:
@@ -129,22 +136,22 @@ def record(
     mine = _share(items, rank, world)
     if not mine:
         return out  # the others have them all; raising would end theirs under torchrun
-    recipe = {
-        "taps": sorted(taps),
-        "features": features,
-        "num_tokens": num_tokens if features == "tokens" else 0,
-        "states": states,
-        "batch_size": batch_size,
-        "pipeline": type(pipe).__name__,
-        "settings": {name: plain_or_name(value) for name, value in sorted(settings.items())},
-        "settings_digest": digest([], settings),
-    }
+    stored_as = (features, num_tokens if features == "tokens" else 0, states)
+    recipe = dict(zip(STORED_AS, stored_as, strict=True)) | _told(settings)
+    recipe |= {"taps": sorted(taps), "batch_size": batch_size, "pipeline": type(pipe).__name__}
     recorder = Recorder(expand_taps(pipe, taps), partitions)
     if recorder.partitions:
         recipe["partitions"] = describe_partitions(recorder)
+    own = recorded_groups(recorder.partitions, groups)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    _record_batches(pipe, batches, recorder, out, recipe, rank, settings)
+    _record_batches(pipe, batches, recorder, own, out, recipe, rank, settings)
     return out
+
+
+def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says of the settings: their values or types, and a digest of all."""
+    plain = {name: plain_or_name(value) for name, value in sorted(settings.items())}
+    return {"settings": plain, "settings_digest": digest([], dict(settings))}
 
 
 def _share(items: Sequence[Item], rank: int, world: int) -> list[Item]:
@@ -165,6 +172,7 @@ def _record_batches(
     pipe: Any,
     batches: list[list[Item]],
     recorder: Recorder,
+    groups: CallGroups | None,
     out: str | Path,
     recipe: dict[str, Any],
     rank: int,
@@ -173,9 +181,9 @@ def _record_batches(
     """Run the batches that are not finished and write what is missing of them."""
     done = finished_items(out, recipe, [item for batch in batches for item in batch])
     pending = [batch for batch in batches if any(item.index not in done for item in batch)]
-    stored_as = (recipe["features"], recipe["num_tokens"], recipe["states"])
+    stored_as = [recipe[name] for name in STORED_AS]
     with contextlib.ExitStack() as stack:
-        stack.callback(Session(pipe, observers=[recorder]).detach)
+        stack.callback(Session(pipe, observers=[recorder], groups=groups).detach)
         writer: RecordingWriter | None = None
         name = str(out).rstrip("/").rsplit("/", 1)[-1]
         writer_name = f"{name}, rank {rank}" if rank else name

@@ -290,6 +290,17 @@ class Call:
         return found if isinstance(found, Tensor) else None
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the network's input."""
+        return len(self._input())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's input is."""
+        found: Tensor = self._input()[0]
+        return found.device
+
+    @property
     def form(self) -> Hashable:
         """The kinds of its arguments, see `form_of_call`."""
         return form_of_call(self.args, self.kwargs)

@@ -160,6 +160,20 @@ class CallSettings:
         return found | lora_strengths(self.layers) | ip_adapter_strengths(self.processors)
 
 
+def arguments_of(call: FrameType) -> dict[str, Any]:
+    """The arguments of a pipeline call by name, as its body has them now.
+
+    Args:
+        call: the call; a modular pipeline keeps its arguments in a state.
+    """
+    code = call.f_code
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    values = variables(call, names)
+    if isinstance(values.pop("self", None), ModularPipeline):
+        return dict(values["state"].values)
+    return values
+
+
 def settings_of(call: FrameType) -> dict[str, Value]:
     """The settings that a pipeline call was given, as its loop reads them now.
 
@@ -170,12 +184,8 @@ def settings_of(call: FrameType) -> dict[str, Value]:
     Args:
         call: the call.
     """
-    code = call.f_code
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    values = variables(call, names)
-    pipe = values.pop("self", None)
-    if isinstance(pipe, ModularPipeline):
-        values = dict(values["state"].values)
+    values = arguments_of(call)
+    pipe = variable(call, "self")
     kept = getattr(pipe, "__dict__", {})
     found: dict[str, Value] = {}
     for name, value in values.items():

@@ -5,11 +5,10 @@ last block, on forecast inputs.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree
 
 from foreseer.integration.host.call import Narrowed
@@ -23,7 +22,6 @@ from foreseer.integration.host.trunk import (
 )
 
 Enter = Callable[[Tensor], Tensor]  # what enters the head, given what would have
-Streams = Callable[[list[Tensor]], list[Tensor]]  # what enters a block, given what would have
 
 
 def refuse_other_axes(transformer: nn.Module, trunk: Trunk) -> None:
@@ -221,45 +219,34 @@ class LastBlock:
         forward: Callable,
         args: tuple,
         kwargs: dict[str, Any],
-        inputs: Streams,
-        entering: Enter | None = None,
-        weights: Mapping[str, Tensor] | None = None,
+        inputs: list[Tensor],
+        entering: Enter,
     ) -> Any:
-        """The output of `forward` with the last block run on other streams.
+        """The output of `forward` with the last block run on `inputs`.
 
         Args:
             forward: the transformer's own.
             args: its positional arguments.
             kwargs: its keyword arguments.
-            inputs: makes what enters the block of what enters the first one.
-            entering: what enters the head, given what the block made; None for that.
-            weights: the block's for this call, by name; None for its own.
+            inputs: a tensor per entry of `trunk.streams`.
+            entering: what enters the head, given what the block made.
         """
-        self.inputs, self.weights = inputs, weights
+        self.inputs = inputs
         try:
-            enter = _same if entering is None else entering
-            with exchanged(self.transformer, self.blocks, self.swapped, self.head, enter):
+            with exchanged(self.transformer, self.blocks, self.swapped, self.head, entering):
                 return forward(*args, **kwargs)
         finally:
-            del self.inputs, self.weights
+            self.inputs = []
 
     def run_last(self, *args: Any, **kwargs: Any) -> Any:
         """Called in the last block's place."""
         positional, named = list(args), dict(kwargs)
-        came = [positional[p] if isinstance(p, int) else named[p] for p in self.streams]
-        for place, value, old in zip(self.streams, self.inputs(came), came, strict=True):
+        for place, value in zip(self.streams, self.inputs, strict=True):
             if isinstance(place, int):
-                positional[place] = value.to(old.dtype)
+                positional[place] = value.to(positional[place].dtype)
             else:
-                named[place] = value.to(old.dtype)
-        if self.weights is not None:
-            weights = {name: weight.to(came[0]) for name, weight in self.weights.items()}
-            return functional_call(self.last, weights, tuple(positional), named)
+                named[place] = value.to(named[place].dtype)
         return self.last(*positional, **named)
-
-
-def _same(entering: Tensor) -> Tensor:
-    return entering
 
 
 class _OnlyLast(SkippedBlocks):

@@ -58,9 +58,44 @@ class Layout:
                 f"{self.elements.shape[0]} tokens decide {self.elements.shape[1]} elements each of "
                 "this host's output: another host. Record and fit for this one."
             )
-        flat = torch.empty_like(values).flatten(1)
+        flat = values.new_zeros(len(values), math.prod(self.shape))
         flat[:, self.elements.flatten()] = values.flatten(1)
         return flat.unflatten(1, self.shape)
+
+    def of_sample(self, size: int) -> "Layout":
+        """Of the tokens that come first, where a prediction has others after the sample's.
+
+        Editing models (FLUX Kontext, Qwen-Image-Edit) append a source picture to the network's
+        input, and their pipelines cut its tokens off the prediction.
+
+        Args:
+            size: elements of a sample.
+        """
+        inside = (self.elements < size).all(1)
+        count = int(inside.sum())
+        if count == len(inside) or count * self.elements.shape[1] != size:
+            return self
+        grid = self.grid
+        if grid is not None:
+            frames = count // (grid[1] * grid[2])
+            grid = (frames, *grid[1:]) if frames * grid[1] * grid[2] == count else None
+        return Layout(self.tokens[:, inside], self.elements[inside], self.shape, grid)
+
+    def numbers(self, groups: Int[Tensor, "B N"]) -> Int[Tensor, "B M"]:
+        """Group numbers of the tokens that enter the output.
+
+        Args:
+            groups: of all tokens of the output, (B, N, D).
+
+        Raises:
+            ValueError: the output is no tokens, or has another number of them.
+        """
+        if len(self.shape) != 2 or self.shape[0] != groups.shape[1]:
+            raise ValueError(
+                f"the token groups are for {groups.shape[1]} tokens, and a row of the output has "
+                f"the shape {self.shape}, expected ({groups.shape[1]}, channels)."
+            )
+        return groups[:, self.elements[:, 0] // self.shape[1]]
 
     def pick(self, output: Float[Tensor, " B *shape"]) -> Float[Tensor, "B M P"]:
         """The elements of an output, or of latents of its shape, token by token."""

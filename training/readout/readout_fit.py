@@ -1,7 +1,7 @@
 """The fit of a readout: one walk over the anchors, a segment an epoch, all in closed form."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,13 @@ from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout
 from foreseer.training.fit_figures import SampleLog
 from foreseer.training.gram_fit import ClosedForm
+from foreseer.training.readout.part import NUM_FOLDS, Part, folds_of, of_folds
 from foreseer.training.readout.segment import (
-    NUM_FOLDS,
-    Part,
     Segment,
     SegmentFit,
     add_up,
     fit_segment,
     left_by,
-    of_folds,
 )
 from foreseer.training.readout.shipped_sums import segment_tensors
 from foreseer.training.readout.walk import (
@@ -39,11 +37,10 @@ from foreseer.training.readout.walk import (
     Walk,
     check_header,
     check_times,
-    folds_of,
     later_times,
     sizes_of,
 )
-from foreseer.training.recorded import open_recording
+from foreseer.training.recorded import groups_of, open_recording, recorded_partition
 from foreseer.training.tracking import sampler_of_loop
 from foreseer.training.verdict_callbacks import RivalsVerdict, judged
 from foreseer.trajectories.prompts import Item
@@ -119,6 +116,9 @@ class ReadoutFit(ClosedForm):
             without these trajectories: 4 MB an anchor for 64 directions and their neighbours.
         device: where to put a pipeline that is loaded; None takes this process's GPU, if any.
         dtype: dtype to load it in; None takes that of the recording.
+        partition: name of recorded `TokenGroups` of the output, such as `regions`, which get rows
+            and readouts of their own; None treats all tokens alike.
+        groups: makes their numbers of a pipeline call's arguments.
 
     Raises:
         ValueError: the recording has no states, or its guidance ends in mid-run.
@@ -140,6 +140,8 @@ class ReadoutFit(ClosedForm):
         keep_sums: bool = False,
         device: str | None = None,
         dtype: str | None = None,
+        partition: str | None = None,
+        groups: Callable[[Mapping[str, Any]], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -149,7 +151,14 @@ class ReadoutFit(ClosedForm):
         self.tap, self.anchors = TAP, list(anchors)
         self.save_hyperparameters(self.told(Readout, None))  # known once the network has run
         sizes = len(header.sigmas), anchors, header.num_branches, header.expert_steps
-        self.rows = L2P(*sizes)  # those of the formula that each segment started at
+        parts = None if partition is None else recorded_partition(header, TAP, partition)
+        self.groups = groups_of(parts, groups)
+        if self.groups is not None and keep_sums:
+            raise ValueError(
+                "the sums of a readout of token groups are not kept; leave keep_sums out, and fit "
+                "anew on more trajectories."
+            )
+        self.rows = L2P(*sizes, parts)  # those of the formula that each segment started at
         self.predictor: Readout | None = None
         self.pipe: Any = None
         self.pipeline, self.place = pipeline, (dtype, device)
@@ -224,7 +233,7 @@ class ReadoutFit(ClosedForm):
             )
         self.trainer.fit_loop.max_epochs = count
         self.scratch = tempfile.TemporaryDirectory(prefix="foreseer_readout_")
-        self.session = Session(self.pipe, self.walk, repeats=True)
+        self.session = Session(self.pipe, self.walk, repeats=True, groups=self.groups)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Visit the next anchor with all trajectories, and solve for its segment."""
@@ -376,19 +385,21 @@ class ReadoutFit(ClosedForm):
         return self.predictor.rank
 
     def _started(self, found: SegmentFit, anchor: int, end: int) -> Tensor:
-        """The rows of a segment's steps before they moved, `(branches, steps, S)`."""
+        """The rows of a segment's steps before they moved, `(branches, *groups, steps, S)`."""
         steps = slice(anchor + 1, end)
-        self.rows.weight[:, steps] = self.parts.tables[found.origin][steps].to(self.rows.weight)
-        return self.rows.weight[:, steps]
+        table = self.parts.tables[found.origin][steps]
+        self.rows.weight[..., steps, :] = table.to(self.rows.weight)
+        return self.rows.weight[..., steps, :]
 
     def _keep(self, found: Segment, started: Tensor, anchor: int, end: int) -> None:
         """Write a segment's rows and readout into the predictor."""
         predictor, known = self.predictor, self.parts.known(anchor)
         assert predictor is not None  # a batch was visited
         steps = slice(anchor + 1, end)
-        delta = found.delta.view(len(known), -1).T[:, None]  # (branches, 1, known)
-        predictor.weight[:, steps] = started
-        predictor.weight[:, steps, known] += delta.to(predictor.weight)
+        lead = predictor.weight.shape[:-2]  # branches, and groups where there are some
+        delta = found.delta.view(len(known), *lead).movedim(0, -1)[..., None, :]
+        predictor.weight[..., steps, :] = started
+        predictor.weight[..., steps, known] += delta.to(predictor.weight)
         predictor.set_readout(anchor, found.inner, found.outer, found.constant)
         if self.keep_sums:
             self.sums |= segment_tensors({anchor: found})
@@ -403,6 +414,7 @@ class ReadoutFit(ClosedForm):
             self.anchors,
             references.batches,
             references.finals,
+            self.groups,
             **references.settings,
         )
 

@@ -11,7 +11,7 @@ read for a token, and a constant), Q outputs known so far (one per branch and an
 with the target, J folds, r directions read, k * k tokens of a neighbourhood.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 from foreseer.predictors.base import Grid
 from foreseer.predictors.readout import STORED, neighbourhood
 from foreseer.predictors.solve import ridge
+from foreseer.training.readout.part import NUM_FOLDS, Part, Parts
 
-NUM_FOLDS = 5
 INFINITE = float("inf")
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Ridge strengths of a readout, relative to the diagonal of its normal matrix."""
@@ -181,24 +181,6 @@ class Total:
         return float(rows - 2 * both + (readout * (self.normal @ readout)).sum())
 
 
-def of_folds(parts: "Parts", folds: Collection[int]) -> "Iterator[Part]":
-    """The trajectories of some folds, part by part.
-
-    Args:
-        parts: of all folds.
-        folds: which to keep.
-    """
-    for part in parts():
-        kept = [place for place, fold in enumerate(part.folds) if fold in folds]
-        yield Part(
-            part.hidden[kept],
-            part.outputs[:, kept],
-            part.wanted[kept],
-            part.newest[kept],
-            tuple(part.folds[place] for place in kept),
-        )
-
-
 def add_up(tensors: list[Tensor]) -> None:
     """Add tensors up over all processes, in place; nothing happens where there is one."""
     if dist.is_available() and dist.is_initialized():
@@ -212,29 +194,6 @@ FLOOR = 1e-3  # of what is wanted, squared: an error near 0 must not rule a fit
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some trajectories at one segment.
-
-    Args:
-        hidden: sum_b g_b norm(H_b) at the segment's anchor and those before it that are read too,
-            side by side; g the guidance weights.
-        outputs: g_b F_{b,a} of all anchors so far, anchor by anchor.
-        wanted: the guided forecast that lands the next state on the recorded one.
-        newest: g_b F_{b,a} of the segment's anchor, summed over branches: the Euler forecast.
-        folds: of each trajectory, equal where their prompts are.
-    """
-
-    hidden: Float[Tensor, "n M D"]
-    outputs: Float[Tensor, "Q n M P"]
-    wanted: Float[Tensor, "n M P"]
-    newest: Float[Tensor, "n M P"]
-    folds: tuple[int, ...]
-
-
-Parts = Callable[[], Iterator[Part]]
-
-
-@dataclass(frozen=True)
 class Segment:
     """What was found for a segment, and what it takes to go on with it.
 
@@ -242,17 +201,24 @@ class Segment:
         start: weights of the outputs in the formula that the rows started at.
         delta: movement of the rows from it.
         inner: V, in the dtype it is stored in.
-        outer: U, zeros where nothing is read.
-        constant: c.
+        outer: U, zeros where nothing is read; of every token group where they have their own.
+        constant: c, likewise.
         sums: what was solved.
     """
 
     start: Float[Tensor, " Q"]
     delta: Float[Tensor, " Q"]
     inner: Float[Tensor, "r D"]
-    outer: Float[Tensor, "P r k k"]
-    constant: Float[Tensor, " P"]
+    outer: Float[Tensor, "*G P r k k"]
+    constant: Float[Tensor, "*G P"]
     sums: Total
+
+    @property
+    def matrix(self) -> Float[Tensor, "D P"]:
+        """R transposed, see `Solved`."""
+        outer = self.outer.movedim((-2, -1, -3, -4), (-4, -3, -2, -1)).flatten(-4, -2)
+        both = torch.cat([outer, self.constant.to(outer)[..., None, :]], -2)
+        return both.flatten(0, -2)
 
 
 @dataclass(frozen=True)
@@ -324,8 +290,7 @@ def extend_segment(
     sums = _readout_sums(parts, fitted.start, weights, fitted.inner, grid, guided)
     total(sums.tensors)
     folds = [fold for fold, count in enumerate(sums.count) if count > 0]
-    matrix = fitted.outer.permute(2, 3, 1, 0).flatten(0, 2)
-    before = torch.cat([matrix, fitted.constant[None].to(matrix)]).to(sums.normal)
+    before = fitted.matrix.to(sums.normal)
     delta = fitted.delta.to(sums.normal)
     error = sum(Total.of(sums, [fold]).error(delta, before) for fold in folds) / len(folds)
     found = solve(sums, ROWS_RIDGE, fitted.sums)
@@ -345,11 +310,9 @@ def left_by(
         guided: sum of the guidance weights.
     """
     weights, errors = segment.start + segment.delta, []
-    matrix = segment.outer.permute(2, 3, 1, 0).flatten(0, 2)
     for part in parts:
-        read = part.hidden @ segment.inner.to(part.hidden).T
-        near = read if grid is None else neighbourhood(read, grid)
-        told = near @ matrix.to(near) + guided * segment.constant.to(near)
+        read = _read(part, segment.inner, grid, guided)
+        told = read @ segment.matrix.to(read)
         errors.append((_left(part, weights) - told).square().mean((1, 2)))
     return torch.cat(errors)
 
@@ -363,9 +326,12 @@ def _as_fit(
     origin: str,
 ) -> SegmentFit:
     side = 1 if grid is None else 3
-    outer = found.readout[:-1].unflatten(0, (side, side, len(inner))).permute(3, 2, 0, 1)
+    each = found.readout.unflatten(0, (-1, side * side * len(inner) + 1))  # a row per group
+    outer = each[:, :-1].unflatten(1, (side, side, len(inner))).permute(0, 4, 3, 1, 2)
     gain = 10 * torch.log10(torch.tensor(before / found.readout_error))
-    outer, constant = outer.contiguous(), found.readout[-1]
+    outer, constant = outer.contiguous(), each[:, -1]
+    if len(each) == 1:
+        outer, constant = outer[0], constant[0]
     segment = Segment(start, found.delta, inner, outer, constant, found.total)
     return SegmentFit(segment, origin, found.strength, float(gain))
 
@@ -442,9 +408,7 @@ def _readout_sums(
     """The normal equations of what is read and of the rows, from the formula on."""
     sums: SegmentSums | None = None
     for part in parts():
-        read = part.hidden @ inner.to(part.hidden).T
-        near = read if grid is None else neighbourhood(read, grid)
-        near = torch.cat([near, torch.full_like(near[..., :1], guided)], -1)
+        near = _read(part, inner, grid, guided)
         size = _left(part, weights).square().mean((1, 2))
         missing = part.wanted - torch.einsum("q,qnmp->nmp", start.to(part.wanted), part.outputs)
         u = torch.cat([part.outputs, missing[None]])
@@ -455,6 +419,15 @@ def _readout_sums(
             sums.add(fold, near[number], u[:, number], float(weight))
     assert sums is not None
     return sums
+
+
+def _read(
+    part: Part, inner: Float[Tensor, "r D"], grid: Grid | None, guided: float
+) -> Float[Tensor, "n M E"]:
+    """What is read for every token, and the constant's share, by group where there are some."""
+    read = part.hidden @ inner.to(part.hidden).T
+    near = read if grid is None else neighbourhood(read, grid)
+    return part.by_group(torch.cat([near, torch.full_like(near[..., :1], guided)], -1))
 
 
 def _left(part: Part, weights: Float[Tensor, " Q"]) -> Float[Tensor, "n M P"]:

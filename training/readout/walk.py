@@ -11,14 +11,14 @@ Shapes: S sampling steps, B batch, M tokens, D channels, P elements of a token, 
 far (one per branch and anchor).
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,10 +33,10 @@ from foreseer.predictors.base import History, Step
 from foreseer.predictors.ladder import with_end
 from foreseer.predictors.linear import L2P, expert_start
 from foreseer.predictors.readout import Readout, normalised
-from foreseer.training.readout.segment import NUM_FOLDS, Part
+from foreseer.training.readout.part import Part
 from foreseer.training.tracking import check_branches, check_guidance, guidance_weights
 from foreseer.trajectories.files.header import Header
-from foreseer.trajectories.prompts import Item, digest, generate_batch
+from foreseer.trajectories.prompts import Item, generate_batch
 from foreseer.trajectories.recording import Recording
 
 
@@ -58,6 +58,7 @@ class Visited:
         hidden: hidden state of the picture's tokens at the newest anchors, like the outputs.
         layouts: of every call.
         state: latents at the newest anchor.
+        groups: token groups of every call, where the fit goes by them.
     """
 
     outputs: dict[Held, dict[int, Tensor]] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class Visited:
     hidden: dict[Held, dict[int, Tensor]] = field(default_factory=dict)
     layouts: dict[Held, Layout] = field(default_factory=dict)
     state: Tensor | None = None
+    groups: dict[Held, Tensor] = field(default_factory=dict)
 
     def by_branch(self, tensors: dict[Held, Tensor]) -> Float[Tensor, "branches B *shape"]:
         """Tensors of calls, taken apart by branch."""
@@ -76,6 +78,11 @@ class Visited:
     def at(self, anchor: int) -> Float[Tensor, "branches B *shape"]:
         """The outputs at an anchor, by branch."""
         return self.by_branch({k: o[anchor] for k, o in self.outputs.items() if anchor in o})
+
+    def numbers(self, key: Held) -> Int[Tensor, "B M"] | None:
+        """Token groups of the sample's tokens in a call, where the fit goes by them."""
+        groups = self.groups.get(key)
+        return None if groups is None else self.layouts[key].numbers(groups)
 
     def read_at(self, anchor: int) -> Float[Tensor, "branches B *shape"]:
         """What was read at an anchor, by branch."""
@@ -96,7 +103,7 @@ class Visited:
 
     def loaded(self, path: Path, device: torch.device | str) -> "Visited":
         """A copy with them."""
-        found, calls = Visited(layouts=self.layouts), list(self.layouts)
+        found, calls = Visited(layouts=self.layouts, groups=self.groups), list(self.layouts)
         for name, tensor in load_file(path, str(device)).items():
             if name == "state":
                 found.state = tensor
@@ -186,21 +193,23 @@ class Walk(Source):
         """
         for call in record.calls:
             if call.taps is not None:
-                self._keep(call, call.taps)
+                self._keep(call, call.taps, record.before[0].numel())
         if record.index in self.rows.anchors:
             self._measure(self.visited.at(record.index), record.v, record.index)
         if record.index == self.goal:
             self.visited.state = record.before.detach()
             raise Arrived
 
-    def _keep(self, call: CallRecord, taps: dict[str, Tensor]) -> None:
+    def _keep(self, call: CallRecord, taps: dict[str, Tensor], size: int) -> None:
         visited, index = self.visited, call.step.index
         held = call.step.expert, call.step.branches
         assert call.layout is not None  # it was asked for
-        visited.layouts[held] = call.layout
+        layout = visited.layouts[held] = call.layout.of_sample(size)
+        if call.step.groups is not None:
+            visited.groups[held] = call.step.groups
         visited.outputs.setdefault(held, {})[index] = taps["output"]
         kept = visited.hidden.setdefault(held, {})
-        kept[index] = call.layout.hidden(taps["hidden"])
+        kept[index] = layout.hidden(taps["hidden"])
         for anchor in sorted(kept)[: -1 - self.past]:
             del kept[anchor]
         if index != self.goal and self.predictor is not None:
@@ -214,7 +223,7 @@ class Walk(Source):
         for earlier in before:  # what is read there has been fitted since
             number = predictor.anchors.index(earlier)
             carried = predictor.carry(normalised(kept[earlier]), number, carried)
-        step = Step(anchor, 0.0, predictor.num_steps)
+        step = Step(anchor, 0.0, predictor.num_steps, groups=visited.numbers(key))
         read = predictor.read(kept[anchor], step, layout.grid, carried)
         assert read is not None  # the step is an anchor
         output = visited.outputs[key][anchor]
@@ -242,12 +251,16 @@ class Walk(Source):
         return forecast
 
     def _measure(self, outputs: Float[Tensor, "branches B *shape"], v: Tensor, index: int) -> None:
-        if outputs[0].flatten(1).shape != v.flatten(1).shape:
+        size = v[0].numel()
+        flat = outputs.flatten(2)
+        if outputs.ndim == 4 and outputs.shape[2] > v.shape[1]:
+            flat = flat[..., :size]  # a source picture's tokens follow
+        if flat[0].shape != v.flatten(1).shape:
             raise ValueError(
                 f"the network's outputs have the shape {tuple(outputs.shape[1:])}, what the "
                 f"sampler is given {tuple(v.shape)}; the fit needs one to combine the other."
             )
-        found = guidance_weights(outputs.flatten(2), v.flatten(1))
+        found = guidance_weights(flat, v.flatten(1))
         first = expert_start(self.rows.expert_steps, index)
         before = self.guidance.setdefault(first, found)
         check_guidance(before, found, index, outputs.dtype)
@@ -332,7 +345,9 @@ class SegmentParts:
         weights = {
             n: response @ t[steps][:, known] / response.sum() for n, t in self.tables.items()
         }
-        return {name: each.repeat_interleave(branches) for name, each in weights.items()}
+        partition = self.walk.rows.partition
+        times = branches * (1 if partition is None else partition.num_parts)
+        return {name: each.repeat_interleave(times) for name, each in weights.items()}
 
     def part(self, items: Sequence[Item], visited: Visited, anchor: int, end: int) -> Part:
         """One batch at one segment.
@@ -353,18 +368,23 @@ class SegmentParts:
         noise = (sampler.start[end] - sampler.start[anchor]) / sampler.start[0]
         wanted = target - state.float() - float(noise) * first
         outputs = {a: self._guided(visited.at(a), a) for a in self.walk.rows.anchors if a <= anchor}
-        settled = self._settled(visited, outputs, anchor, end)
-        wanted = wanted.reshape(settled.shape) - settled  # Z-Image adds an axis of one frame
+        held, layout = next(iter(visited.layouts.items()))
+        settled = layout.pick(self._settled(visited, outputs, anchor, end))
+        missing = layout.pick(wanted) - settled
         response = float(sampler.response[end, anchor + 1 : end].sum())
-        layout = next(iter(visited.layouts.values()))
         known = torch.stack([outputs[a] for a in self.known(anchor)])  # (anchors, branches, B, ...)
-        return Part(
+        part = Part(
             torch.cat([self._hidden(visited, a) for a in self.recent(anchor)], -1),
             layout.pick(known.flatten(0, 2)).unflatten(0, (-1, len(items))),
-            layout.pick(wanted / response),
+            missing / response,
             layout.pick(known[-1].sum(0)),
             tuple(self.folds[item.index] for item in items),
         )
+        if self.walk.rows.partition is None:
+            return part
+        numbers = visited.numbers(held)
+        assert numbers is not None  # the session was given them
+        return part.grouped(numbers[: len(items)], self.walk.rows.partition.num_parts)
 
     def _settled(
         self, visited: Visited, outputs: dict[int, Tensor], anchor: int, end: int
@@ -373,13 +393,19 @@ class SegmentParts:
         sampler, predictor = self.walk.sampler, self.walk.predictor
         assert sampler is not None and predictor is not None
         change = sampler.response[end] - sampler.response[anchor]  # (S,), per output of a step
+        partition, anchors = predictor.partition, list(outputs)
         rows = predictor.weight.to("cpu", torch.float64, copy=True)
-        anchors = list(outputs)
-        rows[:, anchors] = torch.eye(rows.shape[-1], dtype=rows.dtype)[anchors]
-        total = torch.zeros_like(next(iter(outputs.values()))[0])
+        rows = rows[:, None] if partition is None else rows  # (branches, P, S, S)
+        rows[..., anchors, :] = torch.eye(rows.shape[-1], dtype=rows.dtype)[anchors]
+        sums = [torch.zeros_like(next(iter(outputs.values()))[0]) for _ in rows[0]]
         for a, guided in outputs.items():
-            weights = rows[:, : anchor + 1, a] @ change[: anchor + 1]  # (branches,)
-            total += torch.einsum("b,b...->...", weights.to(guided), guided)
+            weights = rows[..., : anchor + 1, a] @ change[: anchor + 1]  # (branches, P)
+            for total, own in zip(sums, weights.unbind(1), strict=True):
+                total += torch.einsum("b,b...->...", own.to(guided), guided)
+        total = sums[0]
+        if partition is not None:
+            groups = next(iter(visited.groups.values()))[: len(total)]
+            total = partition.at(groups).weigh(sums)
         for a, following in self.segments:
             share = float(change[a + 1 : following].sum())
             if a < anchor and share:
@@ -426,6 +452,7 @@ def sizes_of(rows: L2P, visited: Visited, rank: int, neighbours: bool, past: int
         "rank": min(rank, hidden.shape[-1]),
         "neighbours": neighbours and layout.grid is not None,
         "past": past,
+        **({} if rows.partition is None else {"partition": rows.partition.describe()}),
     }
 
 
@@ -453,22 +480,3 @@ def check_header(header: Header, recording: str) -> None:
     if not header.states:
         raise ValueError(f"{recording} holds no states; record it again with states: true.")
     check_branches(header, recording)
-
-
-def folds_of(items: Iterable[Item]) -> dict[int, int]:
-    """A fold for every item, the same for items of the same inputs.
-
-    Args:
-        items: with what their pipeline calls are given.
-
-    Returns:
-        The fold by the item's number. Fewer kinds of input than folds are dealt item by item.
-    """
-    kinds: dict[str, int] = {}
-    found = {}
-    for item in items:
-        kind = digest([Item(0, 0, item.inputs)], {})
-        found[item.index] = kinds.setdefault(kind, len(kinds)) % NUM_FOLDS
-    if len(kinds) < NUM_FOLDS:
-        found = {item: place % NUM_FOLDS for place, item in enumerate(found)}
-    return found
