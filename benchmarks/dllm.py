@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,24 +36,17 @@ from foreseer.integration.host.module_host import ModuleHost  # noqa: E402
 from foreseer.integration.masked_cache import dllm_cache, prompt_drift  # noqa: E402
 from foreseer.integration.masked_sampler import Sampled, sample_masked  # noqa: E402
 from foreseer.predictors.base import Predictor  # noqa: E402
-from foreseer.predictors.neural import DiscaPredictor  # noqa: E402
 from foreseer.predictors.rules import Reuse, Taylor  # noqa: E402
 from foreseer.training.disca.masked_fit import fit_corrector, record_decodings  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "dllm.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "dllm.png"
 FIT_SEED, CHOOSE_SEED, JUDGE_SEED = 10**6, 2 * 10**6, 3 * 10**6  # training draws from 0, 1, ...
-HORIZON = 4
+HORIZON = 5  # two evaluations are six steps apart
 BATCH, LEARNING_RATE = 64, 3e-3
 EVALUATIONS = (6, 4, 3, 2)
 THRESHOLDS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.15)
-CACHES = ((1, 1, 0.0), (1, 4, 0.25), (1, 4, 0.5), (1, 12, 0.25), (12, 1, 0.0), (4, 4, 0.25))
-SIZES: dict[str, Any] = {
-    "modulation_width": 0,
-    "num_heads": 4,
-    "depth": 1,
-    "max_gap": 0.5,
-}
+CACHES = ((1, 1, 0.0), (1, 4, 0.25), (1, 12, 0.25), (12, 1, 0.0), (4, 4, 0.25))
 Decode = Callable[[Tensor], Sampled]
 
 
@@ -61,20 +55,13 @@ def host_of(model: MaskedLanguageModel) -> ModuleHost:
     return fs.host(model, blocks="model.transformer.blocks", head="model.transformer.ln_f")
 
 
-def corrector_of(model: MaskedLanguageModel) -> DiscaPredictor:
-    """An unfitted corrector: one block of the model's width."""
-    torch.manual_seed(0)
-    return DiscaPredictor(model.config.width, **SIZES)
-
-
-def fit(out: Path, num_decodings: int = 768, num_steps: int = 2500) -> None:
+def fit(out: Path, num_decodings: int = 768, num_steps: int = 1500) -> None:
     """Record decodings, train the corrector, and write its weights and what it took."""
     model = load_model()
     began = time.process_time()
     examples = running_sums(num_decodings, torch.Generator().manual_seed(FIT_SEED))
     decodings = record_decodings(host_of(model), examples.prompts, NUM_DIGITS)
     recorded = time.process_time() - began
-    predictor = corrector_of(model)
     losses: list[float] = []
 
     def tell(number: int, loss: float) -> None:
@@ -83,21 +70,22 @@ def fit(out: Path, num_decodings: int = 768, num_steps: int = 2500) -> None:
             mean = sum(losses[-100:]) / 100
             print(f"{number + 1:6d}  {time.process_time() - began:5.0f} s  {mean:.4f}", flush=True)
 
-    fit_corrector(
-        predictor, host_of(model), decodings, HORIZON, num_steps, BATCH, LEARNING_RATE, tell=tell
+    predictor = fit_corrector(
+        host_of(model), decodings, HORIZON, num_steps, BATCH, LEARNING_RATE, tell=tell
     )
     fs.save(predictor, str(out / "corrector"))
     took = {"record_seconds": recorded, "fit_seconds": time.process_time() - began - recorded}
-    (out / "fit.json").write_text(json.dumps({"decodings": num_decodings, **took}))
+    facts = {"decodings": num_decodings, "fit_steps": num_steps, **took}
+    (out / "fit.json").write_text(json.dumps(facts))
 
 
 def forecast(
-    model: MaskedLanguageModel, predictor: Predictor, evaluations: int, prompts: Tensor
+    model: MaskedLanguageModel, predictor: Predictor, tap: str, evaluations: int, prompts: Tensor
 ) -> Sampled:
     """Decode one token a step with `evaluations` evaluations, and forecasts in between."""
     every = NUM_DIGITS // evaluations
     host, anchors = host_of(model), range(0, NUM_DIGITS, every)
-    with fs.forecasting(host, predictor, anchors, "hidden") as run, run.steps(NUM_DIGITS) as steps:
+    with fs.forecasting(host, predictor, anchors, tap) as run, run.steps(NUM_DIGITS) as steps:
         return sample_masked(model, prompts, NUM_DIGITS, NUM_DIGITS, clock=steps)
 
 
@@ -115,7 +103,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / 4 / count**2)
-    return middle - half, middle + half
+    return max(middle - half, 0.0), middle + half
 
 
 class Bench:
@@ -186,44 +174,24 @@ def _plain(
     return sample_masked(model, prompts, NUM_DIGITS, steps, **settings)
 
 
+FORECASTS = (
+    ("taylor_1", "formula", Taylor(1), "hidden"),
+    ("last block", "formula", Reuse(), "before_last"),
+)
+
+
 def judge(out: Path, num_samples: int = 256, batch_size: int = 64, result: Path = RESULT) -> None:
     """Measure every method and write the rows and the picture."""
+    corrector = fs.load(str(out / "corrector"))
     bench = Bench(running_sums(num_samples, torch.Generator().manual_seed(JUDGE_SEED)), batch_size)
-    model = bench.model
-    rows = [bench.row("full", "full", bench.plain(NUM_DIGITS))]
-    predictor = fs.load(str(out / "corrector"))
-    size = sum(p.numel() for p in predictor.parameters())
-    for evaluations in EVALUATIONS:
-        rows.append(bench.row("parallel", "parallel", bench.plain(evaluations)))
-    for threshold in THRESHOLDS:
-        settings = {"commit": "threshold", "threshold": threshold}
-        decode = bench.plain(NUM_DIGITS, **settings)
-        rows.append(bench.row(f"threshold {threshold}", "threshold", decode))
-    for name, kind, each in (
-        ("reuse", "formula", Reuse()),
-        ("taylor_1", "formula", Taylor(1)),
-        ("corrector", "learned", predictor),
-    ):
-        for evaluations in EVALUATIONS:
-            decode = functools.partial(forecast, model, each, evaluations)
-            line = bench.row(name, kind, decode, evaluations)
-            if name == "corrector":
-                line["parameters"] = size
-                bench.against(line, rivals_of(rows, evaluations))
-            rows.append(line)
-    probe = running_sums(8, torch.Generator().manual_seed(CHOOSE_SEED)).prompts
-    for settings in CACHES:
-        with cached(model, settings, probe) as run:
-            decode = bench.plain(NUM_DIGITS)
-            prompt, response, ratio = settings
-            name = f"dLLM-Cache Kp {prompt} Kr {response} rho {ratio:g}"
-            line = bench.row(name, "cache", decode)
-            line["computed_share"] = round(run.share, 3)
-        rows.append(line)
+    rows, model = [*judged(bench, corrector), *cached_rows(bench)], bench.model
+    probe = bench.batches[0][:8]
     facts = {
         "model_parameters": sum(p.numel() for p in model.parameters()),
-        "prompt_tokens": bench.examples.prompts.shape[1],
-        "response_tokens": NUM_DIGITS,
+        "layers": model.config.num_layers,
+        "width": model.config.width,
+        "corrector_parameters": sum(p.numel() for p in corrector.parameters()),
+        **forecast_cost(model, corrector, bench.batches[0]),
         "prompt_drift": {
             str(k): round(prompt_drift(model, probe, NUM_DIGITS, k), 3) for k in (2, 4, 12)
         },
@@ -232,13 +200,83 @@ def judge(out: Path, num_samples: int = 256, batch_size: int = 64, result: Path 
         **json.loads((out / "fit.json").read_text()),
     }
     result.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-    draw(bench, predictor, 4)
+    draw(bench, corrector, 4)
+
+
+def judged(bench: Bench, corrector: Predictor) -> list[dict[str, Any]]:
+    """All rows but dLLM-Cache's."""
+    rows = [bench.row("full", "full", bench.plain(NUM_DIGITS))]
+    for evaluations in EVALUATIONS:
+        rows.append(bench.row("parallel", "parallel", bench.plain(evaluations)))
+    for threshold in THRESHOLDS:
+        decode = bench.plain(NUM_DIGITS, commit="threshold", threshold=threshold)
+        rows.append(bench.row(f"threshold {threshold}", "threshold", decode))
+    for name, kind, each, tap in (*FORECASTS, ("corrector", "learned", corrector, "before_last")):
+        for evaluations in EVALUATIONS:
+            decode = functools.partial(forecast, bench.model, each, tap, evaluations)
+            line = bench.row(name, kind, decode, evaluations)
+            if kind == "learned":
+                bench.against(line, rivals_of(rows, evaluations))
+            rows.append(line)
+    return rows
+
+
+def cached_rows(bench: Bench) -> list[dict[str, Any]]:
+    """The rows of dLLM-Cache."""
+    rows, probe = [], bench.batches[0][:8]
+    for prompt, response, ratio in CACHES:
+        with cached(bench.model, (prompt, response, ratio), probe) as run:
+            name = f"dLLM-Cache Kp {prompt} Kr {response} rho {ratio:g}"
+            line = bench.row(name, "cache", bench.plain(NUM_DIGITS))
+            line["computed_share"] = round(run.share, 3)
+        rows.append(line)
+    return rows
+
+
+@torch.no_grad()
+def forecast_cost(
+    model: MaskedLanguageModel, predictor: Predictor, prompts: Tensor
+) -> dict[str, float]:
+    """A forecast relative to an evaluation, in floating-point operations and in CPU time.
+
+    The two take turns; the time is the median of the ratios.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    masks = prompts.new_full((len(prompts), NUM_DIGITS), model.config.mask_token_id)
+    ids = torch.cat([prompts, masks], 1)
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seconds, flops = [], []
+    anchors = range(0, NUM_DIGITS, 2)
+    with fs.forecasting(host_of(model), predictor, anchors, "before_last") as run:
+        for _ in range(4):  # the first finds out about the model
+            with run.steps(NUM_DIGITS) as steps:
+                for _ in steps:
+                    began = time.process_time()
+                    model(**call)
+                    seconds.append(time.process_time() - began)
+        with run.steps(NUM_DIGITS) as steps:
+            for _ in steps:
+                with FlopCounterMode(display=False) as counter:
+                    model(**call)
+                flops.append(counter.get_total_flops())
+    ratios = [seconds[i + 1] / seconds[i] for i in range(NUM_DIGITS, len(seconds), 2)]
+    return {
+        "forecast_flops": round(flops[1] / flops[0], 4),
+        "forecast_seconds": round(statistics.median(ratios), 4),
+    }
 
 
 def rivals_of(rows: list[dict[str, Any]], evaluations: int) -> list[dict[str, Any]]:
-    """Parallel decoding, and the threshold with the fewest evaluations that are not fewer."""
+    """Parallel decoding, and the threshold with the fewest evaluations that are not fewer.
+
+    Where all have fewer, the one with the most.
+    """
     parallel = [r for r in rows if r["kind"] == "parallel" and r["evaluations"] == evaluations]
     sure = [r for r in rows if r["kind"] == "threshold" and r["evaluations"] >= evaluations]
+    if not sure:
+        every = [r for r in rows if r["kind"] == "threshold"]
+        return [*parallel, max(every, key=lambda row: float(row["evaluations"]))]
     return [*parallel, min(sure, key=lambda row: float(row["evaluations"]))]
 
 
@@ -281,7 +319,9 @@ def draw(bench: Bench, predictor: Predictor, evaluations: int) -> None:
     prompt, answer = bench.examples.prompts[[number]], bench.examples.responses[number]
     shown = {
         "parallel decoding": filling(bench.plain(evaluations)(prompt), answer, 1),
-        "corrector": filling(forecast(bench.model, predictor, evaluations, prompt), answer, every),
+        "corrector": filling(
+            forecast(bench.model, predictor, "before_last", evaluations, prompt), answer, every
+        ),
     }
     figure = Figure(figsize=(7.2, 2.6), dpi=160)
     panels = figure.subplots(1, 2)

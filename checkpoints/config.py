@@ -16,7 +16,7 @@ from foreseer.checkpoints.strict import MalformedFile, parse_json, read_plain
 from foreseer.checkpoints.upgrade import PREDICTOR, NewerVersion, upgraded
 from foreseer.errors import CheckpointError as CheckpointError
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_STEPS = 4096
@@ -257,7 +257,10 @@ CONFIG_RULES: dict[str, Rule] = {
     ),
 }
 SPEC_RULES: dict[str, Rule] = {
-    "tap": (lambda v: v in ("output", "hidden", "residual"), "'output', 'hidden' or 'residual'"),
+    "tap": (
+        lambda v: v in ("output", "hidden", "residual", "before_last"),
+        "'output', 'hidden', 'residual' or 'before_last'",
+    ),
     "anchors": (lambda v: is_list(v, is_int), f"a list of 1 to {MAX_STEPS} steps"),
     "sigmas": (lambda v: is_list(v, is_number), f"a list of 1 to {MAX_STEPS} numbers"),
     "host": (
@@ -298,6 +301,7 @@ MAX_STAGES = 16
 MAX_PARTS = 256
 MAX_SOLVERS = 64
 MAX_CHANNELS = 65_536
+MAX_AXES = 4
 MAX_TOKENS = 2**20
 MAX_GRIDS = 64
 MAX_TAPS = 64
@@ -366,6 +370,10 @@ def _is_partition(value: Any) -> bool:
     return own.keys() <= OF_PARTITIONS and all(ARGUMENT_RULES[n][0](v) for n, v in own.items())
 
 
+def _are_shapes(value: Any) -> bool:
+    return bool(value) and _is_dict(value, _wholes(1, MAX_AXES, 1, MAX_CHANNELS)[0])
+
+
 OF_PARTITIONS = {"edges", "grid", "transform", "labels", "names"}
 BOOLEAN: Rule = (lambda v: isinstance(v, bool), "true or false")
 NAME: Rule = (is_name, "a name")
@@ -373,6 +381,7 @@ NAME: Rule = (is_name, "a name")
 ARGUMENT_RULES: dict[str, Rule] = {
     "anchors": _wholes(1, MAX_STEPS, 0, MAX_STEPS - 1),
     "bias": BOOLEAN,
+    "block": (_are_shapes, f"the shapes of 1 to {MAX_KEYS} tensors by name"),
     "boundaries": _numbers(0, MAX_STAGES - 1),
     "degree": _whole(0, 3),
     "depth": _whole(1, MAX_DEPTH),
@@ -393,9 +402,10 @@ ARGUMENT_RULES: dict[str, Rule] = {
     "hidden": _wholes(0, MAX_LAYERS, 1, MAX_HIDDEN),
     "labels": _wholes(1, MAX_CHANNELS, 0, MAX_PARTS - 1),
     "max_gap": _number(0, 1),
+    "max_tokens": _whole(1, MAX_TOKENS),
     "max_steps": _whole(2, 65_536),
     "min_steps": _whole(2, 65_536),
-    "modulation_width": _whole(0, MAX_CHANNELS),
+    "modulation_width": _whole(1, MAX_CHANNELS),
     "names": (lambda v: is_list(v, is_name, 2, MAX_PARTS), f"2 to {MAX_PARTS} names"),
     "neighbours": BOOLEAN,
     "num_branches": _whole(1, MAX_BRANCHES),

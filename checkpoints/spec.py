@@ -111,7 +111,7 @@ class PredictorSpec:
     """The circumstances of a fit.
 
     Args:
-        tap: `output`, `hidden` or `residual`.
+        tap: `output`, `hidden`, `residual` or `before_last`.
         anchors: steps at which the network runs; where the predictor serves `any_anchors`, the
             list it takes when none is given.
         sigmas: flow time of every step of the run, rising in an inversion; where the predictor

@@ -105,6 +105,17 @@ def _first_time_from_6(values: Values) -> Values:
     return values | {"arguments": {"first_time": None} | arguments}
 
 
+def _offsets_from_7(values: Values) -> Values:
+    """2026-11-29: a DisCa predictor without modulation is a class of its own."""
+    arguments = values.get("arguments")
+    if values.get("predictor_class") != "DiscaPredictor" or not isinstance(arguments, dict):
+        return values
+    if arguments.get("modulation_width") != 0:
+        return values
+    kept = {name: value for name, value in arguments.items() if name != "modulation_width"}
+    return values | {"predictor_class": "OffsetDisca", "arguments": kept}
+
+
 def _order_from_3(values: Values) -> Values:
     """2026-11-29: which guidance branch comes first, and the weights in any layout."""
     return {"first_branch": "", "values_digest": ""} | values
@@ -117,6 +128,7 @@ PREDICTOR: dict[int, Upgrade] = {
     4: _rows_from_4,
     5: _order_from_5,
     6: _first_time_from_6,
+    7: _offsets_from_7,
 }
 """Of the `config.json` of a predictor checkpoint."""
 

@@ -28,7 +28,7 @@ class Forecaster(Source):
 
     Args:
         predictor: the forecaster.
-        tap: `output`, `hidden` or `residual`.
+        tap: `output`, `hidden`, `residual` or `before_last`.
         anchors: steps at which the network runs, whatever the schedule says.
         spec: what a learned predictor was fitted on; its grid, guidance and dtype are checked.
         pipe: asked for its `guidance_scale`, where it has one.
@@ -66,6 +66,11 @@ class Forecaster(Source):
         self.last_step = -1  # of the run
         self.narrow = False  # whether forecasts are float16, whose largest number is 65504
         self.histories = Histories(predictor.window)
+
+    @property
+    def block_weights(self) -> dict[str, Tensor] | None:
+        """See `Source`."""
+        return self.predictor.block_weights
 
     def open(self, sigmas: list[float]) -> None:
         """Forget the last run and check the new one's grid and the weights it runs on.

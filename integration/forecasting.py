@@ -15,6 +15,7 @@ from foreseer.checkpoints.spec import (
 )
 from foreseer.integration.call_groups import CallGroups, Groups
 from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.host.hook import BEFORE_LAST
 from foreseer.integration.host.hosts import host_of, transformers_of
 from foreseer.integration.host.loop import Steps
 from foreseer.integration.host.module_host import ModuleHost
@@ -24,6 +25,8 @@ from foreseer.integration.report import Report
 from foreseer.integration.session import SESSIONS, Session
 from foreseer.predictors.base import LinearPredictor, Predictor
 from foreseer.predictors.tokens import TokenPolicy
+
+TAPS = ("output", "hidden", "residual", BEFORE_LAST)
 
 
 class Run:
@@ -131,8 +134,9 @@ def attach(
         predictor: a forecaster, several by their evaluations, or the folder, `zoo:<name>` or hub
             name of either.
         anchors: steps at which the network runs; None takes the predictor's own.
-        tap: `output`, `hidden` or `residual`; None takes the predictor's own, else `output`, or
-            `hidden` under `SpeCa` and with `tokens`.
+        tap: `output`, `hidden`, `residual` or `before_last` (the last block runs on the step's
+            tokens and the forecast); None takes the predictor's own, else `output`, or `hidden`
+            under `SpeCa` and with `tokens`.
         schedule: chooses further anchors while the run goes on; the predictor's own stay anchors,
             and a predictor without any starts with step 0.
         memory_budget: bytes that cached features may take; None for what is available on the
@@ -303,8 +307,8 @@ def checked_forecaster(
         )
     anchors = (0,) if anchors is None else tuple(anchors)
     tap = tap or ("hidden" if schedule is not None and schedule.checks else "output")
-    if tap not in ("output", "hidden", "residual"):
-        raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden' or 'residual'.")
+    if tap not in TAPS:
+        raise ValueError(f"tap is {tap!r}, expected one of {', '.join(map(repr, TAPS))}.")
     _check_together(predictor, tap, schedule)
     return Forecaster(predictor, tap, anchors, spec, pipe, copy.copy(schedule))
 
@@ -318,11 +322,22 @@ def _check_together(predictor: Predictor, tap: str, schedule: Schedule | None) -
         )
     inside = sorted(predictor.needs - {"x_t"})
     decides = schedule is not None and (schedule.probe is not None or schedule.checks)
-    if inside and (tap != "hidden" or decides):
+    places = ("hidden", BEFORE_LAST) if inside == ["tokens"] else ("hidden",)
+    if inside and (tap not in places or decides):
         raise ValueError(
             f"{type(predictor).__name__} needs the {' and '.join(inside)} of the step, which exist "
-            "on the tap 'hidden' with a list of anchors, not on "
+            f"on the tap {' or '.join(map(repr, places))} with a list of anchors, not on "
             f"{tap!r} under {type(schedule).__name__ if schedule else 'a list'}."
+        )
+    if predictor.block_weights is not None and tap != BEFORE_LAST:
+        raise ValueError(
+            f"{type(predictor).__name__} has weights for the last block, which runs on the tap "
+            f"{BEFORE_LAST!r}, not {tap!r}."
+        )
+    if tap == BEFORE_LAST and decides:
+        raise ValueError(
+            f"{type(schedule).__name__} looks into the network on its way, which the tap "
+            f"{BEFORE_LAST!r} does not go with; use a list of anchors, or a tap of its own."
         )
     if schedule is not None and schedule.checks and tap != "hidden":
         raise ValueError(

@@ -30,6 +30,7 @@ from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.masked_sampler import Prompts, check_bidirectional, sample_masked
 from foreseer.predictors.tokens import take
 
+OWN_CACHES = ("use_cache", "cache", "past_key_value", "past_key_values", "layer_past")
 DRIFT = 0.1
 """Mean relative change of a prompt token's stream above which a frozen prompt is refused."""
 
@@ -310,10 +311,11 @@ def _block(
     **kwargs: Any,
 ) -> Any:
     """A block's forward, of all its tokens or of some."""
-    if kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None:
+    own = [n for n in OWN_CACHES if kwargs.get(n) is not None and kwargs[n] is not False]
+    if own:
         raise UnsupportedHost(
-            "the model keeps keys and values of its own (use_cache); a masked model's tokens all "
-            "change. Call it with use_cache=False."
+            f"the model keeps keys and values of its own ({', '.join(own)}); a masked model's "
+            "tokens all change. Call it with use_cache=False."
         )
     assert position_embeddings is not None  # of every class in the table
     stream = hidden_states

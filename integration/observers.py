@@ -105,7 +105,7 @@ class Source(Observer):
     """Says which calls run the network and stands in for it at the others.
 
     Attributes:
-        tap: `output`, `hidden` or `residual`: what is put back.
+        tap: `output`, `hidden`, `residual` or `before_last`: what is put back.
         schedule: which calls run.
         needs: `Step` fields that forecasts need and that exist only inside the forward: `tokens`,
             `modulation`.
@@ -118,6 +118,11 @@ class Source(Observer):
     needs: frozenset[str] = frozenset()
     settings: Mapping[str, float | None] = {}
     memory_budget: int | None = None
+
+    @property
+    def block_weights(self) -> Mapping[str, Tensor] | None:
+        """Weights of the last block where forecasts enter it, see `Predictor`."""
+        return None
 
     def open(self, sigmas: list[float]) -> None:
         """A new run starts on this grid of sigmas; forget the last one."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foreseer.integration.host.call import Call, prediction
 from foreseer.integration.host.expert import Expert
+from foreseer.integration.host.hook import BEFORE_LAST
 from foreseer.integration.host.trunk import modulations
 from foreseer.integration.observers import Source
 from foreseer.predictors.base import Step
@@ -62,6 +63,8 @@ class Runner:
 
     def forecast(self, expert: Expert, call: Call, step: Step, source: Source) -> Answer:
         """Put a forecast in the network's place."""
+        if source.tap == BEFORE_LAST:
+            return self._through_last(expert, call, step, source)
         if source.needs:
             return self._forecast_inside(expert, call, step, source)
         feature = source.forecast(step)
@@ -69,6 +72,20 @@ class Runner:
             return Answer(as_output(expert, feature), None, feature)
         output = expert.skip(call, entering_head(source.tap, feature))
         return Answer(output, None, feature)
+
+    def _through_last(self, expert: Expert, call: Call, step: Step, source: Source) -> Answer:
+        """Run the last block on what enters the first and a forecast of what the others add."""
+        assert expert.last_block is not None  # made with the trunk
+        made: list[Tensor] = []
+
+        def entering(came: list[Tensor]) -> list[Tensor]:
+            made.append(source.forecast(replace(step, tokens=came[0])))
+            return [came[0] + made[-1]]
+
+        output = expert.last_block(
+            call.forward, call.args, call.kwargs, entering, weights=source.block_weights
+        )
+        return Answer(output, None, made[-1])
 
     def _forecast_inside(self, expert: Expert, call: Call, step: Step, source: Source) -> Answer:
         """Forecast from what only the forward knows: its tokens and its modulation vector."""
@@ -152,7 +169,7 @@ def check(expert: Expert, call: Call, step: Step, source: Source) -> Answer:
         schedule.check(step, feature, computed)
         return feature
 
-    output = expert.last_block(call.forward, call.args, call.kwargs, inputs, judge)
+    output = expert.last_block(call.forward, call.args, call.kwargs, lambda came: inputs, judge)
     refused = schedule.refused_at(step)
     if not refused:
         return Answer(output, None, feature)

@@ -15,7 +15,7 @@ from foreseer.predictors.continuous import L2PContinuous
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.neural import DiscaPredictor
+from foreseer.predictors.neural import DiscaPredictor, OffsetDisca
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.per_part import FreqCa, HyCa
 from foreseer.predictors.readout import Readout
@@ -37,6 +37,7 @@ from foreseer.predictors.rules import (
 )
 from foreseer.predictors.spectrum import Bands
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
+from foreseer.predictors.tuned_block import TunedLastBlock
 
 from .. import __version__ as __version__
 
@@ -48,7 +49,9 @@ LEARNED: tuple[type[Predictor], ...] = (
     LesaPredictor,
     LesaValues,
     DiscaPredictor,
+    OffsetDisca,
     Readout,
+    TunedLastBlock,
 )
 """The classes that a predictor file may name."""
 
@@ -86,6 +89,7 @@ __all__ = [
     "Spectrum",
     "Step",
     "Taylor",
+    "TunedLastBlock",
 ]
 
 

@@ -160,6 +160,8 @@ class Predictor(nn.Module):
         num_branches: guidance branches it tells apart.
         width: channels of the hidden state it is given, if it `reads` or `needs` one.
         modulation_width: of the modulation vector it is given, if it `needs` one.
+        block_weights: weights of the host's last block for forecast steps, by name; only on the tap
+            `before_last`, where that block runs. None for its own.
         first_time: flow time in (0, 1] that the network is told at step 0; None for the step's own.
     """
 
@@ -177,6 +179,11 @@ class Predictor(nn.Module):
     width: int = 1
     modulation_width: int = 1
     first_time: float | None = None
+
+    @property
+    def block_weights(self) -> dict[str, Tensor] | None:
+        """See the attributes above."""
+        return None
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments, as what JSON holds: what a file keeps beside the state."""

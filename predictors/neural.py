@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foreseer.predictors.base import SMALLEST, History, Predictor, Step
 
 NUM_FREQUENCIES = 16
-REACH = 16  # tokens, of a language model
+REACH = 16  # tokens
 HIGHEST_FREQUENCY = 30.0  # radians per unit of flow time
 
 
@@ -30,8 +30,7 @@ class DiscaPredictor(Predictor):
 
     Args:
         width: D, channels of a hidden state.
-        modulation_width: W; 0 of a host without modulation, such as a language model: the blocks
-            are then modulated by the distance to the anchor alone.
+        modulation_width: W.
         num_heads: attention heads of a block; must divide the predictor's width.
         depth: blocks.
         width_mult: P / D, in (0, 1].
@@ -43,11 +42,12 @@ class DiscaPredictor(Predictor):
         ValueError: an argument is out of range.
     """
 
-    needs = frozenset({"tokens", "modulation"})  # of a host with modulation
+    needs = frozenset({"tokens", "modulation"})
     learned = True
     any_anchors = True
     tag = "disca"
     form = "a small transformer's view of the step's tokens and"
+    block: type["AdaLNBlock"]
 
     def __init__(
         self,
@@ -62,11 +62,13 @@ class DiscaPredictor(Predictor):
     ) -> None:
         super().__init__()
         inner = round(width * width_mult)
-        if not 0 < width_mult <= 1 or inner % num_heads or depth < 1 or not 0 < max_gap <= 1:
+        fits = 0 < width_mult <= 1 and inner % num_heads == 0 and modulation_width >= 1
+        if not fits or depth < 1 or not 0 < max_gap <= 1:
             raise ValueError(
-                f"found width {width} times {width_mult}, {num_heads} heads, depth {depth} and "
-                f"max_gap {max_gap}; expected a multiplier and a gap in (0, 1], at least one block "
-                "and heads that divide the width."
+                f"found width {width} times {width_mult}, modulation_width {modulation_width}, "
+                f"{num_heads} heads, depth {depth} and max_gap {max_gap}; expected a multiplier "
+                "and a gap in (0, 1], at least one block, heads that divide the width and a host "
+                "with modulation (of a masked language model, fit_corrector tunes the last block)."
             )
         if order not in (0, 1) or (order and not residual):
             raise ValueError(
@@ -82,19 +84,13 @@ class DiscaPredictor(Predictor):
         self.max_gap = max_gap
         self.window = order + 1
         self.fuse = nn.Sequential(nn.Linear(2 * width, inner), nn.SiLU(), nn.Linear(inner, inner))
-        k_width = modulation_width or 2 * NUM_FREQUENCIES
-        self.gap = nn.Linear(2 * NUM_FREQUENCIES, k_width)
-        reach = 0 if modulation_width else REACH
-        blocks = [AdaLNBlock(inner, k_width, num_heads, reach) for _ in range(depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.gap = nn.Linear(2 * NUM_FREQUENCIES, modulation_width)
+        self.blocks = nn.ModuleList(
+            self.block(inner, modulation_width, num_heads) for _ in range(depth)
+        )
         self.out = nn.Linear(inner, width)
-        if modulation_width:
-            nn.init.zeros_(self.gap.weight)
-            nn.init.zeros_(self.gap.bias)
-        else:
-            self.needs = frozenset({"tokens"})
-            for block in blocks:
-                open_gates(block)
+        nn.init.zeros_(self.gap.weight)
+        nn.init.zeros_(self.gap.bias)
         if residual:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -162,11 +158,9 @@ class DiscaPredictor(Predictor):
         """
         dtype = self.out.weight.dtype
         tokens, cache = tokens.to(dtype), cache.to(dtype)
-        if not self.modulation_width:  # a language model's stream is far larger than what enters it
-            tokens, cache = _normalised(tokens), _normalised(cache)
         hidden = self.fuse(torch.cat([tokens, cache], dim=-1))
         k = self.gap(_waves(gap).to(self.gap.weight)).expand(len(tokens), -1)
-        if modulation is not None and self.modulation_width:
+        if modulation is not None:
             k = modulation.to(dtype) + k
         for block in self.blocks:
             hidden = block(hidden, k)
@@ -180,20 +174,11 @@ class AdaLNBlock(nn.Module):
         width: channels P.
         modulation_width: width of the modulation vector.
         num_heads: attention heads.
-        reach: farthest offset between two tokens in a row that attention has a bias of its own for;
-            0 where the features say where a token is, as those of pictures do.
     """
 
-    def __init__(self, width: int, modulation_width: int, num_heads: int, reach: int = 0) -> None:
+    def __init__(self, width: int, modulation_width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.reach = reach
-        if reach:
-            slopes = 2.0 ** -torch.arange(
-                num_heads
-            )  # near tokens first, as ALiBi, arXiv 2108.12409
-            far = torch.arange(-reach, reach + 1).abs()
-            self.offsets = nn.Parameter(-slopes[:, None] * far)
         self.modulate = nn.Linear(modulation_width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -217,24 +202,75 @@ class AdaLNBlock(nn.Module):
 
     def _attend(self, x: Float[Tensor, "B N P"]) -> Float[Tensor, "B N P"]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self._bias(x.shape[1]) if self.reach else None
+        bias = self._bias(x.shape[1])
         mixed = nn.functional.scaled_dot_product_attention(
             q, k, v, bias
         )  # (B, heads, N, P / heads)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
+    def _bias(self, num_tokens: int) -> Float[Tensor, "heads N N"] | None:
+        """What attention adds from one token to another; nothing, since pictures say where."""
+        return None
+
+
+DiscaPredictor.block = AdaLNBlock
+
+
+class OffsetBlock(AdaLNBlock):
+    """An `AdaLNBlock` whose attention has a bias per offset between two tokens in a row."""
+
+    def __init__(self, width: int, modulation_width: int, num_heads: int) -> None:
+        super().__init__(width, modulation_width, num_heads)
+        self.offsets = nn.Parameter(torch.zeros(num_heads, 2 * REACH + 1))
+
     def _bias(self, num_tokens: int) -> Float[Tensor, "heads N N"]:
-        """What attention adds for the offset from one token to another."""
         places = torch.arange(num_tokens, device=self.offsets.device)
-        offset = (places - places[:, None]).clamp(-self.reach, self.reach) + self.reach
-        return self.offsets[:, offset]
+        return self.offsets[:, (places - places[:, None]).clamp(-REACH, REACH) + REACH]
 
 
-def open_gates(block: AdaLNBlock) -> None:
-    """Start a block as a plain one: under no modulation of a host its gates would stay shut."""
-    with torch.no_grad():
-        for gate in (2, 5):
-            block.modulate.bias.unflatten(0, (6, -1))[gate].fill_(1.0)
+class OffsetDisca(DiscaPredictor):
+    """`DiscaPredictor` of a host without modulation; read from files, no fit makes it any more.
+
+    Tokens and cache are normalised, attention has a bias per offset, and the distance to the anchor
+    is all that modulates.
+
+    Args:
+        width: see `DiscaPredictor`, as all of them.
+        num_heads: see there.
+        depth: see there.
+        width_mult: see there.
+        residual: see there.
+        order: see there.
+        max_gap: see there.
+    """
+
+    needs = frozenset({"tokens"})
+    block = OffsetBlock
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int = 3,
+        depth: int = 2,
+        width_mult: float = 1.0,
+        residual: bool = True,
+        order: int = 0,
+        max_gap: float = 0.2,
+    ) -> None:
+        waves = 2 * NUM_FREQUENCIES
+        super().__init__(width, waves, num_heads, depth, width_mult, residual, order, max_gap)
+
+    def correction(
+        self,
+        cache: Float[Tensor, "B N D"],
+        tokens: Float[Tensor, "B N D"],
+        modulation: Float[Tensor, "B W"] | None,
+        gap: float,
+    ) -> Float[Tensor, "B N D"]:
+        """See `DiscaPredictor`."""
+        dtype = self.out.weight.dtype
+        cache, tokens = _normalised(cache.to(dtype)), _normalised(tokens.to(dtype))
+        return super().correction(cache, tokens, None, gap)
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -27,11 +27,12 @@ from foreseer.predictors.continuous import L2PContinuous
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.predictors.linear import L2P
-from foreseer.predictors.neural import DiscaPredictor
+from foreseer.predictors.neural import DiscaPredictor, OffsetDisca
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.per_part import HyCa
 from foreseer.predictors.readout import Readout
 from foreseer.predictors.spectrum import Bands
+from foreseer.predictors.tuned_block import TunedLastBlock
 from foreseer.trajectories.files.header import Header
 from foreseer.trajectories.files.manifest import Entry, append_entry, parse_line
 from foreseer.trajectories.files.shards import read_shard
@@ -62,6 +63,8 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "LesaPredictor": lambda: LesaPredictor(SIGMAS, 2, (0.5,), (2, 3), "kan", (3,)),
     "LesaValues": lambda: LesaValues(SIGMAS, 2, (0.5,), (2, 3), (2,), "mlp", (2,)),
     "DiscaPredictor": lambda: DiscaPredictor(6, 4, max_gap=1.0),
+    "OffsetDisca": lambda: OffsetDisca(6, max_gap=1.0),
+    "TunedLastBlock": lambda: TunedLastBlock(4, {"mlp.weight": [3, 2], "norm.weight": [2]}, 1.0, 9),
     "Readout": lambda: Readout(8, ANCHORS, 2, width=6, patch=4, rank=2),
 }
 

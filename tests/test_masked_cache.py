@@ -243,6 +243,15 @@ def test_a_model_that_keeps_keys_and_values_itself_is_refused():
             model(*decodings(equal_prompts())[0])
 
 
+@pytest.mark.parametrize("name", ["use_cache", "past_key_value", "layer_past", "cache"])
+def test_keys_and_values_of_a_models_own_are_refused_under_every_name(model, name):
+    stream = torch.zeros(1, 26, 32)
+    given = {"position_embeddings": (stream, stream), name: True}
+    with torch.no_grad(), dllm_cache(model, LENGTH, 1, 4):
+        with pytest.raises(UnsupportedHost, match=rf"of its own \({name}\).*use_cache=False"):
+            model.model["transformer"]["blocks"][0](stream, **given)
+
+
 def test_unknown_blocks_second_caches_gradients_and_odd_numbers_are_refused(model):
     with pytest.raises(UnsupportedHost, match=r"ModuleList'\] of \['Linear'\]"):
         with dllm_cache(torch.nn.ModuleList([torch.nn.Linear(2, 2)]), LENGTH):

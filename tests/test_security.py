@@ -229,6 +229,10 @@ HUGE: dict[str, tuple[str, dict[str, Any]]] = {
             "max_gap": 1.0,
         },
     ),
+    "block": (
+        "TunedLastBlock",
+        {"width": 4, "block": {"q.weight": [10**9, 10**9]}, "max_gap": 1.0, "max_tokens": 4},
+    ),
 }
 
 

@@ -5,10 +5,11 @@ last block, on forecast inputs.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree
 
 from foreseer.integration.host.call import Narrowed
@@ -22,6 +23,7 @@ from foreseer.integration.host.trunk import (
 )
 
 Enter = Callable[[Tensor], Tensor]  # what enters the head, given what would have
+Streams = Callable[[list[Tensor]], list[Tensor]]  # what enters a block, given what would have
 
 
 def refuse_other_axes(transformer: nn.Module, trunk: Trunk) -> None:
@@ -219,34 +221,45 @@ class LastBlock:
         forward: Callable,
         args: tuple,
         kwargs: dict[str, Any],
-        inputs: list[Tensor],
-        entering: Enter,
+        inputs: Streams,
+        entering: Enter | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Any:
-        """The output of `forward` with the last block run on `inputs`.
+        """The output of `forward` with the last block run on other streams.
 
         Args:
             forward: the transformer's own.
             args: its positional arguments.
             kwargs: its keyword arguments.
-            inputs: a tensor per entry of `trunk.streams`.
-            entering: what enters the head, given what the block made.
+            inputs: makes what enters the block of what enters the first one.
+            entering: what enters the head, given what the block made; None for that.
+            weights: the block's for this call, by name; None for its own.
         """
-        self.inputs = inputs
+        self.inputs, self.weights = inputs, weights
         try:
-            with exchanged(self.transformer, self.blocks, self.swapped, self.head, entering):
+            enter = _same if entering is None else entering
+            with exchanged(self.transformer, self.blocks, self.swapped, self.head, enter):
                 return forward(*args, **kwargs)
         finally:
-            self.inputs = []
+            del self.inputs, self.weights
 
     def run_last(self, *args: Any, **kwargs: Any) -> Any:
         """Called in the last block's place."""
         positional, named = list(args), dict(kwargs)
-        for place, value in zip(self.streams, self.inputs, strict=True):
+        came = [positional[p] if isinstance(p, int) else named[p] for p in self.streams]
+        for place, value, old in zip(self.streams, self.inputs(came), came, strict=True):
             if isinstance(place, int):
-                positional[place] = value.to(positional[place].dtype)
+                positional[place] = value.to(old.dtype)
             else:
-                named[place] = value.to(named[place].dtype)
+                named[place] = value.to(old.dtype)
+        if self.weights is not None:
+            weights = {name: weight.to(came[0]) for name, weight in self.weights.items()}
+            return functional_call(self.last, weights, tuple(positional), named)
         return self.last(*positional, **named)
+
+
+def _same(entering: Tensor) -> Tensor:
+    return entering
 
 
 class _OnlyLast(SkippedBlocks):

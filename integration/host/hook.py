@@ -129,6 +129,7 @@ CACHE_MODULES = ("_cache", "pyramid_attention_broadcast")  # of diffusers.hooks
 PATCHED = {"enable_teacache": "TeaCache", "magcache_thresh": "MagCache"}
 """What forwards that are put in place of a class's own look up on the model, and whose they are."""
 LAST_BLOCK = "last_block"
+BEFORE_LAST = "before_last"
 PATIENCE = 0.001  # seconds between two looks at what other threads are doing
 
 
@@ -289,7 +290,8 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
     Args:
         transformer: the host.
         trunk: its facts; None when only `output` is tapped.
-        taps: any of `hidden`, `residual`, `blocks.<i>`, `last_block` (its input streams, one entry
+        taps: any of `hidden`, `residual`, `before_last` (what enters the last block less what
+            enters the first), `blocks.<i>`, `last_block` (its input streams, one entry
             `last_block.<i>` each); `output` is read off the call's result.
     """
     found: dict[str, Tensor] = {}
@@ -316,6 +318,9 @@ def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> It
     if {"hidden", "trunk_in"} <= found.keys():
         if found["hidden"].shape == found["trunk_in"].shape:  # else the proof says what is wrong
             found["residual"] = found["hidden"] - found["trunk_in"]
+    if BEFORE_LAST in taps and found.keys() >= {"trunk_in", stream_tap(0)}:
+        if found[stream_tap(0)].shape == found["trunk_in"].shape:
+            found[BEFORE_LAST] = found[stream_tap(0)] - found["trunk_in"]
 
 
 class _BlockTaps:
@@ -338,8 +343,8 @@ class _BlockTaps:
         names = block_taps(transformer, trunk)
         self.outputs = {block: tap for tap, block in names.items() if tap in taps}
         blocks = list(names.values())
-        self.first = blocks[0] if "residual" in taps else None
-        self.last = blocks[-1] if LAST_BLOCK in taps else None
+        self.first = blocks[0] if taps & {"residual", BEFORE_LAST} else None
+        self.last = blocks[-1] if taps & {LAST_BLOCK, BEFORE_LAST} else None
 
     def entering(self, block: str, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep what enters the first and the last block."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from foreseer.integration.host.call import Call, prediction
 from foreseer.integration.host.gate import FirstLook, LastBlock
 from foreseer.integration.host.hook import (
+    BEFORE_LAST,
     LAST_BLOCK,
     ReplacedMethod,
     TrunkSkipper,
@@ -121,7 +122,7 @@ class Parts:
         return cls(
             TrunkSkipper(host, trunk),
             FirstLook(host, trunk, probe) if probe is not None else None,
-            LastBlock(host, trunk) if LAST_BLOCK in taps else None,
+            LastBlock(host, trunk) if taps & {LAST_BLOCK, BEFORE_LAST} else None,
         )
 
 
@@ -142,7 +143,8 @@ def prove(call: Call, taps: set[str], probe: str | None) -> tuple[Trunk, Parts]:
     trunk = tracer.trunk()
     parts = Parts.of(host, trunk, taps, probe)
     skipper, first_look, last_block = parts.skipper, parts.first_look, parts.last_block
-    with capturing(host, trunk, {"hidden"} | taps) as found:
+    streams = {LAST_BLOCK} if last_block is not None else set()
+    with capturing(host, trunk, {"hidden"} | taps | streams) as found:
         expected = prediction(call.run())
     if "hidden" not in found:
         raise UnsupportedHost(
@@ -155,8 +157,15 @@ def prove(call: Call, taps: set[str], probe: str | None) -> tuple[Trunk, Parts]:
     if "residual" in taps:
         check_residual(call, found["trunk_in"], skipper)
     if last_block is not None:
-        inputs = [found[stream_tap(i)] for i in range(len(trunk.streams))]
-        replayed = last_block(forward, args, kwargs, inputs, lambda entering: entering)
+        inputs, came = [found[stream_tap(i)] for i in range(len(trunk.streams))], []
+
+        def entering_last(streams: list[Tensor]) -> list[Tensor]:
+            came.extend(streams)
+            return inputs
+
+        replayed = last_block(forward, args, kwargs, entering_last)
+        if BEFORE_LAST in taps:
+            check_before_last(call, found["trunk_in"], came, inputs)
         check_same(call, expected, replayed, "running the last block on its own input")
     if first_look is not None:
         for judge in (lambda seen: True, lambda seen: False):
@@ -200,6 +209,24 @@ def check_residual(call: Call, trunk_in: Tensor, skipper: TrunkSkipper) -> None:
             f"what enters the first block of {type(call.transformer).__name__} "
             f"{tuple(trunk_in.shape)} is not what reaches its head without the blocks "
             f"{tuple(came[0].shape)}, so it has no `residual` tap; use `hidden` or `output`."
+        )
+
+
+def check_before_last(
+    call: Call, trunk_in: Tensor, came: list[Tensor], inputs: list[Tensor]
+) -> None:
+    """Raise unless one stream reaches the last block, and what entered the first without the rest.
+
+    Raises:
+        UnsupportedHost: there are several streams, or something else reaches it.
+    """
+    same = len(inputs) == 1 and came[0].shape == trunk_in.shape == inputs[0].shape
+    if not same or not torch.equal(came[0], trunk_in):
+        raise UnsupportedHost(
+            f"the last block of {type(call.transformer).__name__} takes {len(inputs)} streams, the "
+            f"first {tuple(inputs[0].shape)}, and without the blocks before it is not given the "
+            f"{tuple(trunk_in.shape)} that enters the first one, so it has no `before_last` tap; "
+            "use `residual`, `hidden` or `output`."
         )
 
 

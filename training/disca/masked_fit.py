@@ -1,19 +1,22 @@
-"""A corrector for a masked language model: DisCa's predictor on recorded decodings.
+"""A corrector for a masked language model: its last block, tuned on recorded decodings.
 
 Between evaluations a masked model's logits stay what they were, though tokens have been committed:
-that is parallel decoding. The corrector sees the embeddings of the tokens as they are now:
+that is parallel decoding. The corrector runs the last block on what the blocks before it added at
+the evaluation a and on the tokens as they are now,
 
-    h_hat_t = h_a + f([E(x_t), h_a], t - a),    loss  KL(head(h_t) || head(h_hat_t))
+    h_hat_t = block_w(E(x_t) + s_a - E(x_a) + U norm(E(x_t))),   loss  KL(head h_t || head h_hat_t)
 
 over the tokens still masked at step t, on pairs of a step a and one up to `horizon` steps later, of
-decodings of one token at every step.
+decodings of one token at every step. w starts as the model's own and U at zero.
 
 Shapes: R decodings, S = G steps, N tokens, D channels, V ids, B pairs.
-Source: DisCa, arXiv 2602.05449, on logits as multi-token residual prediction, arXiv 2605.18817.
+Source: ours; the loss, and that logits are corrected by a small network on the frozen model's
+states, are multi-token residual prediction's, arXiv 2605.18817.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +25,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorSpec
-from foreseer.integration.host.hook import TrunkSkipper
+from foreseer.integration.host.call import Call
+from foreseer.integration.host.gate import LastBlock
+from foreseer.integration.host.hook import BEFORE_LAST, TrunkSkipper, capturing
 from foreseer.integration.host.loop import read_times
 from foreseer.integration.host.module_host import ModuleHost
-from foreseer.integration.host.trunk import Trunk, first_tensor, given_trunk
-from foreseer.integration.masked_sampler import Prompts, logits_of, sample_masked
-from foreseer.predictors.base import History, Step
-from foreseer.predictors.neural import DiscaPredictor
+from foreseer.integration.host.proof import facts_of, prove
+from foreseer.integration.host.trunk import Trunk
+from foreseer.integration.masked_sampler import (
+    Prompts,
+    check_bidirectional,
+    logits_of,
+    sample_masked,
+)
+from foreseer.predictors.tuned_block import TunedLastBlock
 
 CLIP = 1.0  # of the gradient's norm
+BETAS = (0.9, 0.98)  # pairs of a batch differ much in how far they are to forecast
 
 
 @dataclass(frozen=True)
@@ -40,75 +51,75 @@ class Decodings:
     Args:
         ids: what the model was given at every step.
         attended: 0 at padding.
+        before_last: what its blocks before the last had added to what entered the first.
         hidden: what entered its head.
         length: G.
     """
 
     ids: Int[Tensor, "R S N"]
     attended: Int[Tensor, "R N"]
+    before_last: Float[Tensor, "R S N D"]
     hidden: Float[Tensor, "R S N D"]
     length: int
+
+
+class _Recorded:
+    """A model that keeps what its calls were given and what entered its last block and head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config = model.config
+        self.ids: list[Tensor] = []
+        self.attended: list[Tensor] = []
+        self.taps: list[dict[str, Tensor]] = []
+
+    def __call__(self, **kwargs: Any) -> Any:
+        self.ids.append(kwargs["input_ids"])
+        self.attended.append(kwargs["attention_mask"])
+        with capturing(self.model, _trunk(self.model, kwargs), {"hidden", BEFORE_LAST}) as found:
+            output = self.model(**kwargs)
+        self.taps.append(found)
+        return output
 
 
 def record_decodings(
     host: ModuleHost, prompts: Prompts, length: int, block: int | None = None
 ) -> Decodings:
-    """Decode in full, one token at every step, and keep what enters the head.
+    """Decode in full, one token at every step, and keep what enters the last block and the head.
 
     Args:
-        host: `foreseer.host(model, blocks=..., head=...)` of a masked language model.
+        host: `foreseer.host(model)` of a masked language model.
         prompts: see `sample_masked`.
         length: G.
         block: see `sample_masked`.
 
     Raises:
-        ValueError: the host does not name its blocks and head.
+        UnsupportedHost: the model is causal, or its blocks hand on more than one stream.
     """
-    ids: list[Tensor] = []
-    attended: list[Tensor] = []
-    hidden: list[Tensor] = []
-
-    def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids.append(kwargs["input_ids"].clone())
-        attended.append(kwargs["attention_mask"])
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found = first_tensor(args, kwargs)
-        assert found is not None  # a head has an input
-        hidden.append(found.clone())
-
-    model = host.module
-    head = model.get_submodule(_trunk(host).head)
-    handles = [
-        model.register_forward_pre_hook(see, with_kwargs=True),
-        head.register_forward_pre_hook(keep, with_kwargs=True),
-    ]
-    try:
-        sample_masked(model, prompts, length, length, block)
-    finally:
-        for handle in handles:
-            handle.remove()
-    first = len(ids) - length  # a look at whether the model is causal comes before
-    return Decodings(
-        torch.stack(ids[first:], 1), attended[-1], torch.stack(hidden[-length:], 1), length
-    )
+    check_bidirectional(host.module)
+    recorded = _Recorded(host.module)
+    sample_masked(recorded, prompts, length, length, block)
+    taps = {
+        name: torch.stack([found[name] for found in recorded.taps], 1)
+        for name in ("hidden", BEFORE_LAST)
+    }
+    ids = torch.stack(recorded.ids, 1)
+    return Decodings(ids, recorded.attended[-1], taps[BEFORE_LAST], taps["hidden"], length)
 
 
 def fit_corrector(
-    predictor: DiscaPredictor,
     host: ModuleHost,
     decodings: Decodings,
     horizon: int = 4,
     num_steps: int = 1000,
     batch_size: int = 64,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
     seed: int = 0,
     tell: Callable[[int, float], None] | None = None,
-) -> DiscaPredictor:
-    """Train a predictor without modulation on pairs of steps of recorded decodings.
+) -> TunedLastBlock:
+    """Tune a copy of the last block on pairs of steps of recorded decodings.
 
     Args:
-        predictor: changed in place; its spec becomes this host's.
         host: what was recorded; its parameters get no gradient.
         decodings: see `record_decodings`.
         horizon: most steps from the anchor to the step that is forecast.
@@ -119,27 +130,32 @@ def fit_corrector(
         tell: called with the step and its loss.
 
     Returns:
-        The predictor.
+        The predictor, with the spec of this fit.
 
     Raises:
-        ValueError: a horizon that the recording or the predictor does not reach.
+        ValueError: a horizon that the recording does not reach.
     """
-    _check_horizon(horizon, predictor.max_gap, decodings.length)
+    if not 1 <= horizon < decodings.length:
+        raise ValueError(
+            f"horizon is {horizon}, expected 1 to {decodings.length - 1}, steps of the recording."
+        )
     model: Any = host.module
-    mask_id: int = model.config.mask_token_id
-    skipper, generator = TrunkSkipper(model, _trunk(host)), torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(predictor.parameters(), learning_rate, weight_decay=0.0)
+    call = {"input_ids": decodings.ids[:1, 0], "attention_mask": decodings.attended[:1]}
+    trunk = _trunk(model, call)
+    teacher, student = TrunkSkipper(model, trunk), LastBlock(model, trunk)
+    reach, num_tokens = horizon / decodings.length, decodings.ids.shape[-1]
+    width = decodings.hidden.shape[-1]
+    predictor = TunedLastBlock.of(width, student.last, reach, num_tokens)
+    predictor.spec = _spec(host, decodings, horizon)
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(predictor.parameters(), learning_rate, BETAS, weight_decay=0.0)
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, learning_rate, num_steps, pct_start=0.1, cycle_momentum=False
     )
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    predictor.train()
-    try:
+    with _frozen(model):
         for number in range(num_steps):
-            rows, anchor, step = _pairs(decodings, horizon, batch_size, generator)
-            loss = _loss(predictor, model, skipper, decodings, mask_id, rows, anchor, step)
+            pairs = _pairs(decodings, horizon, batch_size, generator)
+            loss = _loss(predictor, model, teacher, student, decodings, *pairs)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(predictor.parameters(), CLIP)
@@ -147,39 +163,39 @@ def fit_corrector(
             rate.step()
             if tell is not None:
                 tell(number, float(loss.detach()))
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-    predictor.spec = _spec(host, decodings, horizon)
     return predictor.eval()
 
 
-def _check_horizon(horizon: int, max_gap: float, length: int) -> None:
-    reach = max_gap * length + 1e-3
-    if not 1 <= horizon < length or horizon > reach:
-        raise ValueError(
-            f"horizon is {horizon}, expected 1 to {length - 1}, and at most max_gap of the "
-            f"predictor times the response, {reach:.0f}."
-        )
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of a model get a gradient inside."""
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
-def _trunk(host: ModuleHost) -> Trunk:
-    """The names that the host was made with."""
-    given = given_trunk(host.module)
-    if given.block_lists is None or given.head is None:
-        raise ValueError(
-            f"{host.name} does not say where its blocks and its head are; make it with "
-            "foreseer.host(model, blocks='model.transformer.blocks', head='model.transformer.ln_f')"
-            ", or what they are called here."
-        )
-    return Trunk(given.block_lists, given.head)
+@torch.no_grad()
+def _trunk(model: nn.Module, kwargs: dict[str, Any]) -> Trunk:
+    """The blocks and head of a model, proven on a call once."""
+    facts, taps = facts_of(model), frozenset({BEFORE_LAST})
+    call = Call(model, model.forward, (), kwargs)
+    proof = (taps, None, call.form)
+    if facts.trunk is None or proof not in facts.proven:
+        facts.trunk, _ = prove(call, set(taps), None)
+        facts.proven.add(proof)
+    return facts.trunk
 
 
 def _spec(host: ModuleHost, decodings: Decodings, horizon: int) -> PredictorSpec:
     """The circumstances of a fit."""
     length = decodings.length
     return PredictorSpec(
-        tap="hidden",
+        tap=BEFORE_LAST,
         anchors=tuple(range(0, length, horizon)),
         sigmas=tuple(read_times(length)[1]),
         host=host.fingerprint(),
@@ -193,51 +209,42 @@ def _spec(host: ModuleHost, decodings: Decodings, horizon: int) -> PredictorSpec
 
 def _pairs(
     decodings: Decodings, horizon: int, count: int, generator: torch.Generator
-) -> tuple[Int[Tensor, " B"], int, int]:
-    """Some decodings, and an anchor and a later step of all of them."""
+) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Int[Tensor, " B"]]:
+    """Some decodings, and an anchor and a later step of each."""
     rows = torch.randint(len(decodings.ids), (count,), generator=generator)
-    gap = 1 + int(torch.randint(horizon, (), generator=generator))
-    anchor = int(torch.randint(decodings.length - gap, (), generator=generator))
-    return rows, anchor, anchor + gap
+    gaps = 1 + torch.randint(horizon, (count,), generator=generator)
+    anchors = (torch.rand(count, generator=generator) * (decodings.length - gaps)).long()
+    return rows, anchors, anchors + gaps
 
 
 def _loss(
-    predictor: DiscaPredictor,
-    model: nn.Module,
-    skipper: TrunkSkipper,
+    predictor: TunedLastBlock,
+    model: Any,
+    teacher: TrunkSkipper,
+    student: LastBlock,
     decodings: Decodings,
-    mask_id: int,
     rows: Int[Tensor, " B"],
-    anchor: int,
-    step: int,
+    anchors: Int[Tensor, " B"],
+    steps: Int[Tensor, " B"],
 ) -> Float[Tensor, ""]:
     """KL of the head's distributions at the tokens still masked."""
-    length = decodings.length
-    history = History(predictor.window)
-    history.push(_step(anchor, length), decodings.hidden[rows, anchor])
-    ids = decodings.ids[rows, step]
+    ids = decodings.ids[rows, steps]
     call = {"input_ids": ids, "attention_mask": decodings.attended[rows]}
-    true = functools.partial(_given, decodings.hidden[rows, step])
-    forecast = functools.partial(_forecast, predictor, history, step, length)
+    true = functools.partial(_given, decodings.hidden[rows, steps])
     with torch.no_grad():
-        wanted = logits_of(skipper(model.forward, (), call, true)).log_softmax(-1)
-    found = logits_of(skipper(model.forward, (), call, forecast)).log_softmax(-1)
-    masked = ids == mask_id
+        wanted = logits_of(teacher(model.forward, (), call, true)).log_softmax(-1)
+    entering = functools.partial(_entering, predictor, decodings.before_last[rows, anchors])
+    output = student(model.forward, (), call, entering, weights=predictor.block_weights)
+    found = logits_of(output).log_softmax(-1)
+    masked = ids == model.config.mask_token_id
     return nn.functional.kl_div(
         found[masked], wanted[masked], reduction="batchmean", log_target=True
     )
 
 
-def _step(index: int, num_steps: int, tokens: Tensor | None = None) -> Step:
-    return Step(index, 1 - index / num_steps, num_steps, tokens=tokens)
+def _entering(predictor: TunedLastBlock, kept: Tensor, came: list[Tensor]) -> list[Tensor]:
+    return [came[0] + predictor.added(kept, came[0])]
 
 
 def _given(hidden: Tensor, came: Tensor) -> Tensor:
     return hidden
-
-
-def _forecast(
-    predictor: DiscaPredictor, history: History, step: int, length: int, came: Tensor
-) -> Tensor:
-    forecast: Tensor = predictor(history, _step(step, length, came))
-    return forecast
