@@ -275,7 +275,7 @@ def compared(own: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, list
     found = {}
     for quality in QUALITIES:
         pair = paired(own[quality], other[quality])
-        found[quality] = [round(each, 3) for each in (pair.mean, pair.ci_low, pair.ci_high)]
+        found[quality] = [round(each, 3) for each in (pair.mean, pair.low, pair.high)]
     return found
 
 

@@ -168,6 +168,16 @@ def test_the_table_of_language_models_is_that_of_the_results(benchmarks):
     assert between("language_models.md", "results") == dllm_page.table(rows)
 
 
+def test_the_tables_of_editing_are_those_of_the_results(benchmarks):
+    import json
+
+    import editing_page
+
+    region = json.loads((benchmarks / "results" / "eedit.json").read_text())["region"]
+    assert between("editing.md", "regions") == editing_page.regions(region)
+    assert between("editing.md", "kinds") == editing_page.by_kind(region)
+
+
 def test_the_tables_of_students_are_those_of_the_results(benchmarks):
     import json
 
