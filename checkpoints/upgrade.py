@@ -105,14 +105,16 @@ def _first_time_from_6(values: Values) -> Values:
     return values | {"arguments": {"first_time": None} | arguments}
 
 
-def _offsets_from_7(values: Values) -> Values:
-    """2026-11-29: a DisCa predictor without modulation is a class of its own."""
-    arguments = values.get("arguments")
-    if values.get("predictor_class") != "DiscaPredictor" or not isinstance(arguments, dict):
+def _classes_from_7(values: Values) -> Values:
+    """2026-11-29: DisCa without modulation is a class; readouts may have token groups."""
+    name, arguments = values.get("predictor_class"), values.get("arguments")
+    if not isinstance(arguments, dict):
         return values
-    if arguments.get("modulation_width") != 0:
+    if name == "Readout":
+        return values | {"arguments": {"partition": None} | arguments}
+    if name != "DiscaPredictor" or arguments.get("modulation_width") != 0:
         return values
-    kept = {name: value for name, value in arguments.items() if name != "modulation_width"}
+    kept = {each: value for each, value in arguments.items() if each != "modulation_width"}
     return values | {"predictor_class": "OffsetDisca", "arguments": kept}
 
 
@@ -128,7 +130,7 @@ PREDICTOR: dict[int, Upgrade] = {
     4: _rows_from_4,
     5: _order_from_5,
     6: _first_time_from_6,
-    7: _offsets_from_7,
+    7: _classes_from_7,
 }
 """Of the `config.json` of a predictor checkpoint."""
 
