@@ -178,6 +178,18 @@ def test_the_tables_of_editing_are_those_of_the_results(benchmarks):
     assert between("editing.md", "kinds") == editing_page.by_kind(region)
 
 
+def test_the_tables_of_inversions_are_those_of_the_results(benchmarks):
+    import json
+
+    import eedit_inversion_page
+
+    found = json.loads((benchmarks / "results" / "eedit.json").read_text())["inversion"]
+    assert between("inversion.md", "inversion_verdict") == eedit_inversion_page.verdict(found)
+    assert between("inversion.md", "inversion") == eedit_inversion_page.table(found)
+    assert between("inversion.md", "inversion_tried") == eedit_inversion_page.tried_table(found)
+    assert between("inversion.md", "inversion_edits") == eedit_inversion_page.edits_table(found)
+
+
 def test_the_tables_of_students_are_those_of_the_results(benchmarks):
     import json
 
