@@ -3,6 +3,7 @@
 Spearman's rank correlation of each error with the closed-loop PSNR over all rows of a benchmark:
 
     python benchmarks/offline_correlation.py RECORDING benchmarks/results/fashion_dit.json
+    python benchmarks/offline_correlation.py RECORDING benchmarks/results/readout.json emoji_flux
 """
 
 import json
@@ -33,8 +34,8 @@ def spearman(errors: list[float], psnr: list[float]) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def main(recording: str, results: str) -> None:
-    """Print the correlations over all rows, per tap and among the best."""
+def main(recording: str, results: str, host: str | None = None) -> None:
+    """Print the correlations over all rows, of a host where told, per tap and among the best."""
     opened = Recording(recording)
     grams = {
         tap: TapGrams(tap, opened.stack(f"gram/{tap}"), opened.header.sigmas)
@@ -42,13 +43,14 @@ def main(recording: str, results: str) -> None:
     }
     found: list[tuple[OfflineRow, float]] = []
     for row in json.loads(Path(results).read_text()):
-        if row["method"] in (*RULES, LEARNED) and row["tap"] in grams:
+        known = row["method"] in (*RULES, LEARNED) and row["tap"] in grams
+        if known and host in (None, row["host"]):
             anchors = tuple(map(int, row["anchors"].split()))
             measured = grams[row["tap"]].measure(row["method"], row["anchors_name"], anchors)
             found.append((measured, row["psnr_db"]))
     top = {
         n: max(psnr for row, psnr in found if row.num_anchors == n)
-        for n in (11, 8, 6)
+        for n in (11, 8, 6, 4)
         if any(row.num_anchors == n for row, _ in found)
     }
     groups = {"all rows": found}
