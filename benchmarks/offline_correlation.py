@@ -44,7 +44,7 @@ def main(recording: str, results: str, host: str | None = None) -> None:
     found: list[tuple[OfflineRow, float]] = []
     for row in json.loads(Path(results).read_text()):
         known = row["method"] in (*RULES, LEARNED) and row["tap"] in grams
-        if known and host in (None, row["host"]):
+        if known and (host is None or row["host"] == host):
             anchors = tuple(map(int, row["anchors"].split()))
             measured = grams[row["tap"]].measure(row["method"], row["anchors_name"], anchors)
             found.append((measured, row["psnr_db"]))

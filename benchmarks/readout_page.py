@@ -12,7 +12,7 @@ RESULT = Path("benchmarks/results/readout.json")
 CURVE = Path("benchmarks/results/readout_curve.json")
 COST = Path("benchmarks/results/readout_cost.json")
 PAGE, README = Path("docs/readout.md"), Path("README.md")
-ON_README = (8, 6)  # evaluations
+ON_README = (11, 8, 6, 4)  # evaluations
 OURS = ("readout", "rows", "l2p_closed_loop")
 KINDS = ("formula", "solver", "learned solver")
 
