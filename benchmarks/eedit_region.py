@@ -124,7 +124,7 @@ class Bench:
             taps=["output"],
             batch_size=BATCH,
             partitions={"output/regions": TokenGroups()},
-            groups=regions,
+            token_groups=regions,
             **CALL,
         )
         return Recording(self.out / "recording")

@@ -69,7 +69,9 @@ def recording(pipe, tmp_path_factory) -> Recording:
     items = [item(seed) for seed in range(5)]
     parts = {"output/regions": TokenGroups()}
     more: dict[str, Any] = {"taps": ["output", "hidden"], "batch_size": 1, "features": "full"}
-    return Recording(record(pipe, items, out, partitions=parts, groups=by_prompt, **more, **GIVEN))
+    return Recording(
+        record(pipe, items, out, partitions=parts, token_groups=by_prompt, **more, **GIVEN)
+    )
 
 
 def rows_of(predictor: L2P) -> L2P:
@@ -227,7 +229,7 @@ def test_a_readout_with_one_group_in_every_token_is_the_common_readout(pipe, mon
     all_edited = region_groups(torch.ones(1, 32, 32), GRID, num_reference=SOURCE)
     parts = {"output/regions": TokenGroups()}
     folder = str(record(pipe, items, tmp_path / "r", batch_size=1, partitions=parts,
-                        groups=all_edited, **GIVEN))  # fmt: skip
+                        token_groups=all_edited, **GIVEN))  # fmt: skip
     common = module_of(folder, pipe, ANCHORS, rank=2)
     same = module_of(folder, pipe, ANCHORS, 2, partition="regions", groups=lambda given: all_edited)
     for module in (common, same):
@@ -288,13 +290,13 @@ def test_token_groups_that_nothing_goes_by_are_refused(pipe):
 
 @pytest.mark.fault
 def test_token_groups_are_recorded_with_their_names_or_not_at_all(pipe, tmp_path):
-    for wrong in ({"groups": corner()}, {"partitions": {"output/regions": TokenGroups()}}):
+    for wrong in ({"token_groups": corner()}, {"partitions": {"output/regions": TokenGroups()}}):
         with pytest.raises(ValueError, match="token groups are recorded with both"):
             record(pipe, [item(1)], tmp_path / "r", **wrong, **GIVEN)
     assert not (tmp_path / "r").exists()
     parts = {"output/a": TokenGroups(("x", "y")), "output/b": TokenGroups()}
     with pytest.raises(ValueError, match="have other names for their token groups"):
-        record(pipe, [item(1)], tmp_path / "r", partitions=parts, groups=corner(), **GIVEN)
+        record(pipe, [item(1)], tmp_path / "r", partitions=parts, token_groups=corner(), **GIVEN)
 
 
 @pytest.mark.fault

@@ -363,7 +363,7 @@ def recorded_groups(
         raise ValueError(
             f"found the partitions {sorted(partitions)} and groups "
             f"{'not ' if groups is None else ''}given; token groups are recorded with both: "
-            "partitions={'output/regions': TokenGroups(names)} and groups=, their numbers."
+            "partitions={'output/regions': TokenGroups(names)} and token_groups=, their numbers."
         )
     if groups is None:
         return None

@@ -101,7 +101,7 @@ def record(
     rank: int = 0,
     world: int = 1,
     partitions: Mapping[str, Partition] | None = None,
-    groups: Groups | None = None,
+    token_groups: Groups | None = None,
     **settings: Any,
 ) -> str | Path:
     """Run a pipeline over items and write a recording; run it again to resume after a break.
@@ -122,8 +122,8 @@ def record(
         world: processes that record at the same time.
         partitions: partitions by `<tap>/<name>`; their Grams, `(branches, parts, S, S)`, are stored
             as `gram/<tap>/<name>`.
-        groups: of a partition into `TokenGroups`: numbers of a call's samples and tokens, or a
-            function of the call's arguments.
+        token_groups: of a partition into `TokenGroups`: numbers of a call's samples and tokens, or
+            a function of the call's arguments.
         settings: keyword arguments of every call, such as `guidance_scale`, `num_inference_steps`.
 
     Returns:
@@ -142,7 +142,7 @@ def record(
     recorder = Recorder(expand_taps(pipe, taps), partitions)
     if recorder.partitions:
         recipe["partitions"] = describe_partitions(recorder)
-    own = recorded_groups(recorder.partitions, groups)
+    own = recorded_groups(recorder.partitions, token_groups)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     _record_batches(pipe, batches, recorder, own, out, recipe, rank, settings)
     return out
