@@ -136,6 +136,17 @@ def test_its_first_numbers_are_those_of_the_results(monkeypatch):
     )
 
 
+def test_the_numbers_of_other_hosts_are_those_of_their_pages():
+    table = README.read_text().partition("<!-- beyond -->")[2].partition("<!-- /beyond -->")[0]
+    rows = table.strip().splitlines()[2:]
+    assert len(rows) == 4
+    for row in rows:
+        name, _, worth = row.strip("| ").split(" | ")
+        page = (README.parent / re.search(r"\((docs/\w+\.md)\)", name)[1]).read_text()
+        numbers = re.findall(r"\d+\.\d+", worth)
+        assert numbers and not [number for number in numbers if number not in page], name
+
+
 def test_there_are_two_commands_to_set_it_up():
     assert re.findall(r"^    (make \w+)", README.read_text(), flags=re.M) == [
         "make demo",
