@@ -186,9 +186,9 @@ def set_in(*path, value):
 
 CONFIG_FAULTS = {
     "newer schema": (set_in("schema_version", value=9), "schema_version 9, .* upgrade foreseer"),
-    "no version": (set_in("schema_version", value=0), "schema_version is 0, expected 7"),
+    "no version": (set_in("schema_version", value=0), "schema_version is 0, expected 8"),
     "no schema": (lambda c: c.pop("schema_version"), r"lacks \['schema_version'\]"),
-    "schema true": (set_in("schema_version", value=True), "schema_version is True, expected 7"),
+    "schema true": (set_in("schema_version", value=True), "schema_version is True, expected 8"),
     "unknown class": (
         set_in("predictor_class", value="os.system"),
         r"predictor_class is 'os.system', expected one of \[.*'L2P'.*\]; upgrade foreseer",

@@ -18,6 +18,7 @@ from foreseer.evaluation.measure import References
 from foreseer.evaluation.page import figures
 from foreseer.evaluation.page.heat import Timeline
 from foreseer.evaluation.page.sheet import Row, sheet
+from foreseer.integration.call_groups import CallGroups
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.session import Session
 from foreseer.predictors.base import Predictor, Step
@@ -101,12 +102,19 @@ class SampleLog:
         references: held-out trajectories, of which the first few are drawn.
         tap: forecast tap.
         anchors: steps at which the network runs.
+        groups: token groups of a call, of fits that go by them.
     """
 
-    def __init__(self, references: References, tap: str, anchors: Sequence[int]) -> None:
+    def __init__(
+        self,
+        references: References,
+        tap: str,
+        anchors: Sequence[int],
+        groups: CallGroups | None = None,
+    ) -> None:
         self.items: Sequence[Item] = next(iter(references.batches), [])[:NUM_SAMPLES]
         self.settings = {**references.settings, "output_type": "np"}
-        self.tap, self.anchors = tap, anchors
+        self.tap, self.anchors, self.groups = tap, anchors, groups
         self.full: Tensor | None = None
 
     def log(self, module: Any, predictor: Predictor) -> None:
@@ -121,7 +129,7 @@ class SampleLog:
         if self.full is None:
             self.full = self._drawn(module.pipe)
         source = Forecaster(predictor, self.tap, self.anchors)
-        session = Session(module.pipe, source, groups=getattr(module, "groups", None))
+        session = Session(module.pipe, source, groups=self.groups)
         try:
             forecast = self._drawn(module.pipe)
         finally:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from foreseer.checkpoints.spec import PredictorSpec
+from foreseer.integration.call_groups import CallGroups
 from foreseer.integration.pipelines.load import device_of
 from foreseer.predictors.base import Predictor
 from foreseer.training.plumbing.resuming import Resumable, check_strategy
@@ -30,6 +31,7 @@ class PredictorFit(Resumable):
         predictor: being fitted; None while its sizes are not known.
         num_trajectories: fitted on, a buffer.
         sums: what else is kept of the trajectories beside the predictor.
+        token_groups: of a call, where the predictor goes by them.
     """
 
     fit_name = ""
@@ -39,6 +41,7 @@ class PredictorFit(Resumable):
     predictor: Any
     num_trajectories: Tensor
     sums: Mapping[str, Tensor] = {}
+    token_groups: CallGroups | None = None
 
     @property
     def recording(self) -> Recording:

@@ -160,7 +160,7 @@ class RivalsVerdict(Verdict):
             anchors_of(module),
             references.batches,
             references.finals,
-            getattr(module, "groups", None),
+            module.token_groups,
             **references.settings,
         )
 

@@ -152,8 +152,8 @@ class ReadoutFit(ClosedForm):
         self.save_hyperparameters(self.told(Readout, None))  # known once the network has run
         sizes = len(header.sigmas), anchors, header.num_branches, header.expert_steps
         parts = None if partition is None else recorded_partition(header, TAP, partition)
-        self.groups = groups_of(parts, groups)
-        if self.groups is not None and keep_sums:
+        self.token_groups = groups_of(parts, groups)
+        if self.token_groups is not None and keep_sums:
             raise ValueError(
                 "the sums of a readout of token groups are not kept; leave keep_sums out, and fit "
                 "anew on more trajectories."
@@ -233,7 +233,7 @@ class ReadoutFit(ClosedForm):
             )
         self.trainer.fit_loop.max_epochs = count
         self.scratch = tempfile.TemporaryDirectory(prefix="foreseer_readout_")
-        self.session = Session(self.pipe, self.walk, repeats=True, groups=self.groups)
+        self.session = Session(self.pipe, self.walk, repeats=True, groups=self.token_groups)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Visit the next anchor with all trajectories, and solve for its segment."""
@@ -264,7 +264,9 @@ class ReadoutFit(ClosedForm):
             self.val_errors = self._errors(self.predictor)
             self.val_error.fill_(self.val_errors.mean())
             self.log("val/error_db", self.val_error)
-            SampleLog(self.validation, TAP, self.anchors).log(self, self.predictor)
+            SampleLog(self.validation, TAP, self.anchors, self.token_groups).log(
+                self, self.predictor
+            )
 
     def on_fit_end(self) -> None:
         """Leave the pipeline as it was."""
@@ -414,7 +416,7 @@ class ReadoutFit(ClosedForm):
             self.anchors,
             references.batches,
             references.finals,
-            self.groups,
+            self.token_groups,
             **references.settings,
         )
 
