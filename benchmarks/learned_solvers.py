@@ -389,6 +389,7 @@ def page() -> None:
         gap = f"{r['paired_db']:+.2f} ({r['paired_low_db']:+.2f} to {r['paired_high_db']:+.2f}; "
         gap += f"{r['wins']} of {r['num_samples']})"
         form = r["form"] + (", Adam" if r["optimiser"] == "adam" else "")
+        form += f", seed {r['seed']}" if r["seed"] else ""
         cost = f"{r['fit_evaluations']:.0f}" if r["num_pairs"] else ""
         cost += f", {r['fit_seconds']:.0f}" if r.get("fit_seconds") else ""
         lines.append(
