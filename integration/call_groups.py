@@ -53,9 +53,10 @@ class CallGroups:
         given = self.given
         if not isinstance(given, Tensor):
             given = given({} if call is None else arguments_of(call))
-        found = f"{tuple(given.shape)} of {given.dtype}" if isinstance(given, Tensor) else given
-        whole = isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point()
-        if not whole or not given.numel() or given.is_complex():
+        is_tensor = isinstance(given, Tensor)
+        found = f"{tuple(given.shape)} of {given.dtype}" if is_tensor else type(given).__name__
+        whole = is_tensor and given.dtype != torch.bool and not given.is_floating_point()
+        if not whole or given.ndim != 2 or not given.numel() or given.is_complex():
             raise ValueError(
                 f"the token groups are {found}, expected whole numbers (samples, tokens), such as "
                 "region_groups makes of a mask."

@@ -71,13 +71,13 @@ def sample_masked(
         The responses, and when each token was committed.
 
     Raises:
-        ValueError: no mask id, too long a sequence, blocks or steps that do not fit, logits that
-            are not finite, or steps that end before the response is complete.
+        ValueError: no mask id, too long a sequence, blocks, steps or a clock that do not fit,
+            logits that are not finite, or steps that end before the response is complete.
         UnsupportedHost: the model's attention is causal.
     """
     config = getattr(model, "config", None)
     block = length if block is None else block
-    _check_numbers(length, steps, block, commit, threshold)
+    _check_numbers(length, steps, block, commit, threshold, clock)
     mask_id = _token(config, "mask_token_id", "a masked model's tokenizer has a mask token")
     rows, attended = _padded(prompts, config)
     ids = torch.cat([rows, rows.new_full((len(rows), length), mask_id)], 1)
@@ -100,7 +100,7 @@ def sample_masked(
         response = torch.where(chosen, tokens, ids[:, -length:])
         ids = torch.cat([ids[:, :-length], response], 1)  # what was given stays as it was
         committed_at[chosen] = index
-    _check_complete(committed_at, steps)
+    _check_complete(committed_at, index + 1)
     return Sampled(ids[:, -length:], committed_at)
 
 
@@ -211,7 +211,12 @@ def _token(config: Any, name: str, why: str) -> int:
     return found
 
 
-def _check_numbers(length: int, steps: int, block: int, commit: str, threshold: float) -> None:
+def _check_numbers(
+    length: int, steps: int, block: int, commit: str, threshold: float, clock: Any
+) -> None:
+    counted = len(getattr(clock, "sigmas", None) or range(steps))
+    if counted != steps:
+        raise ValueError(f"the clock has {counted} steps and steps is {steps}; expected as many.")
     if not 1 <= block <= length or length % block:
         raise ValueError(
             f"a response of {length} tokens does not divide into blocks of {block}; expected a "

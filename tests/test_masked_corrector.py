@@ -1,6 +1,8 @@
 """A corrector of a masked model starts as its last block, and learns from recorded decodings."""
 
+import copy
 import json
+import threading
 
 import pytest
 import torch
@@ -211,3 +213,47 @@ def test_a_corrector_of_an_earlier_release_is_still_read_and_none_is_built_witho
     assert torch.equal(loaded(history, step), made(history, step))
     with pytest.raises(ValueError, match="modulation_width 0"):
         DiscaPredictor(32, 0, num_heads=2)
+
+
+@pytest.mark.fault
+def test_decodings_of_another_model_and_what_is_no_host_are_refused(model, host, decodings):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    elsewhere = fs.host(other, blocks="model.transformer.blocks", head="model.transformer.ln_f")
+    with pytest.raises(ValueError, match="decodings are those of another model"):
+        fit_corrector(elsewhere, decodings, num_steps=1)
+    with pytest.raises(ValueError, match="expected the host of a masked language model"):
+        fit_corrector(model, decodings, num_steps=1)
+    with pytest.raises(ValueError, match="expected the host of a masked language model"):
+        record_decodings(model, equal_prompts(), LENGTH)
+
+
+@pytest.mark.fault
+def test_no_other_thread_calls_the_model_during_a_fit(model, host, decodings):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    told = []
+
+    def call(number, loss):
+        def run():
+            try:
+                model(decodings.ids[:1, 0])
+            except ValueError as error:
+                told.append(str(error))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    fit_corrector(host, decodings, num_steps=2, tell=call)
+    assert len(told) == 2 and "fitted on in another thread" in told[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model(decodings.ids[:1, 0])
+
+
+@pytest.mark.fault
+def test_a_clock_of_another_number_of_steps_is_refused(model, host):
+    with host.steps(LENGTH) as steps, pytest.raises(ValueError, match="steps and steps is 6"):
+        sample_masked(model, equal_prompts(), LENGTH, LENGTH // 2, clock=steps)
+    with pytest.raises(ValueError, match="still masked after 3 steps"):
+        sample_masked(model, equal_prompts(), LENGTH, LENGTH, clock=range(3))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from module_hosts import seeded
+from PIL import Image
 from tiny_hosts import tiny_flux
 from tiny_text import tiny_text_pipeline
 
@@ -305,3 +306,21 @@ def test_a_flux_pipeline_of_diffusers_is_inverted_and_edited():
     assert editor.coder.packed_mask(mask).float().mean() == pytest.approx(1 / 6)
     drawn = editor.edit(inverted, prompt, 0.5, 2, mask, output_type="pt")
     assert drawn.shape == (1, 3, 16, 12) and bool(drawn.isfinite().all())
+
+
+@pytest.mark.fault
+def test_pictures_that_are_not_finite_or_not_rgb_of_one_size_are_refused(editor):
+    broken = pictures()
+    broken[0, 0, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match="with values up to nan"):
+        invert(editor, images=broken)
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        invert(editor, noise=torch.full_like(editor.coder.encoded(pictures())[0], float("nan")))
+    for images in (
+        Image.new("RGBA", (16, 16)),
+        Image.new("L", (16, 16)),
+        [Image.new("RGB", (16, 16)), Image.new("RGB", (32, 16))],
+        [],
+    ):
+        with pytest.raises(ValueError, match="expected RGB of one size"):
+            invert(editor, images=images)

@@ -254,7 +254,8 @@ def test_a_readout_with_one_group_in_every_token_is_the_common_readout(pipe, mon
         (corner() - 1, r"run from -1 to 2, expected 0 to 3"),
         (corner().float(), r"are \(1, 32\) of torch.float32, expected whole numbers"),
         (corner()[0], r"are \(32,\) of torch.int64, expected whole numbers \(samples, tokens\)"),
-        (lambda given: None, "token groups are None, expected whole numbers"),
+        (lambda given: None, "token groups are NoneType, expected whole numbers"),
+        (corner() > 1, r"are \(1, 32\) of torch.bool, expected whole numbers"),
     ],
 )
 def test_token_groups_that_do_not_fit_are_refused_and_a_clean_run_follows(pipe, groups, told):

@@ -120,15 +120,29 @@ def _pixels(pipe: Any, images: Any) -> Float[Tensor, "B C H W"]:
     """Pictures in [-1, 1] where a pipeline runs.
 
     Raises:
-        ValueError: tensors of another shape or range.
+        ValueError: tensors of another shape or range, or PIL images that are not RGB or of several
+            sizes.
     """
     if not isinstance(images, Tensor):
+        _check_images(images)
         made: Tensor = pipe.image_processor.preprocess(images)
         images = made
-    if images.ndim != 4 or not len(images) or float(images.abs().max()) > 1:
+    if images.ndim != 4 or not len(images) or not float(images.abs().max()) <= 1:
         raise ValueError(
             f"the pictures are {tuple(images.shape)} with values up to "
             f"{float(images.abs().max()) if images.numel() else 0:g}, expected (B, C, H, W) in "
             "[-1, 1], or PIL images."
         )
     return images.to(pipe._execution_device, pipe.transformer.dtype)
+
+
+def _check_images(images: Any) -> None:
+    """Raise unless these are pictures that a pipeline would take as they are."""
+    listed = list(images) if isinstance(images, list | tuple) else [images]
+    kinds = {(getattr(each, "mode", "RGB"), getattr(each, "size", None)) for each in listed}
+    if len(kinds) != 1 or next(iter(kinds))[0] != "RGB":
+        told = ", ".join(f"{mode} of {size}" for mode, size in sorted(kinds, key=str)) or "none"
+        raise ValueError(
+            f"the pictures are {told}, expected RGB of one size: image.convert('RGB').resize(...), "
+            "over a background of your own where they have an alpha channel."
+        )

@@ -137,10 +137,10 @@ class RFInversion:
         grid = self.grid(num_inference_steps, source)[::-1]
         if noise is None:
             noise = randn_tensor(source.shape, generator, source.device, source.dtype)
-        elif noise.shape != source.shape:
+        elif noise.shape != source.shape or not bool(noise.isfinite().all()):
             raise ValueError(
-                f"the noise has the shape {tuple(noise.shape)}, expected that of the pictures' "
-                f"latents, {tuple(source.shape)}."
+                f"the noise has the shape {tuple(noise.shape)}, expected finite numbers in that of "
+                f"the pictures' latents, {tuple(source.shape)}."
             )
         if gamma == 1:
             warnings.warn(

@@ -16,6 +16,7 @@ states, are multi-token residual prediction's, arXiv 2605.18817.
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.integration.host.call import Call
 from foreseer.integration.host.gate import LastBlock
-from foreseer.integration.host.hook import BEFORE_LAST, TrunkSkipper, capturing
+from foreseer.integration.host.hook import BEFORE_LAST, Attached, TrunkSkipper, capturing
 from foreseer.integration.host.loop import read_times
 from foreseer.integration.host.module_host import ModuleHost
 from foreseer.integration.host.proof import facts_of, prove
@@ -54,6 +55,7 @@ class Decodings:
         before_last: what its blocks before the last had added to what entered the first.
         hidden: what entered its head.
         length: G.
+        host: fingerprint of the model.
     """
 
     ids: Int[Tensor, "R S N"]
@@ -61,6 +63,7 @@ class Decodings:
     before_last: Float[Tensor, "R S N D"]
     hidden: Float[Tensor, "R S N D"]
     length: int
+    host: dict[str, Any]
 
 
 class _Recorded:
@@ -83,7 +86,7 @@ class _Recorded:
 
 
 def record_decodings(
-    host: ModuleHost, prompts: Prompts, length: int, block: int | None = None
+    host: Any, prompts: Prompts, length: int, block: int | None = None
 ) -> Decodings:
     """Decode in full, one token at every step, and keep what enters the last block and the head.
 
@@ -94,21 +97,25 @@ def record_decodings(
         block: see `sample_masked`.
 
     Raises:
+        ValueError: this is no host, or something is attached to its model.
         UnsupportedHost: the model is causal, or its blocks hand on more than one stream.
     """
+    _check_host(host)
     check_bidirectional(host.module)
     recorded = _Recorded(host.module)
-    sample_masked(recorded, prompts, length, length, block)
+    with _alone(host.module):
+        sample_masked(recorded, prompts, length, length, block)
     taps = {
         name: torch.stack([found[name] for found in recorded.taps], 1)
         for name in ("hidden", BEFORE_LAST)
     }
     ids = torch.stack(recorded.ids, 1)
-    return Decodings(ids, recorded.attended[-1], taps[BEFORE_LAST], taps["hidden"], length)
+    before_last, hidden = taps[BEFORE_LAST], taps["hidden"]
+    return Decodings(ids, recorded.attended[-1], before_last, hidden, length, host.fingerprint())
 
 
 def fit_corrector(
-    host: ModuleHost,
+    host: Any,
     decodings: Decodings,
     horizon: int = 4,
     num_steps: int = 1000,
@@ -133,12 +140,11 @@ def fit_corrector(
         The predictor, with the spec of this fit.
 
     Raises:
-        ValueError: a horizon that the recording does not reach.
+        ValueError: a horizon that the recording does not reach, decodings of another model, no
+            host, or something that is attached to its model.
     """
-    if not 1 <= horizon < decodings.length:
-        raise ValueError(
-            f"horizon is {horizon}, expected 1 to {decodings.length - 1}, steps of the recording."
-        )
+    _check_host(host)
+    _check_recorded(host, decodings, horizon)
     model: Any = host.module
     call = {"input_ids": decodings.ids[:1, 0], "attention_mask": decodings.attended[:1]}
     trunk = _trunk(model, call)
@@ -152,7 +158,7 @@ def fit_corrector(
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, learning_rate, num_steps, pct_start=0.1, cycle_momentum=False
     )
-    with _frozen(model):
+    with _alone(model), _frozen(model):
         for number in range(num_steps):
             pairs = _pairs(decodings, horizon, batch_size, generator)
             loss = _loss(predictor, model, teacher, student, decodings, *pairs)
@@ -164,6 +170,46 @@ def fit_corrector(
             if tell is not None:
                 tell(number, float(loss.detach()))
     return predictor.eval()
+
+
+def _check_host(host: Any) -> None:
+    if not isinstance(host, ModuleHost):
+        raise ValueError(
+            f"found {type(host).__name__}, expected the host of a masked language model: "
+            "foreseer.host(model)."
+        )
+
+
+def _check_recorded(host: ModuleHost, decodings: Decodings, horizon: int) -> None:
+    if decodings.host != host.fingerprint():
+        raise ValueError(
+            f"the decodings are those of another model than {type(host.module).__name__} is now; "
+            "record them anew: record_decodings(host, prompts, length)."
+        )
+    if not 1 <= horizon < decodings.length:
+        raise ValueError(
+            f"horizon is {horizon}, expected 1 to {decodings.length - 1}, steps of the recording."
+        )
+
+
+@contextlib.contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Let no other thread call a model whose blocks are exchanged, nor anybody attach to it."""
+    owner = threading.get_ident()
+
+    def route(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != owner:
+            raise ValueError(
+                f"{type(model).__name__} is being recorded or fitted on in another thread, which "
+                "exchanges its blocks; call it when that is done, or call a copy."
+            )
+        return forward(*args, **kwargs)
+
+    attached = Attached(model, route)
+    try:
+        yield
+    finally:
+        attached.remove()
 
 
 @contextlib.contextmanager
