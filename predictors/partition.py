@@ -81,7 +81,23 @@ class Partition:
         return self.weigh([combine(rows, wide) for rows in weights]).to(features[-1].dtype)
 
 
-class ChannelGroups(Partition):
+class Masks(Partition):
+    """Parts that are 0/1 masks: every entry of a feature is of one of them."""
+
+    def part_of(self, feature: Float[Tensor, " B *shape"]) -> Int[Tensor, "..."]:
+        """Number of the part of every entry, in a shape that broadcasts to the feature's."""
+        raise NotImplementedError
+
+    def weigh(self, combined: Sequence[Float[Tensor, " B *shape"]]) -> Float[Tensor, " B *shape"]:
+        """Every entry from the tensor of its part."""
+        self.check(combined[0])
+        numbers, total = self.part_of(combined[0]), combined[0]
+        for part, other in enumerate(combined[1:], start=1):
+            total = torch.where(numbers == part, other, total)
+        return total
+
+
+class ChannelGroups(Masks):
     """Groups of channels: of the last axis of tokens (B, N, D), of axis 1 of maps (B, C, H, W).
 
     Args:
@@ -114,14 +130,9 @@ class ChannelGroups(Partition):
                 f"(B, {len(self.labels)}, H, W). Cluster the channels of this model and tap."
             )
 
-    def weigh(self, combined: Sequence[Float[Tensor, " B *shape"]]) -> Float[Tensor, " B *shape"]:
-        """Every channel from the tensor of its group."""
-        self.check(combined[0])
-        index = _per_channel(self.index, combined[0])
-        total = combined[0]
-        for part, other in enumerate(combined[1:], start=1):
-            total = torch.where(index == part, other, total)
-        return total
+    def part_of(self, feature: Float[Tensor, " B *shape"]) -> Int[Tensor, "..."]:
+        """The group of every channel."""
+        return _per_channel(self.index, feature)
 
     def combine(
         self, weights: Float[Tensor, "P K branches"], features: list[Tensor]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from foreseer.predictors.partition import Partition
+from foreseer.predictors.partition import Masks
 from foreseer.predictors.weighted import wide_dtype
 
 REGIONS = ("edit", "near", "keep", "reference")
@@ -21,7 +21,7 @@ REGIONS = ("edit", "near", "keep", "reference")
 the tokens of a source picture that follow those of the picture (FLUX Kontext, Qwen-Image-Edit)."""
 
 
-class TokenGroups(Partition):
+class TokenGroups(Masks):
     """Tokens with the same group number; the numbers arrive with every call.
 
     F_hat = sum_g P_g sum_k c_gk F_k, with P_g the sample's own 0/1 mask of group g.
@@ -75,14 +75,9 @@ class TokenGroups(Partition):
             raise ValueError("the token groups have not met a call; ask for those `at` one.")
         return self.numbers
 
-    def weigh(self, combined: Sequence[Float[Tensor, "M N D"]]) -> Float[Tensor, "M N D"]:
-        """Every token from the tensor of its group."""
-        self.check(combined[0])
-        numbers = self._numbers()[..., None]
-        total = combined[0]
-        for part, other in enumerate(combined[1:], start=1):
-            total = torch.where(numbers == part, other, total)
-        return total
+    def part_of(self, feature: Float[Tensor, "M N D"]) -> Int[Tensor, "M N 1"]:
+        """The group of every token."""
+        return self._numbers()[..., None]
 
     def combine(
         self, weights: Float[Tensor, "P K branches"], features: list[Tensor]

@@ -39,7 +39,7 @@ def test_the_notebook_runs_from_top_to_bottom(notebook, tmp_path):
     found = re.findall(r"^(.*\S) +(\d+\.\d) dB from the full run$", told["compare"], re.M)
     decibels = {name: float(value) for name, value in found}
     assert list(decibels) == ["predictor", "reuse", "taylor 2"]
-    assert decibels["predictor"] > max(decibels["reuse"], decibels["taylor 2"])
+    assert decibels["predictor"] > max(decibels["reuse"], decibels["taylor 2"]) + 1
     (shown,) = [cell for cell in notebook.cells if cell.id == "pictures"]
     assert [each.output_type for each in shown.outputs] == ["display_data"]
     assert shown.outputs[0].data["image/png"]
