@@ -230,11 +230,11 @@ def predictor_folder(folder: Path, name: object) -> str:
 
 
 STAGES = {
-    "pictures": Stage("what the bundled predictors do", 45, pictures),
-    "record": Stage(f"your own: record {NUM_RECORDED} runs of {NUM_STEPS} steps", 65, record),
-    "fit": Stage("your own: fit predictors for 11, 8 and 6 evaluations", 45, fit),
-    "draw": Stage("your own: pictures by them", 12, draw),
-    "compare": Stage("your own: beside the formula and solvers one would use instead", 95, compare),
+    "pictures": Stage("what the bundled predictors do", 20, pictures),
+    "record": Stage(f"your own: record {NUM_RECORDED} runs of {NUM_STEPS} steps", 40, record),
+    "fit": Stage("your own: fit predictors for 11, 8 and 6 evaluations", 110, fit),
+    "draw": Stage("your own: pictures by them", 10, draw),
+    "compare": Stage("your own: beside the formula and solvers one would use instead", 90, compare),
 }
 """What `make demo` runs."""
 
