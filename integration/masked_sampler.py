@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from foreseer.integration.host.trunk import UnsupportedHost
 
 COMMITS = ("confidence", "threshold")
-Prompts: TypeAlias = Int[Tensor, "B P"] | Sequence[Int[Tensor, " _"]]
+Prompts: TypeAlias = Int[Tensor, "B P"] | Sequence[Int[Tensor, " _"]] | Sequence[Sequence[int]]
 LENGTHS = ("max_sequence_length", "max_position_embeddings")  # of a config: LLaDA's, most others'
 
 
@@ -184,6 +184,8 @@ def _padded(
     prompts: Prompts, config: Any
 ) -> tuple[Int[Tensor, "B longest"], Int[Tensor, "B longest"]]:
     """Prompts in one tensor, and where they are no padding."""
+    if not isinstance(prompts, Tensor):
+        prompts = [row if isinstance(row, Tensor) else torch.tensor(row) for row in prompts]
     lengths = {len(row) for row in prompts}
     if not lengths or 0 in lengths:
         raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from foreseer.predictors.partition import Masks
@@ -110,7 +110,7 @@ class TokenGroups(Masks):
 
 
 def region_groups(
-    mask: Shaped[Tensor, "B H W"],
+    mask: Any,
     grid: tuple[int, int],
     rings: int = 1,
     num_reference: int = 0,
@@ -118,7 +118,7 @@ def region_groups(
     """The `REGIONS` of an edit's mask: a token is `edit` if any of its pixels is.
 
     Args:
-        mask: pixels that may change, True or non-zero.
+        mask: pixels that may change, True or non-zero, a tensor (B, H, W).
         grid: height and width in tokens, which divide those of the mask.
         rings: steps of 8-neighbour dilation that are `near`, >= 0.
         num_reference: tokens of a source picture that follow those of the picture.
@@ -137,8 +137,13 @@ def region_groups(
     return torch.cat([numbers, reference], 1)
 
 
-def edited_tokens(mask: Shaped[Tensor, "B H W"], grid: tuple[int, int]) -> Bool[Tensor, "B h w"]:
+def edited_tokens(mask: Any, grid: tuple[int, int]) -> Bool[Tensor, "B h w"]:
     """Tokens with an edited pixel, see `region_groups`."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"the mask is a {type(mask).__name__}, expected a tensor (samples, height, width); of "
+            "a call without a mask there are no regions: leave groups out of it."
+        )
     height, width = grid
     sides = tuple(mask.shape[1:])
     if mask.ndim != 3 or min(sides) < 1 or sides[0] % height or sides[1] % width:

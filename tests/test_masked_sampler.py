@@ -127,6 +127,12 @@ def test_a_model_that_cannot_serve_the_prompt_is_refused(model, prompts, config,
         sample_masked(changed(model, **config), prompts, 12, 12)
 
 
+def test_prompts_may_be_lists_of_ids(model, prompts):
+    expected = sample_masked(model, [prompts[0], prompts[1][1:]], 12, 4).responses
+    listed = [prompts[0].tolist(), prompts[1][1:].tolist()]
+    assert torch.equal(sample_masked(model, listed, 12, 4).responses, expected)
+
+
 def test_prompts_without_tokens_or_without_a_padding_id_are_refused(model, prompts):
     with pytest.raises(ValueError, match="no empty one"):
         sample_masked(model, [prompts[0], prompts[0, :0]], 12, 12)

@@ -207,11 +207,12 @@ def test_readouts_are_fitted_on_exact_inversions(editor, tmp_path):
         (torch.ones(2, 1, 4, 4), "mask is 2x1x4x4, expected 2x1x16x16.*resize"),
         (torch.ones(3, 1, 16, 16), "mask is 3x1x16x16, expected 2x1x16x16"),
         (torch.ones(1, 3, 16, 16), "mask is 1x3x16x16, expected"),
+        (Image.new("L", (16, 16)), "mask is a Image, expected a tensor of booleans: of a PIL"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(editor, mask, words):
     with pytest.raises(ValueError, match=words):
-        edit(editor, invert(editor), mask=mask.bool())
+        edit(editor, invert(editor), mask=mask.bool() if isinstance(mask, torch.Tensor) else mask)
 
 
 @pytest.mark.parametrize(
@@ -226,12 +227,54 @@ def test_masks_that_do_not_fit_are_refused(editor, mask, words):
         (lambda e: edit(e, invert(e), stop=7), "stop 7; expected .* <= 6, the steps of"),
         (lambda e: edit(e, invert(e), eta=-1.0), "eta -1.0"),
         (lambda e: e.invert_exactly(pictures(), iterations=0), "iterations is 0"),
+        (
+            lambda e: invert(e, images=pictures()[:, :1]),
+            r"\(2, 1, 16, 16\).*expected \(B, 3, H, W\)",
+        ),
+        (
+            lambda e: e._embedded(None, pictures()[..., 0]),
+            'prompt is None, expected words.*"" is no',
+        ),
+        (
+            lambda e: e._embedded(["a cat", 3], pictures()[..., 0]),
+            "prompt is .*, 3], expected words",
+        ),
+        (lambda e: invert(e, guidance_scale=float("nan")), "guidance_scale is nan"),
+        (lambda e: edit(e, invert(e), guidance_scale=float("inf")), "guidance_scale is inf"),
+        (
+            lambda e: e.inversion(images=pictures(), gamma=[0.5, 0.5]),
+            "inputs are gamma, images, expected images and.*gamma 0",
+        ),
+        (lambda e: e.exact(prompt="a cat"), "inputs are prompt, expected images"),
         (lambda e: RFInversion(object()), "found object, expected a PixelFluxPipeline"),
     ],
 )
 def test_bad_input_is_refused_in_words(editor, call, words):
     with pytest.raises(ValueError, match=words):
         call(editor)
+
+
+def test_an_edit_inside_of_an_edit_is_told_to_wait(editor):
+    inverted = invert(editor)
+    block = editor.pipe.transformer.transformer_blocks[0]
+    handle = block.register_forward_pre_hook(lambda *_: edit(editor, inverted))
+    try:
+        with pytest.raises(ValueError, match="open already; end it first, or give runs"):
+            edit(editor, inverted)
+    finally:
+        handle.remove()
+    assert bool(edit(editor, inverted).isfinite().all())
+
+
+def test_an_inversion_is_edited_in_another_type_of_numbers(editor):
+    inverted = invert(editor)
+    half = RFInversion(tiny_text_pipeline())
+    half.pipe.transformer.to(torch.bfloat16)
+    found = edit(half, inverted, mask=half_mask())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        found.float(), edit(editor, inverted, mask=half_mask()), rtol=0.1, atol=0.1
+    )
 
 
 def test_an_edit_that_breaks_off_leaves_nothing_behind(editor):

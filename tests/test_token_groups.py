@@ -106,6 +106,7 @@ def test_a_token_is_edited_if_any_of_its_pixels_is_and_rings_are_counted_diagona
     [
         (torch.stack([torch.ones(32, 32), torch.zeros(32, 32)]), r"samples \[1\] are empty"),
         (torch.ones(1, 30, 32), r"mask of shape \(1, 30, 32\), expected .* height that 4 tokens"),
+        (None, "mask is a NoneType, expected a tensor.*leave groups out"),
     ],
 )
 def test_masks_that_mean_nothing_are_refused(mask, told):

@@ -188,8 +188,9 @@ class ModuleHost(Host):
         with self._lock:
             if steps.key in self._open:
                 raise ValueError(
-                    f"a run of this host is open{steps.told} already; runs that go on side by side "
-                    "need a key each: host.steps(times, key=...)."
+                    f"a run of this host is open{steps.told} already; end it first, or give runs "
+                    "that go on side by side a key each where the loop is yours: "
+                    "host.steps(times, key=...)."
                 )
             if not self._open:
                 self._replaced = replace_method(self.module, "forward", self._call)

@@ -127,11 +127,11 @@ def _pixels(pipe: Any, images: Any) -> Float[Tensor, "B C H W"]:
         _check_images(images)
         made: Tensor = pipe.image_processor.preprocess(images)
         images = made
-    if images.ndim != 4 or not len(images) or not float(images.abs().max()) <= 1:
+    largest = float(images.abs().max()) if images.numel() else 0.0
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images) or not largest <= 1:
         raise ValueError(
-            f"the pictures are {tuple(images.shape)} with values up to "
-            f"{float(images.abs().max()) if images.numel() else 0:g}, expected (B, C, H, W) in "
-            "[-1, 1], or PIL images."
+            f"the pictures are {tuple(images.shape)} with values up to {largest:g}, expected "
+            "(B, 3, H, W) in [-1, 1], or PIL images."
         )
     return images.to(pipe._execution_device, pipe.transformer.dtype)
 

@@ -23,7 +23,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -208,7 +208,7 @@ class RFInversion:
         prompt: Prompt,
         eta: float = 0.7,
         stop: int = 6,
-        mask: Tensor | None = None,
+        mask: Any = None,
         *,
         start: int = 0,
         background_steps: int = 18,
@@ -222,8 +222,8 @@ class RFInversion:
             prompt: of the edit, one for all pictures or one each.
             eta: pull to the source picture, in [0, 1].
             stop: the first step without it.
-            mask: True where the picture may change, in its pixels, `(B, 1, H, W)` or one for all;
-                None for everywhere.
+            mask: True where the picture may change, in its pixels, a tensor `(B, 1, H, W)` or one
+                for all; None for everywhere.
             start: the first step with the pull.
             background_steps: steps after which what is outside of the mask is put back.
             guidance_scale: of a model with guidance embedded, what it is told; of another,
@@ -242,11 +242,13 @@ class RFInversion:
                 f"found eta {eta}, start {start} and stop {stop}; expected eta in [0, 1] and "
                 f"0 <= start <= stop <= {count}, the steps of the inversion."
             )
-        source, size = inverted.source.float(), (inverted.height, inverted.width)
+        size = inverted.height, inverted.width
         free = None if mask is None else self._tokens_of(mask, inverted)
         grid = self.grid(count, inverted.source)
-        model = self._model(prompt, guidance_scale, inverted.source, size)
-        x = inverted.latents
+        place = self.pipe._execution_device, self.pipe.transformer.dtype  # of another editor, maybe
+        x = inverted.latents.to(*place)
+        source, noise = (each.to(*place).float() for each in (inverted.source, inverted.noise))
+        model = self._model(prompt, guidance_scale, x, size)
         with self.editing.steps(grid[:-1]) as steps:
             for index, (sigma, after) in enumerate(zip(steps, grid[1:], strict=True)):
                 v = model(x, sigma)
@@ -254,7 +256,7 @@ class RFInversion:
                     v = v + eta * ((x.float() - source) / sigma - v)
                 moved = x.float() + (after - sigma) * v
                 if free is not None and index < background_steps:
-                    kept = (1 - after) * source + after * inverted.noise.float()
+                    kept = (1 - after) * source + after * noise
                     moved = torch.where(free, moved, kept)
                 x = moved.to(x.dtype)
         return self.coder.finished(x, size, output_type)
@@ -281,11 +283,11 @@ class RFInversion:
 
     def _inverted(self, inputs: dict[str, Any], generator: Any) -> Tensor:
         """One inversion, for whatever records or fits `inversion`."""
-        return self.invert(**inputs, gamma=0.0, generator=generator).latents
+        return self.invert(**_sampled(inputs), gamma=0.0, generator=generator).latents
 
     def _inverted_exactly(self, inputs: dict[str, Any], generator: Any) -> Tensor:
         """The same for `exact`."""
-        return self.invert_exactly(**inputs).latents
+        return self.invert_exactly(**_sampled(inputs)).latents
 
     def _model(
         self,
@@ -294,6 +296,8 @@ class RFInversion:
         like: Float[Tensor, "B N D"],
         size: tuple[int, int],
     ) -> "_Model":
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}, expected a finite number.")
         ids = self.coder.positions(size).to(like.device)
         made = [self._embedded(prompt, like)]
         embeds = bool(self.pipe.transformer.config.guidance_embeds)
@@ -304,17 +308,22 @@ class RFInversion:
             self.pipe.transformer, made, ids, guidance_scale, told.float() if embeds else None
         )
 
-    def _embedded(self, prompt: Prompt, like: Float[Tensor, "B N D"]) -> Embedded:
+    def _embedded(self, prompt: Any, like: Float[Tensor, "B N D"]) -> Embedded:
         """A prompt for every picture, encoded.
 
         Raises:
             ValueError: there is another number of prompts than of pictures.
         """
-        if isinstance(prompt, tuple) and isinstance(prompt[0], Tensor):
+        if _is_embedded(prompt):
             embeds, pooled = prompt
         else:
-            words = [prompt] * len(like) if isinstance(prompt, str) else list(prompt)
-            embeds, pooled = self.coder.prompts(words)  # type: ignore[arg-type]
+            words = [prompt] * len(like) if isinstance(prompt, str) else prompt
+            if not isinstance(words, list | tuple) or not all(isinstance(w, str) for w in words):
+                raise ValueError(
+                    f"the prompt is {prompt!r}, expected words, a list of them with one for each "
+                    'picture, or hidden states and pooled vectors as a pair; "" is no prompt.'
+                )
+            embeds, pooled = self.coder.prompts(list(words))
         if len(embeds) != len(like):
             raise ValueError(
                 f"found {len(embeds)} prompts for {len(like)} pictures, expected one for all or "
@@ -322,9 +331,14 @@ class RFInversion:
             )
         return embeds.to(like), pooled.to(like)
 
-    def _tokens_of(self, mask: Tensor, inverted: Inverted) -> Bool[Tensor, "B N D"]:
+    def _tokens_of(self, mask: Any, inverted: Inverted) -> Bool[Tensor, "B N D"]:
         """Where latents may change: where any pixel of theirs may."""
         rows, wanted = len(inverted.source), (1, inverted.height, inverted.width)
+        if not isinstance(mask, Tensor):
+            raise ValueError(
+                f"the mask is a {type(mask).__name__}, expected a tensor of booleans: of a PIL "
+                "image, torch.from_numpy(numpy.array(image.convert('L')) > 127)[None, None]."
+            )
         if mask.ndim != 4 or tuple(mask.shape[1:]) != wanted or len(mask) not in (1, rows):
             raise ValueError(
                 f"the mask is {'x'.join(map(str, mask.shape))}, expected "
@@ -396,6 +410,24 @@ def source_share(gamma: float, sigmas: Sequence[float]) -> float:
     """
     pairs = itertools.pairwise(sigmas)
     return math.prod(1 - gamma * (after - sigma) / (1 - sigma) for sigma, after in pairs)
+
+
+def _is_embedded(prompt: Any) -> TypeGuard[Embedded]:
+    return isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[0], Tensor)
+
+
+def _sampled(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of recorded inversions.
+
+    Raises:
+        ValueError: there are others than a recording has.
+    """
+    if "images" not in inputs or not inputs.keys() <= {"images", "prompt"}:
+        raise ValueError(
+            f"the inputs are {', '.join(sorted(inputs)) or 'none'}, expected images and, if any, "
+            "prompt: inversions are recorded and fitted at 28 steps, gamma 0, without guidance."
+        )
+    return inputs
 
 
 def _mu(tokens: int, config: Any) -> float:
