@@ -25,6 +25,17 @@ RIVALS = {"start": "start of the fit"} | {
 PAIRED = ("paired_db", "paired_low_db", "paired_high_db")
 """What a fit is ahead of its best rival by, and the 95 % interval, by key in the metrics."""
 
+LOOP = "LoopClock"  # the scheduler of a spec whose sampler is a loop of its user's own
+USE_PIPELINE = """\
+pipe = fs.load_pipeline("...")  # the model described below, or yours loaded by diffusers
+with fs.forecasting(pipe, "..."):  # this folder or repository
+    pipe(..., num_inference_steps={num_steps}, guidance_scale={guidance_scale:g})"""
+USE_LOOP = """\
+host = fs.host(net)  # the model described below, with the blocks= and head= of the recording
+with fs.forecasting(host, "...") as run, run.steps(times) as steps:  # this folder or repository
+    for t in steps:  # {num_steps} steps at the flow times below
+        ...  # your loop's own step, which calls net"""
+
 NOT_MEASURED = "not measured"
 HOW_FAST, HOW_FAR = "How much faster", "How far from the full run"
 
@@ -48,9 +59,7 @@ model itself stays as it is.
 ```python
 import foreseer as fs
 
-pipe = fs.load_pipeline("...")  # the model described below, or yours loaded by diffusers
-with fs.forecasting(pipe, "..."):  # this folder or repository
-    pipe(..., num_inference_steps={num_steps}, guidance_scale={guidance_scale:g})
+{use}
 ```
 
 ## Fitted on
@@ -64,13 +73,11 @@ with fs.forecasting(pipe, "..."):  # this folder or repository
 ## Limits
 
 {bound}: running it on other weights (a LoRA fused in, too),
-under another scheduler class, on {other_grid}, at another guidance scale, or
-in another dtype than {dtype} is an error, not a worse picture. Samples are close to those of the
+{other_sampler}, on {other_grid}, or
+in another dtype than {dtype} is an error, not a worse {result}. Samples are close to those of the
 full run, not equal to them. What was not measured above is not known.{any_anchors}
 """
 
-BOUND = "It is bound to this model, grid and guidance"
-BOUND_ANY_GRID = "It is bound to this model and guidance"
 OTHER_GRID = "another number or spacing of steps"
 OTHER_GRID_ANY = "a number or spacing of steps outside of its range (`grids`, `min_steps`,\n\
 `max_steps` and `sigma_margin` in `config.json`)"
@@ -88,6 +95,9 @@ def model_card(predictor: Predictor, spec: PredictorSpec) -> str:
     Returns:
         Markdown with a YAML head.
     """
+    in_loop = spec.scheduler == LOOP
+    use = USE_LOOP if in_loop else USE_PIPELINE
+    bound = ["model"] + ["grid"] * (not predictor.any_grid) + ["guidance"] * (not in_loop)
     return CARD.format(
         head=card_head(type(predictor).__name__, predictor.tag, {len(spec.anchors): spec}),
         title=type(predictor).__name__,
@@ -101,11 +111,15 @@ def model_card(predictor: Predictor, spec: PredictorSpec) -> str:
         size=predictor.size(),
         answers=answers([spec]),
         verdict=verdict(spec.metrics),
-        guidance_scale=spec.guidance_scale,
+        use=use.format(num_steps=len(spec.sigmas), guidance_scale=spec.guidance_scale),
         facts=_facts(spec),
         measured=_metrics_table(spec.metrics),
         dtype=spec.dtype,
-        bound=BOUND_ANY_GRID if predictor.any_grid else BOUND,
+        bound=f"It is bound to this {' and '.join(', '.join(bound).rsplit(', ', 1))}",
+        other_sampler="in a loop of other times"
+        if in_loop
+        else "under another scheduler class, at another guidance scale",
+        result="sample" if in_loop else "picture",
         other_grid=OTHER_GRID_ANY if predictor.any_grid else OTHER_GRID,
         any_anchors=ANY_ANCHORS if predictor.any_anchors else "",
     )
@@ -123,7 +137,7 @@ def card_head(name: str, tag: str, specs: Mapping[int, PredictorSpec]) -> str:
 
     results = [
         EvalResult(
-            task_type="image-generation",
+            task_type="other" if spec.scheduler == LOOP else "image-generation",
             dataset_type="recording",
             dataset_name=f"recording {spec.recording_digest or 'without digest'}, "
             f"{evaluations} of {len(spec.sigmas)} evaluations",
@@ -157,8 +171,9 @@ def answers(specs: Sequence[PredictorSpec]) -> str:
     model = [f"[{name}](https://huggingface.co/{name})"] if name else []
     model += [f"`{first.host.get('class', 'an unnamed model')}`"]
     model += [f"{count:,} parameters"] if isinstance(count, int) else []
-    settings = [f"{len(first.sigmas)} steps of {first.scheduler}"]
-    settings += [f"guidance_scale {first.guidance_scale:g}"]
+    sampler = "a loop" if first.scheduler == LOOP else first.scheduler
+    settings = [f"{len(first.sigmas)} steps of {sampler}"]
+    settings += [f"guidance_scale {first.guidance_scale:g}"] * (first.scheduler != LOOP)
     settings += [
         f"{name} {readable_setting(at_step(value, 0))}"
         for name, value in first.guidance.items()
@@ -223,6 +238,7 @@ def _paired(key: str, label: str, gain: float, low: float, high: float) -> str:
 
 
 def _facts(spec: PredictorSpec) -> str:
+    guided = f"scale {spec.guidance_scale:g}, " * (spec.scheduler != LOOP)
     facts = {
         **{f"host: {name}": value for name, value in spec.host.items()},
         "scheduler": spec.scheduler,
@@ -230,7 +246,7 @@ def _facts(spec: PredictorSpec) -> str:
         "sigmas": f"{spec.sigmas[0]:g} to {spec.sigmas[-1]:g}",
         "anchors": " ".join(map(str, spec.anchors)),
         "tap": spec.tap,
-        "guidance": f"scale {spec.guidance_scale:g}, {spec.num_branches} branch(es)",
+        "guidance": f"{guided}{spec.num_branches} branch(es)",
         "dtype": spec.dtype,
         "recording digest": spec.recording_digest or "none",
         "trajectories": spec.num_trajectories,

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from foreseer.checkpoints import hub, zoo
-from foreseer.checkpoints.card import model_card, verdict
+from foreseer.checkpoints.card import LOOP, model_card, verdict
 from foreseer.checkpoints.config import SCHEMA_VERSION
 from foreseer.checkpoints.format import CheckpointError, load_predictor, save_predictor
 from foreseer.checkpoints.page import with_pictures
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.clock import flow_sigmas
 from foreseer.integration.host.fingerprint import host_fingerprint
+from foreseer.integration.host.module_host import host
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Taylor
 
@@ -231,6 +232,19 @@ def test_a_card_tells_what_a_predictor_is_bound_to():
     ):
         assert text in card
     assert "base_model" not in model_card(predictor, spec_for(predictor)).split("---\n")[1]
+
+
+def test_the_card_of_a_loops_predictor_speaks_of_the_loop_alone():
+    assert type(host(torch.nn.Sequential(torch.nn.ModuleList())).scheduler).__name__ == LOOP
+    predictor = random_predictor()
+    card = model_card(predictor, spec_for(predictor, scheduler=LOOP))
+    assert "host = fs.host(net)" in card and "for t in steps:  # 8 steps" in card
+    assert "It is bound to this model and grid:" in card and "a worse sample" in card
+    assert "8 steps of a loop, float32" in card and "| guidance | 2 branch(es) |" in card
+    for word in ("load_pipeline", "guidance_scale", "image-generation", "scheduler class"):
+        assert word not in card
+    of_pipeline = model_card(predictor, spec_for(predictor))
+    assert "host(net)" not in of_pipeline and "this model, grid and guidance:" in of_pipeline
 
 
 def test_the_head_of_a_card_is_the_hubs_with_the_measurements_as_results():
