@@ -12,6 +12,7 @@ from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
 from foreseer.predictors.bounded import GapBounded
 from foreseer.predictors.continuous import L2PContinuous
+from foreseer.predictors.corrected_rows import CorrectedRows
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.predictors.linear import L2P
@@ -50,6 +51,7 @@ LEARNED: tuple[type[Predictor], ...] = (
     LesaValues,
     DiscaPredictor,
     OffsetDisca,
+    CorrectedRows,
     Readout,
     TunedLastBlock,
 )
@@ -64,6 +66,7 @@ __all__ = [
     "Bands",
     "ChannelGroups",
     "ClusterPolicy",
+    "CorrectedRows",
     "Damped",
     "DiscaPredictor",
     "Foca2Point",

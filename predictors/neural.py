@@ -111,6 +111,17 @@ class DiscaPredictor(Predictor):
             ValueError: the history is empty, the newest anchor is too far, or the step comes
                 without tokens and modulation.
         """
+        forecast, newest = self.seen(history, step), history.features[-1]
+        if self.residual:
+            forecast = forecast + self.base(history, step).to(forecast.dtype)
+        return forecast.to(newest.dtype)
+
+    def seen(self, history: History, step: Step) -> Float[Tensor, "B N D"]:
+        """`correction` at a step, of the newest anchor.
+
+        Raises:
+            ValueError: see `forward`.
+        """
         if not len(history):
             raise ValueError("the history is empty: a forecast needs at least one anchor.")
         given = {"tokens": step.tokens, "modulation": step.modulation}
@@ -128,10 +139,7 @@ class DiscaPredictor(Predictor):
         cache = history.features[-1]
         if self.out.weight.device != cache.device:
             self.to(cache.device)  # loaded predictors come on the CPU
-        forecast = self.correction(cache, step.tokens, step.modulation, gap)
-        if self.residual:
-            forecast = forecast + self.base(history, step).to(forecast.dtype)
-        return forecast.to(cache.dtype)
+        return self.correction(cache, step.tokens, step.modulation, gap)
 
     def base(self, history: History, step: Step) -> Float[Tensor, "B N D"]:
         """The formula training starts at."""

@@ -1,5 +1,6 @@
 """DisCa trains on recorded runs in three phases; its adversary obeys the hinge, hosts stay put."""
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 from student_cases import student_pipeline
 from tiny_hosts import pipeline
 
-from foreseer.checkpoints.format import load_predictor
+import foreseer as fs
+from foreseer.checkpoints.format import load_predictor, save_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import forecasting
 from foreseer.predictors.base import Predictor
+from foreseer.predictors.corrected_rows import CorrectedRows
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Reuse
 from foreseer.training.disca import disca_fit as disca
 from foreseer.training.disca.disca_fit import DiscaModule
@@ -276,3 +280,80 @@ def test_three_phases_train_resume_and_export(host, loads_host, tmp_path):
     with pytest.raises(ValueError, match="add an anchor"):
         with forecasting(pipe, loaded, anchors=(0, 1)):
             pipe([0, 1], **arguments)
+
+
+# --------------------------------------------------------------------------- a network over rows
+
+
+def rows_for(host: tuple[str, Path], out: Path, **changes: Any) -> str:
+    given = {"anchors": list(ANCHORS), "tap": "hidden"} | changes
+    fs.fit(Recording(host[1]), method="lstsq", out=str(out), **given)
+    return str(out)
+
+
+@pytest.mark.parametrize("host", ["guided"], indirect=True)
+def test_training_over_rows_starts_at_the_rows_and_learns_what_they_leave(
+    host, loads_host, tmp_path
+):
+    rows = rows_for(host, tmp_path / "rows")
+    module = module_for(host[1], rows=rows)
+    batch = batch_of(host[1])
+    own = [each.forecast for each in module.forced(batch, ANCHORS)]
+    items, hidden, outputs = module.items(batch), batch["feature/hidden"], batch["feature/output"]
+    plain = replayed(
+        HOSTS[host[0]](),
+        load_predictor(rows),
+        "hidden",
+        ANCHORS,
+        items,
+        hidden,
+        outputs,
+        **SETTINGS,
+    )
+    for mine, theirs in zip(own, plain, strict=True):
+        assert torch.equal(mine, theirs.forecast)
+    assert {name for name, _ in module.predictor.named_parameters()} == {
+        f"network.{name}" for name, _ in module.predictor.network.named_parameters()
+    }
+    phases = {"mse_epochs": 2, "closed_epochs": 1, "rows": rows, "learning_rate": 1e-3}
+    trained = fit(host[1], tmp_path / "fit", 3, **phases).lightning_module.predictor
+    assert torch.equal(trained.weight, load_predictor(rows).weight)
+    export_command(str(tmp_path / "fit" / "last.ckpt"), str(tmp_path / "out"))
+    loaded = load_predictor(tmp_path / "out")
+    assert type(loaded) is CorrectedRows and loaded.spec.anchors == ANCHORS
+    assert loaded.network.out.weight.any()
+    pipe = HOSTS[host[0]]()
+    drawn = {}
+    for name, predictor in (("rows", load_predictor(rows)), ("corrected", loaded)):
+        source = torch.Generator().manual_seed(0)
+        with forecasting(pipe, predictor):
+            drawn[name] = pipe([0, 1], generator=source, output_type="latent", **SETTINGS).images
+    assert drawn["corrected"].isfinite().all()
+    assert not torch.equal(drawn["corrected"], drawn["rows"])
+
+
+@pytest.mark.parametrize("host", ["guided"], indirect=True)
+def test_rows_that_are_not_this_fits_are_refused(host, loads_host, tmp_path):
+    rows = rows_for(host, tmp_path / "rows")
+    for told, changes in (
+        ("leave out residual and order", {"order": 1}),
+        (r"for the anchors \[0, 2, 5\], found \[0, 3, 5\]", {"anchors": (0, 3, 5)}),
+        ("is a L2P on 'output', expected an L2P of one part on 'hidden'", {"tap": "output"}),
+    ):
+        name = rows
+        if "tap" in changes:
+            name = rows_for(host, tmp_path / "output", **changes)
+            changes = {}
+        given = {"num_heads": 1, "mse_epochs": 1, "anchors": ANCHORS, "rows": name} | changes
+        with pytest.raises(ValueError, match=told):
+            DiscaModule(str(host[1]), "none", **given)
+    loaded = load_predictor(rows)
+    told_time = L2P(**{**loaded.arguments(), "first_time": 0.9})
+    told_time.set_rows(loaded.weight)
+    save_predictor(told_time, loaded.spec, tmp_path / "told")
+    with pytest.raises(ValueError, match=r"told 0.9 at step 0.*set mse_epochs and gan_epochs to 0"):
+        module_for(host[1], rows=str(tmp_path / "told"))
+    moved = dataclasses.replace(loaded.spec, sigmas=tuple(s / 2 for s in loaded.spec.sigmas))
+    save_predictor(loaded, moved, tmp_path / "moved")
+    with pytest.raises(ValueError, match="fitted on another sigmas than"):
+        module_for(host[1], rows=str(tmp_path / "moved"))

@@ -24,6 +24,7 @@ from foreseer.checkpoints.strict import MalformedFile, read_header
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.continuous import L2PContinuous
+from foreseer.predictors.corrected_rows import CorrectedRows
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.predictors.linear import L2P
@@ -64,6 +65,7 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "LesaValues": lambda: LesaValues(SIGMAS, 2, (0.5,), (2, 3), (2,), "mlp", (2,)),
     "DiscaPredictor": lambda: DiscaPredictor(6, 4, max_gap=1.0),
     "OffsetDisca": lambda: OffsetDisca(6, max_gap=1.0),
+    "CorrectedRows": lambda: CorrectedRows(8, ANCHORS, 2, width=6, modulation_width=4),
     "TunedLastBlock": lambda: TunedLastBlock(4, {"mlp.weight": [3, 2], "norm.weight": [2]}, 1.0, 9),
     "Readout": lambda: Readout(8, ANCHORS, 2, width=6, patch=4, rank=2),
 }

@@ -14,9 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.measure import References, generate, item_of, log_error, opened_for
 from foreseer.integration.host.trunk import modulation_width
 from foreseer.integration.schedule import check_anchors
+from foreseer.predictors.corrected_rows import CorrectedRows
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
 from foreseer.training.disca.gan import Adversary
 from foreseer.training.disca.replayed_runs import (
@@ -32,6 +35,7 @@ from foreseer.training.lesa.lesa_samples import open_features
 from foreseer.training.lesa.lesa_start import rate_factor
 from foreseer.training.plumbing.progress import watched
 from foreseer.training.predictor_fit import Descent
+from foreseer.training.recorded import spec_of
 
 PHASES = ("mse", "gan", "closed")
 
@@ -41,7 +45,8 @@ class DiscaModule(Descent):
 
     Anchors of the first two phases are drawn anew for every batch, with gaps in sigma up to
     `max_gap`, so the predictor serves any such list; the third phase and the validation use
-    `anchors`. Set `max_epochs` to the epochs of all phases.
+    `anchors`. With `rows` it is a `CorrectedRows`, and all phases use `anchors`, whose rows they
+    are. Set `max_epochs` to the epochs of all phases.
 
     Args:
         recording: folder of the recording, with all features of `hidden` and `output`.
@@ -54,6 +59,8 @@ class DiscaModule(Descent):
         order: that formula: 0 for reuse, 1 for linear extrapolation.
         max_gap: longest distance in sigma to the newest anchor; where `anchors` leave a longer
             one, that.
+        rows: an exported `L2P` on `hidden` for these anchors, a folder or `zoo:<name>`: the network
+            learns what it leaves. None for a formula.
         mse_epochs: epochs of the first phase.
         gan_epochs: epochs of the second phase.
         closed_epochs: epochs of the third phase.
@@ -84,6 +91,7 @@ class DiscaModule(Descent):
         residual: bool = True,
         order: int = 0,
         max_gap: float = 0.2,
+        rows: str | None = None,
         mse_epochs: int = 8,
         gan_epochs: int = 0,
         closed_epochs: int = 0,
@@ -112,22 +120,60 @@ class DiscaModule(Descent):
         self.discriminator_rate = discriminator_rate
         self.gradient_clip = gradient_clip
         width = _width(self.recording, self.tap)
-        arguments: dict[str, Any] = {
+        network: dict[str, Any] = {
             "width": width,
             "modulation_width": modulation_width(self.pipe.transformer),
             "num_heads": num_heads,
             "depth": depth,
             "width_mult": width_mult,
-            "residual": residual,
-            "order": order,
-            "max_gap": self.max_gap,
         }
-        self.predictor = DiscaPredictor(**arguments)
+        base: dict[str, Any] = {"residual": residual, "order": order, "max_gap": self.max_gap}
+        self.predictor = (
+            DiscaPredictor(**network, **base)
+            if rows is None
+            else CorrectedRows.over(self._fitted(rows, residual, order), **network)
+        )
         self.adversary = Adversary(self.pipe, width) if gan_epochs else None
-        self.save_hyperparameters(self.told(DiscaPredictor, arguments))
+        self.save_hyperparameters(self.told(type(self.predictor), self.predictor.arguments()))
         self.add_measures()
         self.errors: list[Tensor] = []
         self.step_errors = StepMeans()
+
+    def _fitted(self, name: str, residual: bool, order: int) -> L2P:
+        """The rows that are corrected.
+
+        Raises:
+            ValueError: they are none of this host, tap, anchors and recording's steps, or a formula
+                is asked for beside them.
+        """
+        rows, recorded = load_predictor(name), spec_of(self.recording.header, self.tap, (), 0)
+        if type(rows) is not L2P or rows.partition is not None or rows.spec.tap != self.tap:
+            raise ValueError(
+                f"{name} is a {type(rows).__name__} on {rows.spec.tap!r}, expected an L2P of one "
+                f"part on {self.tap!r}: foreseer fit l2p_lstsq --model.tap {self.tap}, then export."
+            )
+        if list(rows.anchors) != list(self.anchors):
+            raise ValueError(
+                f"the rows of {name} are for the anchors {list(rows.anchors)}, found "
+                f"{list(self.anchors)}; give the same."
+            )
+        for told in ("host", "sigmas", "num_branches", "guidance_scale"):
+            theirs, ours = getattr(rows.spec, told), getattr(recorded, told)
+            if told == "host":
+                theirs, ours = (each["weights_sha256"] for each in (theirs, ours))
+            if theirs != ours:
+                raise ValueError(
+                    f"the rows of {name} were fitted on another {told} than this recording's: "
+                    f"{theirs}, expected {ours}."
+                )
+        if order or not residual:
+            raise ValueError("with rows there is no other base; leave out residual and order.")
+        if rows.first_time is not None and (self.epochs["mse"] or self.epochs["gan"]):
+            raise ValueError(
+                f"the network is told {rows.first_time:g} at step 0 of these rows, which was not "
+                "recorded; set mse_epochs and gan_epochs to 0 and train in closed loop."
+            )
+        return rows
 
     @property
     def phase(self) -> str:
@@ -180,9 +226,11 @@ class DiscaModule(Descent):
             self.log("train/closed_loop_db", loss.detach(), prog_bar=True, batch_size=1)
             self.update(loss)
             return
-        seed = f"{self.current_epoch} {batch_idx}"
-        sigmas = self.recording.header.sigmas
-        forced = self.forced(batch, draw_anchors(sigmas, self.max_gap, random.Random(seed)))
+        anchors = self.anchors
+        if self.predictor.any_anchors:
+            seed = random.Random(f"{self.current_epoch} {batch_idx}")
+            anchors = draw_anchors(self.recording.header.sigmas, self.max_gap, seed)
+        forced = self.forced(batch, anchors)
         error = velocity_error(forced)
         self.log("train/velocity_mse", error.detach(), prog_bar=True, batch_size=1)
         if phase == "mse":
