@@ -10,16 +10,22 @@ import numpy as np
 import teacher_card
 import text_card
 import torch
+import video_card
 import yaml
 from dit_teacher import TeacherModule
 from PIL import Image
 from text_teacher import TextTeacherModule
 from torch import Tensor
+from video_teacher import VideoTeacherModule
 
 from foreseer import __version__
 
-KINDS = {each.__name__: each for each in (TeacherModule, TextTeacherModule)}
-CARDS = {"TeacherModule": teacher_card.write_card, "TextTeacherModule": text_card.write_card}
+KINDS = {each.__name__: each for each in (TeacherModule, TextTeacherModule, VideoTeacherModule)}
+CARDS = {
+    "TeacherModule": teacher_card.write_card,
+    "TextTeacherModule": text_card.write_card,
+    "VideoTeacherModule": video_card.write_card,
+}
 LOSS_WINDOW = 50  # logged values in the running mean of the loss
 MAX_WEIGHT_BYTES = 24_000_000
 
@@ -27,13 +33,13 @@ MAX_WEIGHT_BYTES = 24_000_000
 def export_teacher(checkpoint: str, out: str) -> None:
     """Write a diffusers pipeline folder with the averaged weights, their recipe and a model card.
 
-    The folder holds `model_index.json`, `transformer/` (bfloat16), `scheduler/`, `recipe.yaml`,
-    `training.json`, `loss_curve.png`, `samples.png` and `README.md`. The configuration and the
-    TensorBoard events are read from the checkpoint's folder.
+    The folder holds `model_index.json`, `transformer/` (bfloat16), `vae/` of a video model,
+    `scheduler/`, `recipe.yaml`, `training.json`, `loss_curve.png`, `samples.png` and `README.md`.
+    The configuration and the TensorBoard events are read from the checkpoint's folder.
 
     Args:
-        checkpoint: Lightning checkpoint of a `TeacherModule` or a `TextTeacherModule` trained with
-            `EMAWeightAveraging`.
+        checkpoint: Lightning checkpoint of a `TeacherModule`, a `TextTeacherModule` or a
+            `VideoTeacherModule` trained with `EMAWeightAveraging`.
         out: folder to write; a `judge.json` already there goes into the card.
 
     Raises:
@@ -60,7 +66,7 @@ def export_teacher(checkpoint: str, out: str) -> None:
 
 def save_weights(
     state: dict, folder: Path, kind: str = "TeacherModule"
-) -> TeacherModule | TextTeacherModule:
+) -> TeacherModule | TextTeacherModule | VideoTeacherModule:
     """Save the averaged weights of a checkpoint as a bfloat16 pipeline.
 
     Lightning's `WeightAveraging` puts the averaged weights under `state_dict` and the current ones
@@ -69,7 +75,7 @@ def save_weights(
     Args:
         state: the loaded checkpoint.
         folder: pipeline folder to write.
-        kind: `TeacherModule` or `TextTeacherModule`.
+        kind: name of its class.
 
     Returns:
         The module, with the weights that were written.
@@ -87,7 +93,8 @@ def save_weights(
     module.load_state_dict(state["state_dict"])
     module.to(torch.bfloat16).eval()
     module.pipeline().save_pretrained(folder, safe_serialization=True)
-    size = sum(file.stat().st_size for file in folder.glob("transformer/*.safetensors"))
+    networks = [*folder.glob("transformer/*.safetensors"), *folder.glob("vae/*.safetensors")]
+    size = sum(file.stat().st_size for file in networks)
     if size > MAX_WEIGHT_BYTES:
         raise ValueError(
             f"the weights take {size} bytes, expected at most {MAX_WEIGHT_BYTES}; "

@@ -1,6 +1,6 @@
 """What the bundled hosts' recipes have in common: rectified flow at logit-normal times.
 
-Shapes: B batch, C channels, H height, W width.
+Shapes: B batch, C channels, H height, W width; of videos, frames stand before the height.
 Convention: x_t = (1 - sigma) x_0 + sigma eps, v = eps - x_0, sigma runs 1 to 0.
 Source: Liu et al., arXiv 2209.03003 (rectified flow); Esser et al., arXiv 2403.03206, eq. 19
 (logit-normal times); Ho & Salimans, arXiv 2207.12598 (dropping the condition).
@@ -33,11 +33,11 @@ class FlowTeacher(Drawing):
     @abstractmethod
     def velocity(
         self,
-        x_t: Float[Tensor, "B C H W"],
+        x_t: Float[Tensor, "B C *frames H W"],
         sigma: Float[Tensor, " B"],
         conditions: list[Tensor],
         dropped: Bool[Tensor, " B"],
-    ) -> Float[Tensor, "B C H W"]:
+    ) -> Float[Tensor, "B C *frames H W"]:
         """The transformer's v.
 
         Args:
@@ -90,13 +90,13 @@ class FlowTeacher(Drawing):
 
     def _loss(
         self,
-        x_0: Float[Tensor, "B C H W"],
-        eps: Float[Tensor, "B C H W"],
+        x_0: Float[Tensor, "B C *frames H W"],
+        eps: Float[Tensor, "B C *frames H W"],
         sigma: Float[Tensor, " B"],
         conditions: list[Tensor],
         dropped: Bool[Tensor, " B"],
     ) -> Float[Tensor, ""]:
-        x_t = torch.lerp(x_0, eps, sigma[:, None, None, None])
+        x_t = torch.lerp(x_0, eps, sigma.view(-1, *[1] * (x_0.ndim - 1)))
         v = self.velocity(x_t, sigma, conditions, dropped)
         return nn.functional.mse_loss(v.float(), eps - x_0)
 

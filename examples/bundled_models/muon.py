@@ -60,6 +60,7 @@ class KernelMuon(torch.optim.AdamW):
     def _turn(self, kernel: nn.Parameter, rate: float) -> None:
         assert kernel.grad is not None
         state = self.state[kernel]
+        state.setdefault("step", torch.tensor(0.0))  # AdamW asks for it when it is loaded
         momentum = state.setdefault("momentum", torch.zeros_like(kernel))
         momentum.lerp_(kernel.grad, 1 - MOMENTUM)
         wanted = kernel.grad.lerp(momentum, MOMENTUM).flatten(1)

