@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 import yaml
+from clips import write_clips
 from source_files import PACKAGE
 from student_cases import save_teacher
 from test_teacher import write_idx
 from test_text_teacher import write_archive
 from tiny_hosts import items, pipeline, settings
+from tiny_video import FRAMES, SIDE, write_packages
+from video_latents import write_latents
+from video_vae import VideoVaeModule
 
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.spectrum import equal_bands
@@ -149,6 +153,26 @@ TEXT_TEACHER = TEACHER | {
     "data.init_args.sample_size": 8,
     "data.init_args.batch_size": 16,
 }
+VIDEO_VAE = {
+    "model.init_args.base_dim": 4,
+    "model.init_args.z_dim": 4,
+    "model.init_args.dim_mult": [1, 1, 1],
+    "data.init_args.window": 1,
+    "data.init_args.batch_size": 40,
+    "trainer.val_check_interval": 3,
+    "trainer.log_every_n_steps": 1,
+    "trainer.callbacks.0.init_args.minutes": 12 / 60,
+    "trainer.callbacks.0.init_args.warmup_steps": 3,
+}
+VIDEO_TEACHER = TEACHER | {
+    "model.init_args.latent_channels": 4,
+    "model.init_args.sample_size": 16,
+    "model.init_args.num_frames": 5,
+    "model.init_args.prompts": ["a cat"],
+    "data.init_args.batch_size": 64,
+    "trainer.val_check_interval": 3,
+    "trainer.callbacks.0.init_args.decay_minutes": 3 / 60,
+}
 # Five batches to an epoch and a checkpoint every second: after a batch, and at an epoch's end.
 CLOCK = [Kill("batch", 0, 3), Kill("write", 1), Kill("batch", 2, 0), Kill("saved", 1)]
 CASES = {
@@ -189,6 +213,11 @@ CASES = {
         CLOCK[:1],
         TEXT_TEACHER | {"trainer.callbacks.0.init_args.decay_minutes": 3 / 60},
     ),
+    "video_frames": Case("bundled_models/emoji_wan_frames", CLOCK[::2], VIDEO_VAE),
+    "video_vae": Case(
+        "bundled_models/emoji_wan_vae", CLOCK[:1], VIDEO_VAE | {"model.init_args.start": None}
+    ),
+    "video_teacher": Case("bundled_models/emoji_wan", CLOCK[::2], VIDEO_TEACHER),
     "emoji_l2p": Case(  # on the tap `hidden` for the same reason
         "fit/emoji_l2p",
         ONCE[:2],
@@ -218,18 +247,32 @@ def make_sources(folder: Path) -> dict[str, Any]:
     write_idx(folder, "train", [label % 10 for label in range(22)])
     write_idx(folder, "t10k", list(range(10)))
     archive = write_archive(folder / "emoji.tgz")
+    clips = make_clips(folder)
     recording, both = str(folder / "recording"), [str(folder / n) for n in ("recording", "shorter")]
     return {
         "model.init_args.recording": recording,
         "model.init_args.recordings": both,
         "model.init_args.pipeline": str(folder / "pipeline"),
         "model.init_args.start": str(folder / "guidance/whole/distill/guidance/last.ckpt"),
+        "model.init_args.vae": str(folder / "vae"),
         "data.init_args.archive": str(archive),
+        "data.init_args.clips": str(clips),
         "data.init_args.folders": both,
         "data.init_args.folder": recording,
         "data.init_args.validation_fraction": 0.25,
         "data.init_args.seed": 4,  # 6 trajectories to train on, 2 held out
     }
+
+
+def make_clips(folder: Path) -> Path:
+    """Clips, a small autoencoder and its latents of them."""
+    clips = write_packages(folder) / "clips.npz"
+    write_clips(str(folder), str(clips), FRAMES, SIDE)
+    arguments = {"base_dim": 4, "z_dim": 4, "dim_mult": (1, 1, 1)}
+    weights = VideoVaeModule(**arguments).state_dict()
+    torch.save({"hyper_parameters": arguments, "state_dict": weights}, folder / "vae.ckpt")
+    write_latents(str(folder / "vae.ckpt"), str(clips), str(folder), starts=2)
+    return clips
 
 
 def shipped(config: str) -> Path:
@@ -249,7 +292,7 @@ def configuration(case: Case, sources: dict[str, Any], folder: Path) -> str:
         named["model.init_args.pipeline"] = str(folder / "tiny")
     if kind == "bundled_models":
         named["data.init_args.folder"] = str(folder)
-        if not case.config.startswith("bundled_models/emoji_flux"):
+        if case.config in ("bundled_models/fashion_dit", "bundled_models/judge"):
             content["data"].setdefault("init_args", {})["folder"] = ""
     for path, value in (QUIET | named | case.changes).items():
         put(content, path.split("."), value, path in case.changes or path in QUIET)
