@@ -168,6 +168,7 @@ VIDEO_TEACHER = TEACHER | {
     "model.init_args.latent_channels": 4,
     "model.init_args.sample_size": 16,
     "model.init_args.num_frames": 5,
+    "model.init_args.compile_blocks": False,
     "model.init_args.prompts": ["a cat"],
     "data.init_args.batch_size": 64,
     "trainer.val_check_interval": 3,

@@ -79,16 +79,16 @@ class SentenceWanPipeline(WanPipeline):
         Args:
             prompt: one prompt or several; None where `prompt_embeds` are given.
             negative_prompt: what to guide away from; None for the empty prompt.
-            height: pixels; None for the size trained on, as are the next two.
+            height: pixels; None for the size trained on, as for `width` and `num_frames`, 1 + 4 k.
             width: pixels.
-            num_frames: 1 + 4 k.
+            num_frames: frames.
             num_inference_steps: sampler steps.
             guidance_scale: guidance strength; at 1 or below the second branch is not run.
             num_videos_per_prompt: videos of each prompt.
             generator: source of the initial noise, one for all videos or one per video.
             latents: initial noise, instead of drawing it.
             prompt_embeds: hidden states of the text encoder, instead of prompts.
-            negative_prompt_embeds: the same of negative prompts.
+            negative_prompt_embeds: the same.
             output_type: `np`, `pt`, `pil`, or `latent`.
             return_dict: return a `WanPipelineOutput` instead of a tuple.
             settings: the further arguments of `WanPipeline`.
@@ -97,8 +97,7 @@ class SentenceWanPipeline(WanPipeline):
             The videos.
 
         Raises:
-            MissingExtra: a prompt is none the pipeline was saved with, and the package with
-                the sentence encoder is not installed.
+            MissingExtra: a prompt is not known, and the sentence encoder is not installed.
         """
         return super().__call__(
             prompt=prompt,
