@@ -15,6 +15,7 @@ the readout's times and frees the rest.
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,24 +61,48 @@ NAMES = ("method", "num_anchors", "form", "optimiser", "seed", "num_pairs")  # w
 FIRST_TIMES = (0.99, 0.98, 0.97, 0.96)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where what a host's solvers are fitted on lies, and they.
+
+    Args:
+        host: name of the host.
+        pipeline: name of its pipeline.
+        recording: folder of its recording.
+        lists: file of the searched lists, see `readout.lists`.
+        root: folder of the fits.
+    """
+
+    host: str
+    pipeline: str
+    recording: str
+    lists: Path
+    root: Path
+
+
+def bundled(host: str) -> Place:
+    """The place of a bundled model."""
+    return Place(host, f"zoo:{host}", recording(host), lists(host), ROOT / host)
+
+
 class Calibration:
     """A host's recorded pairs, split by seed, and the runs on them.
 
     Args:
-        host: bundled model.
+        place: of the host.
         seed: of the split.
         num_pairs: pairs to fit on.
     """
 
-    def __init__(self, host: str, seed: int, num_pairs: int) -> None:
-        self.host, self.seed = host, seed
-        self.pipe = load_pipeline(f"zoo:{host}")
+    def __init__(self, place: Place, seed: int, num_pairs: int) -> None:
+        self.place, self.host, self.seed = place, place.host, seed
+        self.pipe = load_pipeline(place.pipeline)
         self.pipe.set_progress_bar_config(disable=True)
-        self.recording = Recording(recording(host))
+        self.recording = Recording(place.recording)
         items = list(self.recording.items)
         generator = torch.Generator().manual_seed(seed)
         mixed = [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
-        self.fitted = self._runs(mixed[:num_pairs], ROOT / host / "linearised")
+        self.fitted = self._runs(mixed[:num_pairs], place.root / "linearised")
         self.chosen = self._runs(mixed[-NUM_CHOSEN:])
 
     def _runs(self, items: Sequence[int], folder: Path | None = None) -> SolverRuns:
@@ -90,7 +115,7 @@ class Calibration:
 
     def lists(self, budget: int, solver: str, form: str) -> dict[str, list[int]]:
         """Lists to begin on, by name."""
-        found = json.loads(lists(self.host).read_text())
+        found = json.loads(self.place.lists.read_text())
         own = {"readout's": found[f"readout|output|{budget}"]}
         if form == "anchors":
             return own
@@ -99,7 +124,7 @@ class Calibration:
 
     def starts(self, budget: int, form: str) -> list[dict[str, Any]]:
         """Closed forms with their error on calibration samples, the best first, from a file."""
-        path = ROOT / self.host / f"starts_{budget}_{form.split()[0]}_{self.seed}.json"
+        path = self.place.root / f"starts_{budget}_{form.split()[0]}_{self.seed}.json"
         if not path.exists():
             found = []
             for name in (*FORMULAS, *LIBRARY):
@@ -134,7 +159,7 @@ class Calibration:
 
         Derivatives do not find it: an embedding of time wiggles.
         """
-        path = ROOT / self.host / f"told_{budget}_{form.split()[0]}_{self.seed}.json"
+        path = self.place.root / f"told_{budget}_{form.split()[0]}_{self.seed}.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         if start["solver"] not in found:
             errors: dict[float | None, float] = {None: start["error_db"]}
@@ -150,11 +175,11 @@ class Calibration:
 
 
 def path_of(
-    host: str, method: str, budget: int, form: str, optimiser: str, seed: int, num_pairs: int
+    root: Path, method: str, budget: int, form: str, optimiser: str, seed: int, num_pairs: int
 ) -> Path:
-    """Where a fitted solver lies."""
+    """Where a fitted solver lies in the folder of a host's fits."""
     words = (method, budget, form.split()[0], optimiser, seed, num_pairs)
-    return ROOT / host / f"{'_'.join(map(str, words))}.json"
+    return root / f"{'_'.join(map(str, words))}.json"
 
 
 def fit(
@@ -179,21 +204,29 @@ def fit(
     """
     for host in hosts:
         for seed in seeds:
-            data = Calibration(host, seed, num_pairs)
+            data = Calibration(bundled(host), seed, num_pairs)
             for budget in budgets:
                 for form in forms:
                     for method in methods:
-                        out = path_of(host, method, budget, form, "gn", seed, num_pairs)
-                        if out.exists():
-                            continue
-                        print(f"{out}:", flush=True)
-                        made = data.parametrisation(method, budget, form)
-                        before = evaluated(data)
-                        data.fitted.linearise(made.start, range(len(made.start.flat())))
-                        restored(data, before)
-                        found = fit_gauss_newton(made, data.fitted, data.chosen, num_epochs, told)
-                        keep(data, made, method, found, out)
-                        bench([host], [budget])
+                        if fit_cell(data, method, budget, form, num_pairs, num_epochs):
+                            bench([host], [budget])
+
+
+def fit_cell(
+    data: Calibration, method: str, budget: int, form: str, num_pairs: int, num_epochs: int
+) -> bool:
+    """Fit one solver by Gauss-Newton unless it is there; whether it was not."""
+    out = path_of(data.place.root, method, budget, form, "gn", data.seed, num_pairs)
+    if out.exists():
+        return False
+    print(f"{out}:", flush=True)
+    made = data.parametrisation(method, budget, form)
+    before = evaluated(data)
+    data.fitted.linearise(made.start, range(len(made.start.flat())))
+    restored(data, before)
+    found = fit_gauss_newton(made, data.fitted, data.chosen, num_epochs, told)
+    keep(data, made, method, found, out)
+    return True
 
 
 def told(line: str) -> None:
@@ -261,9 +294,9 @@ def adam(
         num_iterations: iterations of a batch of 16.
         every: iterations between two measurements.
     """
-    out = path_of(host, method, budget, form, "adam", seed, NUM_PAIRS)
+    out = path_of(ROOT / host, method, budget, form, "adam", seed, NUM_PAIRS)
     if not out.exists():
-        data = Calibration(host, seed, NUM_PAIRS)
+        data = Calibration(bundled(host), seed, NUM_PAIRS)
         made = data.parametrisation(method, budget, form)
         numbers = (learning_rate, num_iterations, every, seed)
         found = fit_adam(made, data.fitted, data.chosen, *numbers, told)

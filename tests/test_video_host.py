@@ -11,15 +11,18 @@ from export_teacher import export_teacher
 from muon import KernelMuon, orthogonal
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_text import PROMPTS
+from tiny_text import PROMPTS, tiny_text_pipeline
 from tiny_video import FRAMES, LOOP, SIDE, tiny_video_pipeline, write_packages
 from video_judge import judge_video_teacher, motion
 from video_latents import CaptionedClips, write_latents
 from video_teacher import VideoTeacherModule, strip, zeroed_layers
 
 from foreseer.cli import main
+from foreseer.integration.host.trunk import modulation_width, modulations
 from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.integration.pipelines.pixel_pipeline import PixelFluxPipeline
 from foreseer.integration.pipelines.sentence_encoder import encode
+from foreseer.trajectories.prompts import Item, generate_with_gradients
 from foreseer.trajectories.recording import Recording
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "bundled_models"
@@ -120,6 +123,17 @@ def test_a_dropped_caption_is_the_empty_one_and_training_starts_at_zero():
     assert torch.equal(dropped[0], without[0]) and not torch.allclose(dropped[1], without[1])
 
 
+def test_the_modulation_vector_is_what_the_times_projection_is_given():
+    transformer = tiny_video_pipeline().transformer
+    x_t, t = torch.randn(2, 4, 2, 4, 4), torch.tensor([700.0, 300.0])
+    with modulations(transformer) as found:
+        transformer(x_t, t, torch.randn(2, 16, 384))
+    embedder = transformer.condition_embedder
+    expected = embedder.time_embedder(embedder.timesteps_proj(t))
+    assert torch.equal(found[-1], expected)
+    assert found[-1].shape == (2, modulation_width(transformer))
+
+
 def test_a_strip_shows_frames_in_a_row_and_motion_is_in_levels():
     videos = torch.arange(10.0).view(2, 5, 1, 1, 1).expand(2, 5, 3, 2, 2) / 255
     assert (255 * strip(videos, 3)[0, ::2, ::2]).round().tolist() == [[0, 2, 4], [5, 7, 9]]
@@ -210,3 +224,23 @@ def test_the_recipes_train_resume_and_export_and_are_judged(clips, tmp_path, mon
     assert "| shares a word | chance |" in Path("out/README.md").read_text()
     shown = Image.open("out/judge_kept.webp")
     assert shown.n_frames == FRAMES and shown.height == 2 * SIDE * 3
+
+
+class Brief(PixelFluxPipeline):
+    """As a user writes one: the parent's call, with other defaults."""
+
+    def __call__(self, *args, num_inference_steps=STEPS, **settings):
+        return super().__call__(*args, num_inference_steps=num_inference_steps, **settings)
+
+
+def test_gradients_pass_through_a_call_that_is_the_parents():
+    pipe = tiny_text_pipeline()
+    brief = Brief(**pipe.components, **{n: pipe.config[n] for n in ("sample_size", "patch_size")})
+    brief.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 16, 48).requires_grad_()
+    calls = [kind.__call__ for kind in (Brief, PixelFluxPipeline)]
+    given = {"latents": latents, "output_type": "latent", "return_dict": False}
+    made = generate_with_gradients(brief, [Item(0, 0, {"prompt": "a cat"})], **given)[0]
+    assert made.requires_grad
+    assert calls == [kind.__call__ for kind in (Brief, PixelFluxPipeline)]
+    assert not brief("a cat", **given)[0].requires_grad

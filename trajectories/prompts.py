@@ -133,8 +133,21 @@ def generate_batch(pipe: Any, items: Sequence[Item], **settings: Any) -> Any:
 
 
 def generate_with_gradients(pipe: Any, items: Sequence[Item], **settings: Any) -> Any:
-    """The same without the `torch.no_grad` around a diffusers pipeline's call."""
-    return inspect.unwrap(type(pipe).__call__)(pipe, **_arguments(pipe, items), **settings)
+    """The same without the `torch.no_grad` around a diffusers pipeline's call.
+
+    A class whose call is its parent's with other arguments has it there, so for as long as this
+    takes it is off the calls of all classes that the pipeline's inherits from.
+    """
+    kinds: list[Any] = [kind for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
+    calls = [(kind, vars(kind)["__call__"]) for kind in kinds]
+    wrapped = [(kind, call) for kind, call in calls if hasattr(call, "__wrapped__")]
+    for kind, call in wrapped:
+        kind.__call__ = inspect.unwrap(call)
+    try:
+        return generate_batch(pipe, items, **settings)
+    finally:
+        for kind, call in wrapped:
+            kind.__call__ = call
 
 
 def _arguments(pipe: Any, items: Sequence[Item]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ FRAME_MS = 120
 def judge_video_teacher(
     pipeline: str,
     clips: str = "clips.npz",
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 3.0,
     num_inference_steps: int = 50,
 ) -> None:
     """Draw the held-out captions and as many trained ones, and look up their nearest real clips.

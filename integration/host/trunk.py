@@ -154,6 +154,9 @@ TIME_FACTS = {
         1000.0,
     ),
     "FluxTransformer2DModel": TimeFacts(r"time_text_embed", r"time_text_embed\.time_proj", 1.0),
+    "WanTransformer3DModel": TimeFacts(
+        r"condition_embedder\.time_embedder", r"condition_embedder\.timesteps_proj", 1000.0
+    ),
 }
 """Known hosts by class name; another one is a row here."""
 

@@ -64,7 +64,7 @@ class SentenceWanPipeline(WanPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = 3.0,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Float[Tensor, "B Z f height width"] | None = None,

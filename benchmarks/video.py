@@ -1,0 +1,375 @@
+"""Forecasting on the video host: record, search, fit everything, judge whole videos.
+
+    python benchmarks/video.py prompts --clips clips.npz
+    python benchmarks/video.py record
+    python benchmarks/video.py search
+    python benchmarks/video.py fit
+    python benchmarks/video.py solvers
+    python benchmarks/video.py bench
+    python benchmarks/video.py publish
+
+Every stage takes `--pipeline DIR` and `--root DIR`, those after the recording `--budgets '[8]'`,
+and each resumes. Recorded are captions the model was trained on, judged are those kept from its
+training. PSNR is the mean over the frames of a video; the temporal difference error compares the
+changes from frame to frame, x_{f+1} - x_f, with those of the full run, as a PSNR in dB too
+(`temporal_db`). Rivals run on the lists searched for them and on the readout's, and stand in the
+table with the better one; rows have the form of benchmarks/results/readout.json.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from jsonargparse import auto_cli
+from learned_solvers import Calibration, Place, fit_cell
+from readout import FORMULAS, FULL, SOLVER_NAMES, STARTS, compared
+from torch import Tensor
+
+import foreseer
+from foreseer.checkpoints.format import load_predictor
+from foreseer.cli import main
+from foreseer.evaluation.benchmark import FIRST_ITEM
+from foreseer.evaluation.learned_solver import LearnedSolver
+from foreseer.evaluation.metrics import latent_rel_l2, paired, psnr, ssim, summarise
+from foreseer.evaluation.pairing import prompts_of
+from foreseer.evaluation.plan import Entry
+from foreseer.evaluation.results import BenchRow, Errors, to_record
+from foreseer.evaluation.runs import Judge, Samples, run_entry
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.predictors.rules import RULES
+from foreseer.trajectories.prompts import asked_items
+
+HOST = "emoji_wan"
+PIPELINE = f"zoo:{HOST}"
+ROOT = "runs/video"
+HERE = Path("benchmarks")
+PROMPTS = {each: HERE / f"{HOST}_{each}.txt" for each in ("calibration", "held_out")}
+RESULT = HERE / "results" / "video.json"
+BUDGETS = (11, 8, 6)
+CALL: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 50}
+FITS = ("readout", "closed_loop", "lesa", "disca")
+SOLVERS = ("bns", "gs")
+FORM = "free times"
+SEARCHED = ("euler|none", "ab2|none", "dpmpp_2m|none", "unipc|none", "taylor_1|output")
+SEARCHED += ("taylor_1|hidden",)  # whose list the other formulas of the tap take
+BATCH = 16
+OPTIONS: dict[str, dict[str, Any]] = {}
+"""Arguments of a fit that are not its method's own, by method."""
+
+
+def prompts(clips: str = "clips.npz") -> None:
+    """Write the captions to record and those to judge on, from the clips that were trained on.
+
+    Args:
+        clips: file of `examples/bundled_models/clips.py`.
+    """
+    import sys
+
+    sys.path.append("examples/bundled_models")
+    from clips import read_clips, split
+
+    for path, found in zip(PROMPTS.values(), split(read_clips(clips)), strict=True):
+        path.write_text("".join(f"{clip.captions[0]}\n" for clip in found))
+        print(f"{path}: {len(found)} captions")
+
+
+def record(
+    pipeline: str = PIPELINE,
+    root: str = ROOT,
+    num_trajectories: int = 1024,
+    num_features: int = 128,
+) -> None:
+    """Record Grams and states for the fits along a run, and features for neural predictors.
+
+    Args:
+        pipeline: the video host.
+        root: folder of everything.
+        num_trajectories: trajectories with Grams and states.
+        num_features: of those that are recorded with all features too, from the first on.
+    """
+    given = ["--pipeline", pipeline, "--prompts", str(PROMPTS["calibration"])]
+    given += [word for name, value in CALL.items() for word in (f"--{name}", str(value))]
+    given += ["--batch_size", str(BATCH)]
+    for name, count, features in (
+        ("recording", num_trajectories, "none"),
+        ("features", num_features, "full"),
+    ):
+        words = ["--num_trajectories", str(count), "--features", features]
+        main(["record", *given, *words, "--out", f"{root}/{name}"])
+
+
+def search(
+    pipeline: str = PIPELINE,
+    root: str = ROOT,
+    budgets: Sequence[int] = BUDGETS,
+    num_samples: int = 16,
+    num_moves: int = 8,
+) -> None:
+    """Search lists of anchors for every rival.
+
+    Args:
+        pipeline: the video host.
+        root: folder of everything.
+        budgets: network evaluations.
+        num_samples: recorded trajectories that lists are compared on.
+        num_moves: lists tried by moving single anchors of the best one.
+    """
+    words = [
+        "--recording",
+        f"{root}/recording",
+        "--pipeline",
+        pipeline,
+        "--out",
+        f"{root}/lists.json",
+    ]
+    words += ["--num_anchors", json.dumps(list(budgets)), "--methods", json.dumps(SEARCHED)]
+    main(["search", *words, "--num_samples", str(num_samples), "--num_moves", str(num_moves)])
+
+
+def fit(
+    pipeline: str = PIPELINE,
+    root: str = ROOT,
+    budgets: Sequence[int] = BUDGETS,
+    methods: Sequence[str] = FITS,
+) -> None:
+    """Fit every learned predictor on the readout's list, which the readout's fit searches.
+
+    Args:
+        pipeline: the video host.
+        root: folder of everything.
+        budgets: network evaluations.
+        methods: of `foreseer.fit`.
+    """
+    for budget in budgets:
+        for method in methods:
+            out = fitted_at(root, method, budget)
+            if (out / "config.json").exists():
+                continue
+            folder = "features" if method in ("lesa", "disca") else "recording"
+            given: dict[str, Any] = {"evaluations": budget}
+            if method != "readout":
+                given = {"anchors": list(own_list(root, budget))}
+            given |= OPTIONS.get(method, {})
+            foreseer.fit(
+                f"{root}/{folder}", method=method, pipeline=pipeline, out=str(out), **given
+            )
+
+
+def fitted_at(root: str, method: str, budget: int) -> Path:
+    """Where a fit lies."""
+    return Path(root) / "fits" / f"{method}_{budget}"
+
+
+def own_list(root: str, budget: int) -> tuple[int, ...]:
+    """The anchors of the readout."""
+    predictor: Any = load_predictor(fitted_at(root, "readout", budget))
+    return tuple(predictor.spec.anchors)
+
+
+def solvers(
+    pipeline: str = PIPELINE,
+    root: str = ROOT,
+    budgets: Sequence[int] = BUDGETS,
+    methods: Sequence[str] = SOLVERS,
+    num_pairs: int = 32,
+    num_epochs: int = 3,
+) -> None:
+    """Fit learned solvers by Gauss-Newton, as benchmarks/learned_solvers.py does.
+
+    Args:
+        pipeline: the video host.
+        root: folder of everything.
+        budgets: network evaluations.
+        methods: families.
+        num_pairs: recorded pairs to fit on.
+        num_epochs: epochs at most.
+    """
+    searched = json.loads((Path(root) / "lists.json").read_text())
+    own = {f"readout|output|{budget}": list(own_list(root, budget)) for budget in budgets}
+    lists = Path(root) / "lists_of_solvers.json"
+    lists.write_text(json.dumps(searched | own))
+    place = Place(HOST, pipeline, f"{root}/recording", lists, Path(root) / "solvers")
+    data = Calibration(place, 0, num_pairs)
+    for budget in budgets:
+        for method in methods:
+            fit_cell(data, method, budget, FORM, num_pairs, num_epochs)
+
+
+def planned(root: str, budget: int) -> list[Entry]:
+    """Everything of a budget that there is: fits, learned solvers, formulas and solvers."""
+    own = own_list(root, budget)
+    made = []
+    for method in FITS:
+        folder = fitted_at(root, method, budget)
+        if (folder / "config.json").exists():
+            predictor: Any = load_predictor(folder)
+            spec = predictor.spec
+            made.append(Entry(method, "learned", spec.tap, "searched", spec.anchors, predictor))
+    for path in sorted((Path(root) / "solvers").glob(f"*_{budget}_free_gn_*.json")):
+        method = path.stem.split("_")[0]
+        found = LearnedSolver.load(path)
+        made.append(Entry(method, "learned solver", "none", "given", (), solver=found))
+    searched = json.loads((Path(root) / "lists.json").read_text())
+    for method, taps in (FORMULAS | SOLVER_NAMES).items():
+        for tap in taps:
+            key = method if f"{method}|{tap}|{budget}" in searched else "taylor_1"
+            lists = {"given": own, "searched": tuple(searched[f"{key}|{tap}|{budget}"])}
+            kind = "solver" if tap == "none" else "formula"
+            for name, anchors in lists.items():
+                made.append(Entry(method, kind, tap, name, anchors, RULES.get(method)))
+    return made
+
+
+def begun_on(root: str, entry: Entry, budget: int) -> Entry:
+    """A learned solver with the list that its fit began on, as a row has it."""
+    if entry.kind != "learned solver":
+        return entry
+    (path,) = (Path(root) / "solvers").glob(f"starts_{budget}_free_*.json")
+    starts = json.loads(path.read_text())
+    usable = STARTS.get(entry.method, [each["solver"] for each in starts])
+    began = next(each["anchors"] for each in starts if each["solver"] in usable)
+    return replace(entry, anchors=tuple(began))
+
+
+def bench(
+    pipeline: str = PIPELINE,
+    root: str = ROOT,
+    budgets: Sequence[int] = BUDGETS,
+    num_samples: int = 64,
+) -> None:
+    """Draw the judged videos with every method and keep their latents.
+
+    Args:
+        pipeline: the video host.
+        root: folder of everything.
+        budgets: network evaluations.
+        num_samples: judged videos.
+    """
+    judged = Judged(pipeline, root, num_samples)
+    for budget in budgets:
+        for entry in planned(root, budget):
+            error = frame_psnr(judged.drawn(entry).images, judged.full.images)
+            print(f"{budget} {entry}: {summarise(error).mean:.2f} dB", flush=True)
+
+
+class Judged:
+    """The judged videos: their full runs, and what every method made of them, kept on disk.
+
+    Args:
+        pipeline: the video host.
+        root: folder of everything.
+        num_samples: judged videos.
+    """
+
+    def __init__(self, pipeline: str, root: str, num_samples: int) -> None:
+        self.pipe = load_pipeline(pipeline)
+        self.root = Path(root)
+        self.items = asked_items(self.pipe, str(PROMPTS["held_out"]), num_samples, FIRST_ITEM)
+        self.batches = [self.items[i : i + BATCH] for i in range(0, num_samples, BATCH)]
+        self.full = self.drawn(FULL)
+
+    def drawn(self, entry: Entry) -> Samples:
+        """The videos of an entry, whole, from its file where it has run before."""
+        path = self.root / "samples" / f"{entry.key(f'{HOST} {len(self.items)}')}.pt"
+        if not path.exists():
+            sigmas = [] if entry.kind == "full" else self.full.sigmas
+            made = run_entry(self.pipe, entry, sigmas, self.batches, lambda done: None, **CALL)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(vars(made) | {"images": decoded(self.pipe, made.latents)}, path)
+        return Samples(**torch.load(path))
+
+
+class VideoJudge(Judge):
+    """Rows with the errors of whole videos."""
+
+    def errors(self, samples: Samples) -> dict[str, Float[Tensor, " B"]]:
+        """PSNR and SSIM of every video, the mean over its frames, and the error of its latents."""
+        frames, wanted = (each.images.flatten(0, 1) for each in (samples, self.reference))
+        return {
+            "psnr_db": frame_psnr(samples.images, self.reference.images),
+            "ssim": ssim(frames, wanted).unflatten(0, (len(samples.images), -1)).mean(1),
+            "latent_rel_l2": latent_rel_l2(samples.latents, self.reference.latents),
+        }
+
+
+@torch.no_grad()
+def decoded(pipe: Any, latents: Float[Tensor, "B Z f h w"]) -> Float[Tensor, "B F C H W"]:
+    """Videos in [0, 1] of final latents, as the pipeline decodes them."""
+    config = pipe.vae.config
+    mean, std = (
+        torch.tensor(each)[:, None, None, None]
+        for each in (config.latents_mean, config.latents_std)
+    )
+    videos = [pipe.vae.decode(part * std + mean).sample for part in latents.float().split(BATCH)]
+    return (torch.cat(videos) / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+
+def frame_psnr(
+    videos: Float[Tensor, "B F C H W"], reference: Float[Tensor, "B F C H W"]
+) -> Float[Tensor, " B"]:
+    """PSNR of every video in dB, the mean over its frames."""
+    each = psnr(videos.flatten(0, 1), reference.flatten(0, 1))
+    return each.unflatten(0, (len(videos), -1)).mean(1)
+
+
+def temporal_psnr(
+    videos: Float[Tensor, "B F C H W"], reference: Float[Tensor, "B F C H W"]
+) -> Float[Tensor, " B"]:
+    """Temporal difference error: -10 log10 mean (dx - dx_ref)^2, where dx = x_{f+1} - x_f."""
+    changes, wanted = (each.double().diff(dim=1) for each in (videos, reference))
+    return -10 * (changes - wanted).square().flatten(1).mean(1).log10()
+
+
+def publish(
+    pipeline: str = PIPELINE,
+    root: str = ROOT,
+    budgets: Sequence[int] = BUDGETS,
+    num_samples: int = 64,
+    out: str = str(RESULT),
+) -> None:
+    """Write one row per method, on the list that suits it best, with its paired differences.
+
+    Args:
+        pipeline: the video host.
+        root: folder of everything.
+        budgets: network evaluations.
+        num_samples: judged videos.
+        out: JSON file of the rows.
+    """
+    judged = Judged(pipeline, root, num_samples)
+    numbers = prompts_of(judged.items)
+    judge = VideoJudge(judged.full, numbers, CALL["guidance_scale"], {})
+    records = []
+    for budget in budgets:
+        best: dict[str, tuple[BenchRow, Errors]] = {}
+        temporal: dict[str, Float[Tensor, " B"]] = {}
+        for entry in planned(root, budget):
+            samples = judged.drawn(entry)
+            found = judge.row(begun_on(root, entry, budget), samples)
+            if entry.method not in best or found[0].psnr_db > best[entry.method][0].psnr_db:
+                best[entry.method] = found
+                temporal[entry.method] = temporal_psnr(samples.images, judged.full.images)
+        for row in compared(list(best.values()), numbers):
+            records.append({"host": HOST} | to_record(row) | over_time(row, temporal, numbers))
+    Path(out).write_text(json.dumps(records, indent=1) + "\n")
+    print(f"wrote {out}: {len(records)} rows")
+
+
+def over_time(
+    row: BenchRow, temporal: dict[str, Float[Tensor, " B"]], numbers: Sequence[int]
+) -> dict[str, float | None]:
+    """What a row tells of the changes from frame to frame, against its rival of the PSNR."""
+    found: dict[str, float | None] = {"temporal_db": float(temporal[row.method].mean())}
+    names = ("temporal_paired_db", "temporal_paired_low_db", "temporal_paired_high_db")
+    if row.rival is None:
+        return found | dict.fromkeys(names)
+    gap = paired(temporal[row.method], temporal[row.rival], numbers)
+    return found | dict(zip(names, (gap.mean, gap.low, gap.high), strict=True))
+
+
+if __name__ == "__main__":
+    auto_cli([prompts, record, search, fit, solvers, bench, publish])
