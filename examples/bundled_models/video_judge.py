@@ -55,6 +55,16 @@ def judge_video_teacher(
         MissingExtra: the judge or the sentence encoder is not installed.
     """
     pipe, folder = load_pipeline(pipeline), resolve(pipeline)
+    result = judged(pipe, clips, guidance_scale, num_inference_steps, folder)
+    (folder / "judge.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_card(folder)
+    print(judge_table(result))
+
+
+def judged(
+    pipe: Any, clips: str, guidance_scale: float, num_inference_steps: int, folder: Path
+) -> dict[str, Any]:
+    """Retrieval and motion of both splits, as in `judge.json`; the sheets go into a folder."""
     everything = read_clips(clips)
     trained, kept = split(everything)
     chosen = {
@@ -64,14 +74,9 @@ def judge_video_teacher(
     place_of = {id(clip): place for place, clip in enumerate(everything)}
     network, real = load_features(), [pixels(clip.frames) for clip in everything]
     known = looks(network, through(pipe.vae, real))
-    result: dict[str, Any] = {
-        "num_clips": len(everything),
-        "guidance_scale": guidance_scale,
-        "num_inference_steps": num_inference_steps,
-        "splits": {},
-    }
+    settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    result: dict[str, Any] = {"num_clips": len(everything), **settings, "splits": {}}
     for name, asked in chosen.items():
-        settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         drawn = draw_all(pipe, [clip.captions[0] for clip in asked], settings)
         places = [place_of[id(clip)] for clip in asked]
         own = torch.stack([real[place] for place in places]).transpose(1, 2) / 2 + 0.5
@@ -80,9 +85,7 @@ def judge_video_teacher(
             "motion_real": motion(own),
         }
         write_sheet(drawn[:SHOWN], own[:SHOWN], folder / f"judge_{name.split('_')[1]}")
-    (folder / "judge.json").write_text(json.dumps(result, indent=2) + "\n")
-    write_card(folder)
-    print(judge_table(result))
+    return result
 
 
 def draw_all(
