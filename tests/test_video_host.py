@@ -16,6 +16,7 @@ from tiny_video import FRAMES, LOOP, SIDE, tiny_video_pipeline, write_packages
 from video_judge import judge_video_teacher, motion
 from video_latents import CaptionedClips, write_latents
 from video_teacher import VideoTeacherModule, strip, zeroed_layers
+from video_vae import VideoVaeModule, inflate
 
 from foreseer.cli import main
 from foreseer.integration.host.trunk import modulation_width, modulations
@@ -96,6 +97,19 @@ def test_muon_turns_kernels_and_adamw_moves_the_rest():
     resumed.load_state_dict(optimizer.state_dict())
     kept = [each.state[layer.weight]["momentum"] for each in (optimizer, resumed)]
     assert torch.equal(*kept) and float(kept[0].abs().max()) > 0
+
+
+def test_an_inflated_autoencoder_treats_every_frame_of_a_still_as_it_would_alone():
+    torch.manual_seed(0)
+    vae = VideoVaeModule(base_dim=4, z_dim=4).vae.eval()
+    frame = torch.rand(1, 3, 1, SIDE, SIDE) * 2 - 1
+    with torch.no_grad():
+        alone = vae.decode(vae.encode(frame).latent_dist.mode()).sample
+        inflate(vae)
+        lasting = vae.encode(frame.expand(-1, -1, 9, -1, -1)).latent_dist.mode()
+        shown = vae.decode(lasting).sample
+    assert lasting.shape[2] == 3 and shown.shape[2] == 9
+    torch.testing.assert_close(shown, alone.expand_as(shown), rtol=0, atol=1e-4)  # rounding
 
 
 def test_mirrored_latents_are_of_clips_with_two_sides(clips):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
 from jaxtyping import Float
 from muon import KernelMuon
 from torch import Tensor
@@ -29,8 +30,8 @@ class VideoVaeModule(Drawing):
         num_res_blocks: residual blocks of each resolution.
         kl_weight: weight of the divergence, in nats per latent number.
         learning_rate: AdamW's rate before the schedule; that of kernels is ten times as much.
-        start: checkpoint of such a module whose weights to start from, such as one of single
-            frames (`window: 1`), which are learned several times as fast.
+        start: checkpoint of such a module trained on single frames (`window: 1`), which are learned
+            several times as fast; clips begin at its weights, inflated.
     """
 
     def __init__(
@@ -87,10 +88,33 @@ class VideoVaeModule(Drawing):
         if stage == "fit" and self.start is not None:
             state = torch.load(self.start, map_location="cpu", weights_only=True)
             self.load_state_dict(state["state_dict"])
+            inflate(self.vae)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Muon for kernels, AdamW for the rest; the rates follow `ClockCosine`."""
         return KernelMuon(self.parameters(), self.learning_rate)
+
+
+@torch.no_grad()
+def inflate(vae: AutoencoderKLWan) -> None:
+    """Let an autoencoder of single frames treat each frame of a clip as it would treat it alone.
+
+    Kernels see no earlier frame, two frames are joined to their mean, and a joined one is doubled:
+    what a clip loses at first is motion within four frames. Weights of earlier frames, which single
+    frames do not train, would be noise.
+    """
+    for layer in vae.modules():
+        if isinstance(layer, WanCausalConv3d) and layer.kernel_size[0] == 3:
+            layer.weight[:, :, :2] = 0
+    for layer in vae.modules():
+        if isinstance(layer, WanResample) and hasattr(layer, "time_conv"):
+            kernel, channels = layer.time_conv.weight.zero_(), layer.time_conv.in_channels
+            layer.time_conv.bias.zero_()
+            own = torch.arange(channels)
+            if layer.time_conv.out_channels == channels:
+                kernel[own, own, 1:, 0, 0] = 0.5
+            else:
+                kernel[own, own, 2, 0, 0] = kernel[channels + own, own, 2, 0, 0] = 1
 
 
 @torch.no_grad()
