@@ -81,12 +81,21 @@ class FlowTeacher(Drawing):
             batch: images `(B, C, H, W)` in [-1, 1] and their conditions.
             batch_idx: seed of the noise.
         """
+        self.log("val/loss", self.held_out_loss(batch, batch_idx), prog_bar=True)
+
+    def held_out_loss(self, batch: list[Tensor], batch_idx: int) -> Float[Tensor, ""]:
+        """What `validation_step` logs.
+
+        Args:
+            batch: images `(B, C, H, W)` in [-1, 1] and their conditions.
+            batch_idx: seed of the noise.
+        """
         x_0, *conditions = batch
         generator = torch.Generator().manual_seed(batch_idx)
         eps = torch.randn(x_0.shape, generator=generator).to(x_0)
         sigma = torch.randn(len(x_0), generator=generator).to(x_0).sigmoid()
         kept = torch.zeros_like(sigma, dtype=torch.bool)
-        self.log("val/loss", self._loss(x_0, eps, sigma, conditions, kept), prog_bar=True)
+        return self._loss(x_0, eps, sigma, conditions, kept)
 
     def _loss(
         self,

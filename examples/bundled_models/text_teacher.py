@@ -95,7 +95,8 @@ class TextTeacherModule(FlowTeacher):
         null_embeds, null_pooled = self.text_encoder[0]([""])
         embeds = torch.where(dropped[:, None, None], null_embeds.to(embeds), embeds)
         pooled = torch.where(dropped[:, None], null_pooled.to(pooled), pooled)
-        ids = image_ids(self.sample_size // self.patch_size).to(x_t.device)
+        side = x_t.shape[-1] // self.patch_size
+        ids = image_ids(side, self.sample_size // x_t.shape[-1]).to(x_t.device)
         v = self.transformer(
             pack(x_t, self.patch_size),
             timestep=sigma,

@@ -285,9 +285,16 @@ class PixelFluxPipeline(PixelPipeline):
         return unpack(latents, self.config.patch_size)
 
 
-def image_ids(side: int) -> Float[Tensor, "N 3"]:
-    """Rotary positions (0, row, column) of a square of tokens, row by row."""
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+def image_ids(side: int, spacing: int = 1) -> Float[Tensor, "N 3"]:
+    """Rotary positions (0, row, column) of a square of tokens, row by row.
+
+    Args:
+        side: tokens per side.
+        spacing: tokens of the full grid per side of one token; a token lies at their mean,
+            spacing * p + (spacing - 1) / 2, so that grids of all sizes cover the same picture.
+    """
+    places = spacing * torch.arange(side) + (spacing - 1) / 2
+    rows, columns = torch.meshgrid(places, places, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).float()
 
 
