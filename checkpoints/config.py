@@ -380,6 +380,9 @@ NAME: Rule = (is_name, "a name")
 
 ARGUMENT_RULES: dict[str, Rule] = {
     "anchors": _wholes(1, MAX_STEPS, 0, MAX_STEPS - 1),
+    "basis": NAME,
+    "before": _wholes(1, MAX_STEPS, 0, MAX_STEPS - 1),
+    "before_sigmas": _numbers(1, MAX_STEPS),
     "bias": BOOLEAN,
     "block": (_are_shapes, f"the shapes of 1 to {MAX_KEYS} tensors by name"),
     "boundaries": _numbers(0, MAX_STAGES - 1),

@@ -43,6 +43,9 @@ def replay(
     anchors = dict(zip(spec.anchors, features, strict=True))
     state = iter(predictor.state_dict().values())
     device = next((tensor.device for tensor in state), torch.device("cpu"))
+    for place, anchor in enumerate(predictor.continues):  # made up of the others'
+        made = features[place % len(features)].to(device).flip(-1)
+        history.push(Step(anchor, 1.0, len(spec.sigmas), branches), made)
     forecasts = [features[:0]]
     for index, sigma in enumerate(spec.sigmas):
         step = Step(index, sigma, len(spec.sigmas), branches, sigmas=spec.sigmas)

@@ -14,6 +14,7 @@ from foreseer.checkpoints.spec import (
     check_host,
     check_run,
 )
+from foreseer.integration.handover import Handed, Handover, same_rows
 from foreseer.integration.histories import Histories, check_shape, most_bytes, predicted, push
 from foreseer.integration.host.hook import LAST_BLOCK, stream_tap
 from foreseer.integration.host.hosts import host_of
@@ -33,6 +34,7 @@ class Forecaster(Source):
         spec: what a learned predictor was fitted on; its grid, guidance and dtype are checked.
         pipe: asked for its `guidance_scale`, where it has one.
         schedule: which other calls run the network; None for none.
+        before: keeps the features that every run begins with, of the run before; None for none.
     """
 
     to_need_less = (
@@ -48,8 +50,11 @@ class Forecaster(Source):
         spec: PredictorSpec | None = None,
         pipe: Any = None,
         schedule: Schedule | None = None,
+        before: Handover | None = None,
     ) -> None:
         self.predictor = predictor
+        self.before = before
+        self.handed: Handed | None = None  # of the run before, until the first step is over
         self.tap = tap
         self.schedule = Anchors() if schedule is None else schedule
         self.taps = frozenset({tap, "hidden"} if predictor.reads else {tap})
@@ -85,10 +90,18 @@ class Forecaster(Source):
             "guidance_scale", getattr(self.pipe, "guidance_scale", None)
         )
         self.last_step, self.narrow = len(sigmas) - 1, False
+        self.handed, self.follows = None, ()
+        if self.before is not None:
+            self.handed = left = self.before.take()
+            self.predictor.check_before(left.sigmas)
+            self.histories, self.follows = (
+                self.before.begun(left, self.predictor.window),
+                left.calls,
+            )
         if self.spec is not None:
             check_run(self.spec, self.predictor, sigmas)
             self._check_weights(self.spec)
-        check_anchors(self.anchors, len(sigmas))
+        check_anchors(self.anchors, len(sigmas), begun=self.before is not None)
         self.schedule.open(len(sigmas), self.anchors)
 
     def _check_weights(self, spec: PredictorSpec) -> None:
@@ -141,7 +154,19 @@ class Forecaster(Source):
             self.spec.check_expert(step.index, step.expert)
         found = self.histories.at(step, slot)
         assert found is not None  # asked for before
+        self._check_handed(found[tap][0].features[-1], step)
         return predicted(self.predictor, found[tap], step)
+
+    def _check_handed(self, feature: Tensor, step: Step) -> None:
+        """Raise unless what the run before left is of this run's samples and grid, at its start."""
+        if self.handed is not None and not same_rows(feature, step.x_t):
+            assert step.x_t is not None
+            raise ValueError(
+                f"the features of the stage before were brought to {tuple(feature.shape)}, this "
+                f"call has {tuple(step.x_t.shape)}; expected the same rows and tokens: run the "
+                "stages in turn on the same samples, under the same guidance, with the lift of "
+                "these two grids."
+            )
 
     def on_step(self, record: StepRecord) -> None:
         """Keep the features of the step's computed calls, and check what the step has shown.
@@ -150,10 +175,13 @@ class Forecaster(Source):
             PredictorMismatch: a learned predictor meets other branches, settings, latents or dtype.
             ValueError: a feature is not finite, or a forecast left the range of float16.
         """
+        if self.handed is not None and self.before is not None:
+            self.before.check_start(self.handed, record.before)
         for number, call in enumerate(record.calls):
             self.branches.update(call.step.branches)
             if call.taps is not None:
                 self.keep(call, first=number == 0)
+        self.handed = None
         self.schedule.close(record.index)
         self.close(record)
 
@@ -182,6 +210,8 @@ class Forecaster(Source):
             if tap not in found:
                 num = 1 if samples is None else len(samples)
                 found[tap] = [History(self.predictor.window) for _ in range(num)]
+            if len(found[tap][0]):
+                self._check_handed(found[tap][0].features[-1], step)
             check_shape(found[tap], rows, tap, step, samples)
             read = self._read(call, found[tap][0]) if self.predictor.reads else None
             push(found[tap], step, rows, samples, read)
@@ -236,6 +266,7 @@ class Forecaster(Source):
     def forget(self) -> None:
         """Let go of all features, and of what the schedule compares with."""
         self.histories.clear()
+        self.handed = None
         self.schedule.forget()
 
     def state_bytes(self) -> int:

@@ -15,6 +15,7 @@ from foreseer.checkpoints.spec import (
 )
 from foreseer.integration.call_groups import CallGroups, Groups
 from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.handover import Handover
 from foreseer.integration.host.hook import BEFORE_LAST
 from foreseer.integration.host.hosts import host_of, transformers_of
 from foreseer.integration.host.loop import Steps
@@ -32,8 +33,11 @@ TAPS = ("output", "hidden", "residual", BEFORE_LAST)
 class Run:
     """A predictor attached to a pipeline; `report()` tells what the latest call did."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, after: Handover | None = None) -> None:
         self.session: Session | None = session  # None when detached: it holds the pipeline
+        self._after = after
+        if after is not None and session.source is not None:
+            after.join(session.source.tap)
         self._report = session.report
 
     def steps(self, times: Any, key: Hashable = None, inversion: bool = False) -> Steps:
@@ -85,6 +89,9 @@ class Run:
             self._report = self.session.report
             self.session.detach()
             self.session = None
+        if self._after is not None:
+            self._after.leave()
+            self._after = None
 
     def __repr__(self) -> str:
         """Whether it is attached and to what, and what the latest call did."""
@@ -126,6 +133,7 @@ def attach(
     tokens: TokenPolicy | None = None,
     attention_rule: LinearPredictor | None = None,
     groups: Groups | None = None,
+    after: Handover | None = None,
 ) -> Run:
     """Make a pipeline forecast with `predictor` until `detach`.
 
@@ -148,6 +156,8 @@ def attach(
             anchor's.
         groups: group number of every sample and token, `(B, N)`, or a function that makes them of
             the call's arguments, for a predictor or a policy that goes by token groups.
+        after: what every run begins with, where it goes on from one on a coarser grid, as
+            `ProgressivePipeline.after` makes it; anchors may then begin later than step 0.
 
     Returns:
         The run, for its report and for detaching.
@@ -163,12 +173,47 @@ def attach(
     source = checked_forecaster(pipe, predictor, anchors, tap, schedule)
     source.memory_budget = memory_budget
     own = _call_groups(groups, predictor, tokens, source.tap)
+    _check_after(predictor, after, schedule, tokens)
     if tokens is None:
-        return Run(Session(pipe, source, groups=own))
+        source.before = after
+        return Run(Session(pipe, source, groups=own), after)
     from foreseer.integration.token_runner import TokenRunner  # loaded by whoever asks for it
 
     runner = TokenRunner(pipe, source, tokens, attention_rule)
     return Run(Session(pipe, source, [runner], runner, groups=own))
+
+
+def _check_after(
+    predictor: Predictor,
+    after: Handover | None,
+    schedule: Schedule | None,
+    tokens: TokenPolicy | None,
+) -> None:
+    """Raise unless a predictor begins its runs with what it is given, or with nothing.
+
+    Raises:
+        PredictorMismatch: a learned predictor was fitted on runs that begin otherwise.
+        ValueError: a schedule or a token policy decides by what a run itself has computed.
+    """
+    kind = type(predictor).__name__
+    if after is None:
+        if predictor.continues:
+            raise PredictorMismatch(
+                f"this {kind} was fitted on runs that go on from a stage before; attach to that "
+                "stage, and give its run: after=pipe.after(run)."
+            )
+        return
+    if predictor.spec is not None and not predictor.continues:
+        raise PredictorMismatch(
+            f"this {kind} was fitted on runs that begin with nothing; leave after= out, or fit "
+            "one with fit_resampled."
+        )
+    if schedule is not None or tokens is not None:
+        name = type(tokens if schedule is None else schedule).__name__
+        raise ValueError(
+            f"{name} decides by what the run itself has computed, and this run begins with the "
+            "features of another; use a list of anchors."
+        )
 
 
 def _call_groups(
@@ -364,6 +409,7 @@ def forecasting(
     tokens: TokenPolicy | None = None,
     attention_rule: LinearPredictor | None = None,
     groups: Groups | None = None,
+    after: Handover | None = None,
 ) -> Iterator[Run]:
     """`attach` for the length of a `with` block; the pipeline is its old self afterwards."""
     run = attach(
@@ -377,6 +423,7 @@ def forecasting(
         tokens,
         attention_rule,
         groups,
+        after,
     )
     try:
         yield run

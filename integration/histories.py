@@ -9,7 +9,7 @@ Shapes: B samples; a call holds the rows of its branches one branch after the ot
 
 import functools
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -70,6 +70,15 @@ class Histories:
             del self._of[held]
         self._of[step.expert, step.branches, slot] = {}
         return self._of[step.expert, step.branches, slot]
+
+    def mapped(self, change: Callable[[History], History]) -> "Histories":
+        """The same of other histories, made of each."""
+        made = Histories(self.window)
+        made._of = {
+            key: {tap: [change(history) for history in each] for tap, each in taps.items()}
+            for key, taps in self._of.items()
+        }
+        return made
 
     def clear(self) -> None:
         """Forget everything."""

@@ -111,6 +111,8 @@ class Source(Observer):
             `modulation`.
         settings: what the pipeline call sets, set before `open`.
         memory_budget: bytes that cached features may take; None for what the device has.
+        follows: transformer and guidance branches of the calls of a step, where the run goes on
+            from one that made them; set by `open`.
     """
 
     tap: str
@@ -118,6 +120,7 @@ class Source(Observer):
     needs: frozenset[str] = frozenset()
     settings: Mapping[str, float | None] = {}
     memory_budget: int | None = None
+    follows: Sequence[tuple[int, tuple[int, ...]]] = ()
 
     @property
     def block_weights(self) -> Mapping[str, Tensor] | None:

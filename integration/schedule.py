@@ -211,14 +211,24 @@ def magcache(
     return tuple(anchors)
 
 
-def check_anchors(anchors: Sequence[int], num_steps: int) -> tuple[int, ...]:
+def check_anchors(anchors: Sequence[int], num_steps: int, begun: bool = False) -> tuple[int, ...]:
     """The anchors as a tuple, if they are a schedule for a run of `num_steps` steps.
+
+    Args:
+        anchors: steps at which the network runs.
+        num_steps: steps of the run.
+        begun: whether the run begins with features of a run before.
 
     Raises:
         ValueError: step 0 is missing, or a step is out of order, doubled or out of range.
     """
     anchors = tuple(anchors)
-    if not anchors or anchors[0] != 0:
+    if begun and (not anchors or anchors[0] < 0):
+        raise ValueError(
+            f"the anchors are {list(anchors)}, expected one step at least: the features of the "
+            "stage before are of a coarser grid, and nothing on this one would be computed."
+        )
+    if not begun and (not anchors or anchors[0] != 0):
         raise ValueError(
             f"the anchors are {list(anchors)}, expected a list that starts with step 0: "
             "there is nothing to forecast from before the first anchor."

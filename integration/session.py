@@ -138,6 +138,25 @@ class Session:
                 )
             run._reset_reason = reason  # until the step before it is known to be over
 
+    def join(self, observer: Observer) -> None:
+        """Let one more take part, from the next run on.
+
+        Raises:
+            ValueError: a run is under way.
+        """
+        with self._turn:
+            if self._begun:
+                raise ValueError("a run is under way; whoever joins does so between two runs.")
+            self.observers.append(observer)
+            for expert in self.experts.values():
+                expert.taps |= observer.taps
+                expert.proven = not (expert.taps - {"output"}) and expert.probe is None
+
+    def leave(self, observer: Observer) -> None:
+        """Let go of one that has joined."""
+        with self._turn:
+            self.observers = [each for each in self.observers if each is not observer]
+
     def detach(self) -> None:
         """Give the host and the scheduler their own methods back."""
         with self._turn:
@@ -199,6 +218,7 @@ class Session:
         if self.source is not None:
             self.source.settings = self._opening
             self.source.open(self._sigmas)
+            self._branches.follow(self.source.follows)
         self._begun = True
 
     def _close(self, index: int, v: Tensor, before: Tensor, after: Tensor) -> None:

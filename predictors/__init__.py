@@ -20,6 +20,7 @@ from foreseer.predictors.neural import DiscaPredictor, OffsetDisca
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.per_part import FreqCa, HyCa
 from foreseer.predictors.readout import Readout
+from foreseer.predictors.resampled import Resampled
 from foreseer.predictors.rules import (
     BDF2,
     AdamsBashforth2,
@@ -53,6 +54,7 @@ LEARNED: tuple[type[Predictor], ...] = (
     OffsetDisca,
     CorrectedRows,
     Readout,
+    Resampled,
     TunedLastBlock,
 )
 """The classes that a predictor file may name."""
@@ -86,6 +88,7 @@ __all__ = [
     "Predictor",
     "RandomPolicy",
     "Readout",
+    "Resampled",
     "Reuse",
     "RungeKutta2",
     "ScaledTaylor",

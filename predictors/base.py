@@ -125,6 +125,31 @@ class History:
         read = [t if t is None else change(t) for t in (self.reading, self.carried)]
         return History(self.window, list(self.steps), list(self.sigmas), features, *read)
 
+    def resample(
+        self,
+        lift: Callable[[Tensor], Tensor],
+        time: Callable[[float], float],
+        length: int,
+        window: int | None = None,
+    ) -> "History":
+        """The history that a run on another grid begins with, where it goes on from this run.
+
+        What was read stays behind: it told of the forecasts of this run.
+
+        Args:
+            lift: takes a feature to the grid of the run to come.
+            time: flow time of the run to come at one of this run.
+            length: steps of this run, from whose end its anchors are counted back: -1 is the last.
+            window: features kept; None keeps all.
+        """
+        first = 0 if window is None else max(0, len(self) - window)
+        return History(
+            window,
+            [step - length for step in self.steps[first:]],
+            [time(sigma) for sigma in self.sigmas[first:]],
+            [lift(feature) for feature in self.features[first:]],
+        )
+
     def state_bytes(self) -> int:
         """Bytes of the features held, and of what was read."""
         held = [*self.features, *(t for t in (self.reading, self.carried) if t is not None)]
@@ -153,6 +178,8 @@ class Predictor(nn.Module):
         any_grid: whether a learned predictor serves other grids than the one in its spec;
             `check_grid` says which.
         from_grams: whether summed Grams determine it: `refitted`.
+        continues: anchors of the run before, whose features a run has to begin with, counted back
+            from its end: -1 is its last step. None of most predictors.
         spec: what it was fitted on, a `PredictorSpec`; None of a formula, and of a learned one that
             was only built.
         tag: of its model card.
@@ -172,6 +199,7 @@ class Predictor(nn.Module):
     any_anchors: bool = False
     any_grid: bool = False
     from_grams: bool = False
+    continues: tuple[int, ...] = ()
     spec: Any = None
     tag: str = "l2p"
     form: str = "weighted sums of"
@@ -242,6 +270,13 @@ class Predictor(nn.Module):
 
         Args:
             sigmas: flow time of every step of the run.
+        """
+
+    def check_before(self, sigmas: Sequence[float]) -> None:
+        """Raise if the predictor does not go on from a run of these steps.
+
+        Args:
+            sigmas: flow time of every step of the run before, on its own clock.
         """
 
     def read(

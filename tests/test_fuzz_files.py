@@ -32,6 +32,7 @@ from foreseer.predictors.neural import DiscaPredictor, OffsetDisca
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.per_part import HyCa
 from foreseer.predictors.readout import Readout
+from foreseer.predictors.resampled import Resampled
 from foreseer.predictors.spectrum import Bands
 from foreseer.predictors.tuned_block import TunedLastBlock
 from foreseer.trajectories.files.header import Header
@@ -67,6 +68,7 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "OffsetDisca": lambda: OffsetDisca(6, max_gap=1.0),
     "CorrectedRows": lambda: CorrectedRows(8, ANCHORS, 2, width=6, modulation_width=4),
     "TunedLastBlock": lambda: TunedLastBlock(4, {"mlp.weight": [3, 2], "norm.weight": [2]}, 1.0, 9),
+    "Resampled": lambda: Resampled(8, ANCHORS, [1, 3], [1.0, 0.8, 0.7, 0.6], [4, 2], 2),
     "Readout": lambda: Readout(8, ANCHORS, 2, width=6, patch=4, rank=2),
 }
 

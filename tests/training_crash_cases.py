@@ -219,6 +219,9 @@ CASES = {
         "bundled_models/emoji_wan_vae", CLOCK[:1], VIDEO_VAE | {"model.init_args.start": None}
     ),
     "video_teacher": Case("bundled_models/emoji_wan", CLOCK[::2], VIDEO_TEACHER),
+    "text_teacher_grids": Case(
+        "bundled_models/emoji_flux_grids", CLOCK[:1], TEXT_TEACHER | {"model.init_args.start": None}
+    ),
     "emoji_l2p": Case(  # on the tap `hidden` for the same reason
         "fit/emoji_l2p",
         ONCE[:2],

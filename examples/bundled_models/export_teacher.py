@@ -13,6 +13,7 @@ import torch
 import video_card
 import yaml
 from dit_teacher import TeacherModule
+from grid_teacher import GridTeacherModule
 from PIL import Image
 from text_teacher import TextTeacherModule
 from torch import Tensor
@@ -20,10 +21,14 @@ from video_teacher import VideoTeacherModule
 
 from foreseer import __version__
 
-KINDS = {each.__name__: each for each in (TeacherModule, TextTeacherModule, VideoTeacherModule)}
+KINDS = {
+    each.__name__: each
+    for each in (TeacherModule, TextTeacherModule, GridTeacherModule, VideoTeacherModule)
+}
 CARDS = {
     "TeacherModule": teacher_card.write_card,
     "TextTeacherModule": text_card.write_card,
+    "GridTeacherModule": text_card.write_card,
     "VideoTeacherModule": video_card.write_card,
 }
 LOSS_WINDOW = 50  # logged values in the running mean of the loss

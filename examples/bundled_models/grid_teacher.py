@@ -5,7 +5,6 @@ Shapes: B batch, C channels, H height, W width.
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from text_teacher import TextTeacherModule
 from torch import Tensor, nn
@@ -67,8 +66,8 @@ class GridTeacherModule(TextTeacherModule):
         wrong = [r for r in reductions if r < 1 or sample_size % (r * patch_size)]
         if wrong or not reductions:
             raise ValueError(
-                f"reductions holds {wrong or 'nothing'}, expected sides of squares that leave whole "
-                f"tokens of {patch_size} px in pictures of {sample_size} px."
+                f"reductions holds {wrong or 'nothing'}, expected sides of squares that leave "
+                f"whole tokens of {patch_size} px in pictures of {sample_size} px."
             )
         self.reductions = tuple(reductions)
         if start is not None:

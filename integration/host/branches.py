@@ -9,6 +9,7 @@ where latents grow in mid-run, it has none.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class Branches:
         self._new: dict[CallForm, Call] = {}  # calls of the step in progress not met before
         self._conditions: dict[CallForm, Conditions] = {}  # of calls with several branches
         self._remembered: set[CallForm] = set()  # from the run before
+        self._followed: Sequence[tuple[int, tuple[int, ...]]] = ()
 
     @property
     def calls(self) -> int:
@@ -80,6 +82,11 @@ class Branches:
         for earlier, _ in self._step:
             ordinal += earlier.expert == expert and earlier.name == name
         form = CallForm(expert, name, ordinal, call.outline)
+        if form not in self._of and len(self._step) < len(self._followed):
+            before, branches = self._followed[len(self._step)]
+            if before == expert:
+                self._of[form] = branches
+                self._remembered.add(form)
         if form in self._of:
             return form, None
         narrowed = self._narrowed(form, call)
@@ -163,11 +170,19 @@ class Branches:
         self._step, self._new = [], {}
         self._remembered = set(self._of)
 
+    def follow(self, calls: Sequence[tuple[int, tuple[int, ...]]]) -> None:
+        """A run begins that goes on from another, whose steps made the same calls.
+
+        Args:
+            calls: transformer and branches of each, in order.
+        """
+        self._followed = calls
+
     def _check_remembered(self, samples: int) -> None:
         for form, rows in self._step:
             if form in self._remembered and len(self._of[form]) != max(1, rows // samples):
                 raise ValueError(
                     f"a call of {rows} rows for {samples} samples held {len(self._of[form])} "
-                    "guidance branches in the run before; runs that are repeated must keep their "
-                    "guidance."
+                    "guidance branches in the run before; runs that are repeated, or go on from "
+                    "another, must keep their guidance."
                 )

@@ -166,6 +166,8 @@ class PixelFluxPipeline(PixelPipeline):
         scheduler: any diffusers scheduler configured for flow prediction.
         sample_size: image side in pixels.
         patch_size: pixels per token side.
+        spacing: side r of the squares of pixels that this image's are averages over, where it is
+            one stage of a larger one: see `image_ids`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"
@@ -177,12 +179,13 @@ class PixelFluxPipeline(PixelPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler,
         sample_size: int = 32,
         patch_size: int = 4,
+        spacing: int = 1,
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, text_encoder=text_encoder, scheduler=scheduler
         )
-        self.register_to_config(sample_size=sample_size, patch_size=patch_size)
+        self.register_to_config(sample_size=sample_size, patch_size=patch_size, spacing=spacing)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=False)
 
     @torch.no_grad()
@@ -227,7 +230,7 @@ class PixelFluxPipeline(PixelPipeline):
             null_embeds, null_pooled = self.text_encoder([""] * len(embeds))
             embeds = torch.cat([embeds, null_embeds.to(embeds)])
             pooled = torch.cat([pooled, null_pooled.to(pooled)])
-        img_ids = image_ids(self.config.sample_size // self.config.patch_size).to(latents.device)
+        img_ids = image_ids(self._side, self.config.spacing).to(latents.device)
         txt_ids = img_ids.new_zeros(embeds.shape[1], 3)
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         for timestep in self.progress_bar(self.scheduler.timesteps):
@@ -276,9 +279,13 @@ class PixelFluxPipeline(PixelPipeline):
         latents: Float[Tensor, "B N D"] | None,
     ) -> Float[Tensor, "B N D"]:
         """The initial noise, drawn or as given."""
-        side = self.config.sample_size // self.config.patch_size
-        shape = (count, side * side, self.transformer.config.in_channels)
+        shape = (count, self._side**2, self.transformer.config.in_channels)
         return self._start(shape, generator, latents)
+
+    @property
+    def _side(self) -> int:
+        """Tokens per side."""
+        return int(self.config.sample_size // self.config.patch_size)
 
     def _pixels(self, latents: Float[Tensor, "B N D"]) -> Float[Tensor, "B C H W"]:
         """The packed latents as images."""
