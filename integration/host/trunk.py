@@ -153,7 +153,15 @@ TIME_FACTS = {
         r"transformer_blocks\.\d+\.norm1\.emb\.time_proj",
         1000.0,
     ),
+    "Flux2Transformer2DModel": TimeFacts(
+        r"time_guidance_embed", r"time_guidance_embed\.time_proj", 1.0
+    ),
     "FluxTransformer2DModel": TimeFacts(r"time_text_embed", r"time_text_embed\.time_proj", 1.0),
+    "HunyuanVideo15Transformer3DModel": TimeFacts(r"time_embed", r"time_embed\.time_proj", 1000.0),
+    "QwenImageTransformer2DModel": TimeFacts(
+        r"time_text_embed", r"time_text_embed\.time_proj", 1.0
+    ),
+    "SD3Transformer2DModel": TimeFacts(r"time_text_embed", r"time_text_embed\.time_proj", 1000.0),
     "WanTransformer3DModel": TimeFacts(
         r"condition_embedder\.time_embedder", r"condition_embedder\.timesteps_proj", 1000.0
     ),

@@ -123,6 +123,12 @@ class Adversary(nn.Module):
     def _features(self, each: Forced, output: Tensor) -> list[Float[Tensor, "B N D"]]:
         """Features of the latents an output leads to, at their own time and an interval of zero."""
         transformer, t, r = self._pipe[0].transformer, each.step.sigma, each.next_sigma
+        if each.x_t.shape != output.shape:
+            raise ValueError(
+                f"the network is given {tuple(each.x_t.shape)} and returns {tuple(output.shape)}: "
+                "it is given more than the sample, so the adversary cannot look at another; train "
+                "without it (gan_epochs: 0)."
+            )
         latents = each.x_t - (t - r) * output
         kwargs = dict(each.kwargs)
         if "timestep" not in kwargs:

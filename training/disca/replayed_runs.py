@@ -97,7 +97,7 @@ class Forced:
         step: the step.
         forecast: the output it leads to, differentiable in the predictor.
         target: the recorded output.
-        x_t: the network's input.
+        x_t: the network's input; of more channels where it is given a picture beside the sample.
         next_sigma: flow time the step leads to.
         forward: the transformer's own forward, to be called again elsewhere.
         args: positional arguments of the call.
@@ -107,7 +107,7 @@ class Forced:
     step: Step
     forecast: Float[Tensor, " B *shape"]
     target: Float[Tensor, " B *shape"]
-    x_t: Float[Tensor, " B *shape"]
+    x_t: Float[Tensor, " B *given"]
     next_sigma: float
     forward: Callable
     args: tuple
