@@ -374,9 +374,26 @@ def _are_shapes(value: Any) -> bool:
     return bool(value) and _is_dict(value, _wholes(1, MAX_AXES, 1, MAX_CHANNELS)[0])
 
 
+def _is_policy(value: Any) -> bool:
+    """What a token policy describes itself by, likewise."""
+    if not isinstance(value, dict) or not is_name(value.get("class")):
+        return False
+    own = {name: each for name, each in value.items() if name != "class"}
+    return own.keys() <= OF_POLICIES.keys() and all(OF_POLICIES[n][0](v) for n, v in own.items())
+
+
 OF_PARTITIONS = {"edges", "grid", "transform", "labels", "names"}
 BOOLEAN: Rule = (lambda v: isinstance(v, bool), "true or false")
 NAME: Rule = (is_name, "a name")
+OF_POLICIES: dict[str, Rule] = {
+    "dynamics": _number(0, 1e6),
+    "every_block": BOOLEAN,
+    "noise": _number(0, 1e6),
+    "pattern": (lambda v: is_list(v, lambda each: isinstance(each, bool)), "a list of true, false"),
+    "ratios": (lambda v: is_number(v) or is_list(v, is_number), "a number, or one for each step"),
+    "seed": _whole(0, 2**31),
+    "share": _number(0, 1),
+}
 
 ARGUMENT_RULES: dict[str, Rule] = {
     "anchors": _wholes(1, MAX_STEPS, 0, MAX_STEPS - 1),
@@ -425,6 +442,7 @@ ARGUMENT_RULES: dict[str, Rule] = {
         "null or a number above 0, at most 1",
     ),
     "patch": _whole(1, MAX_CHANNELS),
+    "policy": (_is_policy, f"a class with some of {sorted(OF_POLICIES)}, each as of its kind"),
     "rank": _whole(1, MAX_CHANNELS),
     "residual": BOOLEAN,
     "ridge": _number(0, 1e12),

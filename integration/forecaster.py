@@ -22,6 +22,7 @@ from foreseer.integration.observers import CallRecord, Source, StepRecord
 from foreseer.integration.policy import Anchors, Schedule, is_finite
 from foreseer.integration.schedule import check_anchors
 from foreseer.predictors.base import History, Predictor, Reading, Step
+from foreseer.predictors.tokens import TokenPolicy
 
 
 class Forecaster(Source):
@@ -35,6 +36,10 @@ class Forecaster(Source):
         pipe: asked for its `guidance_scale`, where it has one.
         schedule: which other calls run the network; None for none.
         before: keeps the features that every run begins with, of the run before; None for none.
+        tokens: the token policy that runs beside it; None for none.
+
+    Raises:
+        ValueError: the predictor was fitted with a token policy, and none runs.
     """
 
     to_need_less = (
@@ -51,7 +56,14 @@ class Forecaster(Source):
         pipe: Any = None,
         schedule: Schedule | None = None,
         before: Handover | None = None,
+        tokens: TokenPolicy | None = None,
     ) -> None:
+        if tokens is None and predictor.tokens is not None:
+            raise ValueError(
+                f"this {type(predictor).__name__} was fitted with a "
+                f"{type(predictor.tokens).__name__}, which runs in forecasting(pipe, predictor) "
+                "only; without it the forecasts are others."
+            )
         self.predictor = predictor
         self.before = before
         self.handed: Handed | None = None  # of the run before, until the first step is over

@@ -25,6 +25,7 @@ from foreseer.integration.policy import Schedule
 from foreseer.integration.report import Report
 from foreseer.integration.session import SESSIONS, Session
 from foreseer.predictors.base import LinearPredictor, Predictor
+from foreseer.predictors.pruning_policy import PruningPolicy
 from foreseer.predictors.tokens import TokenPolicy
 
 TAPS = ("output", "hidden", "residual", BEFORE_LAST)
@@ -150,8 +151,8 @@ def attach(
         memory_budget: bytes that cached features may take; None for what is available on the
             device. A run that needs more ends after its first step, before it stores more.
         evaluations: which of several predictors; one of its own must be for that number.
-        tokens: which tokens are computed at which forecast steps of the tap `hidden`; None for
-            none.
+        tokens: which tokens are computed at which forecast steps of the tap `hidden`, or take part
+            in the self-attention of computed ones; None for the predictor's own, if any.
         attention_rule: how attention outputs are forecast for them; None reuses the newest
             anchor's.
         groups: group number of every sample and token, `(B, N)`, or a function that makes them of
@@ -168,18 +169,23 @@ def attach(
     """
     check_budget(memory_budget)
     predictor = one_of(predictor, evaluations)
+    tokens = _own_tokens(tokens, predictor)
     if tokens is not None or attention_rule is not None:
         tap = _hidden_for(tokens, attention_rule, predictor, tap, schedule)
-    source = checked_forecaster(pipe, predictor, anchors, tap, schedule)
+    source = checked_forecaster(pipe, predictor, anchors, tap, schedule, tokens)
     source.memory_budget = memory_budget
     own = _call_groups(groups, predictor, tokens, source.tap)
     _check_after(predictor, after, schedule, tokens)
     if tokens is None:
         source.before = after
         return Run(Session(pipe, source, groups=own), after)
-    from foreseer.integration.token_runner import TokenRunner  # loaded by whoever asks for it
+    from foreseer.integration.pruning_runner import PruningRunner  # loaded by whoever asks for it
+    from foreseer.integration.token_runner import TokenRunner
 
-    runner = TokenRunner(pipe, source, tokens, attention_rule)
+    if isinstance(tokens, PruningPolicy):
+        runner: TokenRunner = PruningRunner(pipe, source, tokens, attention_rule)
+    else:
+        runner = TokenRunner(pipe, source, tokens, attention_rule)
     return Run(Session(pipe, source, [runner], runner, groups=own))
 
 
@@ -214,6 +220,21 @@ def _check_after(
             f"{name} decides by what the run itself has computed, and this run begins with the "
             "features of another; use a list of anchors."
         )
+
+
+def _own_tokens(tokens: TokenPolicy | None, predictor: Predictor) -> TokenPolicy | None:
+    """The policy of a run: the one given, or the one that the predictor was fitted with.
+
+    Raises:
+        PredictorMismatch: there are both.
+    """
+    own: TokenPolicy | None = predictor.tokens
+    if own is not None and tokens is not None:
+        raise PredictorMismatch(
+            f"this {type(predictor).__name__} was fitted with a {type(own).__name__} of its own; "
+            "leave tokens= out, or use a predictor without one."
+        )
+    return tokens if own is None else own
 
 
 def _call_groups(
@@ -316,6 +337,7 @@ def checked_forecaster(
     anchors: Sequence[int] | None = None,
     tap: str | None = None,
     schedule: Schedule | None = None,
+    tokens: TokenPolicy | None = None,
 ) -> Forecaster:
     """What `attach` attaches, once everything it is given has been checked against the pipeline.
 
@@ -325,6 +347,7 @@ def checked_forecaster(
         anchors: see `attach`.
         tap: see `attach`.
         schedule: see `attach`.
+        tokens: see `attach`.
 
     Raises:
         PredictorMismatch: a learned predictor was fitted on another model.
@@ -355,7 +378,7 @@ def checked_forecaster(
     if tap not in TAPS:
         raise ValueError(f"tap is {tap!r}, expected one of {', '.join(map(repr, TAPS))}.")
     _check_together(predictor, tap, schedule)
-    return Forecaster(predictor, tap, anchors, spec, pipe, copy.copy(schedule))
+    return Forecaster(predictor, tap, anchors, spec, pipe, copy.copy(schedule), tokens=tokens)
 
 
 def _check_together(predictor: Predictor, tap: str, schedule: Schedule | None) -> None:

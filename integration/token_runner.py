@@ -10,6 +10,7 @@ stream, T text tokens beside it, n selected tokens, D channels.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,9 @@ from foreseer.integration.host.expert import Expert
 from foreseer.integration.host.hook import block_list, capturing, own, replacing
 from foreseer.integration.host.hosts import transformer_of
 from foreseer.integration.host.trunk import Trunk, UnsupportedHost
-from foreseer.integration.observers import Observer, Source, StepRecord
+from foreseer.integration.observers import CallRecord, Observer, Source, StepRecord
 from foreseer.integration.runner import Answer, Runner
-from foreseer.predictors.base import History, LinearPredictor, Step
+from foreseer.predictors.base import Grid, History, LinearPredictor, Step
 from foreseer.predictors.rules import Reuse
 from foreseer.predictors.tokens import TokenPolicy, take
 
@@ -117,13 +118,8 @@ class PartialTrunk:
         self.transformer = transformer
         self.trunk = trunk
         self.head = transformer.get_submodule(trunk.head)
-        blocks = {
-            f"{name}.{i}": block
-            for name in trunk.block_lists
-            for i, block in enumerate(block_list(transformer, name))
-        }
-        self.sites = {name: site_of(name, block) for name, block in blocks.items()}
-        self.first = next(iter(blocks.values()))
+        self.sites = sites_of(transformer, trunk)
+        self.first = next(iter(self.sites.values())).block
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[dict[str, Float[Tensor, "B rows D"]]]:
@@ -187,7 +183,7 @@ class PartialTrunk:
             UnsupportedHost: it does not, or the stream changes its tokens on the way.
         """
         check_arguments(kwargs)
-        with self.capturing() as attention, _entering(self.first) as entered:
+        with self.capturing() as attention, entering(self.first) as entered:
             with capturing(self.transformer, self.trunk, {"hidden"}) as found:
                 forward(*args, **kwargs)
         hidden, kind = found["hidden"], type(self.transformer).__name__
@@ -233,6 +229,19 @@ def check_rows(fresh: Float[Tensor, "B n D"], expected: Float[Tensor, "B n D"], 
         )
 
 
+def sites_of(transformer: nn.Module, trunk: Trunk) -> dict[str, Site]:
+    """The self-attention of every block, in the order in which they run.
+
+    Raises:
+        UnsupportedHost: a block's class has no row in `SELF_ATTENTION`, or is compiled.
+    """
+    return {
+        f"{name}.{i}": site_of(f"{name}.{i}", block)
+        for name in trunk.block_lists
+        for i, block in enumerate(block_list(transformer, name))
+    }
+
+
 def site_of(name: str, block: nn.Module) -> Site:
     """The self-attention of a block.
 
@@ -242,13 +251,13 @@ def site_of(name: str, block: nn.Module) -> Site:
     kind = type(block).__name__
     if kind not in SELF_ATTENTION:
         raise UnsupportedHost(
-            f"block {name} is a {kind}; partial steps know the self-attention of "
+            f"block {name} is a {kind}; token policies know the self-attention of "
             f"{', '.join(SELF_ATTENTION)} only. Use `forecasting`, or add a row to SELF_ATTENTION "
             "in integration/token_runner.py with a test."
         )
     if getattr(block, "_compiled_call_impl", None) is not None:
         raise UnsupportedHost(
-            f"block {name} is compiled; partial steps exchange its attention, which would compile "
+            f"block {name} is compiled; token policies exchange its attention, which would compile "
             "it again at every step. Use `forecasting`, or leave the blocks eager."
         )
     return Site(block, *SELF_ATTENTION[kind])
@@ -282,8 +291,26 @@ def _keep_joined(
     found[name] = joined
 
 
+def grid_of(call: CallRecord, num_tokens: int) -> Grid:
+    """How the tokens of the stream lie in the picture.
+
+    Raises:
+        UnsupportedHost: it is not known, or the stream has tokens that are not of the picture.
+    """
+    assert call.layout is not None  # it was asked for
+    grid, first = call.layout.grid, call.layout.tokens[0]
+    in_order = torch.equal(first, torch.arange(num_tokens, device=first.device))
+    if grid is None or math.prod(grid) != num_tokens or not in_order:
+        raise UnsupportedHost(
+            f"the {num_tokens} tokens of the stream lie on the grid {grid}, expected frames, "
+            "height and width whose product they are, in reading order: the policy goes by "
+            "neighbours in the picture. Use one that does not, such as RandomPolicy."
+        )
+    return grid
+
+
 @contextlib.contextmanager
-def _entering(block: nn.Module) -> Iterator[list[Tensor]]:
+def entering(block: nn.Module) -> Iterator[list[Tensor]]:
     """The streams that enter a block in the forward inside."""
     streams: list[Tensor] = []
 
@@ -321,6 +348,7 @@ class TokenRunner(Runner, Observer):
         transformer_of(pipe)  # one, no experts
         self.source = source
         self.policy = policy
+        self.wants_layout = policy.wants_grid
         self.attention_rule = Reuse() if attention_rule is None else attention_rule
         self.attention = Histories(self.attention_rule.window)  # by block
         self.trunk: PartialTrunk | None = None
@@ -355,10 +383,20 @@ class TokenRunner(Runner, Observer):
             return self.forecast_attention(step, block, pick)
 
         def merge(fresh: Tensor) -> Tensor:
-            return self.policy.merge(feature, fresh, selected, step.branches)
+            return self.merge(step, feature, fresh, selected)
 
         output = self.trunk(call.forward, call.args, call.kwargs, selected, given, merge)
         return Answer(output, None, feature, partial=True)
+
+    def merge(
+        self,
+        step: Step,
+        feature: Float[Tensor, "M N D"],
+        fresh: Float[Tensor, "M n D"],
+        selected: Int[Tensor, "M n"],
+    ) -> Float[Tensor, "M N D"]:
+        """What enters the head: the policy's."""
+        return self.policy.merge(feature, fresh, selected, step.branches)
 
     def select(self, step: Step) -> Int[Tensor, "M n"] | None:
         """The tokens of a call to compute, the same in all branches; None for a pure forecast."""
@@ -398,6 +436,8 @@ class TokenRunner(Runner, Observer):
                 groups = record.calls[0].step.groups
                 own = None if groups is None else groups[: len(anchor[0])]
                 self.policy.prepare(own, self.source.anchors, len(record.sigmas))
+                if self.policy.wants_grid:
+                    self.policy.lay_out(grid_of(record.calls[0], anchor[0].shape[1]))
             self.policy.observe(torch.cat(anchor, -1))
 
     def forget(self) -> None:
@@ -412,7 +452,7 @@ class TokenRunner(Runner, Observer):
     def most_bytes(self, index: int, num_steps: int) -> int:
         """Bytes at most of all attention histories and of the policy."""
         to_come = self.source.schedule.to_come(index, num_steps)
-        return self.policy.state_bytes() + sum(
+        return self.policy.most_bytes(to_come) + sum(
             most_bytes(history, to_come if history.steps[-1] == index else 0)
             for history in self.attention
         )

@@ -13,12 +13,14 @@ from foreseer.predictors.base import History, LinearPredictor, Predictor, Step
 from foreseer.predictors.bounded import GapBounded
 from foreseer.predictors.continuous import L2PContinuous
 from foreseer.predictors.corrected_rows import CorrectedRows
+from foreseer.predictors.lattice_policy import LatticePolicy
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor, OffsetDisca
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.per_part import FreqCa, HyCa
+from foreseer.predictors.pruning_policy import PruningPolicy
 from foreseer.predictors.readout import Readout
 from foreseer.predictors.resampled import Resampled
 from foreseer.predictors.rules import (
@@ -38,6 +40,7 @@ from foreseer.predictors.rules import (
     Taylor,
 )
 from foreseer.predictors.spectrum import Bands
+from foreseer.predictors.token_rows import TokenRows
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
 from foreseer.predictors.tuned_block import TunedLastBlock
 
@@ -55,6 +58,7 @@ LEARNED: tuple[type[Predictor], ...] = (
     CorrectedRows,
     Readout,
     Resampled,
+    TokenRows,
     TunedLastBlock,
 )
 """The classes that a predictor file may name."""
@@ -80,12 +84,14 @@ __all__ = [
     "HyCa",
     "L2PContinuous",
     "L2PGram",
+    "LatticePolicy",
     "LesaPredictor",
     "LesaValues",
     "LinearPredictor",
     "MeanCache",
     "Newton",
     "Predictor",
+    "PruningPolicy",
     "RandomPolicy",
     "Readout",
     "Resampled",
@@ -95,6 +101,7 @@ __all__ = [
     "Spectrum",
     "Step",
     "Taylor",
+    "TokenRows",
     "TunedLastBlock",
 ]
 

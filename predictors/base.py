@@ -190,6 +190,7 @@ class Predictor(nn.Module):
         block_weights: weights of the host's last block for forecast steps, by name; only on the tap
             `before_last`, where that block runs. None for its own.
         first_time: flow time in (0, 1] that the network is told at step 0; None for the step's own.
+        tokens: the token policy that was fitted with it, a new one every time; None of most.
     """
 
     window: int | None = None
@@ -207,6 +208,11 @@ class Predictor(nn.Module):
     width: int = 1
     modulation_width: int = 1
     first_time: float | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """See the attributes above."""
+        return None
 
     @property
     def block_weights(self) -> dict[str, Tensor] | None:

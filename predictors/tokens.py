@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from foreseer.predictors.base import Grid
+
 ITERATIONS = 10  # Lloyd iterations at an anchor; ClusCa's release uses 10 on FLUX
 
 
@@ -150,12 +152,14 @@ class TokenPolicy:
 
     Attributes:
         group_names: names of the token groups that it goes by; none of most policies.
+        wants_grid: whether it is told how the tokens lie in the picture: `lay_out`.
 
     Raises:
         ValueError: the pattern is empty.
     """
 
     group_names: tuple[str, ...] = ()
+    wants_grid: bool = False
 
     def __init__(self, seed: int, pattern: Sequence[bool]) -> None:
         if not pattern:
@@ -179,6 +183,9 @@ class TokenPolicy:
             anchors: steps at which the network runs.
             num_steps: steps of the run.
         """
+
+    def lay_out(self, grid: Grid) -> None:
+        """Take the grid of a run's tokens, at its first anchor; asked if `wants_grid`."""
 
     def is_partial(self, offset: int) -> bool:
         """Whether the step `offset` (>= 1) after the newest anchor computes tokens."""
@@ -206,6 +213,10 @@ class TokenPolicy:
     def state_bytes(self) -> int:
         """Bytes kept between steps."""
         return 0
+
+    def most_bytes(self, to_come: int) -> int:
+        """The same at most, with so many anchors to come."""
+        return self.state_bytes()
 
     def _scores(self, step_index: int) -> Float[Tensor, "B N"]:
         """Random numbers in [0, 1), the same on every device."""

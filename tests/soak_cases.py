@@ -26,10 +26,12 @@ from foreseer.integration.schedule import interval, mask_anchors, warped
 from foreseer.integration.session import Session
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import Predictor
+from foreseer.predictors.lattice_policy import LatticePolicy
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.per_part import FreqCa
+from foreseer.predictors.pruning_policy import PruningPolicy
 from foreseer.predictors.rules import HiCache, Newton, Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
 from foreseer.schedules import FirstBlock, SpeCa, TeaCache
@@ -191,6 +193,8 @@ SETUPS: dict[str, tuple[Callable[[], Predictor] | str, dict[str, Any]]] = {
     "speca": (lambda: Taylor(1), {"schedule": lambda: SpeCa(0.05, max_run=3)}),
     "random": (Reuse, {"tokens": lambda: RandomPolicy(2), "anchors": ANCHORS}),
     "clusters": (lambda: Taylor(1), {"tokens": lambda: ClusterPolicy(2), "anchors": ANCHORS}),
+    "lattice": (lambda: Taylor(1), {"tokens": lambda: LatticePolicy(0.5), "anchors": ANCHORS}),
+    "pruned": (Reuse, {"tokens": lambda: PruningPolicy(0.5, past=1.0), "anchors": ANCHORS}),
     "tight": (lambda: Taylor(2), {"anchors": ANCHORS, "tap": "hidden", "memory_budget": 600}),
     "recorder": ("", {}),
     **{name: (name, {}) for name in LEARNED},

@@ -25,15 +25,18 @@ from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import Predictor
 from foreseer.predictors.continuous import L2PContinuous
 from foreseer.predictors.corrected_rows import CorrectedRows
+from foreseer.predictors.lattice_policy import LatticePolicy
 from foreseer.predictors.lesa import LesaPredictor
 from foreseer.predictors.lesa_values import LesaValues
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor, OffsetDisca
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.per_part import HyCa
+from foreseer.predictors.pruning_policy import PruningPolicy
 from foreseer.predictors.readout import Readout
 from foreseer.predictors.resampled import Resampled
 from foreseer.predictors.spectrum import Bands
+from foreseer.predictors.token_rows import TokenRows
 from foreseer.predictors.tuned_block import TunedLastBlock
 from foreseer.trajectories.files.header import Header
 from foreseer.trajectories.files.manifest import Entry, append_entry, parse_line
@@ -69,6 +72,8 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "CorrectedRows": lambda: CorrectedRows(8, ANCHORS, 2, width=6, modulation_width=4),
     "TunedLastBlock": lambda: TunedLastBlock(4, {"mlp.weight": [3, 2], "norm.weight": [2]}, 1.0, 9),
     "Resampled": lambda: Resampled(8, ANCHORS, [1, 3], [1.0, 0.8, 0.7, 0.6], [4, 2], 2),
+    "TokenRows": lambda: TokenRows(8, ANCHORS, 2, LatticePolicy(0.5)),
+    "TokenRows of pruning": lambda: TokenRows(8, ANCHORS, 2, PruningPolicy([0.0] + 7 * [0.4])),
     "Readout": lambda: Readout(8, ANCHORS, 2, width=6, patch=4, rank=2),
 }
 

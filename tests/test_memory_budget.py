@@ -22,10 +22,12 @@ from foreseer.integration.observers import CallRecord
 from foreseer.predictors.any_anchors import L2PGram
 from foreseer.predictors.base import Step
 from foreseer.predictors.continuous import L2PContinuous
+from foreseer.predictors.lattice_policy import LatticePolicy
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.neural import DiscaPredictor
 from foreseer.predictors.partition import ChannelGroups
 from foreseer.predictors.per_part import FreqCa, HyCa
+from foreseer.predictors.pruning_policy import PruningPolicy
 from foreseer.predictors.rules import Newton, Reuse, Taylor
 from foreseer.predictors.spectrum import Bands
 from foreseer.predictors.tokens import ClusterPolicy, RandomPolicy
@@ -131,7 +133,15 @@ def test_every_tap_of_every_host_is_counted(host, tap):
 
 
 @every_host
-@pytest.mark.parametrize("policy", [lambda: RandomPolicy(2), lambda: ClusterPolicy(2)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        lambda: RandomPolicy(2),
+        lambda: ClusterPolicy(2),
+        lambda: LatticePolicy(0.5),
+        lambda: PruningPolicy(0.5, past=1.0),
+    ],
+)
 @pytest.mark.parametrize("rule", [Reuse, lambda: Taylor(1)])
 def test_attention_outputs_and_clusters_are_counted(host, policy, rule):
     pipe = pipeline(host)
