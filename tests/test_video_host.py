@@ -112,6 +112,27 @@ def test_an_inflated_autoencoder_treats_every_frame_of_a_still_as_it_would_alone
     torch.testing.assert_close(shown, alone.expand_as(shown), rtol=0, atol=1e-4)  # rounding
 
 
+def test_the_decoder_alone_is_trained_on_where_latents_are_to_stay(tmp_path):
+    arguments = {"base_dim": 4, "z_dim": 4, "dim_mult": (1, 1, 1)}
+    trained = VideoVaeModule(**arguments)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "trained.ckpt")
+    start = {"start": str(tmp_path / "trained.ckpt"), "decoder_only": True}
+    module = VideoVaeModule(**arguments, **start)
+    module.setup("fit")
+    optimizer = module.configure_optimizers()
+    module.vae.decode(
+        module.vae.encode(torch.rand(1, 3, 5, 8, 8)).latent_dist.mode()
+    ).sample.sum().backward()
+    optimizer.step()
+    before = trained.state_dict()
+    moved = {
+        name for name, each in module.state_dict().items() if not torch.equal(each, before[name])
+    }
+    assert moved and all(
+        name.startswith(("vae.decoder.", "vae.post_quant_conv.")) for name in moved
+    )
+
+
 def test_mirrored_latents_are_of_clips_with_two_sides(clips):
     found = [clip for clip in read_clips(clips) if clip.captions[0] in ("red cat", "red heart")]
     assert [clip.category for clip in found] == ["Objects", "Symbols"]

@@ -32,6 +32,8 @@ class VideoVaeModule(Drawing):
         learning_rate: AdamW's rate before the schedule; that of kernels is ten times as much.
         start: checkpoint of such a module trained on single frames (`window: 1`), which are learned
             several times as fast; clips begin at its weights, inflated.
+        decoder_only: begin at the weights of `start` as they are, trained on clips, and leave the
+            encoder alone, so that latents stay what a transformer was trained on.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class VideoVaeModule(Drawing):
         kl_weight: float = 5e-4,
         learning_rate: float = 2e-3,
         start: str | None = None,
+        decoder_only: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.kl_weight = kl_weight
         self.learning_rate = learning_rate
         self.start = start
+        self.decoder_only = decoder_only
         self.vae = AutoencoderKLWan(
             base_dim=base_dim,
             z_dim=z_dim,
@@ -60,6 +64,9 @@ class VideoVaeModule(Drawing):
             scale_factor_temporal=4,
             scale_factor_spatial=4,
         )
+        if decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
 
     def training_step(self, batch: Float[Tensor, "B 3 F H W"], batch_idx: int) -> Float[Tensor, ""]:
         """The loss of one batch of clips in [-1, 1]."""
@@ -88,7 +95,8 @@ class VideoVaeModule(Drawing):
         if stage == "fit" and self.start is not None:
             state = torch.load(self.start, map_location="cpu", weights_only=True)
             self.load_state_dict(state["state_dict"])
-            inflate(self.vae)
+            if not self.decoder_only:
+                inflate(self.vae)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Muon for kernels, AdamW for the rest; the rates follow `ClockCosine`."""
