@@ -118,6 +118,18 @@ def test_the_clock_stops_training_at_its_budget_and_survives_a_checkpoint(tmp_pa
     assert restored.elapsed_s == clock.elapsed_s == 10
 
 
+def test_the_last_update_before_the_clock_stops_is_in_the_checkpoint(tmp_path, monkeypatch):
+    fake_clock(monkeypatch, seconds_per_look=1.0)
+    saver = ModelCheckpoint(tmp_path, filename="step", every_n_train_steps=4, save_last=True)
+    callbacks = [ClockCosine(minutes=10 / 60, warmup_steps=1), saver]
+    trainer = quiet_trainer(tmp_path, max_epochs=-1, callbacks=callbacks)
+    module = tiny_teacher()
+    trainer.fit(module, tiny_batches(6))
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == trainer.global_step == 10
+    assert all(torch.equal(kept["state_dict"][n], v) for n, v in module.state_dict().items())
+
+
 def rates(monkeypatch, tmp_path, clock: ClockCosine) -> list[float]:
     """The rate of every step, one second each, relative to the module's."""
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm.auto import tqdm
 
@@ -99,6 +99,27 @@ class Board(TensorBoardLogger):
         super().log_metrics({k: v for k, v in metrics.items() if k != UNTOLD}, step)
 
 
+class LastUpdate(Callback):
+    """Write `last.ckpt` after the update at which a training stops.
+
+    Lightning writes it every so many updates and not at the end, so what the last ones learned, at
+    the lowest rate, was lost. It stands behind all other callbacks.
+    """
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Write it, if this was the last one."""
+        for saver in trainer.checkpoint_callbacks if trainer.should_stop else ():
+            if isinstance(saver, ModelCheckpoint) and saver.last_model_path:
+                trainer.save_checkpoint(saver.last_model_path)
+
+
 class ClockCosine(Callback):
     """Cosine learning-rate schedule on the wall clock that stops training when the budget is spent.
 
@@ -107,7 +128,7 @@ class ClockCosine(Callback):
     stays at rate_0 until so much of the budget is left (warm-up, stable, decay: Hu et al., arXiv
     2404.06395, with a cosine): a run can then be given a longer budget, or be brought to its end,
     whenever it is resumed. The elapsed time is part of the checkpoint, so a resumed run goes on
-    where it stopped.
+    where it stopped. The last update is in the checkpoint that the trainer keeps.
 
     Args:
         minutes: wall-clock budget over all resumed runs, in minutes.
@@ -144,6 +165,8 @@ class ClockCosine(Callback):
         """Start the clock; where nothing of the budget is left, train no more."""
         self._last = time.monotonic()
         trainer.should_stop = trainer.should_stop or self.elapsed_s >= self.budget_s
+        found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [*found, LastUpdate()]  # type: ignore[attr-defined]
 
     def on_train_batch_start(
         self,
