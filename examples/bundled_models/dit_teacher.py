@@ -100,7 +100,7 @@ def class_grid(
         guidance_scale: classifier-free guidance scale.
     """
     pipe.set_progress_bar_config(disable=True)
-    num_classes = pipe.transformer.config.num_embeds_ada_norm
+    num_classes = pipe.num_classes
     images = pipe(
         [label for label in range(num_classes) for _ in range(columns)],
         guidance_scale=guidance_scale,

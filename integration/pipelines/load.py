@@ -18,14 +18,24 @@ from diffusers.utils import is_accelerate_available, logging
 from foreseer.checkpoints.strict import parse_json, read_plain
 from foreseer.checkpoints.zoo import beside, resolve
 from foreseer.errors import meant
-from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline, PixelFluxPipeline
+from foreseer.integration.pipelines.pixel_pipeline import (
+    PixelDiTPipeline,
+    PixelFluxPipeline,
+    PixelUNetPipeline,
+)
 from foreseer.integration.pipelines.sentence_wan_pipeline import SentenceWanPipeline
 from foreseer.integration.pipelines.student_pipeline import StudentPipeline
 from foreseer.moved import MOVED
 
 OURS = {
     each.__name__: each
-    for each in (PixelDiTPipeline, PixelFluxPipeline, SentenceWanPipeline, StudentPipeline)
+    for each in (
+        PixelDiTPipeline,
+        PixelFluxPipeline,
+        PixelUNetPipeline,
+        SentenceWanPipeline,
+        StudentPipeline,
+    )
 }
 INDEX_FILE = "model_index.json"
 DTYPE = (

@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     ImagePipelineOutput,
+    UNet2DModel,
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
@@ -28,6 +29,11 @@ class PixelPipeline(DiffusionPipeline):
     image_processor: VaeImageProcessor
 
     @property
+    def network(self) -> nn.Module:
+        """What predicts v."""
+        return self.transformer
+
+    @property
     def guidance_scale(self) -> float:
         """The guidance scale of the latest call."""
         return self._guidance_scale
@@ -39,7 +45,7 @@ class PixelPipeline(DiffusionPipeline):
         latents: Float[Tensor, "B ..."] | None,
     ) -> Float[Tensor, "B ..."]:
         """The initial noise, drawn or as given."""
-        device, dtype = self._execution_device, self.transformer.dtype
+        device, dtype = self._execution_device, self.network.dtype
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         if latents.shape != shape:
@@ -83,6 +89,11 @@ class PixelDiTPipeline(PixelPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=False)
 
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be drawn; the null class of guidance is the one after them."""
+        return self.transformer.config.num_embeds_ada_norm
+
     @torch.no_grad()
     def __call__(
         self,
@@ -97,7 +108,7 @@ class PixelDiTPipeline(PixelPipeline):
         """Draw one image per class label.
 
         Args:
-            class_labels: labels in `[0, num_embeds_ada_norm)`, one per image.
+            class_labels: labels in `[0, num_classes)`, one per image.
             guidance_scale: guidance strength; at 1 or below the unconditional branch is not run.
             num_inference_steps: sampler steps.
             generator: source of the initial noise, one for all images or one per image.
@@ -117,12 +128,12 @@ class PixelDiTPipeline(PixelPipeline):
         guided = guidance_scale > 1
         classes = torch.tensor(labels, device=latents.device)
         if guided:
-            null = torch.full_like(classes, self.transformer.config.num_embeds_ada_norm)
+            null = torch.full_like(classes, self.num_classes)
             classes = torch.cat([classes, null])
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             x_t = torch.cat([latents, latents]) if guided else latents
-            v = self.transformer(
+            v = self.network(
                 x_t, timestep=timestep.expand(len(x_t)), class_labels=classes, return_dict=False
             )[0]
             if guided:
@@ -138,19 +149,45 @@ class PixelDiTPipeline(PixelPipeline):
         latents: Float[Tensor, "B C H W"] | None,
     ) -> Float[Tensor, "B C H W"]:
         """The initial noise, drawn or as given."""
-        config = self.transformer.config
+        config = self.network.config
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         return self._start(shape, generator, latents)
 
     def _check_labels(self, class_labels: int | list[int]) -> list[int]:
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
-        num_classes = self.transformer.config.num_embeds_ada_norm
-        wrong = [label for label in labels if not 0 <= label < num_classes]
+        wrong = [label for label in labels if not 0 <= label < self.num_classes]
         if wrong or not labels:
             raise ValueError(
-                f"class_labels holds {wrong or 'nothing'}, expected labels in [0, {num_classes})."
+                f"class_labels holds {wrong or 'nothing'}, expected labels in "
+                f"[0, {self.num_classes})."
             )
         return labels
+
+
+class PixelUNetPipeline(PixelDiTPipeline):
+    """Draw images of given classes with a pixel-space `UNet2DModel`, as `PixelDiTPipeline` does.
+
+    Args:
+        unet: predicts v = eps - x_0; the null class is its last.
+        scheduler: any diffusers scheduler configured for flow prediction.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: UNet2DModel, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
+        PixelPipeline.__init__(self)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=False)
+
+    @property
+    def network(self) -> nn.Module:
+        """What predicts v."""
+        return self.unet
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be drawn; the null class of guidance is the one after them."""
+        return self.unet.config.num_class_embeds - 1
 
 
 class PixelFluxPipeline(PixelPipeline):
