@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreseer.integration.host.hook import capturing, replacing
+from foreseer.integration.host.hook import replacing
+from foreseer.integration.host.taps import capturing
 from foreseer.integration.host.trunk import TrunkTracer
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.token_runner import PartialTrunk

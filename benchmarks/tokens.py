@@ -25,8 +25,9 @@ from torch import Tensor
 from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.metrics import psnr
 from foreseer.integration.forecasting import Run, forecasting
-from foreseer.integration.host.hook import TrunkSkipper, capturing
+from foreseer.integration.host.hook import TrunkSkipper
 from foreseer.integration.host.hosts import transformer_of
+from foreseer.integration.host.taps import capturing
 from foreseer.integration.host.trunk import TrunkTracer
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import warped

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from foreseer.checkpoints.spec import PredictorSpec, as_settings
+from foreseer.checkpoints.spec import PredictorSpec, as_settings, is_tap
 from foreseer.checkpoints.strict import MalformedFile, parse_json, read_plain
 from foreseer.checkpoints.upgrade import PREDICTOR, NewerVersion, upgraded
 from foreseer.errors import CheckpointError as CheckpointError
@@ -258,8 +258,8 @@ CONFIG_RULES: dict[str, Rule] = {
 }
 SPEC_RULES: dict[str, Rule] = {
     "tap": (
-        lambda v: v in ("output", "hidden", "residual", "before_last"),
-        "'output', 'hidden', 'residual' or 'before_last'",
+        is_tap,
+        "'output', 'hidden', 'residual', 'before_last' or 'deep.<d>'",
     ),
     "anchors": (lambda v: is_list(v, is_int), f"a list of 1 to {MAX_STEPS} steps"),
     "sigmas": (lambda v: is_list(v, is_number), f"a list of 1 to {MAX_STEPS} numbers"),

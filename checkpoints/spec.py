@@ -4,6 +4,7 @@ A name is that of an argument, with the place of an entry in brackets: `true_cfg
 `attention_kwargs[scale]`, `control_guidance_start[0]`. None stands for nothing given.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +104,16 @@ def _same(one: Value, other: Value) -> bool:
 VALUES = "values_digest"
 """Entry of a host: digest of its weights in any layout, which files before version 6 lack."""
 
+TAPS = ("output", "hidden", "residual", "before_last")
+DEEP_TAP = re.compile(r"deep\.([1-9]\d*)")
+"""What can be forecast: these, and what lies between the first d and the last d blocks."""
+
+
+def is_tap(name: object) -> bool:
+    """Whether it names something that can be forecast."""
+    return isinstance(name, str) and (name in TAPS or DEEP_TAP.fullmatch(name) is not None)
+
+
 SIGMA_TOLERANCE = 1e-5  # float32 grids of one recipe agree to about 1e-7
 
 
@@ -111,7 +122,7 @@ class PredictorSpec:
     """The circumstances of a fit.
 
     Args:
-        tap: `output`, `hidden`, `residual` or `before_last`.
+        tap: `output`, `hidden`, `residual`, `before_last` or `deep.<d>`.
         anchors: steps at which the network runs; where the predictor serves `any_anchors`, the
             list it takes when none is given.
         sigmas: flow time of every step of the run, rising in an inversion; where the predictor

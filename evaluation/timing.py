@@ -9,6 +9,7 @@ they are wall times of a synchronised device.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.call import prediction
 from foreseer.integration.host.clock import Clock
-from foreseer.integration.host.hook import TrunkSkipper, capturing
+from foreseer.integration.host.hook import TrunkSkipper
 from foreseer.integration.host.hosts import transformers_of
+from foreseer.integration.host.outer import outer_part
+from foreseer.integration.host.taps import capturing, outer_blocks
 from foreseer.integration.host.trunk import TrunkTracer
 from foreseer.integration.observers import Observer, StepRecord
 from foreseer.integration.session import Session
@@ -88,13 +91,14 @@ def step_flops(transformer: nn.Module, call: Call, tap: str) -> StepFlops:
     Args:
         transformer: the host, with nothing attached.
         call: arguments of one call, as `first_call` gives them.
-        tap: `output`, `hidden` or `residual`.
+        tap: `output`, `hidden`, `residual` or `deep.<d>`.
 
     Raises:
         ValueError: the tap is unknown.
     """
-    if tap not in ("output", "hidden", "residual"):
-        raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden' or 'residual'.")
+    deep = outer_blocks(tap) is not None
+    if tap not in ("output", "hidden", "residual") and not deep:
+        raise ValueError(f"tap is {tap!r}, expected 'output', 'hidden', 'residual' or 'deep.<d>'.")
     args, kwargs = call
     forward = transformer.forward
     full, output = _counted(lambda: forward(*args, **kwargs))
@@ -103,8 +107,13 @@ def step_flops(transformer: nn.Module, call: Call, tap: str) -> StepFlops:
     with TrunkTracer(transformer) as tracer:
         forward(*args, **kwargs)
     trunk = tracer.trunk()
-    with capturing(transformer, trunk, {"hidden"}) as found:
+    with capturing(transformer, trunk, {tap if deep else "hidden"}) as found:
         forward(*args, **kwargs)
+    if deep:
+        part, between = outer_part(transformer, trunk, tap), found[tap]
+        inputs = functools.partial(part.put, between)
+        base, _ = _counted(lambda: part(forward, args, kwargs, inputs))
+        return StepFlops(full, base, between.numel())
     hidden: Tensor = found["hidden"]
     skipper = TrunkSkipper(transformer, trunk)
     base, _ = _counted(lambda: skipper(forward, args, kwargs, lambda entering: hidden))

@@ -20,8 +20,9 @@ from foreseer.integration.forecasting import checked_forecaster, one_of
 from foreseer.integration.host.call import Call, prediction
 from foreseer.integration.host.expert import Expert
 from foreseer.integration.host.fingerprint import host_fingerprint, kept_values_digest
-from foreseer.integration.host.hook import own, refuse_other_caches, replace_method, restore_method
+from foreseer.integration.host.hook import refuse_other_caches, replace_method, restore_method
 from foreseer.integration.host.layout import Layout
+from foreseer.integration.host.taps import own
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.memory import check_budget
 from foreseer.integration.report import Report

@@ -1,8 +1,8 @@
 """A predictor at work in a run: the histories it forecasts from, and the checks against its fit."""
 
 import copy
-import itertools
-from collections.abc import Container, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from foreseer.checkpoints.spec import (
 )
 from foreseer.integration.handover import Handed, Handover, same_rows
 from foreseer.integration.histories import Histories, check_shape, most_bytes, predicted, push
-from foreseer.integration.host.hook import LAST_BLOCK, stream_tap
 from foreseer.integration.host.hosts import host_of
+from foreseer.integration.host.taps import LAST_BLOCK, captured_streams
 from foreseer.integration.observers import CallRecord, Source, StepRecord
 from foreseer.integration.policy import Anchors, Schedule, is_finite
 from foreseer.integration.schedule import check_anchors
@@ -37,6 +37,7 @@ class Forecaster(Source):
         schedule: which other calls run the network; None for none.
         before: keeps the features that every run begins with, of the run before; None for none.
         tokens: the token policy that runs beside it; None for none.
+        deep: forecasts what lies between the outer blocks at the steps where these alone run.
 
     Raises:
         ValueError: the predictor was fitted with a token policy, and none runs.
@@ -57,6 +58,7 @@ class Forecaster(Source):
         schedule: Schedule | None = None,
         before: Handover | None = None,
         tokens: TokenPolicy | None = None,
+        deep: "Forecaster | None" = None,
     ) -> None:
         if tokens is None and predictor.tokens is not None:
             raise ValueError(
@@ -68,10 +70,13 @@ class Forecaster(Source):
         self.before = before
         self.handed: Handed | None = None  # of the run before, until the first step is over
         self.tap = tap
+        self.deep: Forecaster | None = deep
         self.schedule = Anchors() if schedule is None else schedule
         self.taps = frozenset({tap, "hidden"} if predictor.reads else {tap})
         if self.schedule.checks:
             self.taps |= {LAST_BLOCK}
+        if deep is not None:
+            self.taps |= deep.taps
         self.wants_layout = predictor.reads
         self.needs = predictor.needs - {"x_t"}
         self.anchors = tuple(anchors)
@@ -115,6 +120,9 @@ class Forecaster(Source):
             self._check_weights(self.spec)
         check_anchors(self.anchors, len(sigmas), begun=self.before is not None)
         self.schedule.open(len(sigmas), self.anchors)
+        if self.deep is not None:
+            self.deep.settings = self.settings
+            self.deep.open(sigmas)
 
     def _check_weights(self, spec: PredictorSpec) -> None:
         """Look at the weights of this run: a LoRA may have been loaded since attaching."""
@@ -135,11 +143,15 @@ class Forecaster(Source):
                 f"{list(self.anchors)}; leave the loop and begin a new run, or use a formula."
             )
         self.histories.clear()
+        if self.deep is not None:
+            self.deep.reset(reason)
 
     def beside(self) -> "Forecaster":
         """See `Source`."""
-        schedule = copy.copy(self.schedule)
-        found = Forecaster(self.predictor, self.tap, self.anchors, self.spec, self.pipe, schedule)
+        schedule, deep = copy.copy(self.schedule), None if self.deep is None else self.deep.beside()
+        found = Forecaster(
+            self.predictor, self.tap, self.anchors, self.spec, self.pipe, schedule, deep=deep
+        )
         found.memory_budget = self.memory_budget
         return found
 
@@ -159,7 +171,7 @@ class Forecaster(Source):
         """Forecasts of what enters the last block, one per stream."""
         found = self.histories.at(step)
         assert found is not None  # only known calls are checked
-        return [self._forecast(tap, step, None) for tap in self._streams(found)]
+        return [self._forecast(tap, step, None) for tap in captured_streams(found, LAST_BLOCK)]
 
     def _forecast(self, tap: str, step: Step, slot: Hashable) -> Tensor:
         if self.spec is not None:
@@ -196,6 +208,8 @@ class Forecaster(Source):
         self.handed = None
         self.schedule.close(record.index)
         self.close(record)
+        if self.deep is not None:
+            self.deep.on_step(without_shallow(record, self.deep.tap))
 
     def keep(self, call: CallRecord, first: bool = True) -> None:
         """Add an anchor's features to the histories of its branches.
@@ -217,7 +231,8 @@ class Forecaster(Source):
         samples = self.schedule.computed(step, count, first, found is not None)
         if found is None:
             found = self.histories.start(step, call.slot)
-        for tap in (self.tap, *(self._streams(call.taps) if self.schedule.checks else ())):
+        streams = captured_streams(call.taps, LAST_BLOCK) if self.schedule.checks else []
+        for tap in (self.tap, *streams):
             rows = call.taps[tap]
             if tap not in found:
                 num = 1 if samples is None else len(samples)
@@ -227,10 +242,6 @@ class Forecaster(Source):
             check_shape(found[tap], rows, tap, step, samples)
             read = self._read(call, found[tap][0]) if self.predictor.reads else None
             push(found[tap], step, rows, samples, read)
-
-    def _streams(self, taps: Container[str]) -> Iterator[str]:
-        """Names of what enters the last block, stream after stream."""
-        return itertools.takewhile(taps.__contains__, map(stream_tap, itertools.count()))
 
     def _read(self, call: CallRecord, history: History) -> Reading | None:
         """What the predictor reads off an anchor's hidden state, laid out like the output."""
@@ -280,10 +291,13 @@ class Forecaster(Source):
         self.histories.clear()
         self.handed = None
         self.schedule.forget()
+        if self.deep is not None:
+            self.deep.forget()
 
     def state_bytes(self) -> int:
         """Bytes of all histories and of what the schedule compares with."""
-        return self.histories.state_bytes() + self.schedule.state_bytes()
+        deep = 0 if self.deep is None else self.deep.state_bytes()
+        return self.histories.state_bytes() + self.schedule.state_bytes() + deep
 
     def most_bytes(self, index: int, num_steps: int) -> int:
         """The same at most; histories without an anchor at this step get no more.
@@ -291,7 +305,26 @@ class Forecaster(Source):
         Where samples have anchors of their own, one that has none here may have some later.
         """
         to_come, every = self.schedule.to_come(index, num_steps), self.schedule.checks
-        return self.schedule.state_bytes() + sum(
-            most_bytes(history, to_come if every or history.steps[-1] == index else 0)
-            for history in self.histories
+        deep = 0 if self.deep is None else self.deep.most_bytes(index, num_steps)
+        return (
+            self.schedule.state_bytes()
+            + deep
+            + sum(
+                most_bytes(history, to_come if every or history.steps[-1] == index else 0)
+                for history in self.histories
+            )
         )
+
+
+def without_shallow(record: StepRecord, tap: str) -> StepRecord:
+    """A step's record in which only calls that ran in full count as computed.
+
+    Args:
+        record: the record.
+        tap: is captured in those alone.
+    """
+    calls = [
+        call if call.taps is None or tap in call.taps else replace(call, taps=None)
+        for call in record.calls
+    ]
+    return replace(record, calls=calls)

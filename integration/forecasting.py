@@ -7,28 +7,36 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from foreseer.checkpoints.spec import (
+    DEEP_TAP,
+    TAPS,
     PredictorMismatch,
     PredictorSpec,
     check_evaluations,
     check_host,
     choose_anchors,
+    is_tap,
 )
 from foreseer.integration.call_groups import CallGroups, Groups
+from foreseer.integration.combinations import (
+    check_after,
+    check_between,
+    check_shallow,
+    check_together,
+    hidden_for,
+)
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.handover import Handover
-from foreseer.integration.host.hook import BEFORE_LAST
 from foreseer.integration.host.hosts import host_of, transformers_of
 from foreseer.integration.host.loop import Steps
 from foreseer.integration.host.module_host import ModuleHost
 from foreseer.integration.memory import check_budget
-from foreseer.integration.policy import Schedule
+from foreseer.integration.policy import Anchors, Schedule
 from foreseer.integration.report import Report
+from foreseer.integration.schedule import Shallow
 from foreseer.integration.session import SESSIONS, Session
 from foreseer.predictors.base import LinearPredictor, Predictor
 from foreseer.predictors.pruning_policy import PruningPolicy
 from foreseer.predictors.tokens import TokenPolicy
-
-TAPS = ("output", "hidden", "residual", BEFORE_LAST)
 
 
 class Run:
@@ -135,6 +143,7 @@ def attach(
     attention_rule: LinearPredictor | None = None,
     groups: Groups | None = None,
     after: Handover | None = None,
+    shallow: Shallow | None = None,
 ) -> Run:
     """Make a pipeline forecast with `predictor` until `detach`.
 
@@ -143,9 +152,9 @@ def attach(
         predictor: a forecaster, several by their evaluations, or the folder, `zoo:<name>` or hub
             name of either.
         anchors: steps at which the network runs; None takes the predictor's own.
-        tap: `output`, `hidden`, `residual` or `before_last` (the last block runs on the step's
-            tokens and the forecast); None takes the predictor's own, else `output`, or `hidden`
-            under `SpeCa` and with `tokens`.
+        tap: `output`, `hidden`, `residual`, `before_last` (the last block runs on the step's
+            tokens and the forecast) or `deep.<d>` (the first d and the last d blocks run); None
+            takes the predictor's own, else `output`, or `hidden` under `SpeCa` and with `tokens`.
         schedule: chooses further anchors while the run goes on; the predictor's own stay anchors,
             and a predictor without any starts with step 0.
         memory_budget: bytes that cached features may take; None for what is available on the
@@ -159,6 +168,8 @@ def attach(
             the call's arguments, for a predictor or a policy that goes by token groups.
         after: what every run begins with, where it goes on from one on a coarser grid, as
             `ProgressivePipeline.after` makes it; anchors may then begin later than step 0.
+        shallow: anchors at which the outer blocks alone run, and what forecasts the others there;
+            None where the whole network runs at all of them.
 
     Returns:
         The run, for its report and for detaching.
@@ -170,12 +181,13 @@ def attach(
     check_budget(memory_budget)
     predictor = one_of(predictor, evaluations)
     tokens = _own_tokens(tokens, predictor)
+    check_shallow(shallow, tokens, after)
     if tokens is not None or attention_rule is not None:
-        tap = _hidden_for(tokens, attention_rule, predictor, tap, schedule)
-    source = checked_forecaster(pipe, predictor, anchors, tap, schedule, tokens)
+        tap = hidden_for(tokens, attention_rule, predictor, tap, schedule)
+    source = checked_forecaster(pipe, predictor, anchors, tap, schedule, tokens, shallow)
     source.memory_budget = memory_budget
     own = _call_groups(groups, predictor, tokens, source.tap)
-    _check_after(predictor, after, schedule, tokens)
+    check_after(predictor, after, schedule, tokens)
     if tokens is None:
         source.before = after
         return Run(Session(pipe, source, groups=own), after)
@@ -187,39 +199,6 @@ def attach(
     else:
         runner = TokenRunner(pipe, source, tokens, attention_rule)
     return Run(Session(pipe, source, [runner], runner, groups=own))
-
-
-def _check_after(
-    predictor: Predictor,
-    after: Handover | None,
-    schedule: Schedule | None,
-    tokens: TokenPolicy | None,
-) -> None:
-    """Raise unless a predictor begins its runs with what it is given, or with nothing.
-
-    Raises:
-        PredictorMismatch: a learned predictor was fitted on runs that begin otherwise.
-        ValueError: a schedule or a token policy decides by what a run itself has computed.
-    """
-    kind = type(predictor).__name__
-    if after is None:
-        if predictor.continues:
-            raise PredictorMismatch(
-                f"this {kind} was fitted on runs that go on from a stage before; attach to that "
-                "stage, and give its run: after=pipe.after(run)."
-            )
-        return
-    if predictor.spec is not None and not predictor.continues:
-        raise PredictorMismatch(
-            f"this {kind} was fitted on runs that begin with nothing; leave after= out, or fit "
-            "one with fit_resampled."
-        )
-    if schedule is not None or tokens is not None:
-        name = type(tokens if schedule is None else schedule).__name__
-        raise ValueError(
-            f"{name} decides by what the run itself has computed, and this run begins with the "
-            "features of another; use a list of anchors."
-        )
 
 
 def _own_tokens(tokens: TokenPolicy | None, predictor: Predictor) -> TokenPolicy | None:
@@ -268,41 +247,6 @@ def _call_groups(
     return CallGroups(groups, names, {tap})
 
 
-def _hidden_for(
-    tokens: TokenPolicy | None,
-    attention_rule: LinearPredictor | None,
-    predictor: Predictor,
-    tap: str | None,
-    schedule: Schedule | None,
-) -> str:
-    """The tap of forecasts of which tokens are computed, once all goes together."""
-    if tokens is None:
-        raise ValueError("attention_rule is for computed tokens; pass tokens=, which of them.")
-    if not isinstance(tokens, TokenPolicy):
-        raise ValueError(
-            f"tokens is {tokens!r}, expected a policy of foreseer.predictors.tokens, such as "
-            "ClusterPolicy(16)."
-        )
-    if schedule is not None:
-        raise ValueError(
-            f"tokens are computed on a list of anchors, not under {type(schedule).__name__}; leave "
-            "schedule or tokens out."
-        )
-    if tap not in (None, "hidden"):
-        raise ValueError(f"tokens are computed on the tap 'hidden', not on {tap!r}.")
-    if predictor.spec is not None and predictor.spec.tap != "hidden":
-        raise PredictorMismatch(
-            f"the predictor was fitted on the tap {predictor.spec.tap!r}; computed tokens need one "
-            "fitted on 'hidden', the stream that enters the head."
-        )
-    if attention_rule is not None and attention_rule.learned:
-        raise ValueError(
-            f"the attention rule {type(attention_rule).__name__} is learned, but nothing was "
-            "recorded of the attention outputs; use Reuse() or Taylor(1)."
-        )
-    return "hidden"
-
-
 def one_of(
     predictor: Predictor | Mapping[int, Predictor] | str | os.PathLike[str],
     evaluations: int | None = None,
@@ -338,6 +282,7 @@ def checked_forecaster(
     tap: str | None = None,
     schedule: Schedule | None = None,
     tokens: TokenPolicy | None = None,
+    shallow: Shallow | None = None,
 ) -> Forecaster:
     """What `attach` attaches, once everything it is given has been checked against the pipeline.
 
@@ -348,10 +293,11 @@ def checked_forecaster(
         tap: see `attach`.
         schedule: see `attach`.
         tokens: see `attach`.
+        shallow: see `attach`.
 
     Raises:
         PredictorMismatch: a learned predictor was fitted on another model.
-        ValueError: no anchors are known, or tap and schedule do not go together.
+        ValueError: no anchors are known, or tap, schedule and shallow steps do not go together.
     """
     spec: PredictorSpec | None = predictor.spec
     if spec is not None:
@@ -375,43 +321,38 @@ def checked_forecaster(
         )
     anchors = (0,) if anchors is None else tuple(anchors)
     tap = tap or ("hidden" if schedule is not None and schedule.checks else "output")
-    if tap not in TAPS:
-        raise ValueError(f"tap is {tap!r}, expected one of {', '.join(map(repr, TAPS))}.")
-    _check_together(predictor, tap, schedule)
-    return Forecaster(predictor, tap, anchors, spec, pipe, copy.copy(schedule), tokens=tokens)
+    if not is_tap(tap):
+        expected = ", ".join(map(repr, (*TAPS, "deep.1")))
+        raise ValueError(f"tap is {tap!r}, expected one of {expected}, deep.2, ...")
+    check_together(predictor, tap, schedule)
+    if shallow is None:
+        return Forecaster(predictor, tap, anchors, spec, pipe, copy.copy(schedule), tokens=tokens)
+    deep = _deep(pipe, shallow, anchors, tap, schedule)
+    kinds = Anchors(anchors, frozenset(shallow.steps))
+    return Forecaster(predictor, tap, anchors, spec, pipe, kinds, deep=deep)
 
 
-def _check_together(predictor: Predictor, tap: str, schedule: Schedule | None) -> None:
-    """Raise unless predictor, tap and schedule go together."""
-    if predictor.reads and tap != "output":
-        raise ValueError(
-            f"{type(predictor).__name__} reads the output off the hidden state, so it forecasts "
-            f"the tap 'output', not {tap!r}."
+def _deep(
+    pipe: Any, shallow: Shallow, anchors: tuple[int, ...], tap: str, schedule: Schedule | None
+) -> Forecaster:
+    """What forecasts between the outer blocks at the shallow steps of a list.
+
+    Raises:
+        PredictorMismatch: a learned predictor was fitted on another model or for other full steps.
+        ValueError: the steps are no part of the list, or it does not go with the tap or a schedule.
+    """
+    check_between(tap, schedule)
+    predictor = one_of(shallow.predictor)
+    own = shallow.tap if predictor.spec is None else None
+    if own is not None and DEEP_TAP.fullmatch(own) is None:
+        raise ValueError(f"the tap of shallow steps is {own!r}, expected 'deep.1', 'deep.2', ...")
+    deep = checked_forecaster(pipe, predictor, shallow.full_steps(anchors), own)
+    if DEEP_TAP.fullmatch(deep.tap) is None:
+        raise PredictorMismatch(
+            f"the predictor of the shallow steps was fitted on the tap {deep.tap!r}, expected "
+            "deep.1, deep.2, ...; record that tap and fit on it."
         )
-    inside = sorted(predictor.needs - {"x_t"})
-    decides = schedule is not None and (schedule.probe is not None or schedule.checks)
-    places = ("hidden", BEFORE_LAST) if inside == ["tokens"] else ("hidden",)
-    if inside and (tap not in places or decides):
-        raise ValueError(
-            f"{type(predictor).__name__} needs the {' and '.join(inside)} of the step, which exist "
-            f"on the tap {' or '.join(map(repr, places))} with a list of anchors, not on "
-            f"{tap!r} under {type(schedule).__name__ if schedule else 'a list'}."
-        )
-    if predictor.block_weights is not None and tap != BEFORE_LAST:
-        raise ValueError(
-            f"{type(predictor).__name__} has weights for the last block, which runs on the tap "
-            f"{BEFORE_LAST!r}, not {tap!r}."
-        )
-    if tap == BEFORE_LAST and decides:
-        raise ValueError(
-            f"{type(schedule).__name__} looks into the network on its way, which the tap "
-            f"{BEFORE_LAST!r} does not go with; use a list of anchors, or a tap of its own."
-        )
-    if schedule is not None and schedule.checks and tap != "hidden":
-        raise ValueError(
-            f"{type(schedule).__name__} checks what enters the head, so the tap must be 'hidden', "
-            f"not {tap!r}."
-        )
+    return deep
 
 
 def _check_pipeline(spec: PredictorSpec, pipe: Any) -> None:
@@ -433,6 +374,7 @@ def forecasting(
     attention_rule: LinearPredictor | None = None,
     groups: Groups | None = None,
     after: Handover | None = None,
+    shallow: Shallow | None = None,
 ) -> Iterator[Run]:
     """`attach` for the length of a `with` block; the pipeline is its old self afterwards."""
     run = attach(
@@ -447,6 +389,7 @@ def forecasting(
         attention_rule,
         groups,
         after,
+        shallow,
     )
     try:
         yield run

@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from foreseer.integration.host.hook import Attached, own, replace_method, restore_method
+from foreseer.integration.host.hook import Attached, replace_method, restore_method
+from foreseer.integration.host.taps import own
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.masked_sampler import Prompts, check_bidirectional, sample_masked
 from foreseer.predictors.tokens import take

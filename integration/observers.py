@@ -105,8 +105,10 @@ class Source(Observer):
     """Says which calls run the network and stands in for it at the others.
 
     Attributes:
-        tap: `output`, `hidden`, `residual` or `before_last`: what is put back.
+        tap: `output`, `hidden`, `residual`, `before_last` or `deep.<d>`: what is put back.
         schedule: which calls run.
+        deep: stands in for what lies between the outer blocks where these alone run; None where the
+            schedule has no such steps.
         needs: `Step` fields that forecasts need and that exist only inside the forward: `tokens`,
             `modulation`.
         settings: what the pipeline call sets, set before `open`.
@@ -117,6 +119,7 @@ class Source(Observer):
 
     tap: str
     schedule: Schedule
+    deep: "Source | None" = None
     needs: frozenset[str] = frozenset()
     settings: Mapping[str, float | None] = {}
     memory_budget: int | None = None

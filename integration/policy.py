@@ -26,6 +26,7 @@ class Action(Enum):
     FORECAST = auto()
     PROBE = auto()  # the first block decides
     CHECK = auto()  # the last block decides on the forecast
+    SHALLOW = auto()  # the outer blocks run on a forecast of what lies between them
 
 
 class Schedule:
@@ -107,10 +108,12 @@ class Anchors(Schedule):
 
     Args:
         anchors: the steps; None takes those the run is opened with.
+        shallow: those of them at which the outer blocks run alone.
     """
 
-    def __init__(self, anchors: Container[int] | None = None) -> None:
+    def __init__(self, anchors: Container[int] | None = None, shallow: Container[int] = ()) -> None:
         self.given = anchors is not None
+        self.shallow = shallow
         self.anchors: Container[int] = () if anchors is None else anchors
 
     def open(self, num_steps: int, anchors: Sequence[int] = ()) -> None:
@@ -119,7 +122,9 @@ class Anchors(Schedule):
             self.anchors = anchors
 
     def before(self, step: Step) -> Action:
-        """Run at the anchors, forecast elsewhere."""
+        """Run at the anchors, all of the network or its outer blocks; forecast elsewhere."""
+        if step.index in self.shallow:
+            return Action.SHALLOW
         return Action.RUN if step.index in self.anchors else Action.FORECAST
 
     def to_come(self, index: int, num_steps: int) -> int:

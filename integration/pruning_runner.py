@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.host.call import Call
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.hook import capturing
+from foreseer.integration.host.taps import capturing
 from foreseer.integration.host.trunk import UnsupportedHost
 from foreseer.integration.observers import StepRecord
 from foreseer.integration.runner import Answer, Runner

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
-Kind = Literal["anchor", "forecast", "partial"]
+Kind = Literal["anchor", "forecast", "partial", "shallow"]
 
 
 @dataclass
@@ -28,6 +28,8 @@ class Report:
         steps: wall-clock seconds of every step, from the end of the one before it.
         partials: steps, of those forecast, at which some tokens were computed.
         partial_seconds: wall-clock seconds of their calls; `seconds` holds the others.
+        shallow: steps at which the outer blocks ran on a forecast of what lies between them.
+        shallow_seconds: wall-clock seconds of their calls.
         resets: steps at which what was computed before was given up, and why.
         groups: share of the tokens in every token group, by name.
     """
@@ -45,6 +47,8 @@ class Report:
     steps: list[float] = field(default_factory=list)
     partials: list[int] = field(default_factory=list)
     partial_seconds: list[float] = field(default_factory=list)
+    shallow: list[int] = field(default_factory=list)
+    shallow_seconds: list[float] = field(default_factory=list)
     resets: list[tuple[int, str]] = field(default_factory=list)
     groups: dict[str, float] = field(default_factory=dict)
 
@@ -58,22 +62,35 @@ class Report:
         self.seconds = {"anchor": [], "forecast": []}
         self.steps = []
         self.partials, self.partial_seconds, self.resets = [], [], []
+        self.shallow, self.shallow_seconds = [], []
         self.groups = {}
 
     def count(self, step_index: int, kind: Kind, seconds: float) -> None:
         """Add one call of the transformer; `partial` is a forecast with some tokens computed."""
-        steps = [self.anchors] if kind == "anchor" else [self.forecasts]
-        if kind == "partial":
-            steps.append(self.partials)
+        own = {"anchor": self.anchors, "shallow": self.shallow}.get(kind, self.forecasts)
+        steps = [own, self.partials] if kind == "partial" else [own]
         for listed in steps:
             if not listed or listed[-1] != step_index:
                 listed.append(step_index)
-        (self.partial_seconds if kind == "partial" else self.seconds[kind]).append(seconds)
+        apart = {"partial": self.partial_seconds, "shallow": self.shallow_seconds}
+        (apart[kind] if kind in apart else self.seconds[kind]).append(seconds)
+
+    @property
+    def shallow_share(self) -> float:
+        """Seconds of a shallow step in those of a full one, medians; 0 where there was none."""
+        if not self.shallow_seconds:
+            return 0.0
+        return median(self.shallow_seconds) / median(self.seconds["anchor"])
+
+    @property
+    def cost(self) -> float:
+        """Full steps that full and shallow ones came to, A + share * number of shallow ones."""
+        return len(self.anchors) + self.shallow_share * len(self.shallow)
 
     @property
     def fewer(self) -> float | None:
-        """Steps per evaluation, S / A; None before a run."""
-        return self.num_steps / len(self.anchors) if self.anchors else None
+        """Steps per full step's cost, S / A where none is shallow; None before a run."""
+        return self.num_steps / self.cost if self.anchors else None
 
     @property
     def faster(self) -> float | None:
@@ -99,7 +116,11 @@ class Report:
         if self.fewer is None:
             return "no run yet"
         told = f"{len(self.forecasts)} of {self.num_steps} steps forecast"
-        if not self.forecasts:
+        if self.shallow:
+            told = f"{len(self.shallow)} of {self.num_steps} steps shallow, " + (
+                f"{len(self.forecasts)} forecast" if self.forecasts else "none forecast"
+            )
+        elif not self.forecasts:
             return told
         times = "" if self.faster is None else f", {self.faster:.1f} x faster"
         return f"{told}: {self.fewer:.1f} x fewer evaluations{times}"
@@ -112,7 +133,7 @@ class Report:
     def __str__(self) -> str:
         """A few lines for a person."""
         lines = [self.headline(), f"{len(self.anchors)} network evaluations"]
-        begun = len({*self.anchors, *self.forecasts})
+        begun = len({*self.anchors, *self.shallow, *self.forecasts})
         if begun < self.num_steps:
             lines.append(f"broken off: {begun} of {self.num_steps} steps were begun")
         lines += [f"reset at step {step}: {reason}" for step, reason in self.resets]
@@ -141,6 +162,12 @@ class Report:
             lines.append(f"median {kind} step: {1000 * value:.2f} ms")
         if len(cost) == 2:
             lines.append(f"a forecast costs {cost['forecast'] / cost['anchor']:.2%} of an anchor")
+        if self.shallow:
+            lines.append(f"shallow steps: {' '.join(map(str, self.shallow))}")
+            lines.append(
+                f"a shallow step costs {self.shallow_share:.2%} of an anchor; full and shallow "
+                f"steps cost {self.cost:.1f} full steps"
+            )
         if self.partials:
             partial = median(self.partial_seconds)
             lines.append(f"tokens computed at: {' '.join(map(str, self.partials))}")

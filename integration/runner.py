@@ -14,7 +14,8 @@ from torch import Tensor
 
 from foreseer.integration.host.call import Call, prediction
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.hook import BEFORE_LAST
+from foreseer.integration.host.outer import OuterBlocks
+from foreseer.integration.host.taps import BEFORE_LAST, LAST_BLOCK
 from foreseer.integration.host.trunk import modulations
 from foreseer.integration.observers import Source
 from foreseer.predictors.base import Step
@@ -33,6 +34,7 @@ class Answer:
         feature: the forecast, if any.
         attention: attention outputs by block, where tokens are to be computed.
         partial: whether some tokens of a forecast were computed.
+        shallow: whether the outer blocks ran, on a forecast of what lies between them.
     """
 
     output: Any
@@ -40,6 +42,7 @@ class Answer:
     feature: Tensor | None = None
     attention: Mapping[str, Tensor] = field(default_factory=dict)
     partial: bool = False
+    shallow: bool = False
 
 
 class Runner:
@@ -63,8 +66,8 @@ class Runner:
 
     def forecast(self, expert: Expert, call: Call, step: Step, source: Source) -> Answer:
         """Put a forecast in the network's place."""
-        if source.tap == BEFORE_LAST:
-            return self._through_last(expert, call, step, source)
+        if source.tap in expert.outer:
+            return self.through(expert, call, step, source)
         if source.needs:
             return self._forecast_inside(expert, call, step, source)
         feature = source.forecast(step)
@@ -73,19 +76,22 @@ class Runner:
         output = expert.skip(call, entering_head(source.tap, feature))
         return Answer(output, None, feature)
 
-    def _through_last(self, expert: Expert, call: Call, step: Step, source: Source) -> Answer:
-        """Run the last block on what enters the first and a forecast of what the others add."""
-        assert expert.last_block is not None  # made with the trunk
-        made: list[Tensor] = []
+    def through(self, expert: Expert, call: Call, step: Step, source: Source) -> Answer:
+        """Run the outer blocks on the step's own input and a forecast of what lies between them."""
+        part, made = expert.outer[source.tap], []
 
         def entering(came: list[Tensor]) -> list[Tensor]:
             made.append(source.forecast(replace(step, tokens=came[0])))
-            return [came[0] + made[-1]]
+            return part.put(made[-1], came)
 
-        output = expert.last_block(
-            call.forward, call.args, call.kwargs, entering, weights=source.block_weights
-        )
-        return Answer(output, None, made[-1])
+        output = part(call.forward, call.args, call.kwargs, entering, weights=source.block_weights)
+        return Answer(output, None, made[-1], shallow=source.tap != BEFORE_LAST)
+
+    def shallow(self, expert: Expert, call: Call, step: Step, deep: Source) -> Answer:
+        """Run the outer blocks, and capture what later forecasts of the output are made from."""
+        with expert.capturing(deep.tap) as captured:
+            answer = self.through(expert, call, step, deep)
+        return replace(answer, taps=expert.complete(captured, answer.output, deep.tap))
 
     def _forecast_inside(self, expert: Expert, call: Call, step: Step, source: Source) -> Answer:
         """Forecast from what only the forward knows: its tokens and its modulation vector."""
@@ -159,7 +165,6 @@ def probe(expert: Expert, call: Call, step: Step, source: Source, known: bool) -
 
 def check(expert: Expert, call: Call, step: Step, source: Source) -> Answer:
     """Forecast, check at the last block, and compute the samples that are refused."""
-    assert expert.last_block is not None  # made with the trunk
     inputs, feature = source.streams(step), source.forecast(step)
     schedule = source.schedule
 
@@ -169,7 +174,9 @@ def check(expert: Expert, call: Call, step: Step, source: Source) -> Answer:
         schedule.check(step, feature, computed)
         return feature
 
-    output = expert.last_block(call.forward, call.args, call.kwargs, lambda came: inputs, judge)
+    last = expert.outer[LAST_BLOCK]
+    assert isinstance(last, OuterBlocks)  # a U-Net's is refused
+    output = last(call.forward, call.args, call.kwargs, lambda came: inputs, judge)
     refused = schedule.refused_at(step)
     if not refused:
         return Answer(output, None, feature)

@@ -5,7 +5,9 @@ A one is an anchor, a zero a forecast; the list has one entry per step.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, zip_longest
+from typing import Any
 
 PUBLISHED_L2P = {
     11: (0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44),
@@ -311,3 +313,76 @@ def scm(policy: str, num_steps: int = 28) -> tuple[int, ...]:
     starts = [0, *ends]
     spans = list(zip(starts, ends, strict=False))[::2]
     return tuple(step for start, end in spans for step in range(start, end))
+
+
+@dataclass(frozen=True)
+class Shallow:
+    """Anchors at which the outer blocks alone run; what lies between them is forecast.
+
+    A list of anchors with it has three kinds of step: full, shallow, and forecast, the steps that
+    are no anchors. Forecasts of the output look back on full and shallow steps alike.
+
+    Args:
+        steps: of the anchors; the first anchor is a full one.
+        predictor: forecasts what lies between, from the full steps: `Reuse()` is DeepCache's
+            scheme. A learned one brings its tap and must have been fitted for these full steps.
+        tap: `deep.<d>`: the first d and the last d blocks run, of a U-Net the first d down blocks
+            and the last d up blocks.
+    """
+
+    steps: Sequence[int]
+    predictor: Any
+    tap: str = "deep.1"
+
+    def full_steps(self, anchors: Sequence[int]) -> tuple[int, ...]:
+        """The anchors at which the whole network runs.
+
+        Args:
+            anchors: full and shallow steps.
+
+        Raises:
+            ValueError: a shallow step is none of the anchors, is named twice, or is the first.
+        """
+        steps, listed = list(self.steps), list(anchors)
+        wrong = [step for step in steps if step not in listed or steps.count(step) > 1]
+        if wrong or not steps:
+            raise ValueError(
+                f"the shallow steps are {steps or 'none'}, expected some of the anchors {listed}, "
+                f"each once{f'; found {wrong}' if wrong else ''}."
+            )
+        if listed[0] in steps:
+            raise ValueError(
+                f"step {listed[0]} is the first anchor and a shallow step; the first step runs in "
+                "full, since nothing is known before it that the deep trunk could be forecast from."
+            )
+        return tuple(step for step in listed if step not in steps)
+
+
+def three_kinds(
+    depths: Sequence[int], num_steps: int = 50
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Anchors and shallow steps of a list with one depth for every step.
+
+    Args:
+        depths: 0 for a forecast, 1 for a shallow step, more for a full one (DaTo, arXiv 2501.00375,
+            has 0, 1 and 12).
+        num_steps: steps of the run.
+
+    Returns:
+        Full and shallow steps, `anchors=`, and the shallow ones among them, `Shallow(steps)`.
+
+    Raises:
+        ValueError: there is not one depth for every step, or the first step is not full.
+    """
+    if len(depths) != num_steps:
+        raise ValueError(
+            f"found depths of {len(depths)} steps, expected one for each of the {num_steps}."
+        )
+    wrong = [depth for depth in depths if type(depth) is not int or depth < 0]
+    if wrong or depths[0] < 2:
+        raise ValueError(
+            f"the depths begin with {depths[0]}{f' and hold {wrong}' if wrong else ''}; expected "
+            "0 for a forecast, 1 for a shallow step and more for a full one, which the first is."
+        )
+    evaluated = tuple(step for step, depth in enumerate(depths) if depth)
+    return evaluated, tuple(step for step in evaluated if depths[step] == 1)

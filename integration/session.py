@@ -338,6 +338,8 @@ class Session:
         kind: Kind = "anchor" if answer.taps is not None else "forecast"
         if answer.partial:
             kind = "partial"
+        if answer.shallow:
+            kind = "shallow"
         self.report.count(index, kind, time.perf_counter() - started)
         return answer.output
 
@@ -354,6 +356,11 @@ class Session:
             return probe(expert, call, step, source, known)
         if action is Action.RUN or not known:
             return self.runner.run(expert, call, step)
+        if action is Action.SHALLOW:
+            deep = source.deep
+            if deep is None or not deep.knows(step):
+                return self.runner.run(expert, call, step)
+            return self.runner.shallow(expert, call, step, deep)
         if action is Action.CHECK:
             return check(expert, call, step, source)
         return self.runner.forecast(expert, call, step, source)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from foreseer.checkpoints.spec import SIGMA_TOLERANCE, PredictorMismatch, PredictorSpec, off_grid
 from foreseer.integration.forecaster import Forecaster
-from foreseer.integration.host.hook import own
 from foreseer.integration.host.layout import Layout
+from foreseer.integration.host.taps import own
 from foreseer.integration.memory import check_memory
 from foreseer.integration.observers import CallRecord, StepRecord
 from foreseer.integration.policy import Action

@@ -23,8 +23,9 @@ from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.histories import Histories, most_bytes
 from foreseer.integration.host.call import Call
 from foreseer.integration.host.expert import Expert
-from foreseer.integration.host.hook import block_list, capturing, own, replacing
+from foreseer.integration.host.hook import replacing
 from foreseer.integration.host.hosts import transformer_of
+from foreseer.integration.host.taps import block_list, capturing, own
 from foreseer.integration.host.trunk import Trunk, UnsupportedHost
 from foreseer.integration.observers import CallRecord, Observer, Source, StepRecord
 from foreseer.integration.runner import Answer, Runner

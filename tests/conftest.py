@@ -15,8 +15,8 @@ import torch
 # their time, so they are for the others, and for these in `make test-all`.
 SITUATIONS = re.compile(
     r"test_(bench|bundled|comfyui|composition|demo|docs|examples|face|fault|field|fit_|integrations"
-    r"|mistakes|modes|modular|offline|readme|recipes|refit|readout_refit|search|security|solvers_hosts"
-    r"|storage|text_host|truncated|verdict|verify)"
+    r"|mistakes|modes|modular|offline|readme|recipes|refit|readout_refit|search|security|shallow"
+    r"|solvers_hosts|storage|text_host|truncated|verdict|verify)"
 )
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorMismatch
 from foreseer.integration.forecasting import attach, forecasting
-from foreseer.integration.host.hook import capturing
+from foreseer.integration.host.taps import capturing
 from foreseer.integration.host.trunk import Trunk, TrunkTracer, UnsupportedHost
 from foreseer.integration.token_runner import PartialTrunk
 from foreseer.predictors.base import History

@@ -146,7 +146,7 @@ def test_inspect_says_why_a_host_is_not_supported():
     assert not supported and "sound beside the video" in "\n".join(lines)
     pipe.transformer = None
     lines, supported = inspected(pipe, Item(0, 0, family.inputs(0)), family.settings)
-    assert not supported and "has no `transformer` module" in lines[0]
+    assert not supported and "has no `transformer` or `unet` module" in lines[0]
 
 
 def test_a_failed_check_of_no_tap_is_no_recommendation():

@@ -320,8 +320,10 @@ def expand_taps(pipe: Any, taps: Sequence[str]) -> list[str]:
         ValueError: a name is unknown.
     """
     lists = block_lists_of(next(iter(transformers_of(pipe).values()))).values()
-    blocks = [f"blocks.{i}" for i in range(sum(len(blocks) for blocks in lists))]
-    known = ["output", "hidden", "residual", *blocks]
+    count = sum(len(blocks) for blocks in lists)
+    blocks = [f"blocks.{i}" for i in range(count)]
+    deep = [f"deep.{i}" for i in range(1, (count + 1) // 2)]
+    known = ["output", "hidden", "residual", *blocks, *deep]
     expanded = [name for tap in taps for name in (blocks if tap == "blocks.*" else [tap])]
     unknown = [tap for tap in expanded if tap not in known]
     if unknown or not expanded:

@@ -3,7 +3,7 @@
 A transformer may be shared: with another pipeline, called in between or from another thread, or
 with a loop written by hand. A run is therefore known by the call that opened it. Settings are
 arguments of the call, such as scales of guidance, of a ControlNet or of a LoRA, and what hangs on
-the transformer and a callback may change in mid-run: strengths of LoRAs and IP-adapters.
+the transformer and a callback may change in mid-run: strengths of LoRAs, IP-adapters and FreeU.
 """
 
 import contextvars
@@ -144,8 +144,9 @@ class CallSettings:
         hosts = list(transformers)
         self.layers = [layer for host in hosts for _, layer in adapter_layers(host)]
         self.processors = [p for host in hosts for p in ip_adapters(host)]
+        self.unets = [host for host in hosts if hasattr(host, "enable_freeu")]
         self._constant: dict[str, Value] | None = None  # of a loop around a network without any
-        if not (self.layers or self.processors):
+        if not (self.layers or self.processors or self.unets):
             self._constant = self.read(None)
 
     def read(self, call: FrameType | None) -> dict[str, Value]:
@@ -157,7 +158,8 @@ class CallSettings:
         if call is None and self._constant is not None:
             return self._constant
         found = {} if call is None else settings_of(call)
-        return found | lora_strengths(self.layers) | ip_adapter_strengths(self.processors)
+        found |= lora_strengths(self.layers) | ip_adapter_strengths(self.processors)
+        return found | freeu_strengths(self.unets)
 
 
 def arguments_of(call: FrameType) -> dict[str, Any]:
@@ -247,6 +249,15 @@ def ip_adapter_strengths(processors: Sequence[Any]) -> dict[str, Value]:
         f"{name}[layer {place}]": scale
         for place, layer in enumerate(layers)
         for name, scale in layer.items()
+    }
+
+
+def freeu_strengths(unets: Sequence[Any]) -> dict[str, Value]:
+    """FreeU's four numbers as `freeu[<name>]`, None where it is off; nothing without a U-Net."""
+    return {
+        f"freeu[{name}]": getattr(unet.up_blocks[0], name, None)
+        for unet in unets
+        for name in ("s1", "s2", "b1", "b2")
     }
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from foreseer.integration.host.call import Call, Narrowed, form_of, prediction
-from foreseer.integration.host.gate import FirstLook, LastBlock
-from foreseer.integration.host.hook import LAST_BLOCK, TrunkSkipper, capturing, own, stream_tap
+from foreseer.integration.host.gate import FirstLook
+from foreseer.integration.host.hook import TrunkSkipper
 from foreseer.integration.host.layout import Layout, find_grid, find_layout
+from foreseer.integration.host.outer import OuterBlocks, OuterLadder
 from foreseer.integration.host.proof import HostFacts, Parts, check_rows, facts_of, prove
+from foreseer.integration.host.taps import LAST_BLOCK, capturing, own, stream_tap
 from foreseer.integration.host.trunk import Trunk, UnsupportedHost
 
 
@@ -46,7 +48,7 @@ class Expert:
         self.trunk: Trunk | None = None
         self.skipper: TrunkSkipper | None = None
         self.first_look: FirstLook | None = None
-        self.last_block: LastBlock | None = None
+        self.outer: Mapping[str, OuterBlocks | OuterLadder] = {}  # by the tap in between
         self.image_only = False  # whether the head is known to be given no text
         self._facts: HostFacts | None = None
         self.proven = not (taps - {"output"}) and probe is None
@@ -72,7 +74,7 @@ class Expert:
             self.facts.trunk, parts = prove(call, taps, probe)
             self.facts.proven.add(proof)
         self.trunk, self.skipper = self.facts.trunk, parts.skipper
-        self.first_look, self.last_block = parts.first_look, parts.last_block
+        self.first_look, self.outer = parts.first_look, parts.outer
         self.proven = True
 
     def prove_rows(self, call: Call, output: Any) -> None:
@@ -85,29 +87,34 @@ class Expert:
                 self.facts.proven.add(proof)
             self.rows_proven = True
 
-    def capturing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
-        """Collect the taps of the call inside, see `hook.capturing`."""
+    def capturing(
+        self, without: str | None = None
+    ) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        """Collect the taps of the call inside, but for one; see `taps.capturing`."""
         if self.trunk is None:
             return contextlib.nullcontext({})
-        return capturing(self.transformer, self.trunk, set(self.taps))
+        return capturing(self.transformer, self.trunk, set(self.taps) - {without})
 
-    def complete(self, captured: dict[str, Tensor], output: Any) -> dict[str, Tensor]:
+    def complete(
+        self, captured: dict[str, Tensor], output: Any, without: str | None = None
+    ) -> dict[str, Tensor]:
         """All taps of a call that ran.
 
         Args:
             captured: what was collected inside.
             output: what the host returned.
+            without: a tap that was not collected.
 
         Raises:
             UnsupportedHost: some were not produced.
         """
         self.form = form_of(output)
-        taps = set(self.taps)
+        taps = set(self.taps) - {without}
         if "output" in taps:
             captured["output"] = own(prediction(output))
         if LAST_BLOCK in taps and self.trunk is not None:
             taps.remove(LAST_BLOCK)
-            taps |= set(map(stream_tap, range(len(self.trunk.streams))))
+            taps |= {stream_tap(LAST_BLOCK, i) for i in range(len(self.trunk.entering(-1)))}
         kept = {tap: captured[tap] for tap in taps if tap in captured}
         if len(kept) < len(taps):
             raise UnsupportedHost(

@@ -1,19 +1,18 @@
-"""Runs of a transformer that stop after a first look, or start at the last block.
+"""Runs of a transformer that stop after a first look.
 
-`FirstLook` asks a schedule about the first block before the others run; `LastBlock` runs only the
-last block, on forecast inputs.
+`FirstLook` asks a schedule about the first block before the others run.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree
 
 from foreseer.integration.host.call import Narrowed
-from foreseer.integration.host.hook import block_list, exchanged, own
+from foreseer.integration.host.hook import exchanged
+from foreseer.integration.host.taps import block_list, own
 from foreseer.integration.host.trunk import (
     SkippedBlocks,
     Trunk,
@@ -23,7 +22,6 @@ from foreseer.integration.host.trunk import (
 )
 
 Enter = Callable[[Tensor], Tensor]  # what enters the head, given what would have
-Streams = Callable[[list[Tensor]], list[Tensor]]  # what enters a block, given what would have
 
 
 def refuse_other_axes(transformer: nn.Module, trunk: Trunk) -> None:
@@ -32,6 +30,11 @@ def refuse_other_axes(transformer: nn.Module, trunk: Trunk) -> None:
     Raises:
         UnsupportedHost: they are counted by another.
     """
+    if trunk.middle:
+        raise UnsupportedHost(
+            f"{type(transformer).__name__} is a U-Net, whose blocks have no stream in common, so "
+            "nothing can be decided or checked inside of it; use a list of anchors."
+        )
     if trunk.batch_axis:
         raise UnsupportedHost(
             f"the blocks of {type(transformer).__name__} take tokens before samples, so nothing "
@@ -185,90 +188,3 @@ def _attention_of(block: nn.Module) -> nn.Module:
         f"the first block ({type(block).__name__}) has no attention module of its own, so TeaCache "
         "has no modulated input to look at; use the FirstBlock schedule."
     )
-
-
-class LastBlock:
-    """Run a forward with only its last block, on given inputs.
-
-    Args:
-        transformer: the host.
-        trunk: its facts, `streams` among them.
-
-    Raises:
-        UnsupportedHost: what one block hands to the last one is not known.
-    """
-
-    def __init__(self, transformer: nn.Module, trunk: Trunk) -> None:
-        if not trunk.streams:
-            raise UnsupportedHost(
-                f"{type(transformer).__name__} does not hand the output of one block to the last "
-                "one as it is, so forecasts cannot be checked there; use another schedule."
-            )
-        refuse_other_axes(transformer, trunk)
-        self.transformer = transformer
-        self.streams = trunk.streams
-        self.head = transformer.get_submodule(trunk.head)
-        self.blocks = {name: block_list(transformer, name) for name in trunk.block_lists}
-        self.swapped: dict[str, nn.Module] = {
-            name: SkippedBlocks(blocks) for name, blocks in self.blocks.items()
-        }
-        name = trunk.block_lists[-1]
-        self.last = self.blocks[name][-1]
-        self.swapped[name] = _OnlyLast(self.blocks[name], self)
-
-    def __call__(
-        self,
-        forward: Callable,
-        args: tuple,
-        kwargs: dict[str, Any],
-        inputs: Streams,
-        entering: Enter | None = None,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> Any:
-        """The output of `forward` with the last block run on other streams.
-
-        Args:
-            forward: the transformer's own.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-            inputs: makes what enters the block of what enters the first one.
-            entering: what enters the head, given what the block made; None for that.
-            weights: the block's for this call, by name; None for its own.
-        """
-        self.inputs, self.weights = inputs, weights
-        try:
-            enter = _same if entering is None else entering
-            with exchanged(self.transformer, self.blocks, self.swapped, self.head, enter):
-                return forward(*args, **kwargs)
-        finally:
-            del self.inputs, self.weights
-
-    def run_last(self, *args: Any, **kwargs: Any) -> Any:
-        """Called in the last block's place."""
-        positional, named = list(args), dict(kwargs)
-        came = [positional[p] if isinstance(p, int) else named[p] for p in self.streams]
-        for place, value, old in zip(self.streams, self.inputs(came), came, strict=True):
-            if isinstance(place, int):
-                positional[place] = value.to(old.dtype)
-            else:
-                named[place] = value.to(old.dtype)
-        if self.weights is not None:
-            weights = {name: weight.to(came[0]) for name, weight in self.weights.items()}
-            return functional_call(self.last, weights, tuple(positional), named)
-        return self.last(*positional, **named)
-
-
-def _same(entering: Tensor) -> Tensor:
-    return entering
-
-
-class _OnlyLast(SkippedBlocks):
-    """Iterates over the last block alone."""
-
-    def __init__(self, blocks: nn.ModuleList, runner: LastBlock) -> None:
-        super().__init__(blocks)
-        self.runner = runner
-
-    def __iter__(self) -> Iterator[Any]:
-        """The last block's stand-in."""
-        yield self.runner.run_last

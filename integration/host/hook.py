@@ -1,4 +1,4 @@
-"""The hooks on a transformer: run it and capture a tap, or skip its trunk and put a forecast back.
+"""The hooks on a transformer: stand in for its forward, or skip its trunk and put a forecast back.
 
 Nothing here decides anything: `Session` (session.py) says what each call does.
 
@@ -9,6 +9,7 @@ libraries put wrappers of their own above or below: all of that keeps working.
 import contextlib
 import copy
 import functools
+import inspect
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -18,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from foreseer.integration.host.caller import is_called_elsewhere
+from foreseer.integration.host.taps import block_list
 from foreseer.integration.host.trunk import (
-    ObservedBlocks,
     SkippedBlocks,
     Trunk,
+    UnsupportedHost,
     exchange,
     first_tensor,
-    stream_of,
 )
 
 
@@ -128,8 +129,6 @@ MARK = "_foreseer_attached"
 CACHE_MODULES = ("_cache", "pyramid_attention_broadcast")  # of diffusers.hooks
 PATCHED = {"enable_teacache": "TeaCache", "magcache_thresh": "MagCache"}
 """What forwards that are put in place of a class's own look up on the model, and whose they are."""
-LAST_BLOCK = "last_block"
-BEFORE_LAST = "before_last"
 PATIENCE = 0.001  # seconds between two looks at what other threads are doing
 
 
@@ -218,8 +217,10 @@ class TrunkSkipper:
         self.transformer = transformer
         self.axis = trunk.batch_axis
         self.head = transformer.get_submodule(trunk.head)
-        self.blocks = {name: block_list(transformer, name) for name in trunk.block_lists}
-        self.empty = {name: SkippedBlocks(blocks) for name, blocks in self.blocks.items()}
+        self.ladder = bool(trunk.middle)
+        self.blocks = trunk_modules(transformer, trunk)
+        lists = {name: block_list(transformer, name) for name in trunk.block_lists}
+        self.empty = without_middle(trunk, {n: SkippedBlocks(each) for n, each in lists.items()})
 
     def __call__(
         self,
@@ -228,7 +229,13 @@ class TrunkSkipper:
         kwargs: dict[str, Any],
         entering: Callable[[Tensor], Tensor],
     ) -> Any:
-        """The output of `forward` with the head's first tensor t replaced by `entering(t)`."""
+        """The output of `forward` with the head's first tensor t replaced by `entering(t)`.
+
+        Raises:
+            UnsupportedHost: another network adds to what is skipped of a U-Net.
+        """
+        if self.ladder:
+            refuse_additions(self.transformer, args, kwargs)
         enter = functools.partial(_batch_first, entering, self.axis)
         with exchanged(self.transformer, self.blocks, self.empty, self.head, enter):
             return forward(*args, **kwargs)
@@ -242,7 +249,7 @@ def _batch_first(entering: Callable[[Tensor], Tensor], axis: int, tensor: Tensor
 def exchanged(
     transformer: nn.Module,
     blocks: Mapping[str, nn.Module],
-    others: Mapping[str, nn.Module],
+    others: Mapping[str, nn.Module | None],
     head: nn.Module,
     entering: Callable[[Tensor], Tensor],
 ) -> Iterator[None]:
@@ -274,128 +281,63 @@ def _replace_first(
 ) -> tuple[tuple, dict[str, Any]]:
     found = first_tensor(args, kwargs)
     assert found is not None  # the tracer chose the head by this tensor
-    new = entering(found).to(found.dtype)
+    new = as_given(entering(found), found)
     for place, value in enumerate(args):
         if value is found:
             return (*args[:place], new, *args[place + 1 :]), kwargs
     return args, {name: new if value is found else value for name, value in kwargs.items()}
 
 
-@contextlib.contextmanager
-def capturing(transformer: nn.Module, trunk: Trunk | None, taps: set[str]) -> Iterator[dict]:
-    """Collect the given trunk taps of the forward run inside; yields a dict filled by its end.
-
-    The blocks carry no hook: where one is looked at, its list is exchanged for the call.
-
-    Args:
-        transformer: the host.
-        trunk: its facts; None when only `output` is tapped.
-        taps: any of `hidden`, `residual`, `before_last` (what enters the last block less what
-            enters the first), `blocks.<i>`, `last_block` (its input streams, one entry
-            `last_block.<i>` each); `output` is read off the call's result.
-    """
-    found: dict[str, Tensor] = {}
-    if trunk is None:
-        yield found
-        return
-    handles: list[Any] = []
-    if taps & {"hidden", "residual"}:
-        head = transformer.get_submodule(trunk.head)
-        keep = functools.partial(_keep, found, "hidden", trunk.batch_axis)
-        handles.append(head.register_forward_pre_hook(keep, with_kwargs=True))
-    lists: dict[str, nn.ModuleList] = {}
-    if taps - {"hidden", "output"}:
-        tapped = _BlockTaps(transformer, trunk, taps, found)
-        lists = {name: block_list(transformer, name) for name in trunk.block_lists}
-        seen = {n: ObservedBlocks(b, n, tapped.entering, tapped.leaving) for n, b in lists.items()}
-        exchange(transformer, seen)
-    try:
-        yield found
-    finally:
-        exchange(transformer, lists)
-        for handle in handles:
-            handle.remove()
-    if {"hidden", "trunk_in"} <= found.keys():
-        if found["hidden"].shape == found["trunk_in"].shape:  # else the proof says what is wrong
-            found["residual"] = found["hidden"] - found["trunk_in"]
-    if BEFORE_LAST in taps and found.keys() >= {"trunk_in", stream_tap(0)}:
-        if found[stream_tap(0)].shape == found["trunk_in"].shape:
-            found[BEFORE_LAST] = found[stream_tap(0)] - found["trunk_in"]
+def as_given(tensor: Tensor, given: Tensor) -> Tensor:
+    """A tensor in the dtype and memory layout of the one whose place it takes."""
+    tensor = tensor.to(given.dtype)
+    if given.ndim == 4 and not given.is_contiguous():
+        if given.is_contiguous(memory_format=torch.channels_last):
+            return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
 
 
-class _BlockTaps:
-    """What is taken of the blocks as they run.
+ADDED = ("additional_residual", "controlnet", "control_")
+"""In the names of arguments by which another network adds to what single blocks make."""
+
+
+def refuse_additions(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise where another network adds to what blocks make that are skipped.
 
     Args:
         transformer: the host.
-        trunk: its facts.
-        taps: see `capturing`.
-        found: where it is put.
+        args: positional arguments of its call.
+        kwargs: its keyword arguments.
+
+    Raises:
+        UnsupportedHost: one does.
     """
-
-    def __init__(
-        self, transformer: nn.Module, trunk: Trunk, taps: set[str], found: dict[str, Tensor]
-    ) -> None:
-        self.streams = trunk.streams
-        self.place = trunk.place
-        self.axis = trunk.batch_axis
-        self.found = found
-        names = block_taps(transformer, trunk)
-        self.outputs = {block: tap for tap, block in names.items() if tap in taps}
-        blocks = list(names.values())
-        self.first = blocks[0] if taps & {"residual", BEFORE_LAST} else None
-        self.last = blocks[-1] if taps & {LAST_BLOCK, BEFORE_LAST} else None
-
-    def entering(self, block: str, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Keep what enters the first and the last block."""
-        if block == self.first and (tensor := first_tensor(args, kwargs)) is not None:
-            self.found["trunk_in"] = own(tensor.transpose(0, self.axis))
-        if block == self.last:
-            for number, place in enumerate(self.streams):
-                value = args[place] if isinstance(place, int) else kwargs[place]
-                self.found[stream_tap(number)] = own(value)
-
-    def leaving(self, block: str, output: Any) -> None:
-        """Keep the stream after a block."""
-        if block in self.outputs and (stream := stream_of(output, self.place)) is not None:
-            self.found[self.outputs[block]] = own(stream.transpose(0, self.axis))
+    names = inspect.signature(type(transformer).forward).parameters
+    for name, value in (*zip(list(names)[1:], args, strict=False), *kwargs.items()):
+        if any(word in name for word in ADDED) and _holds_tensor(value):
+            raise UnsupportedHost(
+                f"{name} adds to what single blocks of {type(transformer).__name__} make (a "
+                "ControlNet or an adapter), and skipped blocks would leave that out; use the "
+                "`output` tap, or run without it."
+            )
 
 
-def stream_tap(number: int) -> str:
-    """Name under which a stream that enters the last block is captured."""
-    return f"{LAST_BLOCK}.{number}"
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, Tensor) or (
+        isinstance(value, list | tuple) and any(map(_holds_tensor, value))
+    )
 
 
-def block_list(transformer: nn.Module, name: str) -> nn.ModuleList:
-    """The block list of that name."""
-    blocks = transformer.get_submodule(name)
-    assert isinstance(blocks, nn.ModuleList)  # the tracer looks at nothing else
-    return blocks
+def trunk_modules(transformer: nn.Module, trunk: Trunk) -> dict[str, nn.Module]:
+    """The block lists of a trunk by name, and what runs between those of a U-Net."""
+    found: dict[str, nn.Module] = {n: block_list(transformer, n) for n in trunk.block_lists}
+    if trunk.middle:
+        found[trunk.middle] = transformer.get_submodule(trunk.middle)
+    return found
 
 
-def block_taps(transformer: nn.Module, trunk: Trunk) -> dict[str, str]:
-    """Name of the block behind every tap `blocks.0`, `blocks.1`, ..., in calling order."""
-    names = [
-        f"{name}.{number}"
-        for name in trunk.block_lists
-        for number in range(len(block_list(transformer, name)))
-    ]
-    return {f"blocks.{i}": name for i, name in enumerate(names)}
-
-
-def _keep(
-    found: dict[str, Tensor],
-    tap: str,
-    axis: int,
-    module: nn.Module,
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> None:
-    tensor = first_tensor(args, kwargs)
-    if tensor is not None:
-        found[tap] = own(tensor.transpose(0, axis))
-
-
-def own(tensor: Tensor) -> Tensor:
-    """A copy that keeps no larger storage alive and that nothing downstream can change in place."""
-    return tensor.clone(memory_format=torch.contiguous_format)
+def without_middle(trunk: Trunk, others: Mapping[str, nn.Module]) -> dict[str, nn.Module | None]:
+    """What stands in the places of a trunk's lists, and nothing between those of a U-Net."""
+    return {**others, trunk.middle: None} if trunk.middle else dict(others)

@@ -15,10 +15,10 @@ from foreseer.integration.host.caller import Caller, pipeline_call
 from foreseer.integration.host.fingerprint import host_fingerprint, values_digest
 from foreseer.integration.host.trunk import UnsupportedHost, takes_time
 
-TURNS = {"transformer": 0, "unconditional_transformer": 0, "transformer_2": 1}
+TURNS = {"transformer": 0, "unconditional_transformer": 0, "transformer_2": 1, "unet": 0}
 """Networks that are forecast, by name. Wan 2.2 runs `transformer` at high noise and `transformer_2`
 at low noise, so they take turns; Ideogram 4 guides with `unconditional_transformer` at every step
-of `transformer`."""
+of `transformer`; Stable Diffusion and its like run a `unet`."""
 
 
 class Host:
@@ -131,8 +131,8 @@ class DiffusersHost(Host):
                 found[name] = module
         if not found:
             raise UnsupportedHost(
-                f"{self.name} has no `transformer` module; foreseer works on diffusion "
-                "transformers, and on other modules through foreseer.host(module)."
+                f"{self.name} has no `transformer` or `unet` module; foreseer works on diffusion "
+                "transformers and U-Nets, and on other modules through foreseer.host(module)."
             )
         for name, module in found.items():
             if is_compiled(module):

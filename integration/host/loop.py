@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foreseer.integration.host.call import prediction
 from foreseer.integration.host.caller import Caller
-from foreseer.integration.host.hook import own
+from foreseer.integration.host.taps import own
 from foreseer.integration.host.trunk import UnsupportedHost, first_tensor
 
 

@@ -1,14 +1,14 @@
 """What must hold on a pipeline's own inputs before anything is forecast, and how long it holds.
 
 Proven bit for bit on the first call: putting the tap back without running the trunk, stopping after
-the first block, running the last block alone. A host where one of them fails is refused. What was
+the first block, running the outer blocks alone. A host where one of them fails is refused. What was
 found holds from one attachment to the next for the same modules with the same hooks and methods,
 called in the same form; weights do not enter it, since a tap that is put back runs the operations
 it would have run.
 """
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from foreseer.integration.host.call import Call, prediction
-from foreseer.integration.host.gate import FirstLook, LastBlock
-from foreseer.integration.host.hook import (
-    BEFORE_LAST,
-    LAST_BLOCK,
-    ReplacedMethod,
-    TrunkSkipper,
-    capturing,
-    stream_tap,
-)
+from foreseer.integration.host.gate import FirstLook
+from foreseer.integration.host.hook import ReplacedMethod, TrunkSkipper, refuse_additions
 from foreseer.integration.host.layout import Layout
-from foreseer.integration.host.trunk import Trunk, TrunkTracer, UnsupportedHost, given_trunk
+from foreseer.integration.host.outer import OuterBlocks, OuterLadder, outer_part
+from foreseer.integration.host.taps import (
+    LAST_BLOCK,
+    captured_streams,
+    capturing,
+    front_tap,
+    outer_blocks,
+)
+from foreseer.integration.host.trunk import (
+    MIDDLE,
+    Trunk,
+    TrunkTracer,
+    UnsupportedHost,
+    given_trunk,
+)
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 CALLED = ("forward", "_old_forward", "_compiled_call_impl")  # what stands on a module's instance
@@ -114,7 +121,7 @@ class Parts:
 
     skipper: TrunkSkipper
     first_look: FirstLook | None
-    last_block: LastBlock | None
+    outer: dict[str, OuterBlocks | OuterLadder]
 
     @classmethod
     def of(cls, host: nn.Module, trunk: Trunk, taps: set[str], probe: str | None) -> "Parts":
@@ -122,7 +129,7 @@ class Parts:
         return cls(
             TrunkSkipper(host, trunk),
             FirstLook(host, trunk, probe) if probe is not None else None,
-            LastBlock(host, trunk) if taps & {LAST_BLOCK, BEFORE_LAST} else None,
+            {tap: outer_part(host, trunk, tap) for tap in sorted(taps) if outer_blocks(tap)},
         )
 
 
@@ -138,13 +145,14 @@ def prove(call: Call, taps: set[str], probe: str | None) -> tuple[Trunk, Parts]:
         UnsupportedHost: the trunk was not found, or something is not exact.
     """
     host, forward, args, kwargs = call.transformer, call.forward, call.args, call.kwargs
+    if hasattr(host, MIDDLE) or any(map(outer_blocks, taps)):
+        refuse_additions(host, args, kwargs)  # before a forward takes adapters out of their list
     with TrunkTracer(host) as tracer:
         call.run()
     trunk = tracer.trunk()
     parts = Parts.of(host, trunk, taps, probe)
-    skipper, first_look, last_block = parts.skipper, parts.first_look, parts.last_block
-    streams = {LAST_BLOCK} if last_block is not None else set()
-    with capturing(host, trunk, {"hidden"} | taps | streams) as found:
+    skipper, first_look = parts.skipper, parts.first_look
+    with capturing(host, trunk, {"hidden"} | taps) as found:
         expected = prediction(call.run())
     if "hidden" not in found:
         raise UnsupportedHost(
@@ -156,17 +164,8 @@ def prove(call: Call, taps: set[str], probe: str | None) -> tuple[Trunk, Parts]:
     check_same(call, expected, replayed, f"replaying the head input ({trunk.head})")
     if "residual" in taps:
         check_residual(call, found["trunk_in"], skipper)
-    if last_block is not None:
-        inputs, came = [found[stream_tap(i)] for i in range(len(trunk.streams))], []
-
-        def entering_last(streams: list[Tensor]) -> list[Tensor]:
-            came.extend(streams)
-            return inputs
-
-        replayed = last_block(forward, args, kwargs, entering_last)
-        if BEFORE_LAST in taps:
-            check_before_last(call, found["trunk_in"], came, inputs)
-        check_same(call, expected, replayed, "running the last block on its own input")
+    for tap, part in parts.outer.items():
+        check_outer(call, tap, part, found, expected)
     if first_look is not None:
         for judge in (lambda seen: True, lambda seen: False):
             replayed, _ = first_look(forward, args, kwargs, judge, lambda entering: found["hidden"])
@@ -212,22 +211,59 @@ def check_residual(call: Call, trunk_in: Tensor, skipper: TrunkSkipper) -> None:
         )
 
 
-def check_before_last(
-    call: Call, trunk_in: Tensor, came: list[Tensor], inputs: list[Tensor]
+def check_outer(
+    call: Call,
+    tap: str,
+    part: OuterBlocks | OuterLadder,
+    found: dict[str, Tensor],
+    expected: Tensor,
 ) -> None:
-    """Raise unless one stream reaches the last block, and what entered the first without the rest.
+    """Raise unless the outer blocks alone, on what was captured between them, are exact.
+
+    Where what others add is forecast, what comes from the front must be what left it in the full
+    run: only then is what enters the blocks at the back of another step that plus the forecast.
+
+    Args:
+        call: the call.
+        tap: the tap.
+        part: what runs the outer blocks.
+        found: what was captured of the full run.
+        expected: its output.
 
     Raises:
-        UnsupportedHost: there are several streams, or something else reaches it.
+        UnsupportedHost: they are not.
     """
-    same = len(inputs) == 1 and came[0].shape == trunk_in.shape == inputs[0].shape
-    if not same or not torch.equal(came[0], trunk_in):
+    came: list[Tensor] = []
+    inputs = [found[name] for name in captured_streams(found, tap)]
+    if isinstance(part, OuterLadder):
+        inputs = [found[tap]]
+
+    def entering(streams: list[Tensor]) -> list[Tensor]:
+        came.extend(streams)
+        return inputs
+
+    try:
+        replayed = part(call.forward, call.args, call.kwargs, entering)
+    except Exception as error:
         raise UnsupportedHost(
-            f"the last block of {type(call.transformer).__name__} takes {len(inputs)} streams, the "
-            f"first {tuple(inputs[0].shape)}, and without the blocks before it is not given the "
-            f"{tuple(trunk_in.shape)} that enters the first one, so it has no `before_last` tap; "
-            "use `residual`, `hidden` or `output`."
-        )
+            f"{type(call.transformer).__name__} does not run without the blocks between those of "
+            f"the tap {tap!r} ({type(error).__name__}: {error}); use the `hidden` or `output` tap."
+        ) from error
+    if isinstance(part, OuterBlocks) and tap != LAST_BLOCK:
+        left = [found[name] for name in captured_streams(found, tap, front_tap)]
+        alike = [len(left) == len(came), *map(torch.equal, left, came)]
+        if not all(alike) or tap not in found:
+            raise UnsupportedHost(
+                f"the blocks between those of the tap {tap!r} of {type(call.transformer).__name__} "
+                f"are given {_shapes(left)} and hand on {_shapes(inputs)}, and without them "
+                f"{_shapes(came)} comes through, so what they add is no tensor of its own; use "
+                "another deep tap, `residual`, `hidden` or `output`."
+            )
+    check_same(call, expected, replayed, f"running the outer blocks on their own inputs ({tap})")
+
+
+def _shapes(tensors: Sequence[Tensor]) -> str:
+    return " and ".join(str(tuple(each.shape)) for each in tensors) or "nothing"
 
 
 def check_same(call: Call, expected: Tensor, output: Any, what: str) -> None:

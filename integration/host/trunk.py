@@ -32,18 +32,35 @@ class Trunk:
     Args:
         block_lists: names of the `ModuleList`s of blocks, in calling order.
         head: qualified name of the head module.
-        streams: where the last block takes what the block before it returned: positions and
-            keywords; empty where something happens in between.
+        streams: where every block, in calling order, takes what the block before it returned:
+            positions and keywords; empty where something happens in between, and for all where
+            that is not known.
         place: which of the tensors that a block returns is the stream the head takes, counted
             from the end: -1 for the last.
         batch_axis: axis of the head's input that counts samples; features have it first.
+        middle: of a U-Net, whose down blocks hand tensors to its up blocks: the module that runs
+            between them; empty for a chain.
     """
 
     block_lists: tuple[str, ...]
     head: str
-    streams: tuple[int | str, ...] = ()
+    streams: tuple[tuple[int | str, ...], ...] = ()
     place: int = -1
     batch_axis: int = 0
+    middle: str = ""
+
+    def entering(self, number: int) -> tuple[int | str, ...]:
+        """Where a block, counted from 0 or from the end, takes what the one before it returned."""
+        return self.streams[number] if self.streams else ()
+
+    @property
+    def start(self) -> int:
+        """The first block of the last stretch whose blocks hand on their outputs as they are.
+
+        Refiners and joined streams come before it.
+        """
+        broken = [number for number, places in enumerate(self.streams) if not places]
+        return broken[-1] if broken else 0
 
 
 @dataclass(frozen=True)
@@ -236,6 +253,10 @@ def modulation_width(transformer: nn.Module) -> int:
     return layers[-1].out_features
 
 
+LADDER, MIDDLE = ("down_blocks", "up_blocks"), "mid_block"
+"""Names of the parts of diffusers' U-Nets."""
+
+
 class SkippedBlocks(nn.ModuleList):
     """A view of a block list that iterates as empty but indexes and counts like the list itself.
 
@@ -406,17 +427,19 @@ class TrunkTracer:
         run.sort(key=lambda name: called.index(f"{name}.0"))
         blocks = {block for name in run for block in self._block_names(name)}
         last = f"{run[-1]}.{len(self.lists[run[-1]]) - 1}"
-        streams = self.returned.get(last, [])
-        if not streams:
+        returned = self.returned.get(last, [])
+        if not returned:
             raise UnsupportedHost(f"block {last} returned no tensor; use the `output` tap.")
         start, head = called.index(last) + 1, given_trunk(self.transformer).head
         for name, tensor in self.calls[start:]:
             inside = any(name.startswith(f"{block}.") for block in blocks)
             wanted = head in (None, name) and not inside
-            if wanted and tensor is not None and _fits(tensor, streams):
-                place = _place_of(tensor, streams)
-                return Trunk(tuple(run), name, self.streams.get(last, ()), place)
-        shapes = " and ".join(str(tuple(stream.shape)) for stream in streams)
+            if wanted and tensor is not None and _fits(tensor, returned):
+                place = _place_of(tensor, returned)
+                streams = tuple(self.streams[each] for each in called if each in blocks)
+                middle = MIDDLE if tuple(run) == LADDER else ""
+                return Trunk(tuple(run), name, streams, place, middle=middle)
+        shapes = " and ".join(str(tuple(stream.shape)) for stream in returned)
         raise UnsupportedHost(
             f"no module {head or ''}".rstrip() + f" called after block {last} takes a tensor like "
             f"its output {shapes}; use the `output` tap."

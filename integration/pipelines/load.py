@@ -18,6 +18,7 @@ from diffusers.utils import is_accelerate_available, logging
 from foreseer.checkpoints.strict import parse_json, read_plain
 from foreseer.checkpoints.zoo import beside, resolve
 from foreseer.errors import meant
+from foreseer.integration.host.hosts import TURNS
 from foreseer.integration.pipelines.pixel_pipeline import (
     PixelDiTPipeline,
     PixelFluxPipeline,
@@ -129,7 +130,7 @@ def _made(module: str, function: str, wanted: dict[str, Any]) -> Any:
         sys.path.remove(os.getcwd())
     takes = inspect.signature(factory).parameters
     pipe = factory(**{name: value for name, value in wanted.items() if name in takes})
-    if not hasattr(pipe, "transformer") or not hasattr(pipe, "scheduler"):
+    if not any(hasattr(pipe, name) for name in TURNS) or not hasattr(pipe, "scheduler"):
         raise ValueError(
             f"{module}:{function} returned {type(pipe).__name__}, expected a pipeline with a "
             "transformer and a scheduler."

@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     ImagePipelineOutput,
+    ModelMixin,
     UNet2DModel,
 )
 from diffusers.image_processor import VaeImageProcessor
@@ -29,7 +30,7 @@ class PixelPipeline(DiffusionPipeline):
     image_processor: VaeImageProcessor
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> ModelMixin:
         """What predicts v."""
         return self.transformer
 
@@ -180,7 +181,7 @@ class PixelUNetPipeline(PixelDiTPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=False)
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> ModelMixin:
         """What predicts v."""
         return self.unet
 

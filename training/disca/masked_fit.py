@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.integration.host.call import Call
-from foreseer.integration.host.gate import LastBlock
-from foreseer.integration.host.hook import BEFORE_LAST, Attached, TrunkSkipper, capturing
+from foreseer.integration.host.hook import Attached, TrunkSkipper
 from foreseer.integration.host.loop import read_times
 from foreseer.integration.host.module_host import ModuleHost
+from foreseer.integration.host.outer import OuterBlocks
 from foreseer.integration.host.proof import facts_of, prove
+from foreseer.integration.host.taps import BEFORE_LAST, capturing
 from foreseer.integration.host.trunk import Trunk
 from foreseer.integration.masked_sampler import (
     Prompts,
@@ -148,10 +149,10 @@ def fit_corrector(
     model: Any = host.module
     call = {"input_ids": decodings.ids[:1, 0], "attention_mask": decodings.attended[:1]}
     trunk = _trunk(model, call)
-    teacher, student = TrunkSkipper(model, trunk), LastBlock(model, trunk)
+    teacher, student = TrunkSkipper(model, trunk), OuterBlocks(model, trunk, BEFORE_LAST)
     reach, num_tokens = horizon / decodings.length, decodings.ids.shape[-1]
     width = decodings.hidden.shape[-1]
-    predictor = TunedLastBlock.of(width, student.last, reach, num_tokens)
+    predictor = TunedLastBlock.of(width, student.entry, reach, num_tokens)
     predictor.spec = _spec(host, decodings, horizon)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(predictor.parameters(), learning_rate, BETAS, weight_decay=0.0)
@@ -267,7 +268,7 @@ def _loss(
     predictor: TunedLastBlock,
     model: Any,
     teacher: TrunkSkipper,
-    student: LastBlock,
+    student: OuterBlocks,
     decodings: Decodings,
     rows: Int[Tensor, " B"],
     anchors: Int[Tensor, " B"],

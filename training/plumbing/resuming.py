@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from foreseer.integration.host.fingerprint import host_fingerprint
-from foreseer.integration.host.hosts import transformers_of
+from foreseer.integration.host.hosts import TURNS, transformers_of
 from foreseer.trajectories.files.header import HEADER_FILE
 from foreseer.trajectories.recording import Recording
 
@@ -137,7 +137,7 @@ def _plain(value: Any) -> Any:
         return {"call": _plain(value.func), "with": _plain([*value.args, value.keywords])}
     if isinstance(value, type) or inspect.isroutine(value):
         return value.__qualname__
-    if hasattr(value, "scheduler") and hasattr(value, "transformer"):
+    if hasattr(value, "scheduler") and any(hasattr(value, name) for name in TURNS):
         return {type(value).__name__: host_fingerprint(*transformers_of(value).values())}
     names = list(inspect.signature(type(value).__init__).parameters)[1:]
     kept = {name: getattr(value, name) for name in names if hasattr(value, name)}
