@@ -152,9 +152,8 @@ def attach(
         predictor: a forecaster, several by their evaluations, or the folder, `zoo:<name>` or hub
             name of either.
         anchors: steps at which the network runs; None takes the predictor's own.
-        tap: `output`, `hidden`, `residual`, `before_last` (the last block runs on the step's
-            tokens and the forecast) or `deep.<d>` (the first d and the last d blocks run); None
-            takes the predictor's own, else `output`, or `hidden` under `SpeCa` and with `tokens`.
+        tap: `output`, `hidden`, `residual`, `before_last` (the last block runs) or `deep.<d>` (d at
+            each end); None takes the predictor's own, else `output`, or `hidden` under `SpeCa`.
         schedule: chooses further anchors while the run goes on; the predictor's own stay anchors,
             and a predictor without any starts with step 0.
         memory_budget: bytes that cached features may take; None for what is available on the
@@ -168,8 +167,7 @@ def attach(
             the call's arguments, for a predictor or a policy that goes by token groups.
         after: what every run begins with, where it goes on from one on a coarser grid, as
             `ProgressivePipeline.after` makes it; anchors may then begin later than step 0.
-        shallow: anchors at which the outer blocks alone run, and what forecasts the others there;
-            None where the whole network runs at all of them.
+        shallow: anchors at which the outer blocks alone run, and what forecasts the rest there.
 
     Returns:
         The run, for its report and for detaching.
@@ -191,14 +189,20 @@ def attach(
     if tokens is None:
         source.before = after
         return Run(Session(pipe, source, groups=own), after)
-    from foreseer.integration.pruning_runner import PruningRunner  # loaded by whoever asks for it
+    runner = _token_runner(pipe, source, tokens, attention_rule)
+    return Run(Session(pipe, source, [runner], runner, groups=own))
+
+
+def _token_runner(
+    pipe: Any, source: Forecaster, tokens: TokenPolicy, attention_rule: LinearPredictor | None
+) -> Any:
+    """What computes some tokens of a call; loaded by whoever asks for it."""
+    from foreseer.integration.pruning_runner import PruningRunner
     from foreseer.integration.token_runner import TokenRunner
 
     if isinstance(tokens, PruningPolicy):
-        runner: TokenRunner = PruningRunner(pipe, source, tokens, attention_rule)
-    else:
-        runner = TokenRunner(pipe, source, tokens, attention_rule)
-    return Run(Session(pipe, source, [runner], runner, groups=own))
+        return PruningRunner(pipe, source, tokens, attention_rule)
+    return TokenRunner(pipe, source, tokens, attention_rule)
 
 
 def _own_tokens(tokens: TokenPolicy | None, predictor: Predictor) -> TokenPolicy | None:
