@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 import foreseer as fs
 from foreseer.evaluation.metrics import paired, psnr, summarise
@@ -38,6 +39,7 @@ from foreseer.predictors.base import Predictor
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.resampled import Resampled
 from foreseer.predictors.rules import Reuse
+from foreseer.predictors.solve import ridge
 from foreseer.training.recorded import spec_of
 from foreseer.training.resampling import extended_gram, set_rows, shrunk_row
 from foreseer.trajectories.recording import Recording
@@ -84,11 +86,11 @@ def ideal(pipeline: str = "zoo:emoji_flux") -> None:
         pipeline: the pipeline.
     """
     pipe = fs.load_pipeline(pipeline)
-    words = prompts("held_out")[:IDEAL_PROMPTS]
-    field = noise_field(range(JUDGED_SEED, JUDGED_SEED + len(words)), 3, 32, 32)
-    fresh = noise_field(range(len(words)), 3, 32, 32)
+    words = [word for word in pipe.text_encoder.known if word][:IDEAL_PROMPTS]
+    field = noise_field(range(len(words)), 3, 32, 32)
+    fresh = noise_field(range(JUDGED_SEED, JUDGED_SEED + len(words)), 3, 32, 32)
     states, velocity = [], Velocity(pipe, words)
-    sigmas = grid(pipe, IDEAL_STEPS)
+    sigmas = [1 - step / IDEAL_STEPS for step in range(IDEAL_STEPS + 1)]
     x = field
     for sigma, after in zip(sigmas, sigmas[1:], strict=False):
         states.append(x)
@@ -350,6 +352,56 @@ class Rows:
         return found
 
 
+SHOWN = ("ab2", "stages_full", "stages_ab2", "innovation")
+"""Ways in the picture, after the full run."""
+
+
+def draw_sheet(columns: Sequence[Tensor], path: Path, scale: int = 2) -> None:
+    """A row of every way, a column of every picture."""
+    rows = [torch.cat([nn.functional.pad(p, (2, 2, 2, 2), value=1.0) for p in each], 2)
+            for each in columns]  # fmt: skip
+    pixels = (255 * torch.cat(rows, 1)).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1)).save(path)
+
+
+def later(anchors: Sequence[int]) -> tuple[int, ...]:
+    """The list with its first anchor at step 2."""
+    return (2, *[anchor for anchor in anchors[1:] if anchor > 2])
+
+
+LEARNED = {"": ("drop", "joint", "innovation"), "_late": ("copy", "joint", "innovation")}
+"""Learned ways by list: dropping needs an anchor at step 0, which leaves copies no step."""
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+def choose_strengths(plan: dict[str, Any], count: int, fitted: int) -> dict[str, float]:
+    """The ridge of every learned way, by its distance to the stages with every step computed.
+
+    Args:
+        plan: chosen before.
+        count: pictures to choose on.
+        fitted: pictures fitted on.
+    """
+    if (found := known("strengths")) is not None:
+        return {name: max(each, key=lambda row: row[1])[0] for name, each in found.items()}
+    bench = Bench(prompts("calibration")[-count:], CHOSEN_SEED, "choose")
+    grown = ProgressivePipeline(fs.load_pipeline(MODEL), [plan["switch"]])
+    sigmas = stage_sigmas(plan["switch"])
+    staged = bench.draw(grown)
+    rows = Rows(*record(plan["switch"], fitted), plan["coarse"][-2:])
+    tried: dict[str, list[tuple[float, float]]] = {}
+    for kind, anchors in (("", tuple(plan["fine"])), ("_late", later(plan["fine"]))):
+        for name in LEARNED[kind]:
+            for strength in RIDGES:
+                under = rows.made(name, anchors, strength), anchors, "hidden"
+                drawn = bench.under(grown, ab2(sigmas[0], plan["coarse"]), under, across=True)
+                mean = float(psnr(drawn, staged).mean())
+                tried.setdefault(name + kind, []).append((strength, mean))
+                print(name + kind, strength, mean, flush=True)
+    told("strengths", tried)
+    return {name: max(each, key=lambda row: row[1])[0] for name, each in tried.items()}
+
+
 def stages(fitted: int = 48, chosen_on: int = 16, judged: int = 64) -> None:
     """Choose, record, fit and judge.
 
@@ -362,8 +414,8 @@ def stages(fitted: int = 48, chosen_on: int = 16, judged: int = 64) -> None:
     switch, first, second = plan["switch"], tuple(plan["coarse"]), tuple(plan["fine"])
     coarse, fine = record(switch, fitted)
     sigmas = stage_sigmas(switch)
-    rows = Rows(coarse, fine, first[-2:])
-    late = (2, *[a for a in second[1:] if a > 2])
+    rows, strengths = Rows(coarse, fine, first[-2:]), choose_strengths(plan, chosen_on, fitted)
+    late = later(second)
     grown = ProgressivePipeline(fs.load_pipeline(MODEL), [switch])
     plain = ProgressivePipeline(fs.load_pipeline(MODEL), [])
     cost = plan["price"] * len(first) + len(second)
@@ -379,19 +431,21 @@ def stages(fitted: int = 48, chosen_on: int = 16, judged: int = 64) -> None:
         "stages_ab2": (grown, base, ab2(sigmas[1], second)),
     }
     for kind, anchors in (("", second), ("_late", late)):
-        for name in ("drop", "copy", "joint", "innovation"):
-            if name == ("drop" if kind else "copy"):
-                continue  # nothing to forecast from before the first anchor; no step before it
-            ways[name + kind] = (grown, base, (rows.made(name, anchors), anchors, "hidden"))
+        for name in LEARNED[kind]:
+            learned = rows.made(name, anchors, strengths[name + kind])
+            ways[name + kind] = (grown, base, (learned, anchors, "hidden"))
     values: dict[str, Tensor] = {}
     to_staged: dict[str, Tensor] = {}
     staged: Tensor | None = None
     made = []
+    shown = [bench.full[:: judged // 8]]
     for name, (pipe, *under) in ways.items():
         began = time.perf_counter()
         across = isinstance(under[-1][0], Resampled)
         drawn = bench.under(pipe, *under, across=across)
         values[name] = psnr(drawn, bench.full)
+        if name in SHOWN:
+            shown.append(drawn[:: judged // 8])
         staged = drawn if name == "stages_full" else staged
         if staged is not None and name != "stages_full":
             to_staged[name] = psnr(drawn, staged)
@@ -410,7 +464,70 @@ def stages(fitted: int = 48, chosen_on: int = 16, judged: int = 64) -> None:
     told("pairs", [compared(values, *pair) for pair in PAIRS])
     inside = [pair for pair in PAIRS if set(pair) <= to_staged.keys()]
     told("pairs_to_stages", [compared(to_staged, *pair) for pair in inside])
+    draw_sheet(shown, Path("docs/images/progressive.png"))
     told("samples", {name: [round(v, 4) for v in each.tolist()] for name, each in values.items()})
+
+
+# ---------------------------------------------------------------------- readouts across the grids
+
+
+def across(fitted: int = 32) -> None:
+    """Read the change of the output off an anchor's hidden state, by a map of either grid.
+
+    Both recordings have an anchor and a later step at nearly the same flow times, each on its own
+    clock. Open loop: the share of the squared change, which reuse leaves whole, that the map
+    explains on pictures it was not fitted on.
+
+    Args:
+        fitted: pictures to fit on, of those recorded; half of the others choose the ridge, the
+            rest are judged on.
+    """
+    switch = known("chosen")["switch"]
+    own: dict[str, tuple[Tensor, Tensor]] = {}
+    times: dict[str, list[float]] = {}
+    for name in ("coarse", "fine"):
+        recording = Recording(ROOT / f"{name}_{switch}")
+        sigmas = recording.header.sigmas
+        places = [min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - t)) for t in ACROSS]
+        times[name] = [sigmas[place] for place in places]
+        read, change = [], []
+        for item in recording.items:
+            kept = recording.load(item, ["feature/hidden", "feature/output"])
+            hidden, output = kept["feature/hidden"], kept["feature/output"]
+            normal = nn.functional.layer_norm(hidden[:, places[0]], hidden.shape[-1:])
+            read.append(normal.flatten(0, 1))
+            change.append((output[:, places[1]] - output[:, places[0]]).flatten(0, 1))
+        own[name] = torch.stack(read).double(), torch.stack(change).double()
+    half = (fitted + len(own["fine"][0])) // 2
+    maps = {}
+    for name, (x, y) in own.items():
+        tried = [fitted_map(x[:fitted], y[:fitted], strength) for strength in STRENGTHS]
+        maps[name] = max(tried, key=lambda each: explained(x[fitted:half], y[fitted:half], *each))
+    rows = []
+    for grid_name, (x, y) in own.items():
+        for fit_name, found in maps.items():
+            share = explained(x[half:], y[half:], *found)
+            rows.append({"grid": grid_name, "fitted_on": fit_name, "explained": share})
+            print(rows[-1], flush=True)
+    told("across", {"times": times, "fitted": fitted, "rows": rows})
+
+
+ACROSS = (0.78, 0.69)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+def explained(x: Tensor, y: Tensor, matrix: Tensor, bias: Tensor) -> float:
+    """The share of squared changes that a map explains."""
+    return 1 - float((y - x @ matrix - bias).square().sum() / y.square().sum())
+
+
+def fitted_map(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression of changes on hidden states, with a constant."""
+    x, y = x.flatten(0, 1), y.flatten(0, 1)
+    means = x.mean(0), y.mean(0)
+    x, y = x - means[0], y - means[1]
+    matrix = ridge(x.T @ x, x.T @ y, strength)
+    return matrix, means[1] - means[0] @ matrix
 
 
 PAIRS = (
@@ -437,4 +554,4 @@ def compared(values: dict[str, Tensor], way: str, rival: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    auto_cli([ideal, stages], as_positional=False)
+    auto_cli([ideal, stages, across], as_positional=False)

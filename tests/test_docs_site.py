@@ -190,6 +190,19 @@ def test_the_tables_of_inversions_are_those_of_the_results(benchmarks):
     assert between("inversion.md", "inversion_edits") == eedit_inversion_page.edits_table(found)
 
 
+def test_the_tables_of_growing_pictures_are_those_of_the_results(benchmarks):
+    import json
+
+    import fresco_page
+
+    found = json.loads((benchmarks / "results" / "fresco.json").read_text())
+    assert between("progressive.md", "progressive_verdict") == fresco_page.verdict(found)
+    assert between("progressive.md", "progressive_stages") == fresco_page.table(found)
+    assert between("progressive.md", "progressive_pairs") == fresco_page.pairs(found)
+    assert between("progressive.md", "progressive_ideal") == fresco_page.ideal(found)
+    assert between("progressive.md", "progressive_across") == fresco_page.across(found)
+
+
 def test_the_tables_of_students_are_those_of_the_results(benchmarks):
     import json
 

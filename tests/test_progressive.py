@@ -1,6 +1,7 @@
 """Growing pictures: an exact lift, one noise field, and histories that cross a change of grid."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from foreseer.predictors.resampled import Resampled, child_corners
 from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.training.resampling import fit_resampled
 
+GRIDS = Path(__file__).parents[1] / "examples/bundled_models/emoji_flux_grids"
 NAMES = list(PROMPTS[1:])
 CALL = {"num_inference_steps": 8, "output_type": "latent"}
 SWITCH = 0.5  # of steps at 1, .86, .71, .57, ...: the coarse stage has 4 of 8
@@ -367,3 +369,21 @@ def test_samples_with_anchors_of_their_own_cannot_be_gone_on_from(grown):
     state = torch.zeros(3, 4, 48)  # two of three samples were computed
     with pytest.raises(ValueError, match="all samples have the same anchors"):
         handover.on_step(StepRecord(0, [1.0, 0.5], {}, state, state, state, [call]))
+
+
+@pytest.mark.skipif(not GRIDS.exists(), reason="examples are not beside an installed wheel's tests")
+def test_the_model_of_two_grids_draws_one_picture_on_both():
+    """On 16 tokens it draws the average of what it draws on 64; the bundled model does not."""
+    words = ["red apple", "sunflower", "full moon symbol", "soccer ball"]
+    errors = {}
+    for name in (str(GRIDS), "zoo:emoji_flux"):
+        pipe = fs.load_pipeline(name)
+        coarse = ProgressivePipeline(pipe, [0.0005]).stages[0]  # all steps but one
+        coarse.scheduler = pipe.scheduler
+        field = noise_field(range(4), 3, 32, 32)
+        call = {"num_inference_steps": 6, "output_type": "latent"}
+        large = unpack(pipe(words, latents=pack(field, 4), **call).images, 4)
+        small = unpack(coarse(words, latents=pack(haar(field)[:, 0], 4), **call).images, 4)
+        gap = small - nn.functional.avg_pool2d(large, 2)
+        errors[name] = float(gap.square().mean())
+    assert errors[str(GRIDS)] < 0.5 * errors["zoo:emoji_flux"]

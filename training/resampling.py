@@ -23,19 +23,20 @@ def fit_resampled(
     anchors: Sequence[int],
     before: Sequence[int],
     tap: str = "hidden",
-    strength: float = 1e-4,
+    strength: float = 1e-2,
     innovation: bool = True,
     items: Sequence[int] | None = None,
 ) -> Resampled:
     """Rows over the features of the stage before and of this one, of least summed squared error.
 
     With G the Gram of all sources and p the rows of reuse (of copies, where no fine step was
-    computed), (G + strength diag G) (w - p) = G_t - G p. With `innovation` the fine anchors b
-    only correct what the coarse ones said of them:
+    computed), (G + strength diag G) (w - p) = G_t - G p. Up to the first fine anchor b they are
+    over coarse features, from the second on over fine ones. Between them, with `innovation`, the
+    fine anchor only corrects what the coarse ones said of it:
 
-        F_hat_t = C_t + sum_b rho[t, b] (F_b - C_b),   C_t = sum_a sum_j W[t, a, j] U_j F_a
+        F_hat_t = C_t + rho_t (F_b - C_b),   C_t = sum_a sum_j W[t, a, j] U_j F_a
 
-    with rho fitted the same way on F - C; without, all weights are fitted together.
+    with rho fitted in the same way; without, all weights are fitted together.
 
     Args:
         coarse: recording of the stage before, with full features.
@@ -56,13 +57,7 @@ def fit_resampled(
     for each, header in zip((coarse, fine), headers, strict=True):
         if header.features != "full":
             raise ValueError(f"{each.folder} has no full features; record with features: full.")
-    shared = sorted(set(coarse.items) & set(fine.items))
-    chosen = shared if items is None else list(items)
-    if not chosen or not set(chosen) <= set(shared):
-        raise ValueError(
-            f"the recordings share {len(shared)} items, asked for {len(chosen)}; record both "
-            "stages on the same items."
-        )
+    chosen = _shared(coarse, fine, items)
     side = round(fine.load(chosen[0])[f"feature/{tap}"].shape[2] ** 0.5)
     predictor = Resampled(
         headers[1].num_steps,
@@ -77,6 +72,22 @@ def fit_resampled(
     set_rows(predictor, total, strength, innovation)
     predictor.spec = spec_of(headers[1], tap, anchors, len(chosen))
     return predictor
+
+
+def _shared(coarse: Recording, fine: Recording, items: Sequence[int] | None) -> list[int]:
+    """The trajectories to fit on, which both recordings have.
+
+    Raises:
+        ValueError: one of them lacks some, or there are none.
+    """
+    shared = sorted(set(coarse.items) & set(fine.items))
+    chosen = shared if items is None else list(items)
+    if not chosen or not set(chosen) <= set(shared):
+        raise ValueError(
+            f"the recordings share {len(shared)} items, asked for {len(chosen)}; record both "
+            "stages on the same items."
+        )
+    return chosen
 
 
 def extended_gram(
@@ -109,19 +120,18 @@ def set_rows(
 ) -> None:
     """Solve for all rows of a predictor, see `fit_resampled`."""
     pairs = predictor.weight.shape[2] * predictor.weight.shape[3]
-    copies = pairs - predictor.weight.shape[3]  # the newest anchor's copy
-    size, num_steps = gram.shape[-1], predictor.num_steps
-    carried = torch.zeros(len(gram), num_steps, size, dtype=gram.dtype)  # C_t over all sources
-    for t in range(num_steps):
-        carried[:, t] = shrunk_row(gram, list(range(pairs)), copies, pairs + t, strength)
-    for t in range(num_steps):
+    coarse, copies = list(range(pairs)), pairs - predictor.weight.shape[3]  # the newest's copy
+    for t in range(predictor.num_steps):
         own = [pairs + anchor for anchor in predictor.anchors if anchor < t]
-        if not own:
-            row = carried[:, t]
-        elif innovation:
-            row = _corrected(gram, carried, own, t, pairs, strength)
+        if len(own) > 1:
+            row = shrunk_row(gram, own, own[-1], pairs + t, strength)
+        elif own and not innovation:
+            row = shrunk_row(gram, [*coarse, *own], own[-1], pairs + t, strength)
         else:
-            row = shrunk_row(gram, [*range(pairs), *own], own[-1], pairs + t, strength)
+            row = shrunk_row(gram, coarse, copies, pairs + t, strength)
+        if len(own) == 1 and innovation:
+            there = shrunk_row(gram, coarse, copies, own[0], strength)
+            row = _corrected(gram, row, there, own[0], pairs + t, strength)
         predictor.weight[:, t] = row[:, :pairs].unflatten(1, predictor.weight.shape[2:])
         predictor.own[:, t] = row[:, pairs:]
 
@@ -140,19 +150,25 @@ def shrunk_row(
 
 def _corrected(
     gram: Float[Tensor, "B M M"],
-    carried: Float[Tensor, "B S M"],
-    own: list[int],
-    t: int,
-    pairs: int,
+    row: Float[Tensor, "B M"],
+    there: Float[Tensor, "B M"],
+    anchor: int,
+    target: int,
     strength: float,
 ) -> Float[Tensor, "B M"]:
-    """C_t and its corrections by what the fine anchors differ from theirs."""
+    """C_t + rho (F_b - C_b), rho shrunk toward 1.
+
+    Args:
+        gram: see above.
+        row: C_t over all sources.
+        there: C_b.
+        anchor: place of F_b among the sources.
+        target: place of F_t.
+        strength: of the ridge.
+    """
     unit = torch.eye(gram.shape[-1], dtype=gram.dtype)
-    steps = [index - pairs for index in own]
-    differences = unit[own] - carried[:, steps]  # (B, K, M): F_b - C_b
-    target = unit[pairs + t] - carried[:, t]  # (B, M)
-    products = differences @ gram @ differences.mT
-    missing = differences @ gram @ target[..., None] - products[..., -1:]
-    rho = ridge(products, missing, strength)
-    rho[:, -1] += 1
-    return carried[:, t] + (rho * differences).sum(1)
+    difference, missing = unit[anchor] - there, unit[target] - row - unit[anchor] + there  # (B, M)
+    along = gram @ difference[..., None]
+    square = difference[:, None] @ along
+    rho = 1 + ridge(square, missing[:, None] @ along, strength)[..., 0]
+    return row + rho * difference
