@@ -20,9 +20,11 @@ METHODS = (
     "disca.md",
     "distill.md",
     "first_block.md",
+    "jit.md",
     "l2p.md",
     "lesa.md",
     "parts.md",
+    "pruning.md",
     "rules.md",
     "schedule_lists.md",
     "speca.md",
@@ -176,6 +178,14 @@ def test_the_tables_of_editing_are_those_of_the_results(benchmarks):
     region = json.loads((benchmarks / "results" / "eedit.json").read_text())["region"]
     assert between("editing.md", "regions") == editing_page.regions(region)
     assert between("editing.md", "kinds") == editing_page.by_kind(region)
+
+
+def test_the_tables_of_token_policies_are_those_of_the_results(benchmarks):
+    import token_policies_page
+
+    for page, tables in token_policies_page.tables().items():
+        for name, content in tables.items():
+            assert between(page, name) == content, "python benchmarks/token_policies_page.py"
 
 
 def test_the_tables_of_inversions_are_those_of_the_results(benchmarks):

@@ -24,6 +24,7 @@ from foreseer.predictors.token_rows import TokenRows
 from foreseer.predictors.tokens import RandomPolicy, take
 from foreseer.training import token_fit
 from foreseer.training.token_fit import fit_tokens
+from foreseer.trajectories.prompts import generate_batch
 
 ANCHORS = (0, 1, 4)
 GRIDS = [(1, 4, 4), (1, 5, 7), (2, 3, 4), (1, 1, 5)]
@@ -200,7 +201,7 @@ def test_a_fit_lowers_the_error_of_its_sums_and_its_file_gives_the_same_run(
     monkeypatch.setattr(
         token_fit.PairSums, "solve", lambda sums, pairs: (kept.append(sums), solve(sums, pairs))
     )
-    given = items("dit_guided", 6), None, 2, 3
+    given = items("dit_guided", 6), None, (), 2, 3
     made = fit_tokens(pipe, rows_for(pipe, anchors), policy, *given, **settings("dit_guided"))
     start = TokenRows(STEPS, anchors, 2, policy).pairs
     errors = [
@@ -224,6 +225,32 @@ def test_a_fit_lowers_the_error_of_its_sums_and_its_file_gives_the_same_run(
             assert type(attached.session.runner.policy) is type(policy)
     assert torch.equal(*found)
     assert load_predictor(tmp_path / "fit").policy == policy.describe()
+
+
+def test_as_much_of_the_fit_is_kept_as_leaves_the_least_error_of_other_samples():
+    pipe, policy = pipeline("dit_guided"), LatticePolicy(0.5)
+    given = items("dit_guided", 4)
+    call = settings("dit_guided")
+    whole = fit_tokens(pipe, rows_for(pipe, ANCHORS), policy, given[:2], **call)
+    errors, start = {}, torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+    def final(predictor: TokenRows | None) -> Tensor:
+        if predictor is None:
+            return generate_batch(pipe, given[2:], output_type="latent", **call)[0]
+        with forecasting(pipe, predictor):
+            return generate_batch(pipe, given[2:], output_type="latent", **call)[0]
+
+    full, other = final(None), TokenRows(STEPS, ANCHORS, 2, policy)
+    other.spec = whole.spec
+    for share in token_fit.SHARES:
+        other.pairs.copy_(start + share * (whole.pairs - start))
+        squares = (final(other) - full).double().flatten(1).square().mean(1)
+        errors[share] = float(squares.log10().mean())
+    best = min(errors, key=errors.get)
+    made = fit_tokens(pipe, rows_for(pipe, ANCHORS), policy, given[:2], choose_on=given[2:], **call)
+    assert made.spec.metrics == {"share_of_fit": best}
+    torch.testing.assert_close(made.pairs, start + best * (whole.pairs - start))
+    assert len(set(errors.values())) == 3
 
 
 @pytest.mark.fault

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.call import Call
 from foreseer.integration.host.expert import Expert
 from foreseer.integration.observers import Source
@@ -32,6 +33,12 @@ from foreseer.predictors.pruning_policy import Choice, PruningPolicy
 from foreseer.predictors.token_rows import TokenRows
 from foreseer.predictors.tokens import take
 from foreseer.trajectories.prompts import Item, generate_batch
+
+SHARES = (
+    1.0,
+    0.5,
+    0.0,
+)  # of the way from the forecasts alone to the fitted pairs, tried at the end
 
 
 class PairSums:
@@ -135,6 +142,7 @@ def fit_tokens(
     policy: LatticePolicy | PruningPolicy,
     items: Sequence[Item],
     attention_rule: LinearPredictor | None = None,
+    choose_on: Sequence[Item] = (),
     rounds: int = 2,
     batch_size: int = 16,
     **call: Any,
@@ -143,7 +151,9 @@ def fit_tokens(
 
     (past, gain)_t = argmin sum |F_i - past F_hat_i - gain (near_i - past F_hat_near_i)|^2 over the
     tokens of step t that the policy does not compute, per branch, see `fitted_pair`. With a pruning
-    policy F are attention outputs, summed over blocks.
+    policy F are attention outputs, summed over blocks. Least error of a step is not least error of
+    the sample, so on other items the whole way from (1, 0) to the pairs, half of it and none are
+    tried, and the one kept whose samples are nearest to full runs.
 
     Args:
         pipe: the pipeline.
@@ -152,6 +162,7 @@ def fit_tokens(
         policy: which tokens are computed, or take part in attention.
         items: prompts and seeds to run.
         attention_rule: see `attach`; the deployed predictor needs the same.
+        choose_on: other items, on which that is chosen; without any the pairs stay as fitted.
         rounds: runs of all items; each goes on with what the one before has fitted.
         batch_size: items of a call.
         call: of the pipeline, its number of steps among it.
@@ -183,7 +194,37 @@ def fit_tokens(
                     pipe, items[start : start + batch_size], output_type="latent", **call
                 )
         sums.solve(made.pairs)
+    if choose_on:
+        batches = [choose_on[i : i + batch_size] for i in range(0, len(choose_on), batch_size)]
+        share = _choose(pipe, made, attention_rule, batches, call)
+        made.spec = replace(made.spec, metrics={"share_of_fit": share})
     return made
+
+
+def _choose(
+    pipe: Any,
+    made: TokenRows,
+    attention_rule: LinearPredictor | None,
+    batches: Sequence[Sequence[Item]],
+    call: dict[str, Any],
+) -> float:
+    """Go the share of the way to the pairs that leaves the least error of the samples."""
+
+    def drawn() -> Tensor:
+        found = [generate_batch(pipe, b, output_type="latent", **call)[0] for b in batches]
+        return torch.cat(found).double()
+
+    full, fitted = drawn(), made.pairs.clone()
+    start = torch.tensor([1.0, 0.0], dtype=fitted.dtype, device=fitted.device)
+    errors: dict[float, float] = {}
+    for share in SHARES:
+        made.pairs.copy_(start + share * (fitted - start))
+        with forecasting(pipe, made, attention_rule=attention_rule):
+            squares = (drawn() - full).flatten(1).square().mean(1)
+        errors[share] = float(squares.clamp_min(1e-20).log10().mean())
+    best = min(SHARES, key=errors.__getitem__)
+    made.pairs.copy_(start + best * (fitted - start))
+    return best
 
 
 @contextlib.contextmanager
