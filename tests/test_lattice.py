@@ -296,6 +296,9 @@ def test_a_fitted_policy_runs_on_its_own_model_and_run_only():
             run("dit_guided", pipe, num_inference_steps=6)
         with pytest.raises(PredictorMismatch, match="guidance"):
             run("dit_guided", pipe, guidance_scale=2.0)
+    made.spec = spec_for(pipe, anchors=ANCHORS, tap="hidden", latent_shapes=((1, 8, 8),))
+    with forecasting(pipe, made), pytest.raises(PredictorMismatch, match="latents"):
+        run("dit_guided", pipe)
     rows = L2P(STEPS, ANCHORS, 2)
     with pytest.raises(ValueError, match="rows without a spec"):
         fit_tokens(pipe, rows, LatticePolicy(), items("dit_guided", 2))
