@@ -36,7 +36,7 @@ from foreseer.evaluation.runs import run_entry
 from foreseer.integration.forecasting import Run, forecasting
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pruning_runner import AttendedBy, AttentionCall
-from foreseer.integration.schedule import warped
+from foreseer.integration.schedule import uniform, warped
 from foreseer.integration.token_runner import SELF_ATTENTION
 from foreseer.predictors.lattice_policy import LatticePolicy
 from foreseer.predictors.linear import L2P
@@ -129,7 +129,8 @@ class Bench:
 
     def plain(self, method: str, evaluations: int) -> dict[str, Any]:
         """What stands beside: a shipped readout, a formula on a warped list, or a solver."""
-        anchors = warped(evaluations, STEPS)
+        make = warped if evaluations < STEPS // 2 else uniform  # dense lists leave no room to warp
+        anchors = make(evaluations, STEPS)
         name = f"{method} {evaluations}"
         if method == "readout":
             name = f"zoo:{self.host}_readout_{evaluations}"
@@ -139,7 +140,7 @@ class Bench:
             return self.measured(name, lambda: forecasting(self.pipe, rule, anchors, "hidden"))
         path = KEPT / self.host / f"{name} of {self.num_samples}.pt".replace(" ", "_")
         if not path.exists():
-            entry = Entry(method, "solver", "none", "warped", anchors)
+            entry = Entry(method, "solver", "none", "given", anchors)
             sigmas = self.sigmas()
             batches = [self.items[i : i + BATCH] for i in range(0, self.num_samples, BATCH)]
             made = run_entry(self.pipe, entry, sigmas, batches, lambda done: None, **CALL)
