@@ -168,11 +168,14 @@ class Bench:
         each = [value for place, value in enumerate(steps) if place % STEPS in special]
         return total, median(each)
 
-    def row(self, name: str, found: dict[str, Any], rival: tuple[str, dict]) -> dict[str, Any]:
-        """A line of the table, compared with a rival."""
+    def row(
+        self, name: str, found: dict[str, Any], rival: tuple[str, dict], base: tuple[str, dict]
+    ) -> dict[str, Any]:
+        """A line of the table, compared with a rival and with what the policy starts from."""
         error = found["error"].double()
         total, each = self.costs(found)
         gap = paired(error, rival[1]["error"].double())
+        over = paired(error, base[1]["error"].double())
         return {
             "host": self.host,
             "method": name,
@@ -183,6 +186,10 @@ class Bench:
             "paired_low_db": gap.low,
             "paired_high_db": gap.high,
             "wins": gap.wins,
+            "base": base[0],
+            "over_base_db": over.mean,
+            "over_base_low_db": over.low,
+            "over_base_high_db": over.high,
             "num_samples": self.num_samples,
             "evaluations": len(found["anchors"]),
             "partial_steps": len(found.get("partials", [])),
@@ -254,7 +261,8 @@ def lattice(
             for count in counts
         }
         rival = best(plain)
-        lines = [bench.row(name, found, rival) for name, found in (runs | plain).items()]
+        base = next(iter(runs.items()))
+        lines = [bench.row(name, found, rival, base) for name, found in (runs | plain).items()]
         put(JIT, host, lines)
 
 
@@ -295,7 +303,8 @@ def pruning(
             for count in counts
         }
         rival = best(plain)
-        lines = [bench.row(name, found, rival) for name, found in (runs | plain).items()]
+        base = next(iter(runs.items()))
+        lines = [bench.row(name, found, rival, base) for name, found in (runs | plain).items()]
         put(SHARED, host, lines, "quality")
 
 

@@ -21,33 +21,42 @@ COLUMNS = 12
 
 
 def quality(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per method: what it costs, its error, and the paired difference."""
+    """A table per model."""
+    hosts = dict.fromkeys(row["host"] for row in rows)
+    return "\n\n".join(of_host([row for row in rows if row["host"] == host]) for host in hosts)
+
+
+def of_host(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per method: what it costs, its error, and the paired differences."""
     lines = [
         "| model | method | steps that run | partial steps | such a step costs | the run costs | "
-        "PSNR, dB | p10 | against | by, dB | wins |",
+        f"PSNR, dB | p10 | over {rows[0]['base']}, dB | over {rows[0]['rival']}, dB | wins |",
         f"|{' --- |' * 11}",
     ]
     for row in rows:
-        gap = ""
-        if row["method"] != row["rival"]:
-            ends = f"{row['paired_low_db']:+.2f} to {row['paired_high_db']:+.2f}"
-            gap = f"{row['paired_db']:+.2f} ({ends})"
+        plain = " at " in row["method"]
         each = row["step_cost"]
         cells = [
             f"`{row['host']}`",
             row["method"],
             str(row["evaluations"]),
             str(row["partial_steps"] or ""),
-            "" if each is None or "at" in row["method"].split() else f"{each:.2f}",
-            f"{row['cost_in_full_steps']:.1f}",
+            "" if each is None or plain or not row["step_cost"] else f"{each:.2f}",
+            f"{row['evaluations'] if plain else row['cost_in_full_steps']:.1f}",
             f"{row['psnr_db']:.2f}",
             f"{row['psnr_q10']:.2f}",
-            row["rival"] if gap else "",
-            gap,
-            f"{row['wins']} of {row['num_samples']}" if gap else "",
+            "" if row["method"] == row["base"] else gap(row, "over_base"),
+            "" if row["method"] == row["rival"] else gap(row, "paired"),
+            "" if row["method"] == row["rival"] else f"{row['wins']} of {row['num_samples']}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def gap(row: dict[str, Any], name: str) -> str:
+    """A paired difference and its 95 % interval."""
+    low, high = row[f"{name}_low_db"], row[f"{name}_high_db"]
+    return f"{row[f'{name}_db']:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def open_loop(rows: Sequence[dict[str, Any]]) -> str:
