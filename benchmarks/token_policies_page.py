@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SHOWN = {  # rows of the pictures: what is drawn, and the name of its file
     "jit": ("full", "50% interpolated (JiT)", "lattice 0.5", "zoo_fashion_dit_readout_11"),
-    "pruning": ("full", "40% copied (DaTo)", "pruning 0.4", "ab2 38"),
+    "pruning": ("full", "40% copied (DaTo)", "pruning 0.4", "zoo_fashion_dit_readout_11"),
 }
 COLUMNS = 12
 
@@ -35,13 +35,13 @@ def of_host(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         plain = " at " in row["method"]
-        each = row["step_cost"]
+        each = row["step_cost"] if row["partial_steps"] or row["evaluations"] == 50 else None
         cells = [
             f"`{row['host']}`",
             row["method"],
             str(row["evaluations"]),
             str(row["partial_steps"] or ""),
-            "" if each is None or plain or not row["step_cost"] else f"{each:.2f}",
+            "" if each is None or plain else f"{each:.2f}",
             f"{row['evaluations'] if plain else row['cost_in_full_steps']:.1f}",
             f"{row['psnr_db']:.2f}",
             f"{row['psnr_q10']:.2f}",
