@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.integration.forecaster import Forecaster
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.call import Call
@@ -171,18 +172,7 @@ def fit_tokens(
         ValueError: the rows have no spec, are of another tap, of parts or of several transformers,
             or nothing is to be fitted.
     """
-    spec = rows.spec
-    if spec is None or spec.tap != "hidden" or not items or rounds < 1:
-        raise ValueError(
-            f"found rows {'without a spec' if spec is None else f'of the tap {spec.tap!r}'}, "
-            f"{len(items)} items and {rounds} rounds; expected rows fitted on 'hidden', and at "
-            "least one item and round."
-        )
-    if rows.partition is not None or len(rows.expert_steps) > 1 or rows.first_time is not None:
-        raise ValueError(
-            "the rows have parts, several transformers or a first time of their own, which a token "
-            "policy does not go with; fit plain rows."
-        )
+    spec = _checked(rows, items, rounds)
     made = TokenRows(rows.num_steps, rows.anchors, rows.num_branches, policy)
     made.set_rows(rows.weight)
     made.spec = replace(spec, metrics={}, num_trajectories=spec.num_trajectories or len(items))
@@ -199,6 +189,23 @@ def fit_tokens(
         share = _choose(pipe, made, attention_rule, batches, call)
         made.spec = replace(made.spec, metrics={"share_of_fit": share})
     return made
+
+
+def _checked(rows: L2P, items: Sequence[Item], rounds: int) -> PredictorSpec:
+    """The rows' spec, once they can be fitted on."""
+    spec = rows.spec
+    if spec is None or spec.tap != "hidden" or not items or rounds < 1:
+        raise ValueError(
+            f"found rows {'without a spec' if spec is None else f'of the tap {spec.tap!r}'}, "
+            f"{len(items)} items and {rounds} rounds; expected rows fitted on 'hidden', and at "
+            "least one item and round."
+        )
+    if rows.partition is not None or len(rows.expert_steps) > 1 or rows.first_time is not None:
+        raise ValueError(
+            "the rows have parts, several transformers or a first time of their own, which a token "
+            "policy does not go with; fit plain rows."
+        )
+    return spec
 
 
 def _choose(
