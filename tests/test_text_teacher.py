@@ -11,6 +11,7 @@ import pytest
 import torch
 from emoji import CaptionedEmoji, Picture, has_two_sides, read_pictures, split
 from export_teacher import export_teacher
+from grid_teacher import GridTeacherModule
 from PIL import Image
 from text_judge import content_words, judge_text_teacher, retrieval, sharing
 from text_teacher import TextTeacherModule, zeroed_layers
@@ -222,6 +223,20 @@ def test_the_shipped_recipe_trains_resumes_and_exports(archive, tmp_path, monkey
     judged = json.loads((out / "judge.json").read_text())
     assert [row["count"] for row in judged["splits"].values()] == [3, 3]
     assert "| shares a word | chance |" in (out / "README.md").read_text()
+
+
+def test_batches_take_turns_between_the_grids(monkeypatch):
+    module, seen = GridTeacherModule(None, (1, 2), 1, 1, 1, sample_size=8), []
+    monkeypatch.setattr(module, "_loss", lambda x_0, *rest: seen.append(x_0) or x_0.sum())
+    monkeypatch.setattr(module, "log", lambda *told, **options: None)
+    images = torch.randn(2, 3, 8, 8)
+    for step in range(3):
+        monkeypatch.setattr(GridTeacherModule, "global_step", step)
+        module.training_step([images], 0)
+    assert [x_0.shape[-1] for x_0 in seen] == [8, 4, 8] and torch.equal(seen[0], images)
+    torch.testing.assert_close(seen[1][0, 1, 3, 2], images[0, 1, 6:8, 4:6].mean())
+    with pytest.raises(ValueError, match="whole tokens of 4 px in pictures of 8 px"):
+        GridTeacherModule(None, (1, 4), 1, 1, 1, sample_size=8)
 
 
 def test_retrieval_counts_shared_words_and_the_very_picture():
