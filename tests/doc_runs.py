@@ -63,6 +63,7 @@ ELSEWHERE = {
     "docs/progressive.md": "50 steps; tests/test_progressive.py runs it on a tiny pipeline",
     "docs/jit.md": "a hub and a GPU; tests/test_lattice.py runs its calls on a tiny pipeline",
     "docs/pruning.md": "a hub and a GPU; tests/test_lattice.py runs its calls on a tiny pipeline",
+    "docs/shallow.md": "50 steps; tests/test_shallow.py runs it on a tiny pipeline",
     "docs/editing.md": "a hub and a GPU; tests/test_token_groups.py runs it on a tiny pipeline",
 }
 """Pages whose Python another test runs, each with the reason."""

@@ -17,13 +17,20 @@ from grid_teacher import GridTeacherModule
 from PIL import Image
 from text_teacher import TextTeacherModule
 from torch import Tensor
+from unet_teacher import UNetTeacherModule
 from video_teacher import VideoTeacherModule
 
 from foreseer import __version__
 
 KINDS = {
     each.__name__: each
-    for each in (TeacherModule, TextTeacherModule, GridTeacherModule, VideoTeacherModule)
+    for each in (
+        TeacherModule,
+        TextTeacherModule,
+        GridTeacherModule,
+        UNetTeacherModule,
+        VideoTeacherModule,
+    )
 }
 CARDS = {
     "TeacherModule": teacher_card.write_card,
@@ -66,12 +73,13 @@ def export_teacher(checkpoint: str, out: str) -> None:
     plot_loss(steps, losses, folder / "loss_curve.png")
     grid = module.float().sample_grid(columns=8, num_inference_steps=50, guidance_scale=3.0)
     save_image(grid, folder / "samples.png", scale=2)
-    CARDS[kind](folder)
+    if kind in CARDS:
+        CARDS[kind](folder)
 
 
 def save_weights(
     state: dict, folder: Path, kind: str = "TeacherModule"
-) -> TeacherModule | TextTeacherModule | VideoTeacherModule:
+) -> TeacherModule | TextTeacherModule | UNetTeacherModule | VideoTeacherModule:
     """Save the averaged weights of a checkpoint as a bfloat16 pipeline.
 
     Lightning's `WeightAveraging` puts the averaged weights under `state_dict` and the current ones
@@ -98,7 +106,7 @@ def save_weights(
     module.load_state_dict(state["state_dict"])
     module.to(torch.bfloat16).eval()
     module.pipeline().save_pretrained(folder, safe_serialization=True)
-    networks = [*folder.glob("transformer/*.safetensors"), *folder.glob("vae/*.safetensors")]
+    networks = [*folder.glob("*/*.safetensors"), *folder.glob("vae/*.safetensors")]
     size = sum(file.stat().st_size for file in networks)
     if size > MAX_WEIGHT_BYTES:
         raise ValueError(

@@ -1,0 +1,58 @@
+"""Verdict and table of docs/shallow.md from what benchmarks/shallow.py has measured.
+
+python benchmarks/shallow_page.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from readout_page import put
+
+RESULT, PAGE = Path("benchmarks/results/dato.json"), Path("docs/shallow.md")
+HEAD = "| host | | full steps' cost | PSNR, dB | p10 | against | difference, dB | wins |"
+
+
+def page() -> None:
+    """Write both."""
+    rows = json.loads(RESULT.read_text())["shallow"]
+    put(PAGE, "shallow_verdict", verdict(rows))
+    put(PAGE, "shallow_table", table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line per method."""
+    lines = [HEAD, "| --- " * HEAD.count(" | ") + "| --- |"]
+    for row in rows:
+        between = f"{row['paired_db']:+.1f} ({row['paired_low_db']:+.1f} to "
+        lines.append(
+            f"| `{row['host']}` | {row['method']} | {row['evaluations']:.1f} | {row['psnr']:.1f} | "
+            f"{row['p10']:.1f} | {row['rival']} | {between}{row['paired_high_db']:+.1f}) | "
+            f"{row['wins']} of {row['num_samples']} |"
+        )
+    return "\n".join(lines)
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """What the table comes to, host by host."""
+    told = []
+    for host in dict.fromkeys(row["host"] for row in rows):
+        own = {row["method"]: row for row in rows if row["host"] == host}
+        plain = [row for row in own.values() if row["tap"] == "output" and not row["shallow"]]
+        learned = own["rows on deep.1"]
+        within = [row for row in plain if row["evaluations"] <= learned["evaluations"] + 0.5]
+        best = max(within, key=lambda row: row["psnr"])
+        told.append(
+            f"On `{host}` a shallow step costs {learned['share']:.0%} of a full one. With 8 full "
+            f"steps and 42 shallow ones ({learned['evaluations']:.1f} full steps) rows on `deep.1` "
+            f"reach {learned['psnr']:.1f} dB, {learned['paired_db']:+.1f} dB on reuse "
+            f"({learned['paired_low_db']:+.1f} to {learned['paired_high_db']:+.1f}), Taylor "
+            f"{own['taylor_1 on deep.1']['psnr']:.1f} dB; of plain lists at that cost "
+            f"{best['method']} reach {best['psnr']:.1f} dB."
+        )
+    count = f"{rows[0]['num_samples']} judged samples, fitted on {rows[0]['num_trajectories']}"
+    return "\n\n".join([*told, f"({count} trajectories, 50 steps, guidance 3, uniform lists.)"])
+
+
+if __name__ == "__main__":
+    page()
