@@ -170,6 +170,16 @@ def test_the_table_of_language_models_is_that_of_the_results(benchmarks):
     assert between("language_models.md", "results") == dllm_page.table(rows)
 
 
+def test_the_verdict_and_table_of_shallow_steps_are_those_of_the_results(benchmarks):
+    import json
+
+    import shallow_page
+
+    rows = json.loads((benchmarks / "results" / "dato.json").read_text())["shallow"]
+    assert between("shallow.md", "shallow_verdict") == shallow_page.verdict(rows)
+    assert between("shallow.md", "shallow_table") == shallow_page.table(rows)
+
+
 def test_the_tables_of_editing_are_those_of_the_results(benchmarks):
     import json
 
