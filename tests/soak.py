@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from foreseer.evaluation.verify import footprint
 from foreseer.integration.host.expert import Expert
 from foreseer.integration.host.hook import ReplacedMethod
+from foreseer.integration.host.proof import facts_of
 from foreseer.integration.session import Session
 from foreseer.predictors.base import History
 from foreseer.predictors.partition import Partition
@@ -196,6 +197,8 @@ class Soak:
         for pipe in self.pipes.values():  # the timesteps of the latest call, whatever it was
             for value in (*vars(pipe).values(), *vars(pipe.scheduler).values()):
                 own += kept(value) if isinstance(value, Tensor) else []
+            for layout in facts_of(pipe.transformer).layouts.values():  # known once and for all
+                own += [layout.tokens, layout.elements]
         different = {id(t): t for t in own}
         found["tensors"] -= len(different)
         found["bytes"] -= sum(t.untyped_storage().nbytes() for t in different.values())
