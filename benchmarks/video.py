@@ -57,7 +57,7 @@ FORM = "free times"
 SEARCHED = ("euler|none", "ab2|none", "dpmpp_2m|none", "unipc|none", "taylor_1|output")
 SEARCHED += ("taylor_1|hidden",)  # whose list the other formulas of the tap take
 BATCH = 16
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {"disca": {"num_heads": 4}}  # of 32 channels
 """Arguments of a fit that are not its method's own, by method."""
 
 
