@@ -4,8 +4,8 @@
     python benchmarks/shallow_page.py
 
 Rows are fitted on trajectories that were recorded, on uniform lists, which nothing was chosen for.
-`searched` is the list of three kinds that does best on a third set of pairs (captions) among the ten
-that dynamic programming on Grams names; with `--num_random` as many lists drawn at random run on
+`searched` is the list of three kinds that does best on a third set of pairs among the ten that
+dynamic programming on Grams names; with `--num_random` as many lists drawn at random run on
 them, too, for comparison. Judged are pairs that were never recorded. Costs are in full steps, a
 shallow one by its share of FLOPs, convolutions included. Samples that were drawn are kept and not
 drawn again.
