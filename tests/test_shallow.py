@@ -33,7 +33,7 @@ from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy
 from foreseer.schedules import Shallow, three_kinds
 from foreseer.training.least_squares import fit_rows
-from foreseer.trajectories.prompts import Item
+from foreseer.trajectories.prompts import Item, asked_items
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
 
@@ -84,6 +84,11 @@ def deep_cache(pipe, interval, depth=1):
         v_cond, v_null = v.chunk(2)
         x = scheduler.step(v_null + 3.0 * (v_cond - v_null), time, x, return_dict=False)[0]
     return x
+
+
+def test_classes_of_a_unet_pipeline_are_recorded_in_turn(pipe):
+    told = [item.inputs["class_labels"] for item in asked_items(pipe, None, 4, 0)]
+    assert told == [i % pipe.num_classes for i in range(4)]
 
 
 @pytest.mark.parametrize(("interval", "depth"), [(2, 1), (3, 1), (3, 2)])

@@ -109,7 +109,8 @@ def number_of_classes(pipe: Any) -> int:
         ValueError: its calls take no class labels.
     """
     config: Any = transformer_of(pipe).config
-    classes = config.get("num_embeds_ada_norm") if takes_labels(pipe) else None
+    own = getattr(pipe, "num_classes", None)  # of ours; diffusers' DiTPipeline has none
+    classes = (own or config.get("num_embeds_ada_norm")) if takes_labels(pipe) else None
     if not classes:
         raise ValueError(
             f"{type(pipe).__name__} takes no class labels; give --prompts, a .txt file with a "
