@@ -242,10 +242,10 @@ def test_masks_that_do_not_fit_are_refused(editor, mask, words):
         (lambda e: invert(e, guidance_scale=float("nan")), "guidance_scale is nan"),
         (lambda e: edit(e, invert(e), guidance_scale=float("inf")), "guidance_scale is inf"),
         (
-            lambda e: e.inversion(images=pictures(), gamma=[0.5, 0.5]),
+            lambda e: RFInversion(e.pipe).inversion(images=pictures(), gamma=[0.5, 0.5]),
             "inputs are gamma, images, expected images and.*gamma 0",
         ),
-        (lambda e: e.exact(prompt="a cat"), "inputs are prompt, expected images"),
+        (lambda e: RFInversion(e.pipe).exact(prompt="a cat"), "inputs are prompt, expected images"),
         (lambda e: RFInversion(object()), "found object, expected a PixelFluxPipeline"),
     ],
 )

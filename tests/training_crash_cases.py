@@ -174,6 +174,11 @@ VIDEO_TEACHER = TEACHER | {
     "trainer.val_check_interval": 3,
     "trainer.callbacks.0.init_args.decay_minutes": 3 / 60,
 }
+UNET_TEACHER = {k: v for k, v in TEACHER.items() if not k.startswith("model")} | {
+    "model.init_args.channels": [8, 32],
+    "data.init_args.batch_size": 4,
+}
+CLASSES_ALONE = {f"bundled_models/{name}" for name in ("fashion_dit", "fashion_unet", "judge")}
 # Five batches to an epoch and a checkpoint every second: after a batch, and at an epoch's end.
 CLOCK = [Kill("batch", 0, 3), Kill("write", 1), Kill("batch", 2, 0), Kill("saved", 1)]
 CASES = {
@@ -222,6 +227,7 @@ CASES = {
     "text_teacher_grids": Case(
         "bundled_models/emoji_flux_grids", CLOCK[:1], TEXT_TEACHER | {"model.init_args.start": None}
     ),
+    "unet_teacher": Case("bundled_models/fashion_unet", CLOCK[:1], UNET_TEACHER),
     "emoji_l2p": Case(  # on the tap `hidden` for the same reason
         "fit/emoji_l2p",
         ONCE[:2],
@@ -296,7 +302,7 @@ def configuration(case: Case, sources: dict[str, Any], folder: Path) -> str:
         named["model.init_args.pipeline"] = str(folder / "tiny")
     if kind == "bundled_models":
         named["data.init_args.folder"] = str(folder)
-        if case.config in ("bundled_models/fashion_dit", "bundled_models/judge"):
+        if case.config in CLASSES_ALONE:
             content["data"].setdefault("init_args", {})["folder"] = ""
     for path, value in (QUIET | named | case.changes).items():
         put(content, path.split("."), value, path in case.changes or path in QUIET)
