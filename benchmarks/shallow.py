@@ -26,11 +26,13 @@ from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.kinds_search import Kinds, three_kind_lists
 from foreseer.evaluation.metrics import paired, psnr, summarise
 from foreseer.evaluation.rows import adams_bashforth_rows
+from foreseer.evaluation.search import beam_search
 from foreseer.evaluation.timing import first_call, step_flops
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.hosts import transformer_of
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.schedule import Shallow, uniform
+from foreseer.predictors.base import LinearPredictor
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import RULES
 from foreseer.training.least_squares import fit_rows
@@ -161,6 +163,25 @@ def searched(
     return result
 
 
+def searched_plain(
+    pipe: Any, found: Recording, folder: Path, name: str, rule: LinearPredictor
+) -> dict[str, Any]:
+    """Anchors alone, searched with the same effort: ten lists by Grams, the best in closed loop."""
+    chosen = [items(pipe, CHOSEN_FROM, CHOSEN_ON)]
+    whole = kept(folder / f"full_chosen_{CHOSEN_ON}.pt", pipe, chosen, None)
+    grams = torch.stack([found.load(i, ["gram/output"])["gram/output"] for i in found.items])
+    tried = []
+    for each in beam_search(grams, found.header.sigmas, FULL, rule)[:10]:
+        learned = name == "rows"
+        entry = dict(of=fit_rows(found, each) if learned else rule, anchors=each, tap="output")
+        path = folder / "lists" / f"{name}_{'_'.join(map(str, each))}.pt"
+        mean = float(psnr(kept(path, pipe, chosen, entry), whole).mean())
+        tried.append((mean, each, entry))
+        print(f"{folder.name} {name} {each}: {mean:.2f} dB", flush=True)
+    _, anchors, entry = max(tried, key=lambda each: each[:2])
+    return entry | {"anchors": anchors, "cost": FULL}
+
+
 def drawn_list(source: random.Random, share: float) -> Kinds:
     """A list that uses up the cost of `FULL` steps, its steps anywhere."""
     full = source.randint(2, FULL - 1)
@@ -207,6 +228,9 @@ def bench(
         search = searched(pipe, found, share, folder, num_random)
         listed = Kinds(tuple(search["anchors"]), tuple(search["shallow"]))
         made[f"three kinds, searched, {told(listed)}"] = three_kinds(found, listed, share)
+        for name in ("taylor_1", "rows"):
+            own = searched_plain(pipe, found, folder, name, RULES["taylor_1"])
+            made[f"{name}, searched, {FULL} anchors"] = own
         if host != "fashion_unet":
             readout = load_predictor(f"zoo:{host}_readout_{FULL}")
             at = readout.spec.anchors

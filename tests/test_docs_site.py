@@ -175,7 +175,10 @@ def test_the_verdict_and_table_of_shallow_steps_are_those_of_the_results(benchma
 
     import shallow_page
 
-    rows = json.loads((benchmarks / "results" / "dato.json").read_text())["shallow"]
+    found = json.loads((benchmarks / "results" / "dato.json").read_text())
+    rows = found["shallow"]
+    searches = shallow_page.searches(found["shallow_search"])
+    assert between("shallow.md", "shallow_search") == searches
     assert between("shallow.md", "shallow_verdict") == shallow_page.verdict(rows)
     assert between("shallow.md", "shallow_table") == shallow_page.table(rows)
 

@@ -129,7 +129,7 @@ def test_inspect_tells_what_a_pipeline_is_made_of(folder, capsys):
         ("wan22", "each of the 2 transformers its own"),
         ("zimage", "tokens are the picture's"),
         ("latte", "SUPPORTED on the taps output."),
-        ("sd3", "not DisCa and distillation"),
+        ("pixart", "not DisCa and distillation"),
     ],
 )
 def test_inspect_tells_the_limits_of_a_host(name, told):
