@@ -83,7 +83,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(
         [
             *told,
-            f"({count} trajectories, 50 steps, guidance 3, uniform lists but those called searched.)",
+            f"({count} trajectories, 50 steps, guidance 3, lists uniform or searched.)",
         ]
     )
 
