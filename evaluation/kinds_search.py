@@ -19,7 +19,7 @@ PRICES = 48  # of a full step, in the error that it must save
 class Kinds(NamedTuple):
     """A list of three kinds: `anchors=anchors, shallow=Shallow(shallow, ...)`.
 
-    Args:
+    Attributes:
         anchors: full and shallow steps.
         shallow: the shallow ones among them.
     """
