@@ -1,15 +1,21 @@
 """Verdict and table of docs/shallow.md from what benchmarks/shallow.py has measured.
 
-python benchmarks/shallow_page.py
+python benchmarks/shallow_page.py [--pictures]
+
+With `--pictures` the sheet too, where the samples of the U-Net are kept.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from readout_page import put
 
 RESULT, PAGE = Path("benchmarks/results/dato.json"), Path("docs/shallow.md")
+SHOWN = ("full", "reuse_on_deep.1", "rows_on_deep.1", "three_kinds,_searched*")
+SHOWN += ("taylor_1,_searched,_8_anchors",)
+COLUMNS = 12
 HEAD = "| host | | full steps' cost | PSNR, dB | p10 | against | difference, dB | wins |"
 
 
@@ -88,5 +94,21 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def picture() -> None:
+    """Draw the first judged samples of the U-Net, a row per way."""
+    import torch
+    from PIL import Image
+
+    rows = []
+    for name in SHOWN:
+        (path,) = Path("runs/shallow/fashion_unet").glob(f"{name}_64*.pt")
+        samples = torch.load(path, weights_only=True)[:COLUMNS, 0].cpu()
+        rows.append(torch.cat(list(samples.repeat_interleave(2, 1).repeat_interleave(2, 2)), 1))
+    sheet = (255 * torch.cat(rows)).round().byte().numpy()
+    Image.fromarray(sheet).save("docs/images/shallow.png")
+
+
 if __name__ == "__main__":
     page()
+    if "--pictures" in sys.argv:
+        picture()
