@@ -284,7 +284,7 @@ def test_a_browser_shows_both_pictures_and_moves_the_slider_to_a_predictor(compa
                 r"\d\.\d\d s instead of \d+\.\d\d s of the processor; 6 of 50 steps computed",
                 tab.inner_text("body"),
             )
-            shown = "img => img.complete && img.naturalWidth"
+            shown = "img => img.decode().then(() => img.naturalWidth)"  # words may come first
             pictures = tab.get_by_test_id("imageslider-image")
             assert [each.evaluate(shown) for each in pictures.all()] == [384, 384]
             tab.wait_for_timeout(500)
