@@ -17,6 +17,7 @@ from unet_hosts import STEPS, class_pipe, diffusion_pipe, draw, paint
 
 from foreseer import schedules
 from foreseer.checkpoints.spec import PredictorMismatch
+from foreseer.evaluation.kinds_search import three_kind_lists
 from foreseer.evaluation.timing import step_flops
 from foreseer.evaluation.verify import (
     Replay,
@@ -33,6 +34,7 @@ from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.predictors.tokens import ClusterPolicy
 from foreseer.schedules import Shallow, three_kinds
 from foreseer.training.least_squares import fit_rows
+from foreseer.trajectories.gram import sum_grams
 from foreseer.trajectories.prompts import Item, asked_items
 from foreseer.trajectories.recorder import record
 from foreseer.trajectories.recording import Recording
@@ -149,6 +151,21 @@ def test_a_list_of_two_kinds_is_one_of_three_without_forecasts(pipe):
     with forecasting(pipe, Reuse(), range(STEPS), shallow=kinds) as run:
         assert torch.equal(draw(pipe), two)
     assert run.report().shallow == shallow and not run.report().forecasts
+
+
+def test_lists_of_three_kinds_are_named_by_a_recording_and_run(pipe, tmp_path):
+    given = {"guidance_scale": 3.0, "num_inference_steps": STEPS}
+    record(pipe, asked_items(pipe, None, 4, 0), tmp_path, taps=["deep.1", "output"], **given)
+    recording, names = Recording(tmp_path), ["gram/deep.1", "gram/output"]
+    sums = sum_grams(recording, names, recording.items)
+    deep, output = (sums[name].sum(0) for name in names)
+    named = three_kind_lists(deep, output, recording.header.sigmas, 0.2, 3, 3)
+    assert named
+    for each in named:
+        kinds = Shallow(each.shallow, Reuse(), "deep.1")
+        with forecasting(pipe, Reuse(), each.anchors, "output", shallow=kinds) as run:
+            draw(pipe)
+        assert tuple(run.report().shallow) == each.shallow
 
 
 @pytest.mark.parametrize("tap", ["output", "hidden"])

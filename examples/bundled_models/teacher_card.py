@@ -1,7 +1,9 @@
 """The model card of an exported teacher, written from the files in its folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from fashion_mnist import CLASS_NAMES
@@ -66,7 +68,39 @@ versions are in `training.json`.
   and the probability is not part of the saved configuration.
 """
 
-NOT_JUDGED = "Not measured yet; `python examples/bundled_models/judge.py` fills this in."
+
+def exported(
+    folder: Path, judge_table: Callable[[dict], str], judge: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What every card tells of an exported teacher: its recipe, its config, and numbers by name.
+
+    Args:
+        folder: of the export.
+        judge_table: makes a table of what the judge has written.
+        judge: the script that does.
+
+    Raises:
+        FileNotFoundError: a file is missing, so the folder is not an exported teacher.
+    """
+    training = json.loads((folder / "training.json").read_text())
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    path = folder / "judge.json"
+    judgement = (
+        judge_table(json.loads(path.read_text()))
+        if path.exists()
+        else f"Not measured yet; `python examples/bundled_models/{judge}` fills this in."
+    )
+    names = ("steps", "samples_seen", "minutes", "final_loss", "loss_window_steps")
+    told = {name: training[name] for name in names} | {
+        "num_layers": config["num_layers"],
+        "width": config["num_attention_heads"] * config["attention_head_dim"],
+        "parameters": training["parameters"] / 1e6,
+        "batch_size": recipe["data"]["init_args"]["batch_size"],
+        "learning_rate": recipe["model"]["init_args"]["learning_rate"],
+        "judgement": judgement,
+    }
+    return recipe, config, told
 
 
 def write_card(folder: Path) -> None:
@@ -78,29 +112,16 @@ def write_card(folder: Path) -> None:
     Raises:
         FileNotFoundError: one of the files is missing, so the folder is not an exported teacher.
     """
-    training = json.loads((folder / "training.json").read_text())
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    judge = folder / "judge.json"
-    judgement = judge_table(json.loads(judge.read_text())) if judge.exists() else NOT_JUDGED
+    recipe, config, told = exported(folder, judge_table, "judge.py")
+    model = recipe["model"]["init_args"]
     card = CARD.format(
-        num_layers=config["num_layers"],
-        width=config["num_attention_heads"] * config["attention_head_dim"],
+        **told,
         patch_size=config["patch_size"],
         sample_size=config["sample_size"],
         num_classes=config["num_embeds_ada_norm"],
         class_names=", ".join(CLASS_NAMES),
-        parameters=training["parameters"] / 1e6,
-        steps=training["steps"],
-        samples_seen=training["samples_seen"],
-        minutes=training["minutes"],
-        final_loss=training["final_loss"],
-        loss_window_steps=training["loss_window_steps"],
-        batch_size=recipe["data"]["init_args"]["batch_size"],
         precision=recipe["trainer"]["precision"],
-        learning_rate=recipe["model"]["init_args"]["learning_rate"],
-        label_dropout=recipe["model"]["init_args"]["label_dropout"],
-        judgement=judgement,
+        label_dropout=model["label_dropout"],
     )
     (folder / "README.md").write_text(card)
 

@@ -1,9 +1,8 @@
 """The model card of an exported text-to-image teacher, written from the files in its folder."""
 
-import json
 from pathlib import Path
 
-import yaml
+from teacher_card import exported
 
 CARD = """---
 license: apache-2.0
@@ -67,8 +66,6 @@ whole configuration is in `recipe.yaml`, counts and versions are in `training.js
 - The pictures are Noto emoji (Apache 2.0), from the npm package emoji-datasource-google 16.0.0.
 """
 
-NOT_JUDGED = "Not measured yet; `python examples/bundled_models/text_judge.py` fills this in."
-
 
 def write_card(folder: Path) -> None:
     """Write `README.md` from the recipe, the counts, the config and, if it is there, `judge.json`.
@@ -79,30 +76,16 @@ def write_card(folder: Path) -> None:
     Raises:
         FileNotFoundError: one of the files is missing, so the folder is not an exported teacher.
     """
-    training = json.loads((folder / "training.json").read_text())
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    model, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
-    judge = folder / "judge.json"
-    judgement = judge_table(json.loads(judge.read_text())) if judge.exists() else NOT_JUDGED
+    recipe, config, told = exported(folder, judge_table, "text_judge.py")
+    model = recipe["model"]["init_args"]
     card = CARD.format(
-        num_layers=config["num_layers"],
+        **told,
         num_single_layers=config["num_single_layers"],
-        width=config["num_attention_heads"] * config["attention_head_dim"],
         patch_size=model["patch_size"],
         sample_size=model["sample_size"],
         prompts=", ".join(model["prompts"]),
-        parameters=training["parameters"] / 1e6,
-        steps=training["steps"],
-        samples_seen=training["samples_seen"],
-        passes=training["samples_seen"] / NUM_CAPTIONS,
-        minutes=training["minutes"],
-        final_loss=training["final_loss"],
-        loss_window_steps=training["loss_window_steps"],
-        batch_size=data["batch_size"],
-        learning_rate=model["learning_rate"],
+        passes=told["samples_seen"] / NUM_CAPTIONS,
         text_dropout=model["text_dropout"],
-        judgement=judgement,
     )
     (folder / "README.md").write_text(card)
 
