@@ -8,7 +8,7 @@ import pytest
 import torch
 from clips import Windows, held_out, pixels, read_clips, read_stills, split, write_clips
 from export_teacher import export_teacher
-from muon import KernelMuon, orthogonal
+from muon import Muon, orthogonal
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_text import PROMPTS, tiny_text_pipeline
@@ -81,11 +81,11 @@ def test_a_window_goes_on_at_the_loops_beginning_and_a_still_stays():
 
 
 def test_muon_turns_kernels_and_adamw_moves_the_rest():
-    found = torch.linalg.svdvals(orthogonal(torch.randn(8, 20)))
+    found = torch.linalg.svdvals(orthogonal(torch.randn(2, 8, 20)))
     assert 0.5 < float(found.min()) and float(found.max()) < 1.4  # five iterations reach so near
     torch.manual_seed(0)
     layer = torch.nn.Conv3d(3, 4, 3)
-    optimizer = KernelMuon(layer.parameters(), 1e-2)
+    optimizer = Muon(layer.parameters(), 1e-2, [layer.weight], ratio=10)
     before = [p.detach().clone() for p in layer.parameters()]
     layer(torch.randn(2, 3, 4, 4, 4)).square().sum().backward()
     optimizer.step()
@@ -93,7 +93,7 @@ def test_muon_turns_kernels_and_adamw_moves_the_rest():
     turned = torch.linalg.svdvals(moved[0].flatten(1)) / 0.1  # ten times the rate
     assert 0.5 < float(turned.min()) and float(turned.max()) < 1.4
     assert torch.allclose(moved[1].abs(), torch.full((4,), 1e-2), rtol=1e-3)
-    resumed = KernelMuon(layer.parameters(), 1e-2)
+    resumed = Muon(layer.parameters(), 1e-2, [layer.weight], ratio=10)
     resumed.load_state_dict(optimizer.state_dict())
     kept = [each.state[layer.weight]["momentum"] for each in (optimizer, resumed)]
     assert torch.equal(*kept) and float(kept[0].abs().max()) > 0

@@ -9,7 +9,9 @@ Source: Liu et al., arXiv 2209.03003 (rectified flow); Esser et al., arXiv 2403.
 from abc import abstractmethod
 
 import torch
+from diffusers import ModelMixin
 from jaxtyping import Bool, Float
+from muon import Muon
 from torch import Tensor, nn
 
 from foreseer.training.plumbing.resuming import Drawing
@@ -114,6 +116,28 @@ class FlowTeacher(Drawing):
         return torch.optim.AdamW(
             self.parameters(), self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
+
+
+def muon_of_blocks(transformer: nn.Module, learning_rate: float) -> Muon:
+    """Muon for the matrices of a transformer's blocks, AdamW for the rest.
+
+    Args:
+        transformer: the transformer.
+        learning_rate: AdamW's rate before the schedule; Muon's is twenty times as much.
+    """
+    blocks = [m for m in transformer.modules() if isinstance(m, nn.ModuleList)]
+    matrices = {id(p): p for b in blocks for p in b.parameters() if p.ndim == 2}
+    return Muon(transformer.parameters(), learning_rate, matrices.values(), ratio=20)
+
+
+def compile_for_training(transformer: ModelMixin) -> None:
+    """Compile the blocks; on a CPU, attention becomes plain matrix products.
+
+    The backward pass of its fused kernel takes 40 % of a small model's step there.
+    """
+    if not torch.cuda.is_available():
+        transformer.set_attention_backend("_native_math")
+    transformer.compile_repeated_blocks()
 
 
 def initialise_linear(transformer: nn.Module, zeroed: list[nn.Linear]) -> None:

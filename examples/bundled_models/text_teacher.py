@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from flow_teacher import FlowTeacher, initialise_linear
+from flow_teacher import FlowTeacher, compile_for_training, initialise_linear, muon_of_blocks
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -39,6 +39,7 @@ class TextTeacherModule(FlowTeacher):
         compile_blocks: train through `torch.compile`, which on a CPU asks for a C++ compiler, takes
             a minute and a half at the start and a fifth off every step (1.10 to 0.85 s on two
             cores).
+        muon: Muon's steps in the blocks, twenty times AdamW's rate.
     """
 
     transformer: FluxTransformer2DModel
@@ -54,6 +55,7 @@ class TextTeacherModule(FlowTeacher):
         learning_rate: float = 1e-3,
         prompts: Sequence[str] = (),
         compile_blocks: bool = False,
+        muon: bool = False,
     ) -> None:
         super().__init__(text_dropout, learning_rate)
         self.save_hyperparameters()
@@ -61,6 +63,7 @@ class TextTeacherModule(FlowTeacher):
         self.sample_size = sample_size
         self.prompts = tuple(prompts)
         self.compile_blocks = compile_blocks
+        self.muon = muon
         self.transformer = FluxTransformer2DModel(
             patch_size=1,
             in_channels=3 * patch_size**2,
@@ -81,7 +84,7 @@ class TextTeacherModule(FlowTeacher):
             return
         self.transformer.x_embedder.register_forward_hook(in_float)
         if self.compile_blocks:
-            self.transformer.compile_repeated_blocks()
+            compile_for_training(self.transformer)
 
     def velocity(
         self,
@@ -106,6 +109,12 @@ class TextTeacherModule(FlowTeacher):
             txt_ids=ids.new_zeros(NUM_TOKENS, 3),
         ).sample
         return unpack(v, self.patch_size)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, with Muon in the blocks if `muon`; the rates follow `ClockCosine`."""
+        if not self.muon:
+            return super().configure_optimizers()
+        return muon_of_blocks(self.transformer, self.learning_rate)
 
     def pipeline(self) -> PixelFluxPipeline:
         """A pipeline around this module's transformer itself, with the Euler flow scheduler."""

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
 from jaxtyping import Float
-from muon import KernelMuon
+from muon import Muon
 from torch import Tensor
 
 from foreseer.training.plumbing.resuming import Drawing
@@ -100,7 +100,8 @@ class VideoVaeModule(Drawing):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Muon for kernels, AdamW for the rest; the rates follow `ClockCosine`."""
-        return KernelMuon(self.parameters(), self.learning_rate)
+        kernels = [p for p in self.parameters() if p.ndim >= 4]
+        return Muon(self.parameters(), self.learning_rate, kernels, ratio=10)
 
 
 @torch.no_grad()
