@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from clips import Windows, held_out, pixels, read_clips, read_stills, split, write_clips
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from export_teacher import export_teacher
+from flow_teacher import compile_for_training, muon_of_blocks
 from muon import Muon, orthogonal
 from PIL import Image
 from safetensors.torch import load_file
@@ -97,6 +99,36 @@ def test_muon_turns_kernels_and_adamw_moves_the_rest():
     resumed.load_state_dict(optimizer.state_dict())
     kept = [each.state[layer.weight]["momentum"] for each in (optimizer, resumed)]
     assert torch.equal(*kept) and float(kept[0].abs().max()) > 0
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
+    transformer = VideoTeacherModule(num_layers=2, num_attention_heads=1).transformer
+    others, turned = (group["params"] for group in muon_of_blocks(transformer, 1e-3).param_groups)
+    names = {id(p): name for name, p in transformer.named_parameters()}
+    assert {names[id(p)] for p in turned} == {
+        name for name, p in transformer.named_parameters() if name[:7] == "blocks." and p.ndim == 2
+    }
+    assert len(turned) == 2 * 10 and len(turned) + len(others) == len(names)
+
+
+def test_plain_attention_and_compiled_blocks_are_the_same_network(monkeypatch):
+    """A training compiles them; the names of weights and what they make stay."""
+    torch.manual_seed(0)
+    module = VideoTeacherModule(num_layers=1, num_attention_heads=1)
+    for each in module.transformer.parameters():
+        torch.nn.init.normal_(each, std=0.1)
+    given = torch.randn(2, 16, 2, 4, 4), torch.tensor([100.0, 700.0]), torch.randn(2, 4, 384)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **kwargs: None)
+    in_use = _AttentionBackendRegistry._active_backend  # diffusers sets one for all, too
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", in_use)
+    with torch.no_grad():
+        before = module.transformer(*given).sample
+        names = list(module.state_dict())
+        compile_for_training(module.transformer)
+        after = module.transformer(*given).sample
+    assert names == list(module.state_dict())
+    assert module.transformer.blocks[0].attn1.processor._attention_backend == "_native_math"
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-5)
 
 
 def test_an_inflated_autoencoder_treats_every_frame_of_a_still_as_it_would_alone():
