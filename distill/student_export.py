@@ -11,9 +11,9 @@ from foreseer.distill.module import conditioner_of
 from foreseer.distill.teacher_runs import starting
 from foreseer.integration.pipelines.average_velocity import IntervalConditioner
 from foreseer.integration.pipelines.load import load_pipeline
-from foreseer.integration.pipelines.student_pipeline import StudentPipeline
+from foreseer.integration.pipelines.student_pipeline import student_of
 
-MAX_WEIGHT_BYTES = 20_000_000
+MAX_WEIGHT_BYTES = 24_000_000
 
 CARD = """---
 license: apache-2.0
@@ -61,7 +61,7 @@ def export_student(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the weights are over 20 MB.
+        ValueError: the weights are over 24 MB.
     """
     path, folder = Path(checkpoint), Path(out)
     if not path.is_file():
@@ -73,7 +73,7 @@ def export_student(
     for name, part in (("transformer", pipe.transformer), ("conditioner", conditioner)):
         part.load_state_dict(starting(state["state_dict"], f"{name}."), strict=True)
         part.to(getattr(torch, dtype)).eval()
-    student = StudentPipeline(pipe.transformer, conditioner, pipe.scheduler)
+    student = student_of(pipe, conditioner)
     student.save_pretrained(folder, safe_serialization=True)
     _forget_origin(folder / "transformer" / "config.json")
     size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))

@@ -25,6 +25,7 @@ from foreseer.integration.host.trunk import (
     UnsupportedHost,
     modulation_places,
     modulation_width,
+    time_facts,
     wave_places,
 )
 
@@ -193,6 +194,33 @@ class Conditioning:
         try:
             yield
         finally:
+            self.added = None
+
+    @contextlib.contextmanager
+    def along(
+        self, times: Float[Tensor, " bounds"], guidance_scale: float | None = None
+    ) -> Iterator[None]:
+        """Inside, a call of the transformer is for the step that begins at the time it is told.
+
+        For pipelines whose loops are not ours.
+
+        Args:
+            times: flow times of all steps and the final 0.
+            guidance_scale: of all samples, where one is embedded.
+        """
+        scale = time_facts(self.transformer).time_scale
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            told = kwargs["timestep"].flatten()[0].to(times) / scale
+            step = int((times[:-1] - told).abs().argmin())
+            embedded = None if guidance_scale is None else times.new_full((1,), guidance_scale)
+            self.added = self.conditioner((times[step] - times[step + 1])[None], embedded)
+
+        handle = self.transformer.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
             self.added = None
 
     def detach(self) -> None:

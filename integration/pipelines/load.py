@@ -25,7 +25,7 @@ from foreseer.integration.pipelines.pixel_pipeline import (
     PixelUNetPipeline,
 )
 from foreseer.integration.pipelines.sentence_wan_pipeline import SentenceWanPipeline
-from foreseer.integration.pipelines.student_pipeline import StudentPipeline
+from foreseer.integration.pipelines.student_pipeline import StudentPipeline, StudentWanPipeline
 from foreseer.moved import MOVED
 
 OURS = {
@@ -36,6 +36,7 @@ OURS = {
         PixelUNetPipeline,
         SentenceWanPipeline,
         StudentPipeline,
+        StudentWanPipeline,
     )
 }
 INDEX_FILE = "model_index.json"

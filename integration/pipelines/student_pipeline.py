@@ -1,22 +1,29 @@
-"""The pipeline of a distilled student, with guidance embedded or in two branches.
+"""The pipelines of distilled students, with guidance embedded or in two branches.
 
 Shapes: B batch, C channels, H height, W width.
 Convention: x_r = x_t - (t - r) u(x_t, r, t), an Euler step with an average velocity.
 """
 
+import inspect
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKLWan,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
+    WanTransformer3DModel,
 )
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foreseer.integration.host.trunk import time_facts
+from foreseer.integration.host.trunk import UnsupportedHost, time_facts
 from foreseer.integration.pipelines.average_velocity import Conditioning, IntervalConditioner
 from foreseer.integration.pipelines.pixel_pipeline import PixelDiTPipeline
+from foreseer.integration.pipelines.sentence_encoder import SentenceEncoder
+from foreseer.integration.pipelines.sentence_wan_pipeline import SentenceWanPipeline
 
 
 class StudentPipeline(PixelDiTPipeline):
@@ -73,7 +80,7 @@ class StudentPipeline(PixelDiTPipeline):
                 was not trained, or the scheduler is no Euler flow scheduler.
         """
         labels = self._check_labels(class_labels)
-        self._check_scheduler()
+        check_scheduler(self.scheduler)
         self._guidance_scale = guidance_scale
         latents = self._initial(labels, generator, latents)
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
@@ -116,10 +123,120 @@ class StudentPipeline(PixelDiTPipeline):
         u_cond, u_uncond = u.chunk(2)
         return u_uncond + self.guidance_scale * (u_cond - u_uncond)
 
-    def _check_scheduler(self) -> None:
-        euler = FlowMatchEulerDiscreteScheduler
-        if getattr(type(self.scheduler), "step", None) is not euler.step:
-            raise ValueError(
-                f"the student predicts average velocities, which {type(self.scheduler).__name__} "
-                "would take for instantaneous ones; use FlowMatchEulerDiscreteScheduler."
-            )
+
+class StudentWanPipeline(SentenceWanPipeline):
+    """Draw videos of prompts with a distilled transformer, in the loop of Wan's own pipeline.
+
+    The student knows where each step ends: its conditioner looks that up in the scheduler's times,
+    which are the teacher's. Where its guidance scale is embedded, there is one branch.
+
+    Args:
+        tokenizer: None; the encoder has its own.
+        text_encoder: encodes prompts.
+        vae: decodes latents.
+        scheduler: `FlowMatchEulerDiscreteScheduler`, as in `StudentPipeline`.
+        conditioner: tells the transformer the interval and the guidance scale.
+        transformer: predicts the average velocity; an ordinary `WanTransformer3DModel`.
+        transformer_2: None; a student is one network.
+        boundary_ratio: None.
+        expand_timesteps: False.
+        sample_size: side in pixels that was trained on.
+        num_frames: frames that were trained on.
+    """
+
+    def __init__(
+        self,
+        tokenizer: None,
+        text_encoder: SentenceEncoder,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        conditioner: IntervalConditioner,
+        transformer: WanTransformer3DModel,
+        transformer_2: None = None,
+        boundary_ratio: None = None,
+        expand_timesteps: bool = False,
+        sample_size: int = 32,
+        num_frames: int = 17,
+    ) -> None:
+        given = (tokenizer, text_encoder, vae, scheduler, transformer)
+        super().__init__(*given, sample_size=sample_size, num_frames=num_frames)
+        self.register_modules(conditioner=conditioner)
+        self.conditioning = Conditioning(transformer, conditioner)
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether there is a second branch: never where the scale is embedded."""
+        return super().do_classifier_free_guidance and not self.conditioner.takes_guidance
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 3.0,
+        **settings: Any,
+    ) -> Any:
+        """Draw one video per prompt.
+
+        Args:
+            prompt: one prompt or several; None where `prompt_embeds` are given.
+            num_inference_steps: sampler steps, none of them longer than R.
+            guidance_scale: guidance strength, within the range trained on.
+            settings: the further arguments of `SentenceWanPipeline`.
+
+        Returns:
+            The videos.
+
+        Raises:
+            ValueError: an interval is longer than trained on, the scale was not trained, or the
+                scheduler is no Euler flow scheduler.
+        """
+        check_scheduler(self.scheduler)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        times = self.scheduler.sigmas.clone()
+        for t, r in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+            self.conditioner.check(t - r, guidance_scale)
+        embedded = guidance_scale if self.conditioner.takes_guidance else None
+        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        with self.conditioning.along(times, embedded):
+            return super().__call__(prompt, **given, **settings)
+
+
+STUDENTS = {PixelDiTPipeline: StudentPipeline, SentenceWanPipeline: StudentWanPipeline}
+"""Pipelines whose students can be drawn from, and the students' own."""
+
+
+def student_of(pipe: Any, conditioner: IntervalConditioner) -> Any:
+    """The pipeline of a student, with the components of its teacher's but for the transformer.
+
+    Args:
+        pipe: the teacher's pipeline, whose transformer has the student's weights by now.
+        conditioner: tells it the interval and the guidance scale.
+
+    Raises:
+        UnsupportedHost: no pipeline of ours draws from such a student.
+    """
+    if type(pipe) not in STUDENTS:
+        known = ", ".join(each.__name__ for each in STUDENTS)
+        raise UnsupportedHost(
+            f"found a {type(pipe).__name__}; students can be drawn from where the teacher is a "
+            f"{known}. Its checkpoint is whole: add the pipeline's student to STUDENTS."
+        )
+    kind = STUDENTS[type(pipe)]
+    taken = inspect.signature(kind).parameters
+    given = {**pipe.config, **pipe.components}
+    parts = {name: value for name, value in given.items() if name in taken}
+    return kind(**parts, conditioner=conditioner)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise unless a scheduler treats an average velocity as one.
+
+    Raises:
+        ValueError: it is no Euler flow scheduler.
+    """
+    euler = FlowMatchEulerDiscreteScheduler
+    if getattr(type(scheduler), "step", None) is not euler.step:
+        raise ValueError(
+            f"the student predicts average velocities, which {type(scheduler).__name__} "
+            "would take for instantaneous ones; use FlowMatchEulerDiscreteScheduler."
+        )
