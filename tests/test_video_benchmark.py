@@ -6,9 +6,15 @@ import learned_solvers
 import pytest
 import torch
 import video
-from tiny_video import FRAMES, SIDE, tiny_video_pipeline
+import video_students
+from clips import read_clips, write_clips
+from safetensors.torch import load_file
+from student_cases import RANGE, awake
+from tiny_video import FRAMES, SIDE, tiny_video_pipeline, write_packages
 
 from foreseer.evaluation.plan import Entry
+from foreseer.integration.pipelines.average_velocity import conditioner_for
+from foreseer.integration.pipelines.student_pipeline import student_of
 
 STEPS = 8
 CALL = {"guidance_scale": 2.0, "num_inference_steps": STEPS}
@@ -65,3 +71,52 @@ def test_every_stage_runs_and_the_rows_have_rivals(tmp_path, monkeypatch):
     seed = torch.Generator().manual_seed(10_000)
     direct = judged.pipe("a dog", generator=seed, output_type="pt", **CALL)
     torch.testing.assert_close(judged.full.images[:1], direct.frames, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_students_are_judged_beside_their_teacher(tmp_path, monkeypatch):
+    pipe = tiny_video_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "packages").mkdir()
+    folder = write_packages(tmp_path / "packages")
+    write_clips(str(folder), str(tmp_path / "clips.npz"), FRAMES, SIDE)
+    captions = [clip.captions[0] for clip in read_clips(str(tmp_path / "clips.npz"))]
+    for name in video.PROMPTS:
+        (tmp_path / f"{name}.txt").write_text("\n".join(captions[:3]))
+        monkeypatch.setitem(video.PROMPTS, name, tmp_path / f"{name}.txt")
+    conditioner = awake(conditioner_for(pipe.transformer, **RANGE))
+    student_of(pipe, conditioner).save_pretrained(tmp_path / "student")
+    root = str(tmp_path / "run")
+    given = {"pipeline": str(tmp_path / "pipe"), "student": str(tmp_path / "student"), "root": root}
+    for module, name, value in (
+        (video, "CALL", CALL),
+        (video, "BATCH", 4),
+        (video, "OPTIONS", {"disca": {"num_heads": 1, "mse_epochs": 1, "closed_epochs": 1}}),
+        (video_students, "STEPS", 12),
+        (video_students, "LISTS", {6: (0, 1, 3, 6, 9, 11)}),
+        (video_students, "SOLVED", (3,)),
+    ):
+        monkeypatch.setattr(module, name, value)
+    video_students.conditions(given["pipeline"], root)
+    kept = load_file(f"{root}/conditions.safetensors")
+    assert [len(each) for each in kept.values()] == [1, 3]  # null, own
+    assert torch.equal(kept["own.encoder_hidden_states"], pipe.text_encoder(captions[:3])[0])
+    video_students.record(given["student"], root, num_trajectories=6)
+    video_students.fit(given["student"], root, budgets=[6])
+    out = str(tmp_path / "students.json")
+    clips = str(tmp_path / "clips.npz")
+    video_students.bench(**given, clips=clips, num_samples=4, out=out)
+    found = json.loads((tmp_path / "students.json").read_text())
+    spent = {(r["host"], r["method"]): r["num_network_evaluations"] for r in found["rows"]}
+    assert spent == {
+        ("teacher", "full"): 2 * STEPS,
+        ("teacher", "ab2"): 2 * 3,
+        ("student", "full"): 12,
+        **{("student", each): 6 for each in ("reuse", "taylor_1", "lstsq", "disca")},
+    }
+    full = found["rows"][0]
+    assert full["speedup_measured"] == 1 and full["minus_teacher"] == [0, 0, 0]
+    for row in found["rows"][1:]:
+        gap = row["shares_a_word"][0] - full["shares_a_word"][0]
+        assert row["minus_teacher"][0] == pytest.approx(gap)
+    assert 0 < found["judge"]["chance"] < 1

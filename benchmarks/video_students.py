@@ -1,0 +1,281 @@
+r"""DisCa's headline on a video host: its distilled student, and what forecasts on it, end to end.
+
+    python benchmarks/video_students.py conditions
+    foreseer distill --config examples/bundled_models/emoji_wan_student.yaml
+    python -m foreseer.distill.student_export --checkpoint runs/distill/emoji_wan/last.ckpt \
+        --out runs/video/student
+    python benchmarks/video_students.py record
+    python benchmarks/video_students.py fit
+    python benchmarks/video_students.py bench
+
+Everything is compared with the guided teacher's 50 steps, 100 network evaluations, on the captions
+kept from training: times faster as measured in one run, the share of videos whose nearest real clip
+shares a word of the caption, motion, and PSNR. A step of two guidance branches is two evaluations.
+The first parts of benchmarks/video.py (`record`, `search`, `fit`) come before this.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import video
+from jaxtyping import Float
+from jsonargparse import auto_cli
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from video import PIPELINE, PROMPTS, ROOT, Judged, decoded, fitted_at, frame_psnr, own_list
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "bundled_models"))
+from clips import pixels, read_clips
+from text_judge import load_features, sharing
+from video_judge import looks, motion, through
+
+import foreseer
+from foreseer.checkpoints.format import load_predictor
+from foreseer.cli import main
+from foreseer.evaluation.metrics import paired, summarise
+from foreseer.evaluation.plan import Entry
+from foreseer.evaluation.runs import Samples, run_entry
+from foreseer.integration.pipelines.load import load_pipeline
+from foreseer.predictors.rules import Reuse, Taylor
+
+STUDENT = f"{ROOT}/student"
+RESULT = Path("benchmarks/results/video_students.json")
+STEPS = 20
+LISTS = {
+    8: (0, 1, 2, 5, 9, 13, 17, 19),  # released, "N=4"
+    11: (0, 1, 2, 5, 8, 11, 14, 16, 17, 18, 19),  # "N=3", reconstructed
+}
+"""Anchors of a student's 20 steps by number (arXiv 2602.05449)."""
+SOLVED = (4, 6, 8, 11)
+"""Steps of the teacher with a solver."""
+
+
+def conditions(pipeline: str = PIPELINE, root: str = ROOT) -> None:
+    """Write the captions to record as the transformer takes them, for the teacher's runs.
+
+    Args:
+        pipeline: the video host.
+        root: folder of everything.
+    """
+    encoder = load_pipeline(pipeline).text_encoder
+    captions = PROMPTS["calibration"].read_text().splitlines()
+    asked = {"own": captions, "null": [""]}
+    given = {
+        f"{kind}.encoder_hidden_states": encoder(texts)[0].contiguous()
+        for kind, texts in asked.items()
+    }
+    path = Path(root) / "conditions.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(given, path)
+    print(f"wrote {path}: {len(captions)} captions")
+
+
+def record(student: str = STUDENT, root: str = ROOT, num_trajectories: int = 128) -> None:
+    """Record the student's steps, with features.
+
+    Args:
+        student: its pipeline.
+        root: folder of everything.
+        num_trajectories: trajectories, validation included.
+    """
+    given = {
+        "pipeline": student,
+        "prompts": PROMPTS["calibration"],
+        "guidance_scale": video.CALL["guidance_scale"],
+        "num_inference_steps": STEPS,
+        "batch_size": video.BATCH,
+        "num_trajectories": num_trajectories,
+        "features": "full",
+        "out": f"{root}/student_features",
+    }
+    main(["record", *(str(word) for name, value in given.items() for word in (f"--{name}", value))])
+
+
+def fit(student: str = STUDENT, root: str = ROOT, budgets: Sequence[int] = tuple(LISTS)) -> None:
+    """Fit DisCa and least-squares rows on the student.
+
+    Args:
+        student: its pipeline.
+        root: folder of everything.
+        budgets: anchors.
+    """
+    for budget in budgets:
+        for method in ("lstsq", "disca"):
+            out = fitted_at(root, f"student_{method}", budget)
+            if (out / "config.json").exists():
+                continue
+            given: dict[str, Any] = {"anchors": list(LISTS[budget]), "tap": "hidden"}
+            given |= video.OPTIONS.get(method, {})
+            recording = f"{root}/student_features"
+            foreseer.fit(recording, method=method, pipeline=student, out=str(out), **given)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the judge says of videos.
+
+    Args:
+        hits: 1 where the nearest real clip shares a word of the caption, else 0.
+        moved: mean absolute difference of neighbouring frames, in [0, 255].
+    """
+
+    hits: Float[Tensor, " B"]
+    moved: float
+
+
+class Retrieval:
+    """Looks up the real clip that is nearest to a drawn one.
+
+    Args:
+        vae: the host's autoencoder, through which real clips go too.
+        captions: of the drawn videos.
+        clips: file of `examples/bundled_models/clips.py`.
+    """
+
+    def __init__(self, vae: Any, captions: Sequence[str], clips: str) -> None:
+        everything = read_clips(clips)
+        places = {clip.captions[0]: place for place, clip in reversed([*enumerate(everything)])}
+        self.places = [places[caption] for caption in captions]
+        self.network = load_features()
+        self.known = looks(self.network, through(vae, [pixels(each.frames) for each in everything]))
+        self.shared = sharing(self.places, everything)
+
+    def __call__(self, videos: Float[Tensor, "B F 3 H W"]) -> Scores:
+        """The judge's word on videos in [0, 1], one per caption."""
+        nearest = (looks(self.network, videos) @ self.known.T).argmax(1)
+        hits = self.shared[torch.arange(len(videos)), nearest].double()
+        return Scores(hits, motion(videos))
+
+    @property
+    def chance(self) -> float:
+        """Share of all clips that share a word of a caption."""
+        return float(self.shared.float().mean())
+
+    @property
+    def ceiling(self) -> float:
+        """What the real clips of the captions reach, each without itself."""
+        others = self.known[self.places] @ self.known.T
+        rows = torch.arange(len(self.places))
+        others[rows, self.places] = -1.0
+        return float(self.shared[rows, others.argmax(1)].float().mean())
+
+
+def planned(root: str) -> Iterator[tuple[str, Entry, int]]:
+    """What to run: host, method, and network evaluations of a video."""
+    for steps in SOLVED:
+        yield "teacher", Entry("ab2", "solver", "none", "uniform", _spread(steps)), 2 * steps
+    for budget in video.BUDGETS:
+        for method in ("readout", "disca"):
+            folder = fitted_at(root, method, budget)
+            if (folder / "config.json").exists():
+                predictor: Any = load_predictor(folder)
+                anchors = own_list(root, budget)
+                entry = Entry(method, "learned", predictor.spec.tap, "own", anchors, predictor)
+                yield "teacher", entry, 2 * budget
+    yield "student", Entry("full", "full", "none", "all", tuple(range(STEPS))), STEPS
+    for budget, anchors in LISTS.items():
+        for method, rule in (("reuse", Reuse()), ("taylor_1", Taylor(1))):
+            yield "student", Entry(method, "formula", "hidden", "given", anchors, rule), budget
+        for method in ("lstsq", "disca"):
+            folder = fitted_at(root, f"student_{method}", budget)
+            if (folder / "config.json").exists():
+                predictor = load_predictor(folder)
+                yield (
+                    "student",
+                    Entry(method, "learned", "hidden", "given", anchors, predictor),
+                    budget,
+                )
+
+
+def _spread(steps: int) -> tuple[int, ...]:
+    """Anchors of the teacher's steps, evenly spread from the first on."""
+    whole = int(video.CALL["num_inference_steps"])
+    return tuple(round(i * whole / steps) for i in range(steps))
+
+
+def bench(
+    pipeline: str = PIPELINE,
+    student: str = STUDENT,
+    root: str = ROOT,
+    clips: str = "clips.npz",
+    num_samples: int = 52,
+    out: str = str(RESULT),
+) -> None:
+    """Draw the captions kept from training by every method, one after the other, and judge them.
+
+    Args:
+        pipeline: the guided teacher.
+        student: its student; rows of it are left out where there is none.
+        root: folder of everything.
+        clips: file of `examples/bundled_models/clips.py`.
+        num_samples: judged videos.
+        out: JSON file of the rows.
+    """
+    judged = Judged(pipeline, root, num_samples)
+    hosts = {"teacher": judged.pipe}
+    if Path(student).exists() or student.startswith("zoo:"):
+        hosts["student"] = load_pipeline(student)
+        hosts["student"].set_progress_bar_config(disable=True)
+    captions = [item.inputs["prompt"] for item in judged.items]
+    judge = Retrieval(judged.pipe.vae, captions, clips)
+    full = Entry("full", "full", "none", "all", tuple(range(len(judged.full.sigmas))))
+    plan = [("teacher", full, 2 * len(full.anchors)), *planned(root)]
+    rows: list[dict[str, Any]] = []
+    reference: tuple[Samples, Scores] | None = None
+    for host, entry, evaluations in tqdm([each for each in plan if each[0] in hosts], unit="row"):
+        pipe = hosts[host]
+        branches = getattr(getattr(pipe, "conditioner", None), "takes_guidance", False)
+        spent = evaluations if host == "teacher" or branches else 2 * evaluations
+        made = _run(pipe, host, entry, judged)
+        scores = judge(made.images)
+        reference = reference or (made, scores)
+        rows.append(_row(host, entry, spent, (made, scores), reference))
+        print(rows[-1], flush=True)
+    facts = {"chance": judge.chance, "real": judge.ceiling, "num_samples": num_samples}
+    Path(out).write_text(json.dumps({"judge": facts, "rows": rows}, indent=1) + "\n")
+    print(f"wrote {out}: {len(rows)} rows")
+
+
+def _run(pipe: Any, host: str, entry: Entry, judged: Judged) -> Samples:
+    steps = STEPS if host == "student" else int(video.CALL["num_inference_steps"])
+    settings = video.CALL | {"num_inference_steps": steps}
+    made = run_entry(
+        pipe, entry, judged.full.sigmas, judged.batches, lambda evaluations: None, **settings
+    )
+    return Samples(**(vars(made) | {"images": decoded(judged.pipe, made.latents)}))
+
+
+def _row(
+    host: str,
+    entry: Entry,
+    evaluations: int,
+    found: tuple[Samples, Scores],
+    reference: tuple[Samples, Scores],
+) -> dict[str, Any]:
+    """One row; hits and PSNR with 95 % intervals, hits also as a difference to the teacher's."""
+    (made, scores), (full, wanted) = found, reference
+    share, gap = summarise(scores.hits), paired(scores.hits, wanted.hits)
+    row = {
+        "host": host,
+        "method": entry.method,
+        "num_anchors": len(entry.anchors),
+        "num_network_evaluations": evaluations,
+        "speedup_measured": full.seconds / made.seconds,
+        "shares_a_word": [share.mean, share.ci_low, share.ci_high],
+        "minus_teacher": [gap.mean, gap.low, gap.high],
+        "motion": scores.moved,
+    }
+    if made is full:
+        return row | {"psnr_db": None}
+    error = summarise(frame_psnr(made.images, full.images))
+    return row | {"psnr_db": [error.mean, error.ci_low, error.ci_high]}
+
+
+if __name__ == "__main__":
+    auto_cli([conditions, record, fit, bench])
