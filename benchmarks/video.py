@@ -57,6 +57,8 @@ FORM = "free times"
 SEARCHED = ("euler|none", "ab2|none", "dpmpp_2m|none", "unipc|none", "taylor_1|output")
 SEARCHED += ("taylor_1|hidden",)  # whose list the other formulas of the tap take
 BATCH = 16
+NAMES = {"closed_loop": "l2p_closed_loop"}
+"""What a row is called, where it is not its method."""
 OPTIONS: dict[str, dict[str, Any]] = {"disca": {"num_heads": 4}}  # of 32 channels
 """Arguments of a fit that are not its method's own, by method."""
 
@@ -208,7 +210,8 @@ def planned(root: str, budget: int) -> list[Entry]:
         if (folder / "config.json").exists():
             predictor: Any = load_predictor(folder)
             spec = predictor.spec
-            made.append(Entry(method, "learned", spec.tap, "searched", spec.anchors, predictor))
+            name = NAMES.get(method, method)
+            made.append(Entry(name, "learned", spec.tap, "searched", spec.anchors, predictor))
     for path in sorted((Path(root) / "solvers").glob(f"*_{budget}_free_gn_*.json")):
         method = path.stem.split("_")[0]
         found = LearnedSolver.load(path)

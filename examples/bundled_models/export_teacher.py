@@ -64,13 +64,15 @@ def export_teacher(checkpoint: str, out: str) -> None:
     if not recipe.exists():
         raise FileNotFoundError(f"no config.yaml in {run}; export from the folder of the run.")
     steps, losses = read_loss(run, state["global_step"])
+    held_out = read_loss(run, state["global_step"], "val/loss", needed=False)
     asked = yaml.safe_load(recipe.read_text())
     kind = asked["model"]["class_path"].rpartition(".")[2]
     module = save_weights(state, folder, kind)
     shutil.copyfile(recipe, folder / "recipe.yaml")
     facts = training_facts(state, asked, steps, losses)
+    facts |= {"held_out_loss": dict(zip(*held_out, strict=True))} if held_out[0] else {}
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    plot_loss(steps, losses, folder / "loss_curve.png")
+    plot_loss(steps, losses, folder / "loss_curve.png", held_out)
     grid = module.float().sample_grid(columns=8, num_inference_steps=50, guidance_scale=3.0)
     save_image(grid, folder / "samples.png", scale=2)
     if kind in CARDS:
@@ -116,8 +118,16 @@ def save_weights(
     return module
 
 
-def read_loss(run: Path, last_step: int) -> tuple[list[int], list[float]]:
-    """Steps and values of `train/loss` up to `last_step` in a folder of TensorBoard events.
+def read_loss(
+    run: Path, last_step: int, tag: str = "train/loss", needed: bool = True
+) -> tuple[list[int], list[float]]:
+    """Steps and values of a loss up to `last_step` in a folder of TensorBoard events.
+
+    Args:
+        run: the folder.
+        last_step: the last one that is of interest.
+        tag: name of the loss.
+        needed: raise where there is none, rather than return nothing.
 
     Raises:
         FileNotFoundError: the folder holds no such events.
@@ -126,9 +136,11 @@ def read_loss(run: Path, last_step: int) -> tuple[list[int], list[float]]:
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    if "train/loss" not in events.Tags()["scalars"]:
-        raise FileNotFoundError(f"no TensorBoard events with train/loss in {run}.")
-    points = [point for point in events.Scalars("train/loss") if point.step <= last_step]
+    if tag not in events.Tags()["scalars"]:
+        if not needed:
+            return [], []
+        raise FileNotFoundError(f"no TensorBoard events with {tag} in {run}.")
+    points = [point for point in events.Scalars(tag) if point.step <= last_step]
     return [point.step for point in points], [point.value for point in points]
 
 
@@ -155,8 +167,10 @@ def training_facts(state: dict, recipe: dict, steps: list[int], losses: list[flo
     }
 
 
-def plot_loss(steps: list[int], losses: list[float], path: Path) -> None:
-    """Draw the logged losses and their running mean, on a logarithmic axis."""
+def plot_loss(
+    steps: list[int], losses: list[float], path: Path, held_out: tuple[list[int], list[float]]
+) -> None:
+    """Draw the logged losses, their running mean and those held out, on a logarithmic axis."""
     from matplotlib.figure import Figure
 
     smooth = [np.mean(losses[max(0, end - LOSS_WINDOW) : end]) for end in range(1, len(steps) + 1)]
@@ -164,6 +178,8 @@ def plot_loss(steps: list[int], losses: list[float], path: Path) -> None:
     axes = figure.subplots()
     axes.semilogy(steps, losses, color="0.8", linewidth=0.7, label="logged batches")
     axes.semilogy(steps, smooth, color="C0", label=f"mean of the last {LOSS_WINDOW}")
+    if held_out[0]:
+        axes.semilogy(*held_out, "o-", color="C1", markersize=3, label="held out, averaged weights")
     axes.set(xlabel="step", ylabel="mean squared error of v")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
