@@ -1,7 +1,7 @@
 r"""DisCa's headline on a video host: its distilled student, and what forecasts on it, end to end.
 
     python benchmarks/video_students.py conditions
-    foreseer distill --config examples/bundled_models/emoji_wan_student.yaml
+    foreseer distill --config configs/distill/emoji_wan.yaml
     python -m foreseer.distill.student_export --checkpoint runs/distill/emoji_wan/last.ckpt \
         --out runs/video/student
     python benchmarks/video_students.py record

@@ -208,6 +208,11 @@ CASES = {
     "rmf": Case("distill/rmf", CLOCK[::2], DISTILL),
     "two_branches": Case("distill/two_branches", CLOCK[::2], DISTILL),
     "two_branches_rmf": Case("distill/two_branches_rmf", CLOCK[::2], DISTILL),
+    "video_student": Case(
+        "distill/emoji_wan",
+        CLOCK[:1],
+        DISTILL | {"data.init_args.conditions": None, "data.init_args.shape": None},
+    ),
     "teacher": Case(
         "bundled_models/fashion_dit",
         CLOCK,
