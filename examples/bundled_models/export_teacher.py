@@ -42,7 +42,7 @@ LOSS_WINDOW = 50  # logged values in the running mean of the loss
 MAX_WEIGHT_BYTES = 24_000_000
 
 
-def export_teacher(checkpoint: str, out: str) -> None:
+def export_teacher(checkpoint: str, out: str, told: str = "") -> None:
     """Write a diffusers pipeline folder with the averaged weights, their recipe and a model card.
 
     The folder holds `model_index.json`, `transformer/` (bfloat16), `vae/` of a video model,
@@ -53,6 +53,7 @@ def export_teacher(checkpoint: str, out: str) -> None:
         checkpoint: Lightning checkpoint of a `TeacherModule`, a `TextTeacherModule` or a
             `VideoTeacherModule` trained with `EMAWeightAveraging`.
         out: folder to write; a `judge.json` already there goes into the card.
+        told: a sentence for the card, of what the recipe does not say about the training.
 
     Raises:
         FileNotFoundError: the configuration or the events are missing beside the checkpoint.
@@ -70,6 +71,7 @@ def export_teacher(checkpoint: str, out: str) -> None:
     module = save_weights(state, folder, kind)
     shutil.copyfile(recipe, folder / "recipe.yaml")
     facts = training_facts(state, asked, steps, losses)
+    facts |= {"told": told} if told else {}
     facts |= {"held_out_loss": dict(zip(*held_out, strict=True))} if held_out[0] else {}
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     plot_loss(steps, losses, folder / "loss_curve.png", held_out)

@@ -99,8 +99,32 @@ def exported(
         "batch_size": recipe["data"]["init_args"]["batch_size"],
         "learning_rate": recipe["model"]["init_args"]["learning_rate"],
         "judgement": judgement,
+        "precision": recipe["trainer"]["precision"] or "32-true",
+        "schedule": schedule(recipe),
+        "optimizer": optimizer(recipe["model"]),
+        "told": f"{training['told']} " if "told" in training else "",
     }
     return recipe, config, told
+
+
+def schedule(recipe: dict[str, Any]) -> str:
+    """How the rate went, in words."""
+    clock: dict[str, Any] = next(
+        each["init_args"]
+        for each in recipe["trainer"]["callbacks"]
+        if each["class_path"].endswith("ClockCosine")
+    )
+    if clock.get("decay_minutes") is None:
+        return "with a cosine over the time budget"
+    return f"held, and a cosine over the last {clock['decay_minutes']:g} minutes"
+
+
+def optimizer(model: dict[str, Any]) -> str:
+    """What trained a network, in words."""
+    always = model["class_path"].endswith("VideoTeacherModule")
+    if always or model["init_args"].get("muon"):
+        return "Muon in the blocks and AdamW elsewhere"
+    return "AdamW"
 
 
 def write_card(folder: Path) -> None:
@@ -120,7 +144,6 @@ def write_card(folder: Path) -> None:
         sample_size=config["sample_size"],
         num_classes=config["num_embeds_ada_norm"],
         class_names=", ".join(CLASS_NAMES),
-        precision=recipe["trainer"]["precision"],
         label_dropout=model["label_dropout"],
     )
     (folder / "README.md").write_text(card)

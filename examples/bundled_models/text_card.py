@@ -45,12 +45,13 @@ as in diffusers' `FluxPipeline`; the empty prompt is the second branch of guidan
 
 ## Training
 
-{samples_seen:,} captions in {steps:,} steps of {batch_size} ({minutes:.0f} minutes on two shared
-CPU cores, float32): Noto emoji, with their names and short names as captions. 96 of the 1,911
-pictures were kept from training, with both their names. AdamW at {learning_rate:g} with a cosine
-over the time budget, logit-normal sigma, caption dropout {text_dropout:g}. The weights here are the
-exponential moving average. Mean loss over the last {loss_window_steps} steps: {final_loss:.4f}. The
-whole configuration is in `recipe.yaml`, counts and versions are in `training.json`.
+{samples_seen:,} captions in {steps:,} steps of {batch_size} ({minutes:.0f} minutes on CPU cores
+shared with other work, {precision}): Noto emoji, with their names and short names as captions. 96
+of the 1,911 pictures were kept from training, with both their names. {optimizer} at
+{learning_rate:g}, {schedule}, logit-normal sigma, caption dropout {text_dropout:g}. {told}The
+weights here are the exponential moving average. Mean loss over the last {loss_window_steps} steps:
+{final_loss:.4f}. The whole configuration is in `recipe.yaml`, counts and versions are in
+`training.json`.
 
 ![loss](loss_curve.png)
 
@@ -60,8 +61,8 @@ whole configuration is in `recipe.yaml`, counts and versions are in `training.js
 
 ## Limits
 
-- It was trained for minutes, about {passes:.0f} times on every caption. It is a host to forecast
-  on, not a model to draw with.
+- It was trained about {passes:.0f} times on every caption. It is a host to forecast on, not a model
+  to draw with.
 - Prompts far from the names of emoji give shapes and colours, no more.
 - The pictures are Noto emoji (Apache 2.0), from the npm package emoji-datasource-google 16.0.0.
 """

@@ -44,13 +44,13 @@ The prompts above are stored with the model. Any other needs the encoder:
 
 ## Training
 
-{samples_seen:,} captions in {steps:,} steps of {batch_size} ({minutes:.0f} minutes of wall-clock
-time on a shared CPU core, bfloat16): Fluent animated emoji with their names and short names as
+{samples_seen:,} captions in {steps:,} steps of {batch_size} ({minutes:.0f} minutes on a CPU core
+shared with other work, {precision}): Fluent animated emoji with their names and short names as
 captions, begun at several of their frames, and mirrored where the names allow it. One clip in
-sixteen was kept from training, with both its names. AdamW at {learning_rate:g}, logit-normal sigma,
-caption dropout {text_dropout:g}. The weights here are the exponential moving average. Mean loss
-over the last {loss_window_steps} steps: {final_loss:.4f}. The whole configuration is in
-`recipe.yaml`, counts and versions are in `training.json`.
+sixteen was kept from training, with both its names. {optimizer} at {learning_rate:g}, {schedule},
+logit-normal sigma, caption dropout {text_dropout:g}. {told}The weights here are the exponential
+moving average. Mean loss over the last {loss_window_steps} steps: {final_loss:.4f}. The whole
+configuration is in `recipe.yaml`, counts and versions are in `training.json`.
 
 ![loss](loss_curve.png)
 
