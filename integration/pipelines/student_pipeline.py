@@ -196,7 +196,10 @@ class StudentWanPipeline(SentenceWanPipeline):
         for t, r in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
             self.conditioner.check(t - r, guidance_scale)
         embedded = guidance_scale if self.conditioner.takes_guidance else None
-        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        given: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+        }
         with self.conditioning.along(times, embedded):
             return super().__call__(prompt, **given, **settings)
 
