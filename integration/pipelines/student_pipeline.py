@@ -168,7 +168,7 @@ class StudentWanPipeline(SentenceWanPipeline):
         """Whether there is a second branch: never where the scale is embedded."""
         return super().do_classifier_free_guidance and not self.conditioner.takes_guidance
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # the rest by keyword
         self,
         prompt: str | list[str] | None = None,
         num_inference_steps: int = 20,
