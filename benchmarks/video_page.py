@@ -2,7 +2,7 @@
 
 python benchmarks/video_page.py [--pictures]
 
-Reads benchmarks/results/video.json and video_students.json (where it is there) and the model's own
+Reads benchmarks/results/video.json and video_students.json, where they are there, and the model's own
 judge.json and training.json. With `--pictures` also the sheet and the animated clips, where
 benchmarks/video.py has kept its samples.
 """
@@ -29,14 +29,14 @@ ENLARGED, FRAME_MS = 2, 120
 def page() -> None:
     """Write every table there is something for."""
     put(PAGE, "video_model", model_table())
-    rows = json.loads((RESULTS / "video.json").read_text())
-    host = rows[0]["host"]
-    tables = [verdict(rows), table(rows, host), over_time(rows), every_table(rows, host)]
-    put(PAGE, "video", "\n\n".join(tables))
-    path = RESULTS / "video_students.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        put(PAGE, "video_students", students_table(found))
+    measured, students = RESULTS / "video.json", RESULTS / "video_students.json"
+    if measured.exists():
+        rows = json.loads(measured.read_text())
+        host = rows[0]["host"]
+        tables = [verdict(rows), table(rows, host), over_time(rows), every_table(rows, host)]
+        put(PAGE, "video", "\n\n".join(tables))
+    if students.exists():
+        put(PAGE, "video_students", students_table(json.loads(students.read_text())))
 
 
 def model_table() -> str:

@@ -8,7 +8,7 @@ from ..errors import meant
 ZOO = Path(__file__).resolve().parent / "zoo"
 """Folder of the bundled pipelines and predictors."""
 
-APART = ("fashion_dit_student", "fashion_dit_student_disca")
+APART = ("emoji_wan", "fashion_dit_student", "fashion_dit_student_disca")
 """Those that are in a package of their own: foreseer's wheel would be too large with them."""
 
 APART_PACKAGE = "foreseer_zoo"
@@ -39,7 +39,7 @@ def resolve(name: str) -> Path:
     if entry != name and entry in APART:
         raise FileNotFoundError(
             f"{name} is in the package foreseer-zoo, which is not installed: "
-            'pip install "foreseer[students]", or work in a checkout.'
+            'pip install "foreseer[zoo]", or work in a checkout.'
         )
     names = [f"zoo:{each}" for each in known]
     near = meant(name, [*names, *beside(folder)])

@@ -40,7 +40,7 @@ def test_what_is_apart_is_named_alike_everywhere():
     assert sorted(left_out) == sorted(f"zoo/{name}/**" for name in zoo.APART)
     assert sorted(path.name for path in links.iterdir()) == sorted(zoo.APART)
     assert all(path.resolve() == zoo.ZOO / path.name for path in links.iterdir())
-    needed = project["project"]["optional-dependencies"]["students"]
+    needed = project["project"]["optional-dependencies"]["zoo"]
     assert needed == [f"foreseer-zoo>={foreseer.__version__}"]
     told = (links.parent / "__init__.py").read_text()
     assert f'__version__ = "{foreseer.__version__}"' in told
@@ -51,7 +51,7 @@ def test_a_name_is_looked_up_in_the_package_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "APART_PACKAGE", "zoo_of_this_test")
     (tmp_path / "own" / "small").mkdir(parents=True)
     (tmp_path / "own" / "both").mkdir()
-    with pytest.raises(FileNotFoundError, match=r'pip install "foreseer\[students\]"'):
+    with pytest.raises(FileNotFoundError, match=r'pip install "foreseer\[zoo\]"'):
         zoo.resolve(f"zoo:{zoo.APART[0]}")
     apart = tmp_path / "site" / "zoo_of_this_test"
     for name in (zoo.APART[0], "both"):

@@ -110,8 +110,7 @@ def save_weights(
     module.load_state_dict(state["state_dict"])
     module.to(torch.bfloat16).eval()
     module.pipeline().save_pretrained(folder, safe_serialization=True)
-    networks = [*folder.glob("*/*.safetensors"), *folder.glob("vae/*.safetensors")]
-    size = sum(file.stat().st_size for file in networks)
+    size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
     if size > MAX_WEIGHT_BYTES:
         raise ValueError(
             f"the weights take {size} bytes, expected at most {MAX_WEIGHT_BYTES}; "
