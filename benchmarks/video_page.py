@@ -2,8 +2,8 @@
 
 python benchmarks/video_page.py [--pictures]
 
-Reads benchmarks/results/video.json and video_students.json, where they are there, and the model's own
-judge.json and training.json. With `--pictures` also the sheet and the animated clips, where
+Reads benchmarks/results/video.json and video_students.json, where they are there, and what the
+model's folder says of its training and its judge. With `--pictures` also the sheet and the animated clips, where
 benchmarks/video.py has kept its samples.
 """
 
