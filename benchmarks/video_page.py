@@ -3,8 +3,8 @@
 python benchmarks/video_page.py [--pictures]
 
 Reads benchmarks/results/video.json and video_students.json, where they are there, and what the
-model's folder says of its training and its judge. With `--pictures` also the sheet and the animated clips, where
-benchmarks/video.py has kept its samples.
+model's folder says of its training and its judge. With `--pictures` also the sheet and the animated
+clips, where benchmarks/video.py has kept its samples.
 """
 
 import json
