@@ -8,7 +8,7 @@ from ..errors import meant
 ZOO = Path(__file__).resolve().parent / "zoo"
 """Folder of the bundled pipelines and predictors."""
 
-APART = ("emoji_wan", "fashion_dit_student", "fashion_dit_student_disca")
+APART = ("emoji_flux_2", "emoji_wan", "fashion_dit_student", "fashion_dit_student_disca")
 """Those that are in a package of their own: foreseer's wheel would be too large with them."""
 
 APART_PACKAGE = "foreseer_zoo"
