@@ -1,6 +1,7 @@
 """The video teacher's data, autoencoder, recipes, export, judge and pipeline, tiny."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,12 @@ def test_the_recipes_train_resume_and_export_and_are_judged(clips, tmp_path, mon
     assert torch.isfinite(mean).all() and len(pipe.vae.config.latents_std) == 4
     facts = json.loads(Path("out/training.json").read_text())
     assert (facts["steps"], facts["samples_seen"]) == (3, 3 * 8)
+    assert list(facts["held_out_loss"]) == ["1"]  # asked for every second update
+    size = sum(file.stat().st_size for file in Path("out").glob("*/*.safetensors"))
+    for limit, over in ((size, False), (size - 1, True)):
+        monkeypatch.setattr("export_teacher.MAX_WEIGHT_BYTES", limit)
+        with pytest.raises(ValueError, match=str(size)) if over else nullcontext():
+            export_teacher(str(checkpoint), "again")  # every file counts once
     assert "Not measured yet" in Path("out/README.md").read_text()
     judge_video_teacher("out", str(clips), num_inference_steps=2)
     judged = json.loads(Path("out/judge.json").read_text())["splits"]

@@ -2,7 +2,7 @@
 
 `torch.optim.Muon` takes matrices only, and one at a time. On single frames, 200 updates of this
 brought the video autoencoder to 23.2 dB on frames held out, 400 of AdamW alone to 21.1 dB; the
-video transformer was after 250 updates where AdamW was after 430.
+video transformer's loss was 0.84 after 250 updates, with AdamW alone 0.87 after 400.
 
 Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
 """
