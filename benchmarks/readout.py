@@ -1,6 +1,7 @@
 """Readouts on both bundled models: record, search their lists, fit, bench against everything else.
 
     python benchmarks/readout.py record
+    python benchmarks/readout.py search
     python benchmarks/readout_lists.py
     python benchmarks/readout.py fit
     python benchmarks/readout.py bench
@@ -51,11 +52,13 @@ from foreseer.integration.session import Session
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import RULES
 from foreseer.training.export import export_predictor
+from foreseer.training.fits import Recipe, chosen
 from foreseer.training.readout import segment as readout_sums
 from foreseer.training.readout.readout_fit import ReadoutFit
 from foreseer.training.readout.readout_runs import run_fit
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item, asked_items, generate_batch
+from foreseer.trajectories.recording import Recording
 
 ROOT = Path("runs/readout")
 RESULT = Path("benchmarks/results/readout.json")
@@ -73,6 +76,7 @@ FORMULAS = dict.fromkeys(
 )
 FORMULAS |= {"spectrum": ("hidden",), "meancache_3": ("output",)}
 SOLVER_NAMES = dict.fromkeys(("euler", "ab2", "dpmpp_2m", "unipc"), ("none",))
+SEARCHED = SOLVER_NAMES | {name: ("output", "hidden") for name in ("reuse", *tuple(FORMULAS)[:4])}
 STARTS = {"gs": ("dpmpp_3m",), "ld3": tuple(CLOSED_FORMS)}  # of learned solvers that not all suit
 FULL = Entry("full", "full", "none", "all", tuple(range(50)))
 CALL = {"guidance_scale": 3.0, "num_inference_steps": 50}
@@ -100,6 +104,11 @@ HOSTS = {
         "benchmarks/emoji_held_out.txt",
         "zoo:emoji_flux_l2p_{}",
     ),
+    "emoji_flux_2": Host(
+        "benchmarks/emoji_calibration.txt",
+        "benchmarks/emoji_held_out.txt",
+        "zoo:emoji_flux_2_l2p_{}",
+    ),
 }
 
 
@@ -121,10 +130,39 @@ def record(hosts: Sequence[str] = tuple(HOSTS), num_trajectories: int = 1024) ->
         num_trajectories: trajectories of each.
     """
     for host in hosts:
-        words = ["--config", f"configs/record/{host}.yaml", "--out", recording(host)]
-        words += ["--num_trajectories", str(num_trajectories)]
+        words = ["--config", "configs/record/fashion_dit.yaml", "--pipeline", f"zoo:{host}"]
+        words += ["--out", recording(host), "--num_trajectories", str(num_trajectories)]
         prompts = HOSTS[host].calibration
         main(["record", *words, *(["--prompts", prompts] if prompts else [])])
+
+
+def search(
+    hosts: Sequence[str] = tuple(HOSTS),
+    budgets: Sequence[int] = BUDGETS,
+    num_samples: int = 8,
+    num_moves: int = 4,
+) -> None:
+    """Search the lists of every rival, and begin the readout's; a list that is known stays.
+
+    Args:
+        hosts: bundled models.
+        budgets: network evaluations.
+        num_samples: recorded trajectories that lists are compared on.
+        num_moves: lists tried by moving single anchors of the best one.
+    """
+    named = [f"{method}|{tap}" for method, taps in SEARCHED.items() for tap in taps]
+    for host in hosts:
+        words = ["--recording", recording(host), "--pipeline", f"zoo:{host}"]
+        words += ["--out", str(lists(host)), "--methods", json.dumps(named)]
+        words += ["--num_anchors", json.dumps(list(budgets))]
+        effort = ["--num_samples", str(num_samples), "--num_moves", str(num_moves)]
+        main(["search", *words, *effort])
+        found = json.loads(lists(host).read_text())
+        source = Recording(recording(host))
+        for budget in budgets:
+            begun = chosen(Recipe("readout", {}), source, budget, None, None, source.items)
+            found.setdefault(f"readout|output|{budget}", list(begun.anchors))
+        lists(host).write_text(json.dumps(found, indent=1))
 
 
 def fit(
@@ -481,4 +519,4 @@ def cost(num_rounds: int = 15) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([record, fit, bench, curve, publish, ship, cost])
+    auto_cli([record, search, fit, bench, curve, publish, ship, cost])

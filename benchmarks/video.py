@@ -49,7 +49,7 @@ ROOT = "runs/video"
 HERE = Path("benchmarks")
 PROMPTS = {each: HERE / f"{HOST}_{each}.txt" for each in ("calibration", "held_out")}
 RESULT = HERE / "results" / "video.json"
-BUDGETS = (11, 8, 6)
+BUDGETS = (11, 8, 6, 4)
 CALL: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 50}
 FITS = ("readout", "closed_loop", "lesa", "disca")
 SOLVERS = ("bns", "gs")
@@ -108,8 +108,8 @@ def search(
     pipeline: str = PIPELINE,
     root: str = ROOT,
     budgets: Sequence[int] = BUDGETS,
-    num_samples: int = 16,
-    num_moves: int = 8,
+    num_samples: int = 8,
+    num_moves: int = 4,
 ) -> None:
     """Search lists of anchors for every rival.
 

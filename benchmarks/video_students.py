@@ -28,7 +28,7 @@ from jsonargparse import auto_cli
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from video import PIPELINE, PROMPTS, ROOT, Judged, decoded, fitted_at, frame_psnr, own_list
+from video import PIPELINE, PROMPTS, ROOT, Judged, decoded, fitted_at, frame_psnr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "bundled_models"))
 from clips import pixels, read_clips
@@ -39,6 +39,7 @@ import foreseer
 from foreseer.checkpoints.format import load_predictor
 from foreseer.cli import main
 from foreseer.evaluation.metrics import paired, summarise
+from foreseer.evaluation.pairing import prompts_of
 from foreseer.evaluation.plan import Entry
 from foreseer.evaluation.runs import Samples, run_entry
 from foreseer.integration.pipelines.load import load_pipeline
@@ -48,12 +49,15 @@ STUDENT = f"{ROOT}/student"
 RESULT = Path("benchmarks/results/video_students.json")
 STEPS = 20
 LISTS = {
+    6: (0, 2, 6, 11, 15, 18),  # ours
     8: (0, 1, 2, 5, 9, 13, 17, 19),  # released, "N=4"
     11: (0, 1, 2, 5, 8, 11, 14, 16, 17, 18, 19),  # "N=3", reconstructed
 }
 """Anchors of a student's 20 steps by number (arXiv 2602.05449)."""
 SOLVED = (4, 6, 8, 11)
-"""Steps of the teacher with a solver."""
+"""Steps of the teacher with a solver, and of the student alone as far as its R allows."""
+FITS = ("lstsq", "readout", "disca")
+"""What is fitted on the student."""
 
 
 def conditions(pipeline: str = PIPELINE, root: str = ROOT) -> None:
@@ -98,7 +102,7 @@ def record(student: str = STUDENT, root: str = ROOT, num_trajectories: int = 128
 
 
 def fit(student: str = STUDENT, root: str = ROOT, budgets: Sequence[int] = tuple(LISTS)) -> None:
-    """Fit DisCa and least-squares rows on the student.
+    """Fit DisCa, least-squares rows and readouts on the student.
 
     Args:
         student: its pipeline.
@@ -106,11 +110,12 @@ def fit(student: str = STUDENT, root: str = ROOT, budgets: Sequence[int] = tuple
         budgets: anchors.
     """
     for budget in budgets:
-        for method in ("lstsq", "disca"):
+        for method in FITS:
             out = fitted_at(root, f"student_{method}", budget)
             if (out / "config.json").exists():
                 continue
-            given: dict[str, Any] = {"anchors": list(LISTS[budget]), "tap": "hidden"}
+            given: dict[str, Any] = {"anchors": list(LISTS[budget])}
+            given |= {"tap": "hidden"} if method == "lstsq" else {}
             given |= video.OPTIONS.get(method, {})
             recording = f"{root}/student_features"
             foreseer.fit(recording, method=method, pipeline=student, out=str(out), **given)
@@ -166,31 +171,43 @@ class Retrieval:
         return float(self.shared[rows, others.argmax(1)].float().mean())
 
 
-def planned(root: str) -> Iterator[tuple[str, Entry, int]]:
-    """What to run: host, method, and network evaluations of a video."""
+def planned(root: str, fewer: Sequence[int]) -> Iterator[tuple[str, Entry, int]]:
+    """What to run: host, method, and how many steps of a video are computed.
+
+    Args:
+        root: folder of everything.
+        fewer: numbers of steps that the student can be run in, see `allowed`.
+    """
     for steps in SOLVED:
-        yield "teacher", Entry("ab2", "solver", "none", "uniform", _spread(steps)), 2 * steps
+        yield "teacher", Entry("ab2", "solver", "none", "uniform", _spread(steps)), steps
     for budget in video.BUDGETS:
-        for method in ("readout", "disca"):
-            folder = fitted_at(root, method, budget)
-            if (folder / "config.json").exists():
-                predictor: Any = load_predictor(folder)
-                anchors = own_list(root, budget)
-                entry = Entry(method, "learned", predictor.spec.tap, "own", anchors, predictor)
-                yield "teacher", entry, 2 * budget
-    yield "student", Entry("full", "full", "none", "all", tuple(range(STEPS))), STEPS
+        if not (fitted_at(root, "readout", budget) / "config.json").exists():
+            continue
+        for entry in video.planned(root, budget):
+            if entry.method in ("readout", "disca") or entry.kind == "learned solver":
+                yield "teacher", entry, budget
+    for steps in fewer:
+        yield "student", Entry("full", "full", "none", "all", tuple(range(steps))), steps
     for budget, anchors in LISTS.items():
         for method, rule in (("reuse", Reuse()), ("taylor_1", Taylor(1))):
             yield "student", Entry(method, "formula", "hidden", "given", anchors, rule), budget
-        for method in ("lstsq", "disca"):
+        for method in FITS:
             folder = fitted_at(root, f"student_{method}", budget)
             if (folder / "config.json").exists():
-                predictor = load_predictor(folder)
-                yield (
-                    "student",
-                    Entry(method, "learned", "hidden", "given", anchors, predictor),
-                    budget,
-                )
+                predictor: Any = load_predictor(folder)
+                tap = predictor.spec.tap
+                yield "student", Entry(method, "learned", tap, "given", anchors, predictor), budget
+
+
+def allowed(student: Any) -> list[int]:
+    """Numbers of steps none of which is longer than a student's R."""
+
+    def longest(steps: int) -> float:
+        student.scheduler.set_timesteps(steps)
+        return float(-student.scheduler.sigmas.diff().min())
+
+    farthest = student.conditioner.config.max_interval + 1e-4  # float32 grids round
+    return [n for n in (STEPS, *SOLVED) if longest(n) <= farthest]
 
 
 def _spread(steps: int) -> tuple[int, ...]:
@@ -204,7 +221,7 @@ def bench(
     student: str = STUDENT,
     root: str = ROOT,
     clips: str = "clips.npz",
-    num_samples: int = 52,
+    num_samples: int = 156,
     out: str = str(RESULT),
 ) -> None:
     """Draw the captions kept from training by every method, one after the other, and judge them.
@@ -214,28 +231,30 @@ def bench(
         student: its student; rows of it are left out where there is none.
         root: folder of everything.
         clips: file of `examples/bundled_models/clips.py`.
-        num_samples: judged videos.
+        num_samples: judged videos, which go round the captions.
         out: JSON file of the rows.
     """
     judged = Judged(pipeline, root, num_samples)
-    hosts = {"teacher": judged.pipe}
+    prompts = prompts_of(judged.items)
+    hosts, branches, fewer = {"teacher": judged.pipe}, {"teacher": 2}, list[int]()
     if Path(student).exists() or student.startswith("zoo:"):
-        hosts["student"] = load_pipeline(student)
-        hosts["student"].set_progress_bar_config(disable=True)
+        pipe = load_pipeline(student)
+        pipe.set_progress_bar_config(disable=True)
+        hosts["student"], fewer = pipe, allowed(pipe)
+        branches["student"] = 1 if pipe.conditioner.takes_guidance else 2
     captions = [item.inputs["prompt"] for item in judged.items]
     judge = Retrieval(judged.pipe.vae, captions, clips)
     full = Entry("full", "full", "none", "all", tuple(range(len(judged.full.sigmas))))
-    plan = [("teacher", full, 2 * len(full.anchors)), *planned(root)]
+    plan = [("teacher", full, len(full.anchors)), *planned(root, fewer)]
     rows: list[dict[str, Any]] = []
     reference: tuple[Samples, Scores] | None = None
-    for host, entry, evaluations in tqdm([each for each in plan if each[0] in hosts], unit="row"):
-        pipe = hosts[host]
-        branches = getattr(getattr(pipe, "conditioner", None), "takes_guidance", False)
-        spent = evaluations if host == "teacher" or branches else 2 * evaluations
-        made = _run(pipe, host, entry, judged)
+    for host, entry, computed in tqdm([each for each in plan if each[0] in hosts], unit="row"):
+        made = _run(hosts[host], host, entry, judged)
         scores = judge(made.images)
         reference = reference or (made, scores)
-        rows.append(_row(host, entry, spent, (made, scores), reference))
+        place = {"host": host, "method": entry.method, "num_anchors": computed}
+        spent = {"num_network_evaluations": branches[host] * computed}
+        rows.append(place | spent | _row((made, scores), reference, prompts))
         print(rows[-1], flush=True)
     facts = {"chance": judge.chance, "real": judge.ceiling, "num_samples": num_samples}
     Path(out).write_text(json.dumps({"judge": facts, "rows": rows}, indent=1) + "\n")
@@ -243,7 +262,9 @@ def bench(
 
 
 def _run(pipe: Any, host: str, entry: Entry, judged: Judged) -> Samples:
-    steps = STEPS if host == "student" else int(video.CALL["num_inference_steps"])
+    steps = int(video.CALL["num_inference_steps"])
+    if host == "student":
+        steps = len(entry.anchors) if entry.kind == "full" else STEPS
     settings = video.CALL | {"num_inference_steps": steps}
     made = run_entry(
         pipe, entry, judged.full.sigmas, judged.batches, lambda evaluations: None, **settings
@@ -252,20 +273,12 @@ def _run(pipe: Any, host: str, entry: Entry, judged: Judged) -> Samples:
 
 
 def _row(
-    host: str,
-    entry: Entry,
-    evaluations: int,
-    found: tuple[Samples, Scores],
-    reference: tuple[Samples, Scores],
+    found: tuple[Samples, Scores], reference: tuple[Samples, Scores], prompts: Sequence[int]
 ) -> dict[str, Any]:
-    """One row; hits and PSNR with 95 % intervals, hits also as a difference to the teacher's."""
+    """What was measured: hits and PSNR with 95 % intervals, hits also minus the teacher's."""
     (made, scores), (full, wanted) = found, reference
-    share, gap = summarise(scores.hits), paired(scores.hits, wanted.hits)
+    share, gap = summarise(scores.hits, prompts), paired(scores.hits, wanted.hits, prompts)
     row = {
-        "host": host,
-        "method": entry.method,
-        "num_anchors": len(entry.anchors),
-        "num_network_evaluations": evaluations,
         "speedup_measured": full.seconds / made.seconds,
         "shares_a_word": [share.mean, share.ci_low, share.ci_high],
         "minus_teacher": [gap.mean, gap.low, gap.high],
@@ -273,7 +286,7 @@ def _row(
     }
     if made is full:
         return row | {"psnr_db": None}
-    error = summarise(frame_psnr(made.images, full.images))
+    error = summarise(frame_psnr(made.images, full.images), prompts)
     return row | {"psnr_db": [error.mean, error.ci_low, error.ci_high]}
 
 
