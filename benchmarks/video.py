@@ -51,15 +51,19 @@ PROMPTS = {each: HERE / f"{HOST}_{each}.txt" for each in ("calibration", "held_o
 RESULT = HERE / "results" / "video.json"
 BUDGETS = (11, 8, 6, 4)
 CALL: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 50}
-FITS = ("readout", "closed_loop", "lesa", "disca")
+FITS = {"readout": BUDGETS, "lstsq": BUDGETS, "closed_loop": (8,), "lesa": (8,), "disca": (8,)}
+"""Budgets of every method of `foreseer.fit`: those that take a quarter of an hour have one."""
 SOLVERS = ("bns", "gs")
 FORM = "free times"
 SEARCHED = ("euler|none", "ab2|none", "dpmpp_2m|none", "unipc|none", "taylor_1|output")
 SEARCHED += ("taylor_1|hidden",)  # whose list the other formulas of the tap take
 BATCH = 16
-NAMES = {"closed_loop": "l2p_closed_loop"}
+NAMES = {"closed_loop": "l2p_closed_loop", "lstsq": "l2p_lstsq"}
 """What a row is called, where it is not its method."""
-OPTIONS: dict[str, dict[str, Any]] = {"disca": {"num_heads": 4}}  # of 32 channels
+OPTIONS: dict[str, dict[str, Any]] = {
+    "disca": {"num_heads": 4},  # of 32 channels
+    "closed_loop": {"validation_fraction": 0.75},  # fitted on a quarter of 128
+}
 """Arguments of a fit that are not its method's own, by method."""
 
 
@@ -136,7 +140,7 @@ def fit(
     pipeline: str = PIPELINE,
     root: str = ROOT,
     budgets: Sequence[int] = BUDGETS,
-    methods: Sequence[str] = FITS,
+    methods: Sequence[str] = tuple(FITS),
 ) -> None:
     """Fit every learned predictor on the readout's list, which the readout's fit searches.
 
@@ -146,12 +150,12 @@ def fit(
         budgets: network evaluations.
         methods: of `foreseer.fit`.
     """
-    for budget in budgets:
-        for method in methods:
+    for method in methods:
+        for budget in (each for each in budgets if each in FITS[method]):
             out = fitted_at(root, method, budget)
             if (out / "config.json").exists():
                 continue
-            folder = "features" if method in ("lesa", "disca") else "recording"
+            folder = "recording" if method in ("readout", "lstsq") else "features"
             given: dict[str, Any] = {"evaluations": budget}
             if method != "readout":
                 given = {"anchors": list(own_list(root, budget))}

@@ -46,6 +46,7 @@ def test_every_stage_runs_and_the_rows_have_rivals(tmp_path, monkeypatch):
         (video, "FULL", full),
         (video, "BATCH", 4),
         (video, "FORMULAS", {"taylor_1": ("output", "hidden")}),
+        (video, "FITS", {"readout": (3,), "lstsq": (3,), "disca": (3,)}),
         (video, "OPTIONS", {"disca": {"num_heads": 1, "mse_epochs": 1, "closed_epochs": 1}}),
     ):
         monkeypatch.setattr(module, name, value)
@@ -53,7 +54,7 @@ def test_every_stage_runs_and_the_rows_have_rivals(tmp_path, monkeypatch):
     video.record(num_trajectories=12, num_features=6, **place)
     place["budgets"] = [3]
     video.search(num_samples=2, num_moves=1, **place)
-    video.fit(methods=("readout", "disca"), **place)
+    video.fit(methods=tuple(video.FITS), **place)
     video.solvers(methods=("bns",), num_pairs=4, num_epochs=1, **place)
     video.bench(num_samples=4, **place)
     video.publish(num_samples=4, out=str(tmp_path / "video.json"), **place)
