@@ -8,6 +8,8 @@ what was tried stands in runs/readout/<host>/tried.json, the best in <host>_sear
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -49,31 +51,48 @@ def compare(
     """
     for host in hosts:
         known = json.loads(lists(host).read_text())
-        log = ROOT / host / "tried.json"
-        found = json.loads(log.read_text()) if log.exists() else {}
         pipe = load_pipeline(f"zoo:{host}")
         items = Recording(recording(host)).items[FITTED_ON : FITTED_ON + num_samples]
         for budget in budgets:
             own = tuple(known[f"readout|output|{budget}"])
             others = [tuple(each) for each in tried if len(each) == budget]
-            errors = found.setdefault(f"{budget} of {num_samples}", {})
-            for anchors in (own, *(others or [stretched(own, by) for by in (1, 2)])):
-                key = " ".join(map(str, anchors))
-                if key not in errors:
-                    module = QuietFit(recording(host), "", list(anchors))
-                    run_fit(module, pipe, Given(recording(host), items))
-                    assert module.val_errors is not None  # some were held out
-                    errors[key] = module.val_errors.tolist()
-                    log.write_text(json.dumps(found))
-                gap = paired(
-                    torch.tensor(errors[" ".join(map(str, own))]), torch.tensor(errors[key])
-                )
-                print(
-                    f"{host} {key}: {gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f}) dB better"
-                )
-            best = min(errors, key=lambda key: sum(errors[key]))
-            known[f"readout|output|{budget}"] = list(map(int, best.split()))
+            asked = (own, *(others or [stretched(own, by) for by in (1, 2)]))
+            best = best_list(pipe, recording(host), items, asked, ROOT / host / "tried.json")
+            known[f"readout|output|{budget}"] = list(best)
             lists(host).write_text(json.dumps(known, indent=1))
+
+
+def best_list(
+    pipe: Any,
+    recording: str,
+    items: Sequence[int],
+    asked: Sequence[tuple[int, ...]],
+    log: Path,
+) -> tuple[int, ...]:
+    """The list whose readout has the least error on those trajectories it was not fitted on.
+
+    Args:
+        pipe: the recorded pipeline.
+        recording: folder of the recording.
+        items: trajectories; every fourth is held out.
+        asked: lists of one length, the one that others are compared with first.
+        log: file of the errors of every list, in which those of earlier calls are looked up.
+    """
+    found = json.loads(log.read_text()) if log.exists() else {}
+    errors = found.setdefault(f"{len(asked[0])} of {len(items)}", {})
+    names = [" ".join(map(str, anchors)) for anchors in asked]
+    for name, anchors in zip(names, asked, strict=True):
+        if name not in errors:
+            module = QuietFit(recording, "", list(anchors))
+            run_fit(module, pipe, Given(recording, items))
+            assert module.val_errors is not None  # some were held out
+            errors[name] = module.val_errors.tolist()
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(json.dumps(found))
+        gap = paired(torch.tensor(errors[names[0]]), torch.tensor(errors[name]))
+        print(f"{name}: {gap.mean:+.2f} ({gap.low:+.2f} to {gap.high:+.2f}) dB better", flush=True)
+    best = min(errors, key=lambda name: sum(errors[name]))
+    return tuple(map(int, best.split()))
 
 
 def stretched(anchors: Sequence[int], by: int) -> tuple[int, ...]:

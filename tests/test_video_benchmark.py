@@ -17,6 +17,7 @@ from foreseer.integration.pipelines.average_velocity import conditioner_for
 from foreseer.integration.pipelines.student_pipeline import student_of
 
 STEPS = 8
+BEGUN = ("euler|none", "taylor_1|output")  # whose lists the readout's is chosen among
 CALL = {"guidance_scale": 2.0, "num_inference_steps": STEPS}
 
 
@@ -54,10 +55,16 @@ def test_every_stage_runs_and_the_rows_have_rivals(tmp_path, monkeypatch):
     video.record(num_trajectories=12, num_features=6, **place)
     place["budgets"] = [3]
     video.search(num_samples=2, num_moves=1, **place)
+    known = json.loads((tmp_path / "run" / "lists.json").read_text())
+    video.lists(num_samples=4, **place)
     video.fit(methods=tuple(video.FITS), **place)
     video.solvers(methods=("bns",), num_pairs=4, num_epochs=1, **place)
     video.bench(num_samples=4, **place)
     video.publish(num_samples=4, out=str(tmp_path / "video.json"), **place)
+    asked = json.loads((tmp_path / "run" / "tried.json").read_text())["3 of 4"]
+    own = " ".join(map(str, video.own_list(place["root"], 3)))
+    assert asked[own] == min(asked.values(), key=sum)
+    assert {" ".join(map(str, known[f"{name}|3"])) for name in BEGUN} <= set(asked)
     rows = json.loads((tmp_path / "video.json").read_text())
     kinds = {row["kind"] for row in rows}
     assert kinds == {"learned", "learned solver", "formula", "solver"}
