@@ -13,7 +13,6 @@ from foreseer.integration.pipelines.average_velocity import IntervalConditioner
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.student_pipeline import student_of
 
-MAX_WEIGHT_BYTES = 24_000_000
 
 CARD = """---
 license: apache-2.0
@@ -61,7 +60,6 @@ def export_student(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the weights are over 24 MB.
     """
     path, folder = Path(checkpoint), Path(out)
     if not path.is_file():
@@ -76,12 +74,6 @@ def export_student(
     student = student_of(pipe, conditioner)
     student.save_pretrained(folder, safe_serialization=True)
     _forget_origin(folder / "transformer" / "config.json")
-    size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
-    if size > MAX_WEIGHT_BYTES:
-        raise ValueError(
-            f"the weights take {size} bytes, expected at most {MAX_WEIGHT_BYTES}; ship a smaller "
-            "student."
-        )
     facts = _facts(path, state)
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "README.md").write_text(_card(settings, conditioner, facts, pipe, measured))
