@@ -55,7 +55,9 @@ LISTS = {
 }
 """Anchors of a student's 20 steps by number (arXiv 2602.05449)."""
 SOLVED = (4, 6, 8, 11)
-"""Steps of the teacher with a solver, and of the student alone as far as its R allows."""
+"""Steps of the teacher with a solver."""
+FEWER = (STEPS, 11, 9)
+"""Steps of the student alone, as far as its R allows."""
 FITS = ("lstsq", "readout", "disca")
 """What is fitted on the student."""
 
@@ -207,7 +209,7 @@ def allowed(student: Any) -> list[int]:
         return float(-student.scheduler.sigmas.diff().min())
 
     farthest = student.conditioner.config.max_interval + 1e-4  # float32 grids round
-    return [n for n in (STEPS, *SOLVED) if longest(n) <= farthest]
+    return [n for n in FEWER if longest(n) <= farthest]
 
 
 def _spread(steps: int) -> tuple[int, ...]:

@@ -103,6 +103,7 @@ def test_students_are_judged_beside_their_teacher(tmp_path, monkeypatch):
         (video_students, "STEPS", 12),
         (video_students, "LISTS", {6: (0, 1, 3, 6, 9, 11)}),
         (video_students, "SOLVED", (3,)),
+        (video_students, "FEWER", (12, 3)),  # 3 are refused
     ):
         monkeypatch.setattr(module, name, value)
     video_students.conditions(given["pipeline"], root)
