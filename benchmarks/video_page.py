@@ -149,9 +149,10 @@ def headline(rows: Sequence[dict[str, Any]]) -> list[str]:
             continue
         best = max(fast, key=lambda row: row["psnr_db"][0])
         share, gap = best["shares_a_word"], best["minus_teacher"]
+        spent = best["num_network_evaluations"]
         told.append(
             f"At least {PUBLISHED} times faster, nearest to the full run on the {host}: "
-            f"`{best['method']}` with {best['num_network_evaluations']} evaluations instead of 100, "
+            f"`{best['method']}` with {spent} evaluations instead of 100, "
             f"{best['speedup_measured']:.1f} times faster, {best['psnr_db'][0]:.2f} dB; "
             f"{100 * share[0]:.1f} % share a word, {100 * gap[0]:+.1f} ({100 * gap[1]:+.1f} to "
             f"{100 * gap[2]:+.1f}) to the full run."
