@@ -121,8 +121,8 @@ class IntervalConditioner(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"a sampler step spans an interval of {interval:.3f}, but the student was trained "
                 f"on intervals up to R = {self.config.max_interval:g}; its error grows several "
-                f"times beyond. Take at least {math.ceil(1 / self.config.max_interval - 1e-6)} "
-                "steps (of equal length)."
+                f"times beyond. Take more steps: {math.ceil(1 / self.config.max_interval - 1e-6)} "
+                "where all are equally long, more of a schedule with a shift."
             )
         if guidance_scale is None or self.config.min_guidance is None:
             return
