@@ -7,6 +7,7 @@ r"""DisCa's headline on a video host: its distilled student, and what forecasts 
     python benchmarks/video_students.py record
     python benchmarks/video_students.py fit
     python benchmarks/video_students.py bench
+    python benchmarks/video_students.py aside
 
 Everything is compared with the guided teacher's 50 steps, 100 network evaluations, on the captions
 kept from training: times faster as measured in one run, the share of videos whose nearest real clip
@@ -15,7 +16,9 @@ The first parts of benchmarks/video.py (`record`, `search`, `fit`) come before t
 """
 
 import json
+import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,6 +266,33 @@ def bench(
     print(f"wrote {out}: {len(rows)} rows")
 
 
+def aside(
+    pipeline: str = PIPELINE, root: str = ROOT, repeats: int = 5, out: str = str(RESULT)
+) -> None:
+    """Add what share of a full run encodes words and decodes latents, which no method shortens.
+
+    Args:
+        pipeline: the guided teacher.
+        root: folder of everything.
+        repeats: times that both are done; their median counts.
+        out: JSON file of the rows.
+    """
+    judged = Judged(pipeline, root, video.BATCH)
+    (batch,) = judged.batches
+    full = Entry("full", "full", "none", "all", ())
+    whole = run_entry(judged.pipe, full, [], [batch], lambda evaluations: None, **video.CALL)
+    spent = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        judged.pipe.text_encoder([*(item.inputs["prompt"] for item in batch), ""])
+        decoded(judged.pipe, whole.latents)
+        spent.append(time.perf_counter() - started)
+    share = statistics.median(spent) / (whole.seconds * len(batch))
+    found = json.loads(Path(out).read_text()) | {"share_aside": share}
+    Path(out).write_text(json.dumps(found, indent=1) + "\n")
+    print(f"wrote {out}: {100 * share:.1f} % of a full run is words and decoding")
+
+
 def _run(pipe: Any, host: str, entry: Entry, judged: Judged) -> Samples:
     steps = int(video.CALL["num_inference_steps"])
     if host == "student":
@@ -293,4 +323,4 @@ def _row(
 
 
 if __name__ == "__main__":
-    auto_cli([conditions, record, fit, bench])
+    auto_cli([conditions, record, fit, bench, aside])

@@ -6,6 +6,7 @@ import learned_solvers
 import pytest
 import torch
 import video
+import video_page
 import video_students
 from clips import read_clips, write_clips
 from safetensors.torch import load_file
@@ -129,3 +130,9 @@ def test_students_are_judged_beside_their_teacher(tmp_path, monkeypatch):
         gap = row["shares_a_word"][0] - full["shares_a_word"][0]
         assert row["minus_teacher"][0] == pytest.approx(gap)
     assert 0 < found["judge"]["chance"] < 1
+    video_students.aside(given["pipeline"], root, repeats=1, out=out)
+    share = json.loads((tmp_path / "students.json").read_text())["share_aside"]
+    assert 0 < share < 1
+    twice = {"speedup_measured": 2 / (1 + share)}  # half the steps, and all of what is aside
+    assert video_page.sampling(twice, share) == pytest.approx(2)
+    assert video_page.students_table(found | {"share_aside": share}).count("student") > 5
