@@ -130,7 +130,7 @@ def test_students_are_judged_beside_their_teacher(tmp_path, monkeypatch):
         gap = row["shares_a_word"][0] - full["shares_a_word"][0]
         assert row["minus_teacher"][0] == pytest.approx(gap)
     assert 0 < found["judge"]["chance"] < 1
-    video_students.aside(given["pipeline"], root, repeats=1, out=out)
+    video_students.seconds(**given, repeats=1, out=out)
     share = json.loads((tmp_path / "students.json").read_text())["share_aside"]
     assert 0 < share < 1
     twice = {"speedup_measured": 2 / (1 + share)}  # half the steps, and all of what is aside
