@@ -13,7 +13,6 @@ from foreseer.integration.pipelines.average_velocity import IntervalConditioner
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.student_pipeline import student_of
 
-
 CARD = """---
 license: apache-2.0
 library_name: diffusers
