@@ -15,8 +15,9 @@ training. PSNR is the mean over the frames of a video; the temporal difference e
 changes from frame to frame, x_{f+1} - x_f, with those of the full run, as a PSNR in dB too
 (`temporal_db`). Rivals run on the lists searched for them and on the readout's, and stand in the
 table with the better one. The readout's list is one of four, by the error of readouts fitted on 96
-trajectories that no other fit sees: that of the fit's own search, one with a longer first segment,
-and those searched for Euler and for Taylor's formula. Rows have the form of
+trajectories that the table's are not fitted on: that of the fit's own search, one with a longer
+first segment, and those searched for Euler and for Taylor's formula. Captions go round, so these
+trajectories share captions with the fitted ones, not seeds. Rows have the form of
 benchmarks/results/readout.json.
 """
 

@@ -12,7 +12,7 @@ r"""DisCa's headline on a video host: its distilled student, and what forecasts 
 Everything is compared with the guided teacher's 50 steps, 100 network evaluations, on the captions
 kept from training: times faster as measured in one run, the share of videos whose nearest real clip
 shares a word of the caption, motion, and PSNR. A step of two guidance branches is two evaluations.
-The first parts of benchmarks/video.py (`record`, `search`, `fit`) come before this.
+The first parts of benchmarks/video.py (`record` to `solvers`) come before this.
 """
 
 import json
@@ -57,7 +57,7 @@ LISTS = {
 }
 """Anchors of a student's 20 steps by number (arXiv 2602.05449)."""
 SOLVED = (4, 6, 8, 11)
-"""Steps of the teacher with a solver."""
+"""Steps of the teacher with a solver, on the list searched for it."""
 FEWER = (STEPS, 11, 9)
 """Steps of the student alone, as far as its R allows."""
 FITS = ("lstsq", "readout", "disca")
@@ -182,8 +182,10 @@ def planned(root: str, fewer: Sequence[int]) -> Iterator[tuple[str, Entry, int]]
         root: folder of everything.
         fewer: numbers of steps that the student can be run in, see `allowed`.
     """
+    searched = json.loads((Path(root) / "lists.json").read_text())
     for steps in SOLVED:
-        yield "teacher", Entry("ab2", "solver", "none", "uniform", _spread(steps)), steps
+        anchors = tuple(searched[f"ab2|none|{steps}"])
+        yield "teacher", Entry("ab2", "solver", "none", "searched", anchors), steps
     for budget in video.BUDGETS:
         if not (fitted_at(root, "readout", budget) / "config.json").exists():
             continue
@@ -212,12 +214,6 @@ def allowed(student: Any) -> list[int]:
 
     farthest = student.conditioner.config.max_interval + 1e-4  # float32 grids round
     return [n for n in FEWER if longest(n) <= farthest]
-
-
-def _spread(steps: int) -> tuple[int, ...]:
-    """Anchors of the teacher's steps, evenly spread from the first on."""
-    whole = int(video.CALL["num_inference_steps"])
-    return tuple(round(i * whole / steps) for i in range(steps))
 
 
 def bench(

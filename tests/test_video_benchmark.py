@@ -96,6 +96,8 @@ def test_students_are_judged_beside_their_teacher(tmp_path, monkeypatch):
     conditioner = awake(conditioner_for(pipe.transformer, **RANGE))
     student_of(pipe, conditioner).save_pretrained(tmp_path / "student")
     root = str(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lists.json").write_text(json.dumps({"ab2|none|3": [0, 2, 5]}))
     given = {"pipeline": str(tmp_path / "pipe"), "student": str(tmp_path / "student"), "root": root}
     for module, name, value in (
         (video, "CALL", CALL),
