@@ -19,7 +19,7 @@ from foreseer.evaluation.results import collect_meta
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.integration.pipelines.pipeline_call import samples
 
-MODEL, BUDGETS = "zoo:emoji_flux", (11, 8, 6)
+MODEL, BUDGETS = "zoo:emoji_flux_2", (11, 8, 6)
 PICTURE = Path("docs/images/first.png")
 RESULT = Path("benchmarks/results/first_picture.json")
 

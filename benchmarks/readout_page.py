@@ -1,4 +1,4 @@
-"""The tables of docs/readout.md and the README from what benchmarks/readout.py has measured.
+"""The tables of docs/readout.md, docs/text_to_image.md and the README from what was measured.
 
 python benchmarks/readout_page.py
 """
@@ -11,14 +11,16 @@ from typing import Any
 RESULT = Path("benchmarks/results/readout.json")
 CURVE = Path("benchmarks/results/readout_curve.json")
 COST = Path("benchmarks/results/readout_cost.json")
+VIDEO = Path("benchmarks/results/video.json")
 PAGE, README = Path("docs/readout.md"), Path("README.md")
-ON_README = (11, 8, 6, 4)  # evaluations
+TEXT_PAGE, TEXT_HOST = Path("docs/text_to_image.md"), "emoji_flux_2"
+ON_README = ("fashion_dit", TEXT_HOST, "emoji_wan")
 OURS = ("readout", "rows", "l2p_closed_loop")
 KINDS = ("formula", "solver", "learned solver")
 
 
 def page() -> None:
-    """Write the tables of both pages."""
+    """Write the tables of all three pages."""
     rows = json.loads(RESULT.read_text())
     hosts = dict.fromkeys(row["host"] for row in rows)
     text = "\n\n".join(
@@ -31,7 +33,8 @@ def page() -> None:
         ]
     )
     put(PAGE, "readout", text)
-    put(README, "table", readme_table(rows))
+    put(TEXT_PAGE, TEXT_HOST, table(rows, TEXT_HOST))
+    put(README, "table", readme_table(rows + json.loads(VIDEO.read_text())))
 
 
 def put(path: Path, name: str, text: str) -> None:
@@ -49,8 +52,8 @@ def readme_table(rows: Sequence[dict[str, Any]]) -> str:
         "by |",
         f"|{' --- |' * (len(names) + 4)}",
     ]
-    shown = [row for row in rows if row["num_anchors"] in ON_README]
-    for mine in (row for row in shown if row["method"] == "readout"):
+    readouts = [row for row in rows if row["method"] == "readout" and row["host"] in ON_README]
+    for mine in sorted(readouts, key=lambda row: ON_README.index(row["host"])):
         beside = [r for r in rows if (r["host"], r["num_anchors"]) == place(mine)]
         best = bests(beside)[2:]
         cells = ["" if row is None else f"{row['psnr_db']:.2f}" for row in best]

@@ -8,7 +8,20 @@ from ..errors import meant
 ZOO = Path(__file__).resolve().parent / "zoo"
 """Folder of the bundled pipelines and predictors."""
 
-APART = ("emoji_flux_2", "emoji_wan", "fashion_dit_student", "fashion_dit_student_disca")
+APART = (
+    "emoji_flux",
+    "emoji_flux_disca_8",
+    "emoji_flux_l2p_11",
+    "emoji_flux_l2p_8",
+    "emoji_flux_lesa_8",
+    "emoji_flux_readout_11",
+    "emoji_flux_readout_4",
+    "emoji_flux_readout_6",
+    "emoji_flux_readout_8",
+    "emoji_wan",
+    "fashion_dit_student",
+    "fashion_dit_student_disca",
+)
 """Those that are in a package of their own: foreseer's wheel would be too large with them."""
 
 APART_PACKAGE = "foreseer_zoo"

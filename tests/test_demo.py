@@ -73,7 +73,7 @@ def test_pictures_come_first_and_the_rest_is_announced_to_be_short():
     assert demo.STAGES["pictures"].seconds < 60
     assert sum(stage.seconds for stage in demo.STAGES.values()) < 60 + 4 * 60
     pictures = demo.BUNDLED.values()
-    assert {model for model, *_ in pictures} == {"zoo:emoji_flux", "zoo:fashion_dit"}
+    assert {model for model, *_ in pictures} == {"zoo:emoji_flux_2", "zoo:fashion_dit"}
 
 
 @pytest.mark.slow

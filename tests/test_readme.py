@@ -1,6 +1,7 @@
 """The README code runs as printed: its first example on the bundled model, the other on a Flux."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def test_its_first_numbers_are_those_of_the_results(monkeypatch):
     import readout_page
 
     text = README.read_text()
-    rows = readout_page.json.loads(readout_page.RESULT.read_text())
+    measured = (readout_page.RESULT, readout_page.VIDEO)
+    rows = [row for path in measured for row in json.loads(path.read_text())]
     assert f"<!-- table -->\n{readout_page.readme_table(rows)}\n<!-- /table -->" in text
     assert f"<!-- first -->\n{first_picture.sentence()}\n<!-- /first -->" in text
     shown = re.search(r"then ([\d.]+), ([\d.]+) and ([\d.]+) times faster\]\(", text)

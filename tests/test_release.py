@@ -14,7 +14,7 @@ import foreseer
 from foreseer.checkpoints import zoo
 
 ROOT = Path(__file__).parents[1]
-MAX_WHEEL_BYTES = 30_000_000
+MAX_WHEEL_BYTES = 40_000_000  # docs/decisions.md says why
 source_tree = pytest.mark.skipif(not (ROOT / "src").exists(), reason="needs the source tree")
 
 
@@ -23,7 +23,7 @@ def deflated(names: list[str]) -> int:
     return sum(len(zlib.compress((PACKAGE / name).read_bytes())) for name in names)
 
 
-def test_the_wheel_stays_below_thirty_megabytes():
+def test_the_wheel_stays_below_forty_megabytes():
     apart = tuple(f"checkpoints/zoo/{name}/" for name in zoo.APART)
     size = deflated([name for name in package_files() if not name.startswith(apart)])
     assert size < MAX_WHEEL_BYTES, (

@@ -62,7 +62,7 @@ def test_both_pictures_are_those_of_the_pipeline_and_the_words_are_measured(comp
     first, last = comparison.draw("sunflower", 8, 3)
     asked = [{"prompt": "sunflower"}]
     plain = web.picture(draw(comparison.pipe, asked, 3)[0])
-    with fs.forecasting(comparison.pipe, "zoo:emoji_flux_readout_8"):
+    with fs.forecasting(comparison.pipe, "zoo:emoji_flux_2_readout_8"):
         forecast = web.picture(draw(comparison.pipe, asked, 3)[0])
     (to_come, early), words = first
     assert np.array_equal(pixels(early), forecast) and len(set(map(bytes, pixels(to_come)))) == 1
@@ -231,7 +231,7 @@ def test_a_port_that_is_taken_is_refused(few_steps):
     ("words", "refusal"),
     [
         ("--port 80", "those of the page; add --web"),
-        ("--predictor zoo:emoji_flux_readout_8", "those of the page; add --web"),
+        ("--predictor zoo:emoji_flux_2_readout_8", "those of the page; add --web"),
         ("--web --all", "those of the stages"),
         ("--web --out runs/other", "those of the stages"),
         ("--web --pipeline zoo:fashion_dit", "no predictors for zoo:fashion_dit; name those"),

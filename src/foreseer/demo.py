@@ -28,20 +28,20 @@ from foreseer.trajectories.recording import Recording
 GUIDANCE_SCALE, NUM_STEPS = 3.0, 50
 BUDGETS = (11, 8, 6)
 BUNDLED = {
-    "words": ("zoo:emoji_flux", "words into pictures", (11, 8)),
+    "words": ("zoo:emoji_flux_2", "words into pictures", (11, 8)),
     "clothes": ("zoo:fashion_dit", "classes into pictures", (8, 6)),
 }
 """For each picture of the first stage: the bundled model, what it does, budgets of its readouts."""
 
 PROMPTS = (  # stored with the model, and among those it draws best
     "grinning face",
-    "crying face",
+    "panda face",
     "cat face",
-    "tiger face",
     "sunflower",
+    "christmas tree",
     "red apple",
-    "octopus",
-    "full moon symbol",
+    "hamburger",
+    "rocket",
 )
 LABELS = (0, 2, 3, 5, 7, 8, 9, 1)
 NUM_RECORDED, NUM_COMPARED = 64, 16
@@ -112,7 +112,7 @@ def pictures(folder: Path, pipeline: str) -> None:
 def show(path: Path, model: str, purpose: str, predictors: list[str]) -> None:
     """Draw with a model in full and with predictors, say what it took, and write the picture."""
     pipe = load_pipeline(model)
-    words = "zoo:emoji_flux" == model
+    words = model == BUNDLED["words"][0]
     asked = samples(pipe, PROMPTS if words else None, () if words else LABELS)
     print(f"    {purpose} with {model}, {len(asked)} at once:", flush=True)
     runs = side_by_side(

@@ -24,7 +24,7 @@ from foreseer.integration.pipelines.pipeline_call import call_settings, default_
 from foreseer.predictors.base import Predictor
 from foreseer.words import is_told
 
-PIPELINE = "zoo:emoji_flux"
+PIPELINE = "zoo:emoji_flux_2"
 BUDGETS = (4, 6, 8, 11)  # of the readouts bundled with it
 FIRST_EVALUATIONS = 8  # those shown first, where there is a predictor for them
 NUM_EXAMPLES = 8
