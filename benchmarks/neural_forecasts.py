@@ -3,6 +3,7 @@
     python benchmarks/neural_forecasts.py record
     python benchmarks/neural_forecasts.py fit
     python benchmarks/neural_forecasts.py bench
+    python benchmarks/neural_forecasts.py page
 
 Every stage takes `--hosts '[fashion_dit]'` and resumes. DisCa alone starts at the better of its
 formulas; over rows it starts at a least-squares L2P on the same features and anchors, so that what
@@ -26,6 +27,7 @@ import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from readout import CALL, HOSTS, judged, run_kept
+from readout_page import put
 
 import foreseer as fs
 from foreseer.checkpoints.format import load_predictor
@@ -44,6 +46,7 @@ from foreseer.trajectories.recorder import record as record_trajectories
 
 ROOT = Path("runs/neural_forecasts")
 RESULT = Path("benchmarks/results/neural_forecasts.json")
+PAGE = Path("docs/disca.md")
 READOUT = "zoo:{}_readout_8"
 VALIDATION = 0.125
 NAMES = ("feature/hidden", "feature/output", "final")
@@ -232,5 +235,35 @@ def bench(hosts: Sequence[str] = tuple(HOSTS), num_samples: int = 64) -> None:
         RESULT.write_text(json.dumps(told, indent=1) + "\n")
 
 
+def page() -> None:
+    """Write the table of docs/disca.md."""
+    lines = [
+        "8 evaluations of 50, PSNR in dB against the full run (mean / median / 10 % quantile over "
+        "64 judged samples), and minus the readout on the same samples with its 95 % interval. "
+        "Validation: error of held-out finished latents in dB, at the start and after the best "
+        "epoch of all.",
+        "",
+        "| model | method | PSNR | minus the readout | forecast step | fit, minutes | validation |",
+        "|" + " --- |" * 7,
+    ]
+    for row in json.loads(RESULT.read_text()):
+        told = f"{row['psnr_db']:.2f} / {row['psnr_median']:.2f} / {row['psnr_q10']:.2f}"
+        cells = [f"{row['host']} | `{row['method']}` | {told}", "", "", "", ""]
+        if row["method"] != "readout":
+            ends = f"{row['paired_low_db']:+.2f} to {row['paired_high_db']:+.2f}"
+            cells[1] = f"{row['paired_db']:+.2f} ({ends})"
+        cells[2] = f"{100 * row['forecast_step']:.1f} %"
+        if row["fit_seconds"] is not None:
+            cells[3] = f"{row['fit_seconds'] / 60:.1f}"
+        if row["curve"] is not None:
+            errors = {epoch: float(error) for epoch, error in row["curve"].items()}
+            start = errors.pop("start")
+            del errors["seconds"]
+            best = min(errors, key=lambda epoch: errors[epoch])
+            cells[4] = f"{start:.1f}, {errors[best]:.1f} (epoch {best} of {len(errors)})"
+        lines.append(f"| {' | '.join(cells)} |")
+    put(PAGE, "neural", "\n".join(lines))
+
+
 if __name__ == "__main__":
-    auto_cli([record, fit, bench])
+    auto_cli([record, fit, bench, page])

@@ -2,7 +2,9 @@
 
     python benchmarks/readout_lists.py --hosts '[fashion_dit]' --budgets '[8]'
 
-Each list is fitted and measured on trajectories of the recording that no fit of the tables is of;
+Tried are the readout's list of today, that with a longer first segment, those searched for Euler
+and for lines through two anchors, and the times of a fitted `bns`, where learned_solvers.py has
+one. Each is fitted and measured on trajectories of the recording that no fit of the tables is of;
 what was tried stands in runs/readout/<host>/tried.json, the best in <host>_searched.json.
 """
 
@@ -13,13 +15,17 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from readout import BUDGETS, FITTED_ON, HOSTS, ROOT, lists, recording
+from readout import BUDGETS, FITTED_ON, HOSTS, LEARNED, ROOT, lists, recording
 
+from foreseer.evaluation.learned_solver import LearnedSolver
 from foreseer.evaluation.metrics import paired
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.training.readout.readout_runs import QuietFit, run_fit
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.recording import Recording
+
+BEGUN = ("euler|none", "taylor_1|output")
+"""Rivals whose searched lists are tried too: their errors have the least to do with formulas."""
 
 
 class Given(ItemsDataModule):
@@ -47,7 +53,7 @@ def compare(
         hosts: bundled models.
         budgets: network evaluations.
         num_samples: trajectories.
-        tried: lists of those lengths; where there is none, a first segment longer by 1 and by 2.
+        tried: lists of those lengths, instead of those above.
     """
     for host in hosts:
         known = json.loads(lists(host).read_text())
@@ -56,10 +62,22 @@ def compare(
         for budget in budgets:
             own = tuple(known[f"readout|output|{budget}"])
             others = [tuple(each) for each in tried if len(each) == budget]
-            asked = (own, *(others or [stretched(own, by) for by in (1, 2)]))
+            asked = (own, *(others or candidates(host, budget, known)))
             best = best_list(pipe, recording(host), items, asked, ROOT / host / "tried.json")
             known[f"readout|output|{budget}"] = list(best)
             lists(host).write_text(json.dumps(known, indent=1))
+
+
+def candidates(host: str, budget: int, known: dict[str, Any]) -> list[tuple[int, ...]]:
+    """Lists to compare the readout's with: all that have as many different anchors."""
+    own = known[f"readout|output|{budget}"]
+    found = [stretched(own, by) for by in (1, 2)]
+    found += [tuple(known[f"{name}|{budget}"]) for name in BEGUN if f"{name}|{budget}" in known]
+    grid = torch.tensor(Recording(recording(host)).header.sigmas)
+    for path in sorted((LEARNED / host).glob(f"bns_{budget}_free_gn_0_*.json")):
+        times = LearnedSolver.load(path).solver.times
+        found.append(tuple((grid[None] - times[:, None]).abs().argmin(1).tolist()))
+    return [each for each in dict.fromkeys(found) if (each[0], len(set(each))) == (0, budget)]
 
 
 def best_list(

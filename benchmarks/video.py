@@ -32,7 +32,7 @@ from jaxtyping import Float
 from jsonargparse import auto_cli
 from learned_solvers import Calibration, Place, fit_cell
 from readout import FORMULAS, FULL, SOLVER_NAMES, STARTS, compared
-from readout_lists import best_list, stretched
+from readout_lists import BEGUN, best_list, stretched
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -172,7 +172,7 @@ def lists(
         asked = [tuple(begun)]
         longer = stretched(begun, 2)
         asked += [longer] if len(set(longer)) == budget else []
-        asked += [tuple(known[f"{name}|{budget}"]) for name in ("euler|none", "taylor_1|output")]
+        asked += [tuple(known[f"{name}|{budget}"]) for name in BEGUN]
         best = best_list(pipe, f"{root}/recording", items, asked, Path(root) / "tried.json")
         known[f"readout|output|{budget}"] = list(best)
         path.write_text(json.dumps(known))

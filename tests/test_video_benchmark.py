@@ -9,6 +9,7 @@ import video
 import video_page
 import video_students
 from clips import read_clips, write_clips
+from readout_lists import BEGUN
 from safetensors.torch import load_file
 from student_cases import RANGE, awake
 from tiny_video import FRAMES, SIDE, tiny_video_pipeline, write_packages
@@ -18,7 +19,6 @@ from foreseer.integration.pipelines.average_velocity import conditioner_for
 from foreseer.integration.pipelines.student_pipeline import student_of
 
 STEPS = 8
-BEGUN = ("euler|none", "taylor_1|output")  # whose lists the readout's is chosen among
 CALL = {"guidance_scale": 2.0, "num_inference_steps": STEPS}
 
 
