@@ -25,7 +25,7 @@ from foreseer.predictors.base import Predictor
 from foreseer.words import is_told
 
 PIPELINE = "zoo:emoji_flux_2"
-BUDGETS = (4, 6, 8, 11)  # of the readouts bundled with it
+BUDGETS = (6, 8, 11)  # of the readouts bundled with it
 FIRST_EVALUATIONS = 8  # those shown first, where there is a predictor for them
 NUM_EXAMPLES = 8
 SIDE = 384  # pixels: smaller pictures are enlarged
