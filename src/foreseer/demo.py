@@ -5,7 +5,7 @@ The expected seconds are those of one thread on an idle core, measured by `make 
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,14 +106,21 @@ def length(seconds: int) -> str:
 def pictures(folder: Path, pipeline: str) -> None:
     """The bundled predictors' pictures, whatever pipeline was asked for."""
     for name, (model, purpose, budgets) in BUNDLED.items():
-        show(folder / f"{name}.png", model, purpose, [f"{model}_readout_{n}" for n in budgets])
+        predictors = [f"{model}_readout_{n}" for n in budgets]
+        prompts = PROMPTS if name == "words" else None
+        show(folder / f"{name}.png", model, purpose, predictors, prompts)
 
 
-def show(path: Path, model: str, purpose: str, predictors: list[str]) -> None:
+def show(
+    path: Path,
+    model: str,
+    purpose: str,
+    predictors: list[str],
+    prompts: Sequence[str] | None = None,
+) -> None:
     """Draw with a model in full and with predictors, say what it took, and write the picture."""
     pipe = load_pipeline(model)
-    words = model == BUNDLED["words"][0]
-    asked = samples(pipe, PROMPTS if words else None, () if words else LABELS)
+    asked = samples(pipe, prompts, () if prompts else LABELS)
     print(f"    {purpose} with {model}, {len(asked)} at once:", flush=True)
     runs = side_by_side(
         pipe, asked, predictors, num_inference_steps=NUM_STEPS, guidance_scale=GUIDANCE_SCALE
