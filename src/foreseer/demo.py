@@ -237,7 +237,7 @@ def predictor_folder(folder: Path, name: object) -> str:
 
 
 STAGES = {
-    "pictures": Stage("what the bundled predictors do", 20, pictures),
+    "pictures": Stage("what the bundled predictors do", 35, pictures),
     "record": Stage(f"your own: record {NUM_RECORDED} runs of {NUM_STEPS} steps", 40, record),
     "fit": Stage("your own: fit predictors for 11, 8 and 6 evaluations", 110, fit),
     "draw": Stage("your own: pictures by them", 10, draw),
