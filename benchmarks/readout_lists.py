@@ -25,7 +25,7 @@ from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.recording import Recording
 
 BEGUN = ("euler|none", "taylor_1|output")
-"""Rivals whose searched lists are tried too: their errors have the least to do with formulas."""
+"""Rivals whose searched lists are tried too."""
 
 
 class Given(ItemsDataModule):
