@@ -50,7 +50,8 @@ PAGE = Path("docs/disca.md")
 READOUT = "zoo:{}_readout_8"
 VALIDATION = 0.125
 NAMES = ("feature/hidden", "feature/output", "final")
-DISCA: dict[str, Any] = {"width_mult": 0.5, "num_heads": 3, "residual": True, "max_gap": 0.25}
+HEADS = {"fashion_dit": 3}  # of 32 channels, as the 4 of the other hosts
+DISCA: dict[str, Any] = {"width_mult": 0.5, "residual": True, "max_gap": 0.25}
 DISCA |= {"learning_rate": 5e-4, "closed_rate": 2e-4}
 METHODS = ("disca_over_rows", "disca", "lesa")
 
@@ -110,6 +111,7 @@ def fit(
                 continue
             given = DISCA | ({"rows": str(rows)} if method == "disca_over_rows" else {"order": 1})
             given |= {"mse_epochs": mse_epochs, "closed_epochs": closed_epochs}
+            given |= {"num_heads": HEADS.get(host, 4)}
             module = DiscaModule(str(root / "recording"), f"zoo:{host}", anchors, **given)
             train(host, method, module, mse_epochs + closed_epochs, 2)
 
