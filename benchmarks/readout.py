@@ -191,18 +191,33 @@ def fitted_at(host: str, kind: str, anchors: Sequence[int], num_trajectories: in
 
 
 def fit_one(host: str, kind: str, anchors: Sequence[int], num_trajectories: int) -> Path:
-    """Fit one predictor unless it is there; rows read nothing and keep step 0's own time."""
+    """Fit one predictor of a bundled model unless it is there."""
     out = fitted_at(host, kind, anchors, num_trajectories)
+    data = ItemsDataModule(recording(host), 0.05, num_trajectories=num_trajectories)
+    return fit_walk(kind, f"zoo:{host}", data, anchors, out)
+
+
+def fit_walk(
+    kind: str, pipeline: str, data: ItemsDataModule, anchors: Sequence[int], out: Path
+) -> Path:
+    """Fit a readout, or rows alone by the same walk, which read nothing and keep step 0's own time.
+
+    Args:
+        kind: `readout` or `rows`.
+        pipeline: name or folder of the host.
+        data: trajectories of a recording with states.
+        anchors: steps at which the network runs.
+        out: folder of the predictor; where there is one already nothing is done.
+    """
     if (out / "config.json").exists():
         return out
     before = readout_sums.STRENGTHS
     readout_sums.STRENGTHS = before if kind == "readout" else ()  # no strength: nothing is read
     tried = {} if kind == "readout" else {"first_times": 0}
-    module = TimedFit(recording(host), "", list(anchors), **tried)
+    module = TimedFit(str(data.folder), "", list(anchors), **tried)
     started = time.perf_counter()
     try:
-        data = ItemsDataModule(recording(host), 0.05, num_trajectories=num_trajectories)
-        run_fit(module, load_pipeline(f"zoo:{host}"), data)
+        run_fit(module, load_pipeline(pipeline), data)
     finally:
         readout_sums.STRENGTHS = before
     evaluations = module.evaluations / int(module.num_trajectories)

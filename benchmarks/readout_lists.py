@@ -58,23 +58,33 @@ def compare(
     for host in hosts:
         known = json.loads(lists(host).read_text())
         pipe = load_pipeline(f"zoo:{host}")
-        items = Recording(recording(host)).items[FITTED_ON : FITTED_ON + num_samples]
+        source = Recording(recording(host))
+        items = source.items[FITTED_ON : FITTED_ON + num_samples]
         for budget in budgets:
             own = tuple(known[f"readout|output|{budget}"])
             others = [tuple(each) for each in tried if len(each) == budget]
-            asked = (own, *(others or candidates(host, budget, known)))
+            others = others or candidates(own, known, source.header.sigmas, LEARNED / host)
+            asked = (own, *others)
             best = best_list(pipe, recording(host), items, asked, ROOT / host / "tried.json")
             known[f"readout|output|{budget}"] = list(best)
             lists(host).write_text(json.dumps(known, indent=1))
 
 
-def candidates(host: str, budget: int, known: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Lists to compare the readout's with: all that have as many different anchors."""
-    own = known[f"readout|output|{budget}"]
+def candidates(
+    own: Sequence[int], known: dict[str, Any], sigmas: Sequence[float], solvers: Path
+) -> list[tuple[int, ...]]:
+    """Lists to compare the readout's with: all that have as many different anchors.
+
+    Args:
+        own: the readout's.
+        known: searched lists of rivals, `method|tap|evaluations` to anchors.
+        sigmas: flow time of every step.
+        solvers: folder of fitted learned solvers.
+    """
+    budget, grid = len(own), torch.tensor(sigmas)
     found = [stretched(own, by) for by in (1, 2)]
     found += [tuple(known[f"{name}|{budget}"]) for name in BEGUN if f"{name}|{budget}" in known]
-    grid = torch.tensor(Recording(recording(host)).header.sigmas)
-    for path in sorted((LEARNED / host).glob(f"bns_{budget}_free_gn_0_*.json")):
+    for path in sorted(solvers.glob(f"bns_{budget}_free_gn_0_*.json")):
         times = LearnedSolver.load(path).solver.times
         found.append(tuple((grid[None] - times[:, None]).abs().argmin(1).tolist()))
     return [each for each in dict.fromkeys(found) if (each[0], len(set(each))) == (0, budget)]

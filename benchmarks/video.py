@@ -21,8 +21,9 @@ trajectories share captions with the fitted ones, not seeds. Rows have the form 
 benchmarks/results/readout.json.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ import torch
 from jaxtyping import Float
 from jsonargparse import auto_cli
 from learned_solvers import Calibration, Place, fit_cell
-from readout import FORMULAS, FULL, SOLVER_NAMES, STARTS, compared
-from readout_lists import BEGUN, best_list, stretched
+from readout import FORMULAS, FULL, SOLVER_NAMES, STARTS, compared, fit_walk
+from readout_lists import best_list, candidates
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -49,6 +50,7 @@ from foreseer.evaluation.runs import Judge, Samples, run_entry
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.rules import RULES
 from foreseer.training.fits import Recipe, chosen
+from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import asked_items
 from foreseer.trajectories.recording import Recording, split
 
@@ -59,9 +61,14 @@ HERE = Path("benchmarks")
 PROMPTS = {each: HERE / f"{HOST}_{each}.txt" for each in ("calibration", "held_out")}
 RESULT = HERE / "results" / "video.json"
 BUDGETS = (11, 8, 6, 4)
+SIGNS = ("Flags", "Symbols", "Component")
+"""Categories that are not recorded: nothing of them moves."""
 CALL: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 50}
-FITS = {"readout": BUDGETS, "lstsq": BUDGETS, "closed_loop": (8,), "lesa": (8,), "disca": (8,)}
-"""Budgets of every method of `foreseer.fit`: those that take a quarter of an hour have one."""
+WALKS = ("readout", "rows")
+FITS = dict.fromkeys((*WALKS, "lstsq"), BUDGETS) | dict.fromkeys(
+    ("closed_loop", "lesa", "disca"), (8,)
+)
+"""Budgets of every method: those that take a quarter of an hour have one."""
 SOLVERS = ("bns", "gs")
 FORM = "free times"
 SEARCHED = ("euler|none", "ab2|none", "dpmpp_2m|none", "unipc|none", "taylor_1|output")
@@ -69,30 +76,60 @@ SEARCHED += ("taylor_1|hidden",)  # whose list the other formulas of the tap tak
 BATCH = 16
 NAMES = {"closed_loop": "l2p_closed_loop", "lstsq": "l2p_lstsq"}
 """What a row is called, where it is not its method."""
-HELD_OUT = 0.5  # of the trajectories: readouts and rows are fitted on 512
 OPTIONS: dict[str, dict[str, Any]] = {
-    "readout": {"validation_fraction": HELD_OUT},
-    "lstsq": {"validation_fraction": HELD_OUT},
+    "lstsq": {"validation_fraction": 0.5},  # the same half
     "disca": {"num_heads": 4},  # of 32 channels
     "closed_loop": {"validation_fraction": 0.75},  # fitted on a quarter of 128
 }
 """Arguments of a fit that are not its method's own, by method."""
 
 
-def prompts(clips: str = "clips.npz") -> None:
-    """Write the captions to record and those to judge on, from the clips that were trained on.
+def prompts(clips: str = "clips.npz", archive: str = "emoji-datasource-google-16.0.0.tgz") -> None:
+    """Write the captions to record and those to judge on.
 
     Args:
         clips: file of `examples/bundled_models/clips.py`.
+        archive: the package with the names of all emoji, as `npm pack` downloads it.
     """
     import sys
 
     sys.path.append("examples/bundled_models")
-    from clips import read_clips, split
+    from clips import names_of, read_clips, split
 
-    for path, found in zip(PROMPTS.values(), split(read_clips(clips)), strict=True):
-        path.write_text("".join(f"{clip.captions[0]}\n" for clip in found))
-        print(f"{path}: {len(found)} captions")
+    loops = read_clips(clips)
+    train, held_out = split(loops)
+    named = names_of(Path(archive)).values()
+    written = {
+        "calibration": calibration([c.captions for c in train], [c.captions for c in loops], named),
+        "held_out": [clip.captions[0] for clip in held_out],
+    }
+    for name, captions in written.items():
+        PROMPTS[name].write_text("".join(f"{caption}\n" for caption in captions))
+        print(f"{PROMPTS[name]}: {len(captions)} captions")
+
+
+def calibration(
+    trained: Iterable[tuple[str, str]],
+    loops: Iterable[tuple[str, str]],
+    named: Iterable[tuple[tuple[str, str], str]],
+) -> list[str]:
+    """Captions to record: by turns one that the model was trained on and one that it never saw.
+
+    Args:
+        trained: both names of the loops trained on.
+        loops: both names of all loops, whose names are not taken for unseen ones.
+        named: both names and the category of all emoji.
+    """
+    taken = {name for names in loops for name in names}
+    unseen = {names[0] for names, kind in named if kind not in SIGNS and not taken & set(names)}
+    known = {names[0] for names in trained}
+    parts = (sorted(part, key=digest) for part in (known, unseen))
+    return [caption for pair in zip(*parts, strict=False) for caption in pair]
+
+
+def digest(caption: str) -> bytes:
+    """A key that mixes captions, in the same way everywhere."""
+    return hashlib.sha256(caption.encode()).digest()
 
 
 def record(
@@ -163,19 +200,30 @@ def lists(
         num_samples: trajectories, every fourth of them held out.
     """
     pipe, source = load_pipeline(pipeline), Recording(f"{root}/recording")
-    shares = (1 - HELD_OUT, HELD_OUT)
-    fitted, others = split(source.items, shares, 0)
+    fitted, others = halves(source)
     items, path = others[:num_samples], Path(root) / "lists.json"
     for budget in budgets:
         known = json.loads(path.read_text())
-        begun = chosen(Recipe("readout", {}), source, budget, None, None, fitted).anchors
-        asked = [tuple(begun)]
-        longer = stretched(begun, 2)
-        asked += [longer] if len(set(longer)) == budget else []
-        asked += [tuple(known[f"{name}|{budget}"]) for name in BEGUN]
+        begun = tuple(chosen(Recipe("readout", {}), source, budget, None, None, fitted).anchors)
+        solved = Path(root) / "solvers"
+        asked = (begun, *candidates(begun, known, source.header.sigmas, solved))
         best = best_list(pipe, f"{root}/recording", items, asked, Path(root) / "tried.json")
         known[f"readout|output|{budget}"] = list(best)
         path.write_text(json.dumps(known))
+
+
+def halves(source: Recording) -> list[list[int]]:
+    """The trajectories that readouts and rows are fitted on, and those that lists are chosen on."""
+    return split(source.items, (0.5, 0.5), 0)
+
+
+class Halves(ItemsDataModule):
+    """The half of a recording that is fitted on, and some of the others to measure on."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the items."""
+        self.train_items, others = halves(Recording(self.folder))
+        self.val_items = others[-self.batch_size :]
 
 
 def fit(
@@ -184,7 +232,7 @@ def fit(
     budgets: Sequence[int] = BUDGETS,
     methods: Sequence[str] = tuple(FITS),
 ) -> None:
-    """Fit every learned predictor on the readout's list.
+    """Fit every learned predictor on the readout's list; a neural one takes a quarter of an hour.
 
     Args:
         pipeline: the video host.
@@ -197,9 +245,12 @@ def fit(
             out = fitted_at(root, method, budget)
             if (out / "config.json").exists():
                 continue
-            folder = "recording" if method in ("readout", "lstsq") else "features"
-            given: dict[str, Any] = {"anchors": list(own_list(root, budget))}
-            given |= OPTIONS.get(method, {})
+            anchors = own_list(root, budget)
+            if method in WALKS:
+                fit_walk(method, pipeline, Halves(f"{root}/recording"), anchors, out)
+                continue
+            folder = "recording" if method == "lstsq" else "features"
+            given: dict[str, Any] = {"anchors": list(anchors)} | OPTIONS.get(method, {})
             foreseer.fit(
                 f"{root}/{folder}", method=method, pipeline=pipeline, out=str(out), **given
             )

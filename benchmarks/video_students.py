@@ -120,6 +120,7 @@ def fit(student: str = STUDENT, root: str = ROOT, budgets: Sequence[int] = tuple
                 continue
             given: dict[str, Any] = {"anchors": list(LISTS[budget])}
             given |= {"tap": "hidden"} if method == "lstsq" else {}
+            given |= {} if method == "disca" else {"validation_fraction": 0.5}
             given |= video.OPTIONS.get(method, {})
             recording = f"{root}/student_features"
             foreseer.fit(recording, method=method, pipeline=student, out=str(out), **given)

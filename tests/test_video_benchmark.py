@@ -34,6 +34,15 @@ def test_temporal_error_is_of_the_changes_alone():
     assert frames.item() == pytest.approx((20 + 40) / 2)
 
 
+def test_every_second_caption_is_one_that_the_model_never_saw():
+    loops = [("cat", "cat"), ("dog face", "dog"), ("tiger", "tiger face")]
+    named = [(names, "Animals") for names in (*loops, ("cow", "cow"), ("dog", "hound"))]
+    named += [(("hen", "hen"), "Animals"), (("keycap", "keycap"), "Symbols")]
+    found = video.calibration(loops[:2], loops, named)
+    assert {*found[::2]} == {"cat", "dog face"} and {*found[1::2]} == {"cow", "hen"}
+    assert found == video.calibration(loops[1::-1], loops, named[::-1])
+
+
 @pytest.mark.slow
 def test_every_stage_runs_and_the_rows_have_rivals(tmp_path, monkeypatch):
     tiny_video_pipeline().save_pretrained(tmp_path / "pipe")
@@ -48,7 +57,7 @@ def test_every_stage_runs_and_the_rows_have_rivals(tmp_path, monkeypatch):
         (video, "FULL", full),
         (video, "BATCH", 4),
         (video, "FORMULAS", {"taylor_1": ("output", "hidden")}),
-        (video, "FITS", {"readout": (3,), "lstsq": (3,), "disca": (3,)}),
+        (video, "FITS", dict.fromkeys(("readout", "rows", "lstsq", "disca"), (3,))),
         (video, "OPTIONS", {"disca": {"num_heads": 1, "mse_epochs": 1, "closed_epochs": 1}}),
     ):
         monkeypatch.setattr(module, name, value)
