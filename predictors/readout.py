@@ -123,6 +123,16 @@ class Readout(L2P):
         self.outer[number, ..., :few, :, :] = outer.to(self.outer)
         self.constant[number] = constant.to(self.constant)
 
+    def grow(self, number: int, share: float) -> None:
+        """Let U and c of an anchor grow by a share of themselves, and so what is read there.
+
+        Args:
+            number: of the anchor, counted from 0.
+            share: 0 leaves them, -1 reads nothing.
+        """
+        self.outer[number] = ((1 + share) * self.outer[number].double()).to(self.outer)
+        self.constant[number] *= 1 + share
+
     def reach(self, number: int) -> int:
         """How many earlier anchors are read at an anchor: Q, or those its transformer has had.
 

@@ -247,6 +247,12 @@ def test_an_endless_ridge_stays_and_batches_join():
     assert torch.equal(Quadratics.join(halves).solve(0.1), found.solve(0.1))
 
 
+def with_rows(rows: torch.Tensor) -> L2P:
+    predictor = L2P(STEPS, ANCHORS, 2)
+    predictor.set_rows(rows)
+    return predictor
+
+
 @pytest.mark.parametrize("tap", ["output", "hidden"])
 def test_replayed_runs_are_the_runs_that_moved_rows_really_make(recording, tap):
     source = Recording(recording[0])
@@ -256,12 +262,11 @@ def test_replayed_runs_are_the_runs_that_moved_rows_really_make(recording, tap):
     rows = formulas["taylor_1"].repeat(2, 1, 1)
     moves = directions(ANCHORS, feature_bases(source.stack(f"gram/{tap}"), ANCHORS), rows)[::3]
     found = linearise(
-        pipe, rows, moves, tap, ANCHORS, references.batches[0], references.finals, **CALL
+        pipe, with_rows(rows), moves, tap, references.batches[0], references.finals, **CALL
     )
 
     def run(moved: torch.Tensor) -> torch.Tensor:
-        predictor = L2P(STEPS, ANCHORS, 2)
-        predictor.weight.copy_(moved)
+        predictor = with_rows(moved)
         batch = references.batches[0]
         return generate(pipe, predictor, tap, batch, predictor.anchors, **CALL).flatten(1).double()
 
@@ -286,7 +291,7 @@ def test_one_step_suffices_where_the_sample_is_linear_in_the_rows(recording):
     moves = directions(ANCHORS, feature_bases(grams, ANCHORS), rows)
     finals = reference.states[:, -1].split([4, 2])
     parts = [
-        linearise(pipe, rows, moves, "output", ANCHORS, batch, final, **CALL)
+        linearise(pipe, with_rows(rows), moves, "output", batch, final, **CALL)
         for batch, final in zip(reference.batches, finals, strict=True)
     ]
     z = Quadratics.join(parts).solve(strength=1e-6)

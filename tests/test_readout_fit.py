@@ -1,5 +1,6 @@
 """A readout fit solves what it says, walks the very runs that are deployed, and can be resumed."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -27,10 +28,11 @@ from tiny_hosts import STEPS, items, pipeline, seeded, settings
 
 from foreseer.checkpoints.format import load_predictor
 from foreseer.checkpoints.spec import PredictorMismatch
-from foreseer.evaluation.measure import References, predictor_errors
+from foreseer.evaluation.measure import References, generate, predictor_errors
 from foreseer.integration.forecasting import forecasting
-from foreseer.predictors.readout import STORED, neighbourhood, normalised
+from foreseer.predictors.readout import STORED, Readout, neighbourhood, normalised
 from foreseer.training.export import export_command, export_predictor
+from foreseer.training.gauss_newton import DIFFERENCE, Quadratics, linearise, moved
 from foreseer.training.gram_fit import ONE_PARAMETER
 from foreseer.training.readout import segment as readout_segment
 from foreseer.training.readout import segment as readout_sums
@@ -399,6 +401,77 @@ def test_held_out_trajectories_gain_too(tmp_path):
     assert module.spec().num_trajectories == len(module.calibration.items)
 
 
+# ------------------------------------------------------------------------------------- refinement
+
+
+@pytest.mark.parametrize("name", ["flux_cfg", "sd3", "wan22"])
+def test_replayed_runs_are_the_runs_that_a_moved_readout_really_makes(name, tmp_path, monkeypatch):
+    family, pipe = EVERY[name], EVERY[name].build()
+    listed = [Item(i, i, family.inputs(i)) for i in range(6)]
+    remember(listed, monkeypatch)
+    recording = recorded(pipe, listed, tmp_path, family.settings)
+    anchors = sorted({0, 2, 4, *Recording(recording).header.expert_steps})
+    module = fit(module_of(recording, pipe, anchors))
+    predictor, references = module.predictor, module.calibration
+    moves = module._moves(predictor, references.items)
+    grown = [move for move in moves if move.gain]
+    assert grown and all(bool(predictor.outer[move.segment].count_nonzero()) for move in grown)
+    moves = [*moves[:: max(1, len(moves) // 6)], *grown]
+    batch, final = references.batches[0], references.finals[:2]
+    before = {name: tensor.clone() for name, tensor in predictor.state_dict().items()}
+    found = linearise(pipe, predictor, moves, "output", batch, final, **references.settings)
+    after = predictor.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    fine = copy.deepcopy(predictor)
+    fine.outer = fine.outer.float()  # bfloat16 does not tell of so small a growth
+
+    def run(one: Readout) -> torch.Tensor:
+        made = generate(pipe, one, "output", batch, anchors, **references.settings)
+        return made.flatten(1).double()
+
+    base, share = run(predictor), torch.tensor([DIFFERENCE], dtype=torch.float64)
+    error = base - final.flatten(1).double()
+    columns = [(run(moved(fine, [move], share)) - base) / DIFFERENCE for move in moves]
+    linear = torch.einsum("nm,nmp->np", error, torch.stack(columns, -1)) / error.shape[1]
+    torch.testing.assert_close(found.constant, error.square().mean(1))
+    off = 1e-2 * float(linear.abs().max())
+    torch.testing.assert_close(found.linear, linear, rtol=1e-2, atol=off)
+
+
+def test_a_refinement_sees_other_trajectories_and_lowers_the_error(tmp_path):
+    pipe = pipeline("dit_guided")
+    recording = recorded(pipe, items("dit_guided", 32), tmp_path, settings("dit_guided"))
+    module = fit(module_of(recording, pipe, refine=1), validation_fraction=0.25)
+    fitted, refined = module.calibration.items, module.refined.items
+    assert (len(fitted), len(refined)) == (18, 6) and not {*fitted} & {*refined}
+    assert module.spec().num_trajectories == 24
+    assert float(module.trainer.callback_metrics["train/refine_gain_db"]) > 0.1
+    assert module.current_epoch == len(ANCHORS) + 1
+    assert "forward" not in vars(pipe.transformer) and "step" not in vars(pipe.scheduler)
+
+
+def test_a_step_that_does_worse_is_not_taken(guided, monkeypatch):
+    states = []
+    for size in (0.0, 1e3):
+        monkeypatch.setattr(
+            Quadratics, "solve", lambda self, ridge, size=size: size + 0 * self.linear.mean(0)
+        )
+        module = module_of(guided, pipeline("dit_guided"), refine=1)
+        states.append(fit(module, validation_fraction=0.25).predictor.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_what_a_refinement_cannot_do_is_refused(guided):
+    pipe = pipeline("dit_guided")
+    with pytest.raises(ValueError, match="refine is 1 beside keep_sums, expected 0"):
+        module_of(guided, pipe, refine=1, keep_sums=True)
+    with pytest.raises(ValueError, match="none are held out; set validation_fraction, or refine"):
+        fit(module_of(guided, pipe, refine=1))
+    module = module_of(guided, pipe, refine=1)
+    with pytest.raises(ValueError, match=r"max_epochs is 3, .* and 1 refine them"):
+        trainer_of(max_epochs=3).fit(module, datamodule=data_of(guided))
+
+
 # ---------------------------------------------------------------------------------- interruptions
 
 
@@ -426,12 +499,12 @@ def data_of(recording: str) -> ItemsDataModule:
     return ItemsDataModule(recording, 0.25, seed=4, batch_size=2)
 
 
-@pytest.mark.parametrize("after", [1, 2])
-def test_a_fit_that_was_killed_goes_on_to_the_same_predictor(after, guided, tmp_path):
-    whole = module_of(guided, pipeline("dit_guided"))
+@pytest.mark.parametrize(("after", "refine"), [(1, 0), (2, 0), (2, 1)])
+def test_a_fit_that_was_killed_goes_on_to_the_same_predictor(after, refine, guided, tmp_path):
+    whole = module_of(guided, pipeline("dit_guided"), refine=refine)
     trainer_of().fit(whole, datamodule=data_of(guided))
     pipe = pipeline("dit_guided")
-    module = module_of(guided, pipe)
+    module = module_of(guided, pipe, refine=refine)
     saving = ModelCheckpoint(tmp_path, "last", every_n_epochs=1, save_on_train_epoch_end=True)
     with pytest.raises(SystemExit):
         trainer_of(saving, Killed(after), enable_checkpointing=True).fit(
@@ -442,14 +515,30 @@ def test_a_fit_that_was_killed_goes_on_to_the_same_predictor(after, guided, tmp_
         export_predictor(module, tmp_path / "p", {})
     with pytest.raises(ValueError, match="from before the last segment was fitted"):
         export_command(str(tmp_path / "last.ckpt"), str(tmp_path / "p"))
-    resumed = module_of(guided, pipeline("dit_guided"))
+    resumed = module_of(guided, pipeline("dit_guided"), refine=refine)
     trainer = trainer_of()
     trainer.fit(resumed, datamodule=data_of(guided), ckpt_path=tmp_path / "last.ckpt")
-    assert trainer.current_epoch == len(ANCHORS)
+    assert trainer.current_epoch == len(ANCHORS) + refine
     one, other = whole.state_dict(), resumed.state_dict()
     assert one.keys() == other.keys() and bool(one["finished"])
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def test_a_fit_that_was_killed_in_its_refinement_is_whole_and_goes_on(guided, tmp_path):
+    whole = module_of(guided, pipeline("dit_guided"), refine=2)
+    trainer_of().fit(whole, datamodule=data_of(guided))
+    module = module_of(guided, pipeline("dit_guided"), refine=2)
+    saving = ModelCheckpoint(tmp_path, "last", every_n_epochs=1, save_on_train_epoch_end=True)
+    killed = trainer_of(saving, Killed(len(ANCHORS) + 1), enable_checkpointing=True)
+    with pytest.raises(SystemExit):
+        killed.fit(module, datamodule=data_of(guided))
+    export_command(str(tmp_path / "last.ckpt"), str(tmp_path / "p"))
+    assert load_predictor(tmp_path / "p").spec.anchors == tuple(ANCHORS)
+    resumed = module_of(guided, pipeline("dit_guided"), refine=2)
+    trainer_of().fit(resumed, datamodule=data_of(guided), ckpt_path=tmp_path / "last.ckpt")
+    one, other = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

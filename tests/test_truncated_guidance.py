@@ -11,6 +11,7 @@ from foreseer.evaluation.rows import analytic_rows
 from foreseer.integration.forecasting import forecasting
 from foreseer.integration.host.call import Conditions, take_rows
 from foreseer.integration.session import Session
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import Reuse, Taylor
 from foreseer.schedules import FirstBlock, SpeCa, TeaCache
 from foreseer.training.closed_loop import L2PClosedLoop
@@ -113,7 +114,9 @@ def test_truncated_guidance_in_closed_loop_fits(name, tmp_path):
     bases = feature_bases(recording.stack("gram/hidden"), [0, 3])
     moves = directions([0, 3], bases, rows)
     finals = recording.stack("final", [0, 1])
-    found = linearise(pipe, rows, moves, "hidden", [0, 3], items, finals, **settings)
+    predictor = L2P(rows.shape[-1], [0, 3], len(rows))
+    predictor.set_rows(rows)
+    found = linearise(pipe, predictor, moves, "hidden", items, finals, **settings)
     assert found.curvature.isfinite().all() and bool((found.constant > 0).all())
     with pytest.raises(ValueError, match=r"last \[8, \d\] steps; this fit is for guidance"):
         L2PClosedLoop(str(tmp_path / "r"), "none", [0, 3])

@@ -3,6 +3,7 @@
 Shapes: S sampling steps, n trajectories.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from foreseer.training.gauss_newton import (
     directions,
     feature_bases,
     linearise,
+    moved,
 )
 from foreseer.training.gram_fit import GramFit, refuse_several_processes
 from foreseer.training.l2p import rows_predictor
@@ -175,10 +177,9 @@ class L2PClosedLoop(GramFit):
         references = self._references([int(item) for item in batch["item"]])
         part = linearise(
             self.pipe,
-            self.predictor.weight,
+            self.predictor,
             self.moves,
             self.tap,
-            self.predictor.anchors,
             [item for items in references.batches for item in items],
             batch["final"],
             **references.settings,
@@ -205,10 +206,10 @@ class L2PClosedLoop(GramFit):
         """Take the Gauss-Newton step that does best on the validation split, if any does."""
         quadratics = Quadratics.join(self.parts)
         self.parts = []
-        at = self.predictor.weight.clone()
+        at = copy.deepcopy(self.predictor)
         for ridge in tqdm(RIDGES, desc="shrinkages", unit="run", delay=2, leave=False):
             z = quadratics.solve(ridge)
-            rows = at + sum(float(c) * move.rows for c, move in zip(z, self.moves, strict=True))
+            rows = moved(at, self.moves, z).weight
             error = self._error(rows, self.validation)
             self._consider(rows, error)
             self.print(f"ridge {ridge:g}: {error:.2f} dB, best so far {float(self.best_error):.2f}")

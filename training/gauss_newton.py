@@ -1,13 +1,14 @@
-"""Joint refinement of all rows on the final error, by Gauss-Newton through the sampler.
+"""Joint refinement of a predictor's segments on the final error, by Gauss-Newton.
 
 Rows move in few directions: within a segment every forecast step's row moves by the same amount,
-or in proportion to its distance from the anchor.
+or in proportion to its distance from the anchor. What a readout adds there grows as a whole.
 The effect of each direction on the final latents is a finite difference; the anchors before its
 segment are replayed from memory, so it costs only the network evaluations after it, no gradients.
 
 Shapes: n trajectories, P directions, S sampling steps, M elements of a latent.
 """
 
+import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from foreseer.integration.histories import Kept
-from foreseer.integration.observers import Source, StepRecord
+from foreseer.integration.forecaster import Forecaster
+from foreseer.integration.histories import Histories
+from foreseer.integration.observers import StepRecord
 from foreseer.integration.policy import Anchors
 from foreseer.integration.session import Session
-from foreseer.predictors.base import Step
+from foreseer.predictors.base import History, Step
+from foreseer.predictors.linear import L2P, expert_start
 from foreseer.predictors.solve import ridge
-from foreseer.predictors.weighted import combine
 from foreseer.training.tracking import whitening
 from foreseer.trajectories.prompts import Item, generate_batch
 
@@ -34,15 +36,17 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 @dataclass(frozen=True)
 class Direction:
-    """One way the rows may move.
+    """One way the forecasts of a segment may move, for one unit of the coordinate.
 
     Args:
-        segment: number of the segment whose forecast steps move.
-        rows: the movement, `(branches, S, S)`, for one unit of the coordinate.
+        segment: number of the segment.
+        rows: the movement of the rows, `(branches, S, S)`.
+        gain: by which share what is read in the segment grows.
     """
 
     segment: int
     rows: Float[Tensor, "branches S S"]
+    gain: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,60 +102,85 @@ class Quadratics:
         )
 
 
-class Replayer(Source):
-    """Forecast with given rows, the first anchors' features taken from an earlier run.
+class Replayed(Forecaster):
+    """Forecast, with the first anchors put back as an earlier run left them.
 
     Args:
+        predictor: the forecaster.
         tap: tap that is forecast.
-        anchors: steps at which the network runs.
     """
 
     schedule: Anchors
 
-    def __init__(self, tap: str, anchors: Sequence[int]) -> None:
-        self.tap = tap
-        self.taps = frozenset({tap})
-        self.anchors = list(anchors)
-        self.rows = torch.empty(0)
-        self.kept = Kept()  # of the run before
-        self.features = Kept()
-        self.schedule = Anchors(anchors)
+    def __init__(self, predictor: L2P, tap: str) -> None:
+        schedule = Anchors(list(predictor.anchors))
+        super().__init__(predictor, tap, predictor.anchors, schedule=schedule)
+        self.left: list[Histories] = []  # at every anchor of the run that puts none back
+        self.number = 0
+        self.gain = 0.0
 
-    def replay(self, rows: Float[Tensor, "branches S S"], number: int) -> None:
+    def replay(self, number: int, gain: float = 0.0) -> None:
         """What the next run does.
 
         Args:
-            rows: rows to forecast with.
-            number: first anchors that are put back.
+            number: first anchors that are put back; a run of 0 is the one that later ones repeat.
+            gain: by which share what was read at the last of them grows.
         """
-        self.rows, self.number = rows, number
+        self.number, self.gain = number, gain
         self.schedule.anchors = self.anchors[number:]
-
-    def open(self, sigmas: list[float]) -> None:
-        """Start a run from the replayed anchors alone."""
-        self.features = self.kept.at_steps(self.anchors[: self.number])
+        if number == 0:
+            self.left = []
 
     def on_step(self, record: StepRecord) -> None:
-        """Use the features of anchors in this run."""
-        for call in record.calls:
-            if call.taps is not None:
-                self.features.keep(call.step, call.taps[self.tap])
+        """Keep what an anchor leaves, in the run that puts none back."""
+        super().on_step(record)
+        if self.number == 0 and record.index in self.anchors:
+            self.left.append(self.histories.mapped(same))
 
     def knows(self, step: Step, slot: Hashable = None) -> bool:
         """Whether an anchor of the call is there."""
-        return bool(self.features.steps(step))
+        return step.index in self.anchors[: self.number] or super().knows(step, slot)
 
     def forecast(self, step: Step, slot: Hashable = None) -> Tensor:
-        """A replayed anchor's feature, or the forecast of the rows."""
-        if step.index in self.anchors:
-            return self.features.at(step)
-        past = [a for a in self.anchors if a < step.index]
-        rows = self.rows[list(step.branches), step.index][:, past]
-        return combine(rows.mT, [self.features.at(step, a) for a in past])
+        """A replayed anchor's feature, or the forecast."""
+        if step.index not in self.anchors:
+            return super().forecast(step, slot)
+        number = self.anchors.index(step.index)
+        if all(history.steps[-1] < step.index for history in self.histories):  # the first call
+            self.histories = self.left[number].mapped(same)
+            for history in self.histories if number == self.number - 1 else ():
+                if history.reading is not None:
+                    history.reading = (1 + self.gain) * history.reading
+        found = self.histories.at(step, slot)
+        assert found is not None  # the earlier run made the same calls
+        feature: Tensor = found[self.tap][0].features[-1]
+        return feature
+
+
+def same(history: History) -> History:
+    """A history of the same tensors that grows by itself."""
+    return history.map(lambda tensor: tensor)
+
+
+def moved(predictor: L2P, moves: Sequence[Direction], z: Float[Tensor, " P"]) -> L2P:
+    """A copy of a predictor, moved by z."""
+    found = copy.deepcopy(predictor)
+    gains: dict[int, float] = {}
+    for share, move in zip(z.tolist(), moves, strict=True):
+        found.weight += share * move.rows.to(found.weight)
+        gains[move.segment] = gains.get(move.segment, 0.0) + share * move.gain
+    for segment, gain in gains.items():
+        if gain:
+            found.grow(segment, gain)
+    return found
 
 
 def directions(
-    anchors: Sequence[int], bases: Sequence[Tensor], like: Tensor, ramps: bool = False
+    anchors: Sequence[int],
+    bases: Sequence[Tensor],
+    like: Tensor,
+    ramps: bool = False,
+    expert_steps: Sequence[int] = (0,),
 ) -> list[Direction]:
     """One or two directions per column of each segment's basis, in units of `UNIT`.
 
@@ -162,6 +191,7 @@ def directions(
         ramps: beside moving all forecast steps of a segment alike, move them in proportion to their
             distance from the anchor. Under Euler this adds nothing on the `output` tap, where only
             the sum over a segment counts; on the `hidden` tap the head bends each step on its own.
+        expert_steps: first step of each transformer, starting with 0.
     """
     ends = [*anchors[1:], like.shape[-1]]
     found = []
@@ -169,7 +199,7 @@ def directions(
         num_forecasts = end - anchor - 1
         if not num_forecasts:
             continue
-        known = list(anchors[: k + 1])
+        known = known_at(anchors, k, expert_steps)
         shapes = [torch.ones(num_forecasts, dtype=like.dtype)]
         if ramps and num_forecasts > 1:
             distance = torch.arange(1, num_forecasts + 1, dtype=like.dtype)
@@ -183,14 +213,25 @@ def directions(
     return found
 
 
+def known_at(
+    anchors: Sequence[int], number: int, expert_steps: Sequence[int] = (0,)
+) -> list[int]:
+    """The anchors up to one, of its transformer."""
+    first = expert_start(expert_steps, anchors[number])
+    return [anchor for anchor in anchors[: number + 1] if anchor >= first]
+
+
 def feature_bases(
-    grams: Float[Tensor, "n branches S S"], anchors: Sequence[int], cutoff: float = 1e-4
+    grams: Float[Tensor, "n branches S S"],
+    anchors: Sequence[int],
+    cutoff: float = 1e-4,
+    expert_steps: Sequence[int] = (0,),
 ) -> list[Tensor]:
     """Per segment and branch, directions that each move the forecast feature by its own RMS."""
     mean = grams.double().mean(0)
     bases = []
     for k, anchor in enumerate(anchors):
-        known = list(anchors[: k + 1])
+        known = known_at(anchors, k, expert_steps)
         blocks = []
         for branch in mean:
             basis = whitening(branch[known][:, known], cutoff)
@@ -202,41 +243,42 @@ def feature_bases(
 @torch.no_grad()
 def linearise(
     pipe: Any,
-    rows: Float[Tensor, "branches S S"],
+    predictor: L2P,
     moves: Sequence[Direction],
     tap: str,
-    anchors: Sequence[int],
     items: Sequence[Item],
     finals: Float[Tensor, " n *shape"],
     **settings: Any,
 ) -> Quadratics:
-    """The quadratics of one batch around the given rows.
+    """The quadratics of one batch around a predictor.
 
     Args:
         pipe: the pipeline.
-        rows: rows to linearise at.
+        predictor: rows, or a readout, to linearise at; they are not changed.
         moves: directions, in the order of the coordinates.
         tap: tap that is forecast.
-        anchors: steps at which the network runs.
         items: the batch, one pipeline call.
         finals: its full run's final latents.
         settings: keyword arguments of the pipeline call.
     """
-    replayer = Replayer(tap, anchors)
-    session = Session(pipe, replayer, repeats=True)
+    trial = copy.deepcopy(predictor)
+    source = Replayed(trial, tap)
+    session = Session(pipe, source, repeats=True)
 
-    def run(moved: Tensor, num_replayed: int) -> Float[Tensor, "n M"]:
-        replayer.replay(moved, num_replayed)
+    def run(move: Direction | None = None) -> Float[Tensor, "n M"]:
+        trial.weight.copy_(predictor.weight)
+        if move is None:
+            source.replay(0)
+        else:
+            trial.weight += DIFFERENCE * move.rows.to(trial.weight)
+            source.replay(move.segment + 1, DIFFERENCE * move.gain)
         latents = generate_batch(pipe, items, output_type="latent", **settings)[0]
         return latents.flatten(1).cpu().double()
 
     try:
-        base = run(rows, 0)
-        replayer.kept = replayer.features
-        columns = [
-            (run(rows + DIFFERENCE * move.rows, move.segment + 1) - base) / DIFFERENCE
-            for move in tqdm(moves, desc="derivatives", unit="run", delay=2, leave=False)
-        ]
+        base = run()
+        bar = tqdm(moves, desc="derivatives", unit="run", delay=2, leave=False)
+        columns = [(run(move) - base) / DIFFERENCE for move in bar]
     finally:
         session.detach()
     jacobian = torch.stack(columns, dim=-1)  # (n, M, P)

@@ -1,4 +1,7 @@
-"""The fit of a readout: one walk over the anchors, a segment an epoch, all in closed form."""
+"""The fit of a readout: one walk over the anchors, a segment an epoch, all in closed form.
+
+Then, where asked for, epochs that refine all segments together on the finished sample.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +24,17 @@ from foreseer.predictors.base import Grid
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout
 from foreseer.training.fit_figures import SampleLog
-from foreseer.training.gram_fit import ClosedForm
+from foreseer.training.gauss_newton import (
+    RIDGES,
+    UNIT,
+    Direction,
+    Quadratics,
+    directions,
+    feature_bases,
+    linearise,
+    moved,
+)
+from foreseer.training.gram_fit import ClosedForm, refuse_several_processes
 from foreseer.training.readout.part import NUM_FOLDS, Part, folds_of, of_folds
 from foreseer.training.readout.segment import (
     Segment,
@@ -43,6 +56,7 @@ from foreseer.training.readout.walk import (
 from foreseer.training.recorded import groups_of, open_recording, recorded_partition
 from foreseer.training.tracking import sampler_of_loop
 from foreseer.training.verdict_callbacks import RivalsVerdict, judged
+from foreseer.trajectories.gram import sum_grams
 from foreseer.trajectories.prompts import Item
 
 
@@ -86,6 +100,12 @@ NUM_TRIED = 64
 """Trajectories on which times for step 0 are compared."""
 JUDGED = {0, 1}
 """Folds of them on which the error is measured."""
+NUM_REFINED = 64
+"""Trajectories that a refinement is linearised on at most, and held-out ones that choose it."""
+REFINED_SHARE = 4
+"""Of so many trajectories one is kept for it: what the walk leaves is smaller where it is fitted."""
+GROWTH = 8 * UNIT
+"""By which share what is read grows for a coordinate of one: it is a small part of a forecast."""
 SUMS = "segment_sums"  # in a checkpoint
 
 
@@ -112,6 +132,11 @@ class ReadoutFit(ClosedForm):
             the next step's in even steps, and then two beside the best; the one with the least
             error on left-out prompts is the predictor's `first_time`. 0 keeps the step's own.
         batch_size: trajectories per pipeline call.
+        refine: Gauss-Newton epochs after the walk, which move the rows of all segments and how much
+            is read in each together, on mean log squared error of the finished sample
+            (gauss_newton.py), with the ridge that does best on held-out trajectories. They are
+            linearised on 64 trajectories, a quarter at most, that the walk is not fitted on; an
+            epoch costs (A^3 - A) / 6 network evaluations per branch of each.
         keep_sums: export the normal equations too, so that `foreseer refit` can add recordings
             without these trajectories: 4 MB an anchor for 64 directions and their neighbours.
         device: where to put a pipeline that is loaded; None takes this process's GPU, if any.
@@ -121,7 +146,8 @@ class ReadoutFit(ClosedForm):
         groups: makes their numbers of a pipeline call's arguments.
 
     Raises:
-        ValueError: the recording has no states, or its guidance ends in mid-run.
+        ValueError: the recording has no states, its guidance ends in mid-run, or `refine` is asked
+            for beside `keep_sums` or a partition.
     """
 
     fit_name = "readout"
@@ -137,6 +163,7 @@ class ReadoutFit(ClosedForm):
         past: int = 2,
         first_times: int = 4,
         batch_size: int = 16,
+        refine: int = 0,
         keep_sums: bool = False,
         device: str | None = None,
         dtype: str | None = None,
@@ -158,12 +185,18 @@ class ReadoutFit(ClosedForm):
                 "the sums of a readout of token groups are not kept; leave keep_sums out, and fit "
                 "anew on more trajectories."
             )
+        if refine and (keep_sums or self.token_groups is not None):
+            raise ValueError(
+                f"refine is {refine} beside {'keep_sums' if keep_sums else 'a partition'}, expected "
+                "0: sums tell nothing of a refinement, which moves all tokens alike."
+            )
         self.rows = L2P(*sizes, parts)  # those of the formula that each segment started at
         self.predictor: Readout | None = None
         self.pipe: Any = None
         self.pipeline, self.place = pipeline, (dtype, device)
         self.rank, self.neighbours, self.past = rank, neighbours, past
         self.first_times = first_times
+        self.refine = refine
         self.first_time: float | None = None
         self.batch_size = batch_size
         self.session: Session | None = None
@@ -204,13 +237,26 @@ class ReadoutFit(ClosedForm):
         """Load the pipeline, hook into it, and make room for what the batches compute.
 
         Raises:
-            ValueError: the trainer ends before the last segment, or a process has nothing to do.
+            ValueError: the trainer ends before the last epoch, a process has nothing to do, or
+                there are several, or nothing is held out, where the fit is to be refined.
         """
         if self.pipe is None:
             self.pipe = opened_for(self.recording, self.pipeline, *self.place)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.num_trajectories.fill_(len(data.train_items))
-        self.calibration = References(self.recording, data.train_items, self.batch_size)
+        if self.refine:
+            refuse_several_processes(self)
+            if not data.val_items:
+                raise ValueError(
+                    "a refinement is chosen on held-out trajectories, and none are held out; set "
+                    "validation_fraction, or refine: 0."
+                )
+        items = list(data.train_items)
+        self.num_trajectories.fill_(len(items))
+        kept = min(NUM_REFINED, len(items) // REFINED_SHARE) if self.refine else 0
+        self.refined = References(self.recording, items[len(items) - kept :], self.batch_size)
+        self.calibration = References(
+            self.recording, items[: len(items) - kept], self.batch_size
+        )
         self.validation = References(self.recording, data.val_items, self.batch_size)
         rank, world = self.trainer.global_rank, self.trainer.world_size
         self.batches = [(batch, Visited()) for batch in self.calibration.batches[rank::world]]
@@ -225,19 +271,28 @@ class ReadoutFit(ClosedForm):
         self.walk.predictor, self.walk.first_time = self.predictor, self.first_time
         folds = folds_of(item for batch in self.calibration.batches for item in batch)
         self.parts = SegmentParts(self.recording, self.walk, folds)
-        most, count = self.trainer.max_epochs, len(self.parts.segments)
+        most, count = self.trainer.max_epochs, len(self.parts.segments) + self.refine
         if most is not None and 0 <= most < count:
             raise ValueError(
-                f"max_epochs is {most}, and each of the {count} segments takes an epoch; set "
-                "max_epochs: -1, the fit ends by itself."
+                f"max_epochs is {most}, and each of the {len(self.parts.segments)} segments takes "
+                f"an epoch, and {self.refine} refine them; set max_epochs: -1, the fit ends by "
+                "itself."
             )
         self.trainer.fit_loop.max_epochs = count
         self.scratch = tempfile.TemporaryDirectory(prefix="foreseer_readout_")
         self.session = Session(self.pipe, self.walk, repeats=True, groups=self.token_groups)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Visit the next anchor with all trajectories, and solve for its segment."""
-        number, count = self.current_epoch, len(self.parts.segments)
+        """Fit the next segment, or refine all."""
+        if self.current_epoch < len(self.parts.segments):
+            self._fit_segment(self.current_epoch)
+        else:
+            self._refine()
+        self.optimizers().step()  # type: ignore[union-attr]
+
+    def _fit_segment(self, number: int) -> None:
+        """Visit an anchor with all trajectories, and solve for its segment."""
+        count = len(self.parts.segments)
         anchor, end = self.parts.segments[number]
         if anchor == 0 and self.first_times:
             self._choose_first_time(end)
@@ -249,24 +304,56 @@ class ReadoutFit(ClosedForm):
             f"steps {anchor} to {end}: rows from {found.origin}, readout {found.gain_db:+.2f} dB "
             f"on left-out prompts (strength {found.strength:g})"
         )
-        self.optimizers().step()  # type: ignore[union-attr]
+
+    def _refine(self) -> None:
+        """Take the Gauss-Newton step that does best on held-out trajectories, if any does."""
+        self.detach()
+        predictor = self.deployed()
+        some = self.refined
+        judge = References(self.recording, self.validation.items[:NUM_REFINED], self.batch_size)
+        moves = self._moves(predictor, some.items)
+        parts, finals = [], some.finals.split(self.batch_size)
+        pairs = zip(some.batches, finals, strict=True)
+        bar = tqdm(pairs, "refine", len(finals), unit="batch", disable=self.quiet, leave=False)
+        for batch, final in bar:
+            found = linearise(self.pipe, predictor, moves, TAP, batch, final, **some.settings)
+            parts.append(found)
+        quadratics = Quadratics.join(parts)
+        tried = [predictor, *(moved(predictor, moves, quadratics.solve(each)) for each in RIDGES)]
+        errors = [float(self._errors(each, judge).mean()) for each in tried]
+        best = errors.index(min(errors))
+        predictor.load_state_dict(tried[best].state_dict())
+        gain = errors[0] - errors[best]
+        self.log("train/refine_gain_db", gain, prog_bar=True, batch_size=1)
+        ridge = f"ridge {RIDGES[best - 1]:g}" if best else "no step is better"
+        self.print(f"refined: {gain:+.2f} dB on held-out trajectories ({ridge})")
+
+    def _moves(self, predictor: Readout, items: Sequence[int]) -> list[Direction]:
+        """How rows and readout may move: each by a share of the features it weighs."""
+        grams, experts = sum_grams(self.recording, [f"gram/{TAP}"], items), predictor.expert_steps
+        mean = grams[f"gram/{TAP}"][None] / len(items)
+        bases = feature_bases(mean, self.anchors, expert_steps=experts)
+        rows = directions(self.anchors, bases, predictor.weight.cpu(), expert_steps=experts)
+        read = [n for n, each in enumerate(predictor.outer) if bool(each.count_nonzero())]
+        still = torch.zeros_like(predictor.weight.cpu())
+        return [*rows, *(Direction(number, still, GROWTH) for number in read)]
 
     def on_train_epoch_end(self) -> None:
-        """After the last segment, run the held-out trajectories."""
-        if self.current_epoch + 1 < len(self.parts.segments):
+        """After the last segment the predictor is whole; after the last epoch, measure it."""
+        done, count = self.current_epoch + 1, len(self.parts.segments)
+        if done < count:
             return
         self.detach()
         self.finished.fill_(True)
-        if self.validation.items:
-            assert self.predictor is not None  # its segments are fitted
-            if not self.quiet:
-                self.start_error.fill_(self._errors(self.rows).mean())
-            self.val_errors = self._errors(self.predictor)
-            self.val_error.fill_(self.val_errors.mean())
-            self.log("val/error_db", self.val_error)
-            SampleLog(self.validation, TAP, self.anchors, self.token_groups).log(
-                self, self.predictor
-            )
+        if done < count + self.refine or not self.validation.items:
+            return
+        predictor = self.deployed()
+        if not self.quiet:
+            self.start_error.fill_(self._errors(self.rows, self.validation).mean())
+        self.val_errors = self._errors(predictor, self.validation)
+        self.val_error.fill_(self.val_errors.mean())
+        self.log("val/error_db", self.val_error)
+        SampleLog(self.validation, TAP, self.anchors, self.token_groups).log(self, predictor)
 
     def on_fit_end(self) -> None:
         """Leave the pipeline as it was."""
@@ -406,9 +493,8 @@ class ReadoutFit(ClosedForm):
         if self.keep_sums:
             self.sums |= segment_tensors({anchor: found})
 
-    def _errors(self, predictor: L2P) -> Float[Tensor, " n"]:
-        """Error in dB of every held-out sample."""
-        references = self.validation
+    def _errors(self, predictor: L2P, references: References) -> Float[Tensor, " n"]:
+        """Error in dB of every sample."""
         return predictor_errors(
             self.pipe,
             predictor,
