@@ -58,7 +58,7 @@ HOST = "emoji_wan"
 PIPELINE = f"zoo:{HOST}"
 ROOT = "runs/video"
 HERE = Path("benchmarks")
-PROMPTS = {each: HERE / f"{HOST}_{each}.txt" for each in ("calibration", "held_out")}
+PROMPTS = {each: HERE / f"{HOST}_{each}.txt" for each in ("trained", "calibration", "held_out")}
 RESULT = HERE / "results" / "video.json"
 BUDGETS = (11, 8, 6, 4)
 SIGNS = ("Flags", "Symbols", "Component")
@@ -85,7 +85,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def prompts(clips: str = "clips.npz", archive: str = "emoji-datasource-google-16.0.0.tgz") -> None:
-    """Write the captions to record and those to judge on.
+    """Write the captions trained on, those to record and those to judge on.
 
     Args:
         clips: file of `examples/bundled_models/clips.py`.
@@ -100,6 +100,7 @@ def prompts(clips: str = "clips.npz", archive: str = "emoji-datasource-google-16
     train, held_out = split(loops)
     named = names_of(Path(archive)).values()
     written = {
+        "trained": [clip.captions[0] for clip in train],
         "calibration": calibration([c.captions for c in train], [c.captions for c in loops], named),
         "held_out": [clip.captions[0] for clip in held_out],
     }

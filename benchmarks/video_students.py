@@ -65,14 +65,14 @@ FITS = ("lstsq", "readout", "disca")
 
 
 def conditions(pipeline: str = PIPELINE, root: str = ROOT) -> None:
-    """Write the captions to record as the transformer takes them, for the teacher's runs.
+    """Write the captions trained on as the transformer takes them, for the teacher's runs.
 
     Args:
         pipeline: the video host.
         root: folder of everything.
     """
     encoder = load_pipeline(pipeline).text_encoder
-    captions = PROMPTS["calibration"].read_text().splitlines()
+    captions = PROMPTS["trained"].read_text().splitlines()
     asked = {"own": captions, "null": [""]}
     given = {
         f"{kind}.encoder_hidden_states": encoder(texts)[0].contiguous()
@@ -94,7 +94,7 @@ def record(student: str = STUDENT, root: str = ROOT, num_trajectories: int = 128
     """
     given = {
         "pipeline": student,
-        "prompts": PROMPTS["calibration"],
+        "prompts": PROMPTS["trained"],
         "guidance_scale": video.CALL["guidance_scale"],
         "num_inference_steps": STEPS,
         "batch_size": video.BATCH,
