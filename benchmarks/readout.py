@@ -53,8 +53,9 @@ from foreseer.predictors.linear import L2P
 from foreseer.predictors.rules import RULES
 from foreseer.training.export import export_predictor
 from foreseer.training.fits import Recipe, chosen
+from foreseer.training.gauss_newton import RIDGES
 from foreseer.training.readout import segment as readout_sums
-from foreseer.training.readout.readout_fit import ReadoutFit
+from foreseer.training.readout.readout_fit import NUM_CHOOSING, ReadoutFit
 from foreseer.training.readout.readout_runs import run_fit
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item, asked_items, generate_batch
@@ -70,7 +71,12 @@ FITTED_ON = 512  # trajectories, a twentieth of which is only measured
 SIZES = (32, 64, 128, 256, 512, 1000)  # calibration trajectories of the curve
 ROWS_FITTED_ON = 64  # more gain nothing (benchmarks/results/readout_curve.json)
 COMPARED = ("rival", *PAIRED, "wins")
-OLDER = ("rows", "l2p_closed_loop", "l2p_lstsq")  # ours too, by other means than the readout
+OLDER = (
+    "walk",
+    "rows",
+    "l2p_closed_loop",
+    "l2p_lstsq",
+)  # ours too, by other means than the readout
 FORMULAS = dict.fromkeys(
     ("taylor_1", "taylor_2", "hicache_2", "adams_moulton"), ("output", "hidden")
 )
@@ -198,23 +204,29 @@ def fit_one(host: str, kind: str, anchors: Sequence[int], num_trajectories: int)
 
 
 def fit_walk(
-    kind: str, pipeline: str, data: ItemsDataModule, anchors: Sequence[int], out: Path
+    kind: str,
+    pipeline: str,
+    data: ItemsDataModule,
+    anchors: Sequence[int],
+    out: Path,
+    refine: int = 0,
 ) -> Path:
     """Fit a readout, or rows alone by the same walk, which read nothing and keep step 0's own time.
 
     Args:
-        kind: `readout` or `rows`.
+        kind: `rows`, or a readout by any name.
         pipeline: name or folder of the host.
         data: trajectories of a recording with states.
         anchors: steps at which the network runs.
         out: folder of the predictor; where there is one already nothing is done.
+        refine: epochs of refinement.
     """
     if (out / "config.json").exists():
         return out
     before = readout_sums.STRENGTHS
-    readout_sums.STRENGTHS = before if kind == "readout" else ()  # no strength: nothing is read
-    tried = {} if kind == "readout" else {"first_times": 0}
-    module = TimedFit(str(data.folder), "", list(anchors), **tried)
+    readout_sums.STRENGTHS = () if kind == "rows" else before  # no strength: nothing is read
+    tried = {"first_times": 0} if kind == "rows" else {}
+    module = TimedFit(str(data.folder), "", list(anchors), refine=refine, **tried)
     started = time.perf_counter()
     try:
         run_fit(module, load_pipeline(pipeline), data)
@@ -233,11 +245,11 @@ class TimedFit(ReadoutFit):
     solve_seconds = 0.0
     evaluations = 0  # of the network, times trajectories
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def _fit_segment(self, number: int) -> None:
         """The segment, less its visits."""
         self.visit_seconds = 0.0
         started = time.perf_counter()
-        super().training_step(batch, batch_idx)
+        super()._fit_segment(number)
         self.solve_seconds += time.perf_counter() - started - self.visit_seconds
 
     def _visit(self, anchor: int, label: str) -> None:
@@ -245,6 +257,15 @@ class TimedFit(ReadoutFit):
         super()._visit(anchor, label)
         self.visit_seconds += time.perf_counter() - started
         self.evaluations += sum(len(items) for items, _ in self.batches)
+
+    def _refine(self) -> None:
+        """One run of every trajectory, what a move changes of it, and a run for every ridge."""
+        moves, count = self._moves(self.deployed(), self.refined.items), len(self.anchors)
+        after = sum(count - 1 - move.segment for move in moves)
+        self.evaluations += len(self.refined.items) * (count + after)
+        chosen_on = len(self.validation.items[:NUM_CHOOSING])
+        self.evaluations += (1 + len(RIDGES)) * count * chosen_on
+        super()._refine()
 
 
 def ours(host: str, budget: int, num_trajectories: int) -> list[Entry]:

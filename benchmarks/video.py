@@ -50,6 +50,7 @@ from foreseer.evaluation.runs import Judge, Samples, run_entry
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.rules import RULES
 from foreseer.training.fits import Recipe, chosen
+from foreseer.training.readout.readout_fit import NUM_CHOOSING
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import asked_items
 from foreseer.trajectories.recording import Recording, split
@@ -64,7 +65,8 @@ BUDGETS = (11, 8, 6, 4)
 SIGNS = ("Flags", "Symbols", "Component")
 """Categories that are not recorded: nothing of them moves."""
 CALL: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 50}
-WALKS = ("readout", "rows")
+WALKS = {"readout": 2, "walk": 0, "rows": 0}
+"""Fits that walk over the anchors, and epochs of refinement: `walk` is the readout without."""
 FITS = dict.fromkeys((*WALKS, "lstsq"), BUDGETS) | dict.fromkeys(
     ("closed_loop", "lesa", "disca"), (8,)
 )
@@ -219,12 +221,12 @@ def halves(source: Recording) -> list[list[int]]:
 
 
 class Halves(ItemsDataModule):
-    """The half of a recording that is fitted on, and some of the others to measure on."""
+    """The half of a recording that is fitted on, and others to choose a refinement's ridge on."""
 
     def setup(self, stage: str | None = None) -> None:
         """Split the items."""
         self.train_items, others = halves(Recording(self.folder))
-        self.val_items = others[-self.batch_size :]
+        self.val_items = others[-NUM_CHOOSING:]
 
 
 def fit(
@@ -248,7 +250,8 @@ def fit(
                 continue
             anchors = own_list(root, budget)
             if method in WALKS:
-                fit_walk(method, pipeline, Halves(f"{root}/recording"), anchors, out)
+                data = Halves(f"{root}/recording")
+                fit_walk(method, pipeline, data, anchors, out, WALKS[method])
                 continue
             folder = "recording" if method == "lstsq" else "features"
             given: dict[str, Any] = {"anchors": list(anchors)} | OPTIONS.get(method, {})

@@ -41,6 +41,7 @@ PARSED = {
     r"^python examples/bundled_models/(clips|video_)": "hours; tests/test_video_host.py, tiny",
     r"^foreseer record --config configs/record/emoji_flux": "minutes; tests/test_text_host.py",
     r"^foreseer (refit|fit) .*(runs/readout_more|keep_sums)": "tests/test_readout_refit.py",
+    r"^foreseer fit .*refine": "a minute more; tests/test_readout_fit.py refines",
     r"^foreseer fit --config configs/fit/emoji": "minutes; tests/test_text_host.py fits all kinds",
     r"^(\S+=\S+ |'.*' )*bash ": "a GPU and weights; tests/test_recipes.py runs the script itself",
     r"^make ": "the environment of its own that it makes takes minutes; its target exists",

@@ -100,8 +100,10 @@ NUM_TRIED = 64
 """Trajectories on which times for step 0 are compared."""
 JUDGED = {0, 1}
 """Folds of them on which the error is measured."""
-NUM_REFINED = 64
-"""Trajectories that a refinement is linearised on at most, and held-out ones that choose it."""
+NUM_REFINED = 32
+"""Trajectories that a refinement is linearised on at most."""
+NUM_CHOOSING = 64
+"""Held-out trajectories that choose its ridge at most."""
 REFINED_SHARE = 4
 """Of so many trajectories one is kept for it: what the walk leaves is smaller where it is fitted."""
 GROWTH = 8 * UNIT
@@ -135,7 +137,7 @@ class ReadoutFit(ClosedForm):
         refine: Gauss-Newton epochs after the walk, which move the rows of all segments and how much
             is read in each together, on mean log squared error of the finished sample
             (gauss_newton.py), with the ridge that does best on held-out trajectories. They are
-            linearised on 64 trajectories, a quarter at most, that the walk is not fitted on; an
+            linearised on 32 trajectories, a quarter at most, that the walk is not fitted on; an
             epoch costs (A^3 - A) / 6 network evaluations per branch of each.
         keep_sums: export the normal equations too, so that `foreseer refit` can add recordings
             without these trajectories: 4 MB an anchor for 64 directions and their neighbours.
@@ -310,7 +312,7 @@ class ReadoutFit(ClosedForm):
         self.detach()
         predictor = self.deployed()
         some = self.refined
-        judge = References(self.recording, self.validation.items[:NUM_REFINED], self.batch_size)
+        judge = References(self.recording, self.validation.items[:NUM_CHOOSING], self.batch_size)
         moves = self._moves(predictor, some.items)
         parts, finals = [], some.finals.split(self.batch_size)
         pairs = zip(some.batches, finals, strict=True)
