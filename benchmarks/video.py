@@ -65,8 +65,10 @@ BUDGETS = (11, 8, 6, 4)
 SIGNS = ("Flags", "Symbols", "Component")
 """Categories that are not recorded: nothing of them moves."""
 CALL: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 50}
-WALKS = {"readout": 2, "walk": 0, "rows": 0}
-"""Fits that walk over the anchors, and epochs of refinement: `walk` is the readout without."""
+WALKS = ("readout", "walk", "rows")
+"""Fits that walk over the anchors; `walk` is the readout that is not refined."""
+EPOCHS = {11: 1}
+"""Epochs of refinement, where it is not two: one at 11 takes as long as three at 8."""
 FITS = dict.fromkeys((*WALKS, "lstsq"), BUDGETS) | dict.fromkeys(
     ("closed_loop", "lesa", "disca"), (8,)
 )
@@ -251,7 +253,8 @@ def fit(
             anchors = own_list(root, budget)
             if method in WALKS:
                 data = Halves(f"{root}/recording")
-                fit_walk(method, pipeline, data, anchors, out, WALKS[method])
+                epochs = EPOCHS.get(budget, 2) if method == "readout" else 0
+                fit_walk(method, pipeline, data, anchors, out, epochs)
                 continue
             folder = "recording" if method == "lstsq" else "features"
             given: dict[str, Any] = {"anchors": list(anchors)} | OPTIONS.get(method, {})
