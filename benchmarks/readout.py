@@ -55,8 +55,9 @@ from foreseer.training.export import export_predictor
 from foreseer.training.fits import Recipe, chosen
 from foreseer.training.gauss_newton import RIDGES
 from foreseer.training.readout import segment as readout_sums
-from foreseer.training.readout.readout_fit import NUM_CHOOSING, ReadoutFit
+from foreseer.training.readout.readout_fit import ReadoutFit
 from foreseer.training.readout.readout_runs import run_fit
+from foreseer.training.readout.refine import NUM_CHOOSING
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item, asked_items, generate_batch
 from foreseer.trajectories.recording import Recording
@@ -260,7 +261,7 @@ class TimedFit(ReadoutFit):
 
     def _refine(self) -> None:
         """One run of every trajectory, what a move changes of it, and a run for every ridge."""
-        moves, count = self._moves(self.deployed(), self.refined.items), len(self.anchors)
+        moves, count = self._moves(), len(self.anchors)
         after = sum(count - 1 - move.segment for move in moves)
         self.evaluations += len(self.refined.items) * (count + after)
         chosen_on = len(self.validation.items[:NUM_CHOOSING])

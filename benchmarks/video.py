@@ -50,7 +50,7 @@ from foreseer.evaluation.runs import Judge, Samples, run_entry
 from foreseer.integration.pipelines.load import load_pipeline
 from foreseer.predictors.rules import RULES
 from foreseer.training.fits import Recipe, chosen
-from foreseer.training.readout.readout_fit import NUM_CHOOSING
+from foreseer.training.readout.refine import NUM_CHOOSING
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import asked_items
 from foreseer.trajectories.recording import Recording, split

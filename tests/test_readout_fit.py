@@ -37,6 +37,7 @@ from foreseer.training.gram_fit import ONE_PARAMETER
 from foreseer.training.readout import segment as readout_segment
 from foreseer.training.readout import segment as readout_sums
 from foreseer.training.readout.part import folds_of
+from foreseer.training.readout.refine import readout_moves
 from foreseer.training.readout.segment import NUM_FOLDS, Part, SegmentSums, Total, fit_segment
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item
@@ -413,7 +414,7 @@ def test_replayed_runs_are_the_runs_that_a_moved_readout_really_makes(name, tmp_
     anchors = sorted({0, 2, 4, *Recording(recording).header.expert_steps})
     module = fit(module_of(recording, pipe, anchors))
     predictor, references = module.predictor, module.calibration
-    moves = module._moves(predictor, references.items)
+    moves = readout_moves(module.recording, predictor, references.items)
     grown = [move for move in moves if move.gain]
     assert grown and all(bool(predictor.outer[move.segment].count_nonzero()) for move in grown)
     moves = [*moves[:: max(1, len(moves) // 6)], *grown]

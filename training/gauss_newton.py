@@ -25,6 +25,7 @@ from foreseer.integration.policy import Anchors
 from foreseer.integration.session import Session
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.linear import L2P, expert_start
+from foreseer.predictors.readout import Readout
 from foreseer.predictors.solve import ridge
 from foreseer.training.tracking import whitening
 from foreseer.trajectories.prompts import Item, generate_batch
@@ -171,6 +172,7 @@ def moved(predictor: L2P, moves: Sequence[Direction], z: Float[Tensor, " P"]) ->
         gains[move.segment] = gains.get(move.segment, 0.0) + share * move.gain
     for segment, gain in gains.items():
         if gain:
+            assert isinstance(found, Readout)  # other moves are of rows alone
             found.grow(segment, gain)
     return found
 

@@ -24,18 +24,10 @@ from foreseer.predictors.base import Grid
 from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout
 from foreseer.training.fit_figures import SampleLog
-from foreseer.training.gauss_newton import (
-    RIDGES,
-    UNIT,
-    Direction,
-    Quadratics,
-    directions,
-    feature_bases,
-    linearise,
-    moved,
-)
+from foreseer.training.gauss_newton import Direction
 from foreseer.training.gram_fit import ClosedForm, refuse_several_processes
 from foreseer.training.readout.part import NUM_FOLDS, Part, folds_of, of_folds
+from foreseer.training.readout.refine import NUM_CHOOSING, kept_for, readout_moves, refine
 from foreseer.training.readout.segment import (
     Segment,
     SegmentFit,
@@ -56,7 +48,6 @@ from foreseer.training.readout.walk import (
 from foreseer.training.recorded import groups_of, open_recording, recorded_partition
 from foreseer.training.tracking import sampler_of_loop
 from foreseer.training.verdict_callbacks import RivalsVerdict, judged
-from foreseer.trajectories.gram import sum_grams
 from foreseer.trajectories.prompts import Item
 
 
@@ -100,14 +91,6 @@ NUM_TRIED = 64
 """Trajectories on which times for step 0 are compared."""
 JUDGED = {0, 1}
 """Folds of them on which the error is measured."""
-NUM_REFINED = 32
-"""Trajectories that a refinement is linearised on at most."""
-NUM_CHOOSING = 64
-"""Held-out trajectories that choose its ridge at most."""
-REFINED_SHARE = 4
-"""Of so many trajectories one is kept for it: what the walk leaves is smaller where it is fitted."""
-GROWTH = 8 * UNIT
-"""By which share what is read grows for a coordinate of one: it is a small part of a forecast."""
 SUMS = "segment_sums"  # in a checkpoint
 
 
@@ -254,7 +237,7 @@ class ReadoutFit(ClosedForm):
                 )
         items = list(data.train_items)
         self.num_trajectories.fill_(len(items))
-        kept = min(NUM_REFINED, len(items) // REFINED_SHARE) if self.refine else 0
+        kept = kept_for(len(items)) if self.refine else 0
         self.refined = References(self.recording, items[len(items) - kept :], self.batch_size)
         self.calibration = References(
             self.recording, items[: len(items) - kept], self.batch_size
@@ -308,37 +291,23 @@ class ReadoutFit(ClosedForm):
         )
 
     def _refine(self) -> None:
-        """Take the Gauss-Newton step that does best on held-out trajectories, if any does."""
+        """Take the step that does best on held-out trajectories, if any does."""
         self.detach()
-        predictor = self.deployed()
-        some = self.refined
-        judge = References(self.recording, self.validation.items[:NUM_CHOOSING], self.batch_size)
-        moves = self._moves(predictor, some.items)
-        parts, finals = [], some.finals.split(self.batch_size)
-        pairs = zip(some.batches, finals, strict=True)
-        bar = tqdm(pairs, "refine", len(finals), unit="batch", disable=self.quiet, leave=False)
-        for batch, final in bar:
-            found = linearise(self.pipe, predictor, moves, TAP, batch, final, **some.settings)
-            parts.append(found)
-        quadratics = Quadratics.join(parts)
-        tried = [predictor, *(moved(predictor, moves, quadratics.solve(each)) for each in RIDGES)]
-        errors = [float(self._errors(each, judge).mean()) for each in tried]
-        best = errors.index(min(errors))
-        predictor.load_state_dict(tried[best].state_dict())
-        gain = errors[0] - errors[best]
-        self.log("train/refine_gain_db", gain, prog_bar=True, batch_size=1)
-        ridge = f"ridge {RIDGES[best - 1]:g}" if best else "no step is better"
-        self.print(f"refined: {gain:+.2f} dB on held-out trajectories ({ridge})")
+        predictor, quiet = self.deployed(), self.quiet
+        found = refine(self.pipe, predictor, self._moves(), self.refined, self._chosen_by, quiet)
+        predictor.load_state_dict(found.predictor.state_dict())
+        self.log("train/refine_gain_db", found.gain_db, prog_bar=True, batch_size=1)
+        told = "no step is better" if found.ridge is None else f"ridge {found.ridge:g}"
+        self.print(f"refined: {found.gain_db:+.2f} dB on held-out trajectories ({told})")
 
-    def _moves(self, predictor: Readout, items: Sequence[int]) -> list[Direction]:
-        """How rows and readout may move: each by a share of the features it weighs."""
-        grams, experts = sum_grams(self.recording, [f"gram/{TAP}"], items), predictor.expert_steps
-        mean = grams[f"gram/{TAP}"][None] / len(items)
-        bases = feature_bases(mean, self.anchors, expert_steps=experts)
-        rows = directions(self.anchors, bases, predictor.weight.cpu(), expert_steps=experts)
-        read = [n for n, each in enumerate(predictor.outer) if bool(each.count_nonzero())]
-        still = torch.zeros_like(predictor.weight.cpu())
-        return [*rows, *(Direction(number, still, GROWTH) for number in read)]
+    def _moves(self) -> list[Direction]:
+        return readout_moves(self.recording, self.deployed(), self.refined.items)
+
+    def _chosen_by(self, predictor: L2P) -> float:
+        """Error in dB of some held-out samples."""
+        items = self.validation.items[:NUM_CHOOSING]
+        judge = References(self.recording, items, self.batch_size)
+        return float(self._errors(predictor, judge).mean())
 
     def on_train_epoch_end(self) -> None:
         """After the last segment the predictor is whole; after the last epoch, measure it."""
