@@ -215,9 +215,7 @@ def directions(
     return found
 
 
-def known_at(
-    anchors: Sequence[int], number: int, expert_steps: Sequence[int] = (0,)
-) -> list[int]:
+def known_at(anchors: Sequence[int], number: int, expert_steps: Sequence[int] = (0,)) -> list[int]:
     """The anchors up to one, of its transformer."""
     first = expert_start(expert_steps, anchors[number])
     return [anchor for anchor in anchors[: number + 1] if anchor >= first]

@@ -171,9 +171,10 @@ class ReadoutFit(ClosedForm):
                 "anew on more trajectories."
             )
         if refine and (keep_sums or self.token_groups is not None):
+            beside = "keep_sums" if keep_sums else "a partition"
             raise ValueError(
-                f"refine is {refine} beside {'keep_sums' if keep_sums else 'a partition'}, expected "
-                "0: sums tell nothing of a refinement, which moves all tokens alike."
+                f"refine is {refine} beside {beside}, expected 0: sums tell nothing of a "
+                "refinement, which moves all tokens alike."
             )
         self.rows = L2P(*sizes, parts)  # those of the formula that each segment started at
         self.predictor: Readout | None = None
@@ -239,9 +240,7 @@ class ReadoutFit(ClosedForm):
         self.num_trajectories.fill_(len(items))
         kept = kept_for(len(items)) if self.refine else 0
         self.refined = References(self.recording, items[len(items) - kept :], self.batch_size)
-        self.calibration = References(
-            self.recording, items[: len(items) - kept], self.batch_size
-        )
+        self.calibration = References(self.recording, items[: len(items) - kept], self.batch_size)
         self.validation = References(self.recording, data.val_items, self.batch_size)
         rank, world = self.trainer.global_rank, self.trainer.world_size
         self.batches = [(batch, Visited()) for batch in self.calibration.batches[rank::world]]
