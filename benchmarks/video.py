@@ -4,20 +4,20 @@
     python benchmarks/video.py record
     python benchmarks/video.py search
     python benchmarks/video.py lists
-    python benchmarks/video.py fit
     python benchmarks/video.py solvers
+    python benchmarks/video.py lists
+    python benchmarks/video.py fit
     python benchmarks/video.py bench
     python benchmarks/video.py publish
 
 Every stage takes `--pipeline DIR` and `--root DIR`, those after the recording `--budgets '[8]'`,
-and each resumes. Recorded are captions the model was trained on, judged are those kept from its
-training. PSNR is the mean over the frames of a video; the temporal difference error compares the
-changes from frame to frame, x_{f+1} - x_f, with those of the full run, as a PSNR in dB too
-(`temporal_db`). Rivals run on the lists searched for them and on the readout's, and stand in the
-table with the better one. The readout's list is one of four, by the error of readouts fitted on 96
-trajectories that the table's are not fitted on: that of the fit's own search, one with a longer
-first segment, and those searched for Euler and for Taylor's formula. Captions go round, so these
-trajectories share captions with the fitted ones, not seeds. Rows have the form of
+and each resumes. Recorded are captions the model was trained on and others that it never saw, by
+turns; judged are those kept from its training. PSNR is the mean over the frames of a video; the
+temporal difference error compares the changes from frame to frame, x_{f+1} - x_f, with those of the
+full run, as a PSNR in dB too (`temporal_db`). Rivals run on the lists searched for them and on the
+readout's, and stand in the table with the better one. The readout's list is one of those that
+readout_lists.py tries, by the error of readouts fitted on 96 trajectories that the table's are not
+fitted on; once `bns` is fitted, its times are tried too. Rows have the form of
 benchmarks/results/readout.json.
 """
 
