@@ -57,7 +57,6 @@ from foreseer.training.gauss_newton import RIDGES
 from foreseer.training.readout import segment as readout_sums
 from foreseer.training.readout.readout_fit import ReadoutFit
 from foreseer.training.readout.readout_runs import run_fit
-from foreseer.training.readout.refine import NUM_CHOOSING
 from foreseer.trajectories.datamodule import ItemsDataModule
 from foreseer.trajectories.prompts import Item, asked_items, generate_batch
 from foreseer.trajectories.recording import Recording
@@ -264,8 +263,7 @@ class TimedFit(ReadoutFit):
         moves, count = self._moves(), len(self.anchors)
         after = sum(count - 1 - move.segment for move in moves)
         self.evaluations += len(self.refined.items) * (count + after)
-        chosen_on = len(self.validation.items[:NUM_CHOOSING])
-        self.evaluations += (1 + len(RIDGES)) * count * chosen_on
+        self.evaluations += (1 + len(RIDGES)) * count * len(self.choosing.items)
         super()._refine()
 
 

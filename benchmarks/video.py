@@ -223,12 +223,22 @@ def halves(source: Recording) -> list[list[int]]:
 
 
 class Halves(ItemsDataModule):
-    """The half of a recording that is fitted on, and others to choose a refinement's ridge on."""
+    """The half of a recording that is fitted on, and others to choose a refinement's ridge on.
+
+    Args:
+        folder: recording folder.
+        refined: whether the fit is refined.
+    """
+
+    def __init__(self, folder: str, refined: bool) -> None:
+        super().__init__(folder)
+        self.refined = refined
 
     def setup(self, stage: str | None = None) -> None:
         """Split the items."""
-        self.train_items, others = halves(Recording(self.folder))
-        self.val_items = others[-NUM_CHOOSING:]
+        fitted, others = halves(Recording(self.folder))
+        self.train_items = fitted + (others[-NUM_CHOOSING:] if self.refined else [])
+        self.val_items = others[: self.batch_size]
 
 
 def fit(
@@ -252,8 +262,8 @@ def fit(
                 continue
             anchors = own_list(root, budget)
             if method in WALKS:
-                data = Halves(f"{root}/recording")
                 epochs = EPOCHS.get(budget, 2) if method == "readout" else 0
+                data = Halves(f"{root}/recording", epochs > 0)
                 fit_walk(method, pipeline, data, anchors, out, epochs)
                 continue
             folder = "recording" if method == "lstsq" else "features"

@@ -443,8 +443,9 @@ def test_a_refinement_sees_other_trajectories_and_lowers_the_error(tmp_path):
     pipe = pipeline("dit_guided")
     recording = recorded(pipe, items("dit_guided", 32), tmp_path, settings("dit_guided"))
     module = fit(module_of(recording, pipe, refine=1), validation_fraction=0.25)
-    fitted, refined = module.calibration.items, module.refined.items
-    assert (len(fitted), len(refined)) == (18, 6) and not {*fitted} & {*refined}
+    parts = module.calibration, module.refined, module.choosing, module.validation
+    assert [len(part.items) for part in parts] == [17, 3, 4, 8]
+    assert len({item for part in parts for item in part.items}) == 32
     assert module.spec().num_trajectories == 24
     assert float(module.trainer.callback_metrics["train/refine_gain_db"]) > 0.1
     assert module.current_epoch == len(ANCHORS) + 1
@@ -466,8 +467,8 @@ def test_what_a_refinement_cannot_do_is_refused(guided):
     pipe = pipeline("dit_guided")
     with pytest.raises(ValueError, match="refine is 1 beside keep_sums, expected 0"):
         module_of(guided, pipe, refine=1, keep_sums=True)
-    with pytest.raises(ValueError, match="none are held out; set validation_fraction, or refine"):
-        fit(module_of(guided, pipe, refine=1))
+    with pytest.raises(ValueError, match="found 4 trajectories to fit on, expected 8 at least"):
+        fit(module_of(guided, pipe, refine=1), validation_fraction=0.66)
     module = module_of(guided, pipe, refine=1)
     with pytest.raises(ValueError, match=r"max_epochs is 3, .* and 1 refine them"):
         trainer_of(max_epochs=3).fit(module, datamodule=data_of(guided))

@@ -27,7 +27,7 @@ from foreseer.training.fit_figures import SampleLog
 from foreseer.training.gauss_newton import Direction
 from foreseer.training.gram_fit import ClosedForm, refuse_several_processes
 from foreseer.training.readout.part import NUM_FOLDS, Part, folds_of, of_folds
-from foreseer.training.readout.refine import NUM_CHOOSING, kept_for, readout_moves, refine
+from foreseer.training.readout.refine import apart, readout_moves, refine
 from foreseer.training.readout.segment import (
     Segment,
     SegmentFit,
@@ -119,8 +119,8 @@ class ReadoutFit(ClosedForm):
         batch_size: trajectories per pipeline call.
         refine: Gauss-Newton epochs after the walk, which move the rows of all segments and how much
             is read in each together, on mean log squared error of the finished sample
-            (gauss_newton.py), with the ridge that does best on held-out trajectories. They are
-            linearised on 32 trajectories, a quarter at most, that the walk is not fitted on; an
+            (gauss_newton.py), with the ridge that does best on 64 trajectories, a sixth at most.
+            They are linearised on 32 others, an eighth at most; the walk is fitted on neither. An
             epoch costs (A^3 - A) / 6 network evaluations per branch of each.
         keep_sums: export the normal equations too, so that `foreseer refit` can add recordings
             without these trajectories: 4 MB an anchor for 64 directions and their neighbours.
@@ -224,23 +224,20 @@ class ReadoutFit(ClosedForm):
 
         Raises:
             ValueError: the trainer ends before the last epoch, a process has nothing to do, or
-                there are several, or nothing is held out, where the fit is to be refined.
+                there are several where the fit is to be refined.
         """
         if self.pipe is None:
             self.pipe = opened_for(self.recording, self.pipeline, *self.place)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.refine:
             refuse_several_processes(self)
-            if not data.val_items:
-                raise ValueError(
-                    "a refinement is chosen on held-out trajectories, and none are held out; set "
-                    "validation_fraction, or refine: 0."
-                )
         items = list(data.train_items)
         self.num_trajectories.fill_(len(items))
-        kept = kept_for(len(items)) if self.refine else 0
-        self.refined = References(self.recording, items[len(items) - kept :], self.batch_size)
-        self.calibration = References(self.recording, items[: len(items) - kept], self.batch_size)
+        walked, refined, choosing = apart(items) if self.refine else (items, [], [])
+        self.calibration, self.refined, self.choosing = (
+            References(self.recording, some, self.batch_size)
+            for some in (walked, refined, choosing)
+        )
         self.validation = References(self.recording, data.val_items, self.batch_size)
         rank, world = self.trainer.global_rank, self.trainer.world_size
         self.batches = [(batch, Visited()) for batch in self.calibration.batches[rank::world]]
@@ -290,23 +287,21 @@ class ReadoutFit(ClosedForm):
         )
 
     def _refine(self) -> None:
-        """Take the step that does best on held-out trajectories, if any does."""
+        """Take the step that does best on the trajectories that choose, if any does."""
         self.detach()
         predictor, quiet = self.deployed(), self.quiet
         found = refine(self.pipe, predictor, self._moves(), self.refined, self._chosen_by, quiet)
         predictor.load_state_dict(found.predictor.state_dict())
         self.log("train/refine_gain_db", found.gain_db, prog_bar=True, batch_size=1)
         told = "no step is better" if found.ridge is None else f"ridge {found.ridge:g}"
-        self.print(f"refined: {found.gain_db:+.2f} dB on held-out trajectories ({told})")
+        self.print(f"refined: {found.gain_db:+.2f} dB on trajectories kept for it ({told})")
 
     def _moves(self) -> list[Direction]:
         return readout_moves(self.recording, self.deployed(), self.refined.items)
 
     def _chosen_by(self, predictor: L2P) -> float:
-        """Error in dB of some held-out samples."""
-        items = self.validation.items[:NUM_CHOOSING]
-        judge = References(self.recording, items, self.batch_size)
-        return float(self._errors(predictor, judge).mean())
+        """Mean error in dB of the samples that choose."""
+        return float(self._errors(predictor, self.choosing).mean())
 
     def on_train_epoch_end(self) -> None:
         """After the last segment the predictor is whole; after the last epoch, measure it."""

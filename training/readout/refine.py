@@ -3,7 +3,7 @@
 The walk of a fit lands every segment's end on the recorded state. Here all rows, and how much is
 read in each segment, take one Gauss-Newton step on mean log squared error of the final latents
 (gauss_newton.py). It is linearised on trajectories that the walk is not fitted on: on its own, what
-it leaves is smaller and of another kind.
+it leaves is smaller and of another kind. Others choose the ridge, and none of them judges the fit.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,16 +32,28 @@ from foreseer.trajectories.recording import Recording
 NUM_REFINED = 32
 """Trajectories that a refinement is linearised on at most."""
 NUM_CHOOSING = 64
-"""Held-out trajectories that choose its ridge at most."""
-SHARE = 4
-"""Of so many trajectories one is kept for it."""
+"""Trajectories that choose its ridge at most."""
+SHARES = 8, 6
+"""Of so many trajectories one is kept for either."""
 GROWTH = 8 * UNIT
 """By which share what is read grows for a coordinate of one: it is a small part of a forecast."""
 
 
-def kept_for(count: int) -> int:
-    """How many of that many trajectories a refinement is linearised on."""
-    return min(NUM_REFINED, count // SHARE)
+def apart(items: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """Trajectories to walk with, to linearise a refinement on, and to choose its ridge on.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    if len(items) < max(SHARES):
+        raise ValueError(
+            f"found {len(items)} trajectories to fit on, expected {max(SHARES)} at least: a "
+            "refinement is linearised on an eighth of them. Record more, or set refine: 0."
+        )
+    refined = min(NUM_REFINED, len(items) // SHARES[0])
+    choosing = min(NUM_CHOOSING, len(items) // SHARES[1])
+    first, second = len(items) - refined - choosing, len(items) - choosing
+    return list(items[:first]), list(items[first:second]), list(items[second:])
 
 
 @dataclass(frozen=True)
