@@ -71,12 +71,7 @@ FITTED_ON = 512  # trajectories, a twentieth of which is only measured
 SIZES = (32, 64, 128, 256, 512, 1000)  # calibration trajectories of the curve
 ROWS_FITTED_ON = 64  # more gain nothing (benchmarks/results/readout_curve.json)
 COMPARED = ("rival", *PAIRED, "wins")
-OLDER = (
-    "walk",
-    "rows",
-    "l2p_closed_loop",
-    "l2p_lstsq",
-)  # ours too, by other means than the readout
+OLDER = ("walk", "rows", "l2p_closed_loop", "l2p_lstsq")  # ours too, by other means
 FORMULAS = dict.fromkeys(
     ("taylor_1", "taylor_2", "hicache_2", "adams_moulton"), ("output", "hidden")
 )
