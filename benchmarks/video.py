@@ -65,8 +65,13 @@ BUDGETS = (11, 8, 6, 4)
 SIGNS = ("Flags", "Symbols", "Component")
 """Categories that are not recorded: nothing of them moves."""
 CALL: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 50}
-WALKS = ("readout", "walk", "rows")
-"""Fits that walk over the anchors; `walk` is the readout that is not refined."""
+WALKS = {
+    "readout": ("readout", True),
+    "walk": ("readout", False),
+    "rows": ("rows", False),
+    "rows_refined": ("rows", True),
+}
+"""Fits that walk over the anchors: what they fit, and whether it is refined."""
 EPOCHS = {11: 1}
 """Epochs of refinement, where it is not two: at 11 one takes 2.6 times the evaluations of 8."""
 FITS = dict.fromkeys((*WALKS, "lstsq"), BUDGETS) | dict.fromkeys(
@@ -262,9 +267,10 @@ def fit(
                 continue
             anchors = own_list(root, budget)
             if method in WALKS:
-                epochs = EPOCHS.get(budget, 2) if method == "readout" else 0
-                data = Halves(f"{root}/recording", epochs > 0)
-                fit_walk(method, pipeline, data, anchors, out, epochs)
+                kind, refined = WALKS[method]
+                epochs = EPOCHS.get(budget, 2) if refined else 0
+                data = Halves(f"{root}/recording", refined)
+                fit_walk(kind, pipeline, data, anchors, out, epochs)
                 continue
             folder = "recording" if method == "lstsq" else "features"
             given: dict[str, Any] = {"anchors": list(anchors)} | OPTIONS.get(method, {})
