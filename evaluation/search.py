@@ -13,7 +13,7 @@ from torch import Tensor
 from foreseer.integration.schedule import check_anchors, common_lists, warped
 from foreseer.predictors.base import History, LinearPredictor, Step
 from foreseer.predictors.ladder import with_end
-from foreseer.predictors.linear import expert_start
+from foreseer.predictors.solve import known_anchors
 
 GAMMAS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
 
@@ -139,8 +139,7 @@ class _Segments:
 
     def _segment(self, anchors: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """After m steps from the newest anchor: its error u_m, sum G u and sum u^T G u so far."""
-        first = expert_start(self.expert_steps, anchors[-1])
-        window = tuple(anchor for anchor in anchors if anchor >= first)
+        window = tuple(known_anchors(anchors, self.expert_steps, anchors[-1]))
         window = window[-self.rule.window :] if self.rule.window else window
         end = min(window[-1] + self.reach, self.end(window[-1]))
         if (*window, end) not in self.found:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foreseer.predictors.base import History, LinearPredictor, Step
 from foreseer.predictors.partition import Partition
-from foreseer.predictors.solve import least_squares_rows
+from foreseer.predictors.solve import expert_start, least_squares_rows
 from foreseer.predictors.spectrum import partition_from
 
 
@@ -161,11 +161,6 @@ def fitted_rows(
     ones = torch.ones_like(total[:, :1])  # every step alike: whose rows are reuse
     some = torch.where(absent[:, None, None], ones, total)
     return least_squares_rows(some, anchors, strength, expert_steps)
-
-
-def expert_start(expert_steps: Sequence[int], index: int) -> int:
-    """First step of the transformer that runs at a step."""
-    return max(step for step in expert_steps if step <= index)
 
 
 def rows_at(

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foreseer.predictors.base import SMALLEST, Grid, History, Reading, Step
-from foreseer.predictors.linear import L2P, expert_start
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.partition import Partition
+from foreseer.predictors.solve import known_anchors
 from foreseer.predictors.token_groups import TokenGroups
 from foreseer.predictors.weighted import combine
 
@@ -139,8 +140,8 @@ class Readout(L2P):
         Args:
             number: of the anchor, counted from 0.
         """
-        first = expert_start(self.expert_steps, self.anchors[number])
-        return min(self.past, sum(first <= a for a in self.anchors[:number]))
+        known = known_anchors(self.anchors, self.expert_steps, self.anchors[number])
+        return min(self.past, len(known) - 1)
 
     def read(
         self,

@@ -107,6 +107,17 @@ def closed_form(
     return weights
 
 
+def expert_start(expert_steps: Sequence[int], index: int) -> int:
+    """First step of the transformer that runs at a step."""
+    return max(step for step in expert_steps if step <= index)
+
+
+def known_anchors(anchors: Sequence[int], expert_steps: Sequence[int], index: int) -> list[int]:
+    """The anchors up to a step, of the transformer that runs there."""
+    first = expert_start(expert_steps, index)
+    return [anchor for anchor in anchors if first <= anchor <= index]
+
+
 def segments(
     anchors: Sequence[int],
     num_steps: int,
@@ -125,9 +136,8 @@ def segments(
         (history, steps) of every segment that has steps.
     """
     found = []
-    for place, (anchor, end) in enumerate(zip(anchors, [*anchors[1:], num_steps], strict=True)):
-        first = max(step for step in expert_steps if step <= anchor)
-        history = [a for a in anchors[: place + 1] if a >= first]
+    for anchor, end in zip(anchors, [*anchors[1:], num_steps], strict=True):
+        history = known_anchors(anchors, expert_steps, anchor)
         if steps := list(range(anchor + 1, end)):
             found.append((history if window is None else history[-window:], steps))
     return found

@@ -24,9 +24,9 @@ from foreseer.integration.observers import StepRecord
 from foreseer.integration.policy import Anchors
 from foreseer.integration.session import Session
 from foreseer.predictors.base import History, Step
-from foreseer.predictors.linear import L2P, expert_start
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout
-from foreseer.predictors.solve import ridge
+from foreseer.predictors.solve import known_anchors, ridge
 from foreseer.training.tracking import whitening
 from foreseer.trajectories.prompts import Item, generate_batch
 
@@ -201,7 +201,7 @@ def directions(
         num_forecasts = end - anchor - 1
         if not num_forecasts:
             continue
-        known = known_at(anchors, k, expert_steps)
+        known = known_anchors(anchors, expert_steps, anchor)
         shapes = [torch.ones(num_forecasts, dtype=like.dtype)]
         if ramps and num_forecasts > 1:
             distance = torch.arange(1, num_forecasts + 1, dtype=like.dtype)
@@ -215,12 +215,6 @@ def directions(
     return found
 
 
-def known_at(anchors: Sequence[int], number: int, expert_steps: Sequence[int] = (0,)) -> list[int]:
-    """The anchors up to one, of its transformer."""
-    first = expert_start(expert_steps, anchors[number])
-    return [anchor for anchor in anchors[: number + 1] if anchor >= first]
-
-
 def feature_bases(
     grams: Float[Tensor, "n branches S S"],
     anchors: Sequence[int],
@@ -230,8 +224,8 @@ def feature_bases(
     """Per segment and branch, directions that each move the forecast feature by its own RMS."""
     mean = grams.double().mean(0)
     bases = []
-    for k, anchor in enumerate(anchors):
-        known = known_at(anchors, k, expert_steps)
+    for anchor in anchors:
+        known = known_anchors(anchors, expert_steps, anchor)
         blocks = []
         for branch in mean:
             basis = whitening(branch[known][:, known], cutoff)

@@ -15,8 +15,8 @@ from foreseer.checkpoints.config import CheckpointError
 from foreseer.checkpoints.format import SEGMENTS_FILE
 from foreseer.checkpoints.spec import PredictorSpec
 from foreseer.checkpoints.strict import MalformedFile, read_header
-from foreseer.predictors.linear import expert_start
 from foreseer.predictors.readout import Readout
+from foreseer.predictors.solve import known_anchors
 from foreseer.training.readout.segment import Segment, Total
 from foreseer.training.shipped import DIGEST
 from foreseer.trajectories.files.shards import CorruptShard, read_shard, shard_metadata, write_shard
@@ -120,8 +120,7 @@ def _shapes(predictor: Readout) -> dict[str, tuple[str, list[int]]]:
     for anchor, end in zip(anchors, [*anchors[1:], predictor.num_steps], strict=True):
         if end == anchor + 1:
             continue  # nothing is forecast
-        first = expert_start(predictor.expert_steps, anchor)
-        known = sum(first <= a <= anchor for a in anchors) * predictor.num_branches
+        known = len(known_anchors(anchors, predictor.expert_steps, anchor)) * predictor.num_branches
         shapes |= {
             f"{anchor}/start": (known,),
             f"{anchor}/delta": (known,),

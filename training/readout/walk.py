@@ -31,8 +31,9 @@ from foreseer.integration.observers import CallRecord, Source, StepRecord
 from foreseer.integration.policy import Anchors
 from foreseer.predictors.base import History, Step
 from foreseer.predictors.ladder import with_end
-from foreseer.predictors.linear import L2P, expert_start
+from foreseer.predictors.linear import L2P
 from foreseer.predictors.readout import Readout, normalised
+from foreseer.predictors.solve import expert_start, known_anchors
 from foreseer.training.readout.part import Part
 from foreseer.training.tracking import check_branches, check_guidance, guidance_weights
 from foreseer.trajectories.files.header import Header
@@ -320,8 +321,7 @@ class SegmentParts:
 
     def known(self, anchor: int) -> list[int]:
         """The anchors up to one, of its transformer."""
-        first = expert_start(self.walk.rows.expert_steps, anchor)
-        return [a for a in self.walk.rows.anchors if first <= a <= anchor]
+        return known_anchors(self.walk.rows.anchors, self.walk.rows.expert_steps, anchor)
 
     def recent(self, anchor: int) -> list[int]:
         """The anchors whose hidden states are read at one, newest first."""
