@@ -51,6 +51,7 @@ READOUT = "zoo:{}_readout_8"
 VALIDATION = 0.125
 NAMES = ("feature/hidden", "feature/output", "final")
 HEADS = {"fashion_dit": 3}  # of 32 channels, as the 4 of the other hosts
+LESA_RATES = {"emoji_flux_2": 0.02}  # in closed loop; 0.2, which suits fashion_dit, drives it away
 DISCA: dict[str, Any] = {"width_mult": 0.5, "residual": True, "max_gap": 0.25}
 DISCA |= {"learning_rate": 5e-4, "closed_rate": 2e-4}
 METHODS = ("disca_over_rows", "disca", "lesa")
@@ -129,6 +130,7 @@ def lesa(root: Path, host: str, anchors: Sequence[int], epochs: int) -> LesaModu
     arguments = told.pop("predictor")["init_args"]
     told |= {"recording": str(root / "recording"), "pipeline": f"zoo:{host}"}
     told |= {"anchors": list(anchors), "closed_loop_epochs": epochs}
+    told |= {"closed_loop_rate": LESA_RATES.get(host, told["closed_loop_rate"])}
     return LesaModule(predictor=functools.partial(LesaPredictor, **arguments), **told)
 
 
