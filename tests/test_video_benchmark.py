@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from student_cases import RANGE, awake
 from tiny_video import FRAMES, SIDE, tiny_video_pipeline, write_packages
 
+from foreseer.checkpoints.format import load_predictor
 from foreseer.evaluation.plan import Entry
 from foreseer.integration.pipelines.average_velocity import conditioner_for
 from foreseer.integration.pipelines.student_pipeline import student_of
@@ -57,7 +58,7 @@ def test_every_stage_runs_and_the_rows_have_rivals(tmp_path, monkeypatch):
         (video, "FULL", full),
         (video, "BATCH", 4),
         (video, "FORMULAS", {"taylor_1": ("output", "hidden")}),
-        (video, "FITS", dict.fromkeys(("readout", "rows", "lstsq", "disca"), (3,))),
+        (video, "FITS", ("readout", "rows", "rows_refined", "lstsq", "disca")),
         (video, "OPTIONS", {"disca": {"num_heads": 1, "mse_epochs": 1, "closed_epochs": 1}}),
     ):
         monkeypatch.setattr(module, name, value)
@@ -67,7 +68,11 @@ def test_every_stage_runs_and_the_rows_have_rivals(tmp_path, monkeypatch):
     video.search(num_samples=2, num_moves=1, **place)
     known = json.loads((tmp_path / "run" / "lists.json").read_text())
     video.lists(num_samples=4, **place)
-    video.fit(methods=tuple(video.FITS), **place)
+    video.fit(methods=video.FITS, **place)
+    plain, refined = (
+        load_predictor(video.fitted_at(place["root"], name, 3)) for name in ("rows", "rows_refined")
+    )
+    assert not refined.outer.any() and not torch.equal(refined.weight, plain.weight)
     video.solvers(methods=("bns",), num_pairs=4, num_epochs=1, **place)
     video.bench(num_samples=4, **place)
     video.publish(num_samples=4, out=str(tmp_path / "video.json"), **place)
