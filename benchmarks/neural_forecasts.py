@@ -53,7 +53,7 @@ NAMES = ("feature/hidden", "feature/output", "final")
 HEADS = {"fashion_dit": 3}  # of 32 channels, as the 4 of the other hosts
 LESA_RATES = {"emoji_flux_2": 0.02}  # in closed loop; 0.2, which suits fashion_dit, drives it away
 DISCA: dict[str, Any] = {"width_mult": 0.5, "residual": True, "max_gap": 0.25}
-DISCA |= {"learning_rate": 5e-4, "closed_rate": 2e-4}
+DISCA |= {"learning_rate": 5e-4, "closed_rate": 2e-5}
 METHODS = ("disca_over_rows", "disca", "lesa")
 
 
