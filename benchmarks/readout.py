@@ -71,7 +71,7 @@ FITTED_ON = 512  # trajectories, a twentieth of which is only measured
 SIZES = (32, 64, 128, 256, 512, 1000)  # calibration trajectories of the curve
 ROWS_FITTED_ON = 64  # more gain nothing (benchmarks/results/readout_curve.json)
 COMPARED = ("rival", *PAIRED, "wins")
-OLDER = ("walk", "rows", "l2p_closed_loop", "l2p_lstsq")  # ours too, by other means
+OTHERS = ("walk", "rows", "rows_refined", "l2p_closed_loop", "l2p_lstsq")  # ours too
 FORMULAS = dict.fromkeys(
     ("taylor_1", "taylor_2", "hicache_2", "adams_moulton"), ("output", "hidden")
 )
@@ -471,7 +471,7 @@ def compared(found: Sequence[tuple[BenchRow, Errors]], prompts: Sequence[int]) -
         return row.method == "readout"
 
     rows, errors = [row for row, _ in found], [error for _, error in found]
-    others = [place for place, row in enumerate(rows) if row.method not in OLDER]
+    others = [place for place, row in enumerate(rows) if row.method not in OTHERS]
     against = with_rivals(
         [rows[i] for i in others], [errors[i] for i in others], prompts, is_readout
     )

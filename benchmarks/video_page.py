@@ -70,7 +70,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
         ends = f"{mine['paired_low_db']:+.2f} to {mine['paired_high_db']:+.2f}"
         told.append(
             f"- {budget} evaluations of 50: the readout has {mine['psnr_db']:.2f} dB, "
-            f"`{rival['method']}`, the best of everything else, {rival['psnr_db']:.2f}: "
+            f"`{rival['method']}`, the best that is not ours, {rival['psnr_db']:.2f}: "
             f"{mine['paired_db']:+.2f} dB ({ends}), {wins(mine)}."
         )
     return "\n".join(told)
