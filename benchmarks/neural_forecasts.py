@@ -51,9 +51,12 @@ READOUT = "zoo:{}_readout_8"
 VALIDATION = 0.125
 NAMES = ("feature/hidden", "feature/output", "final")
 HEADS = {"fashion_dit": 3}  # of 32 channels, as the 4 of the other hosts
-LESA_RATES = {"emoji_flux_2": 0.02}  # in closed loop; 0.2, which suits fashion_dit, drives it away
+CLOSED_RATES = {  # of the phase in closed loop, per host: (DisCa, LESA)
+    "fashion_dit": (2e-4, 0.2),
+    "emoji_flux_2": (2e-5, 0.02),  # those of fashion_dit drive both away there
+}
 DISCA: dict[str, Any] = {"width_mult": 0.5, "residual": True, "max_gap": 0.25}
-DISCA |= {"learning_rate": 5e-4, "closed_rate": 2e-5}
+DISCA |= {"learning_rate": 5e-4}
 METHODS = ("disca_over_rows", "disca", "lesa")
 
 
@@ -112,7 +115,7 @@ def fit(
                 continue
             given = DISCA | ({"rows": str(rows)} if method == "disca_over_rows" else {"order": 1})
             given |= {"mse_epochs": mse_epochs, "closed_epochs": closed_epochs}
-            given |= {"num_heads": HEADS.get(host, 4)}
+            given |= {"num_heads": HEADS.get(host, 4), "closed_rate": CLOSED_RATES[host][0]}
             module = DiscaModule(str(root / "recording"), f"zoo:{host}", anchors, **given)
             train(host, method, module, mse_epochs + closed_epochs, 2)
 
@@ -130,7 +133,7 @@ def lesa(root: Path, host: str, anchors: Sequence[int], epochs: int) -> LesaModu
     arguments = told.pop("predictor")["init_args"]
     told |= {"recording": str(root / "recording"), "pipeline": f"zoo:{host}"}
     told |= {"anchors": list(anchors), "closed_loop_epochs": epochs}
-    told |= {"closed_loop_rate": LESA_RATES.get(host, told["closed_loop_rate"])}
+    told |= {"closed_loop_rate": CLOSED_RATES[host][1]}
     return LesaModule(predictor=functools.partial(LesaPredictor, **arguments), **told)
 
 

@@ -75,7 +75,7 @@ WALKS = {
 EPOCHS = {11: 1}
 """Epochs of refinement, where it is not two: at 11 one takes 2.6 times the evaluations of 8."""
 FITS = (*WALKS, "lstsq", "closed_loop", "lesa", "disca")
-"""Every method, of which closed loop takes half an hour at 11."""
+"""Every method, of which closed loop takes half an hour at 8."""
 SOLVERS = ("bns", "gs")
 FORM = "free times"
 SEARCHED = ("euler|none", "ab2|none", "dpmpp_2m|none", "unipc|none", "taylor_1|output")
